@@ -1,0 +1,164 @@
+"""What a run is: one YAML file, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mpq.errors import MpqError
+from mpq.formats import NoiseModel, get_format
+
+
+def _format(name: str) -> str:
+    return get_format(name).name
+
+
+FormatName = Annotated[str, AfterValidator(_format)]
+Objective = Literal["et", "tt", "m"]
+Strategy = Literal["ip", "random", "prefix"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextSpec(_Strict):
+    """Text to calibrate or evaluate on, cut into `samples` blocks of `length` tokens."""
+
+    source: str = Field(description="A text file, JSONL, .npy token array, fsspec URL of one, or a Hugging Face dataset id")
+    samples: int = Field(64, ge=1, description="Blocks of tokens drawn")
+    length: int = Field(256, ge=2, description="Tokens per block")
+    batch: int = Field(8, ge=1, description="Blocks per forward pass")
+    seed: int = Field(0, description="Seed of the draw")
+    field: str = Field("text", description="JSONL key or dataset column that holds the text")
+    split: str = Field("train", description="Split of a Hugging Face dataset")
+
+
+class CalibrationSpec(TextSpec):
+    """Calibration text, and how its cost is spread."""
+
+    shards: int = Field(4, ge=1, description="Tasks over which the samples are spread; their sums add up exactly")
+    checkpoint_activations: bool = Field(False, description="Recompute activations in the backward pass to save memory")
+
+
+class ModelSpec(_Strict):
+    """Which checkpoint, and the format it runs in when nothing is lowered."""
+
+    path: str = Field(description="Hub id, local folder or fsspec URL of a checkpoint in Hugging Face layout")
+    revision: str | None = Field(None, description="Revision of a hub id")
+    base: FormatName = Field("bf16", description="Base format: fp32, bf16 or fp16")
+
+    @field_validator("base")
+    @classmethod
+    def _wide(cls, name: str) -> str:
+        if get_format(name).needs_scale:
+            raise ValueError(f"the base format must be fp32, bf16 or fp16, not {name}")
+        return name
+
+
+class ObjectiveSpec(_Strict):
+    """One objective: et (measured time), tt (MAC time) or m (memory), and the formats that it may choose."""
+
+    formats: tuple[FormatName, ...] = Field(min_length=1, description="Formats to lower to, base left out")
+    strategies: tuple[Strategy, ...] = Field(("ip", "random", "prefix"), description="How plans are chosen")
+    random_seeds: int = Field(1, ge=1, description="Draws of the random strategy")
+
+
+class TimingSpec(_Strict):
+    """How TTFT is measured."""
+
+    batch: int = Field(4, ge=1, description="Rows of the prefill")
+    length: int = Field(256, ge=1, description="Tokens per row")
+    repeats: int = Field(5, ge=2, description="Interleaved pairs of base and configuration")
+    method: Literal["signature", "group"] = Field("signature", description="Switch all groups of a signature, or one (the paper)")
+    slice: int = Field(32, ge=1, description="Configurations per task")
+    bound: Literal["mean", "lower"] = Field("mean", description="Plan with the gain, or with its interval's lower end")
+    seed: int = Field(0, description="Seed of order, tokens and bootstrap")
+
+
+class EvaluationSpec(TextSpec):
+    """Held-out text on which plans are measured."""
+
+    seeds: int = Field(3, ge=1, description="Perturbations of the scales")
+    ttft_repeats: int = Field(11, ge=3, description="Interleaved pairs per plan; formats that are not native are not timed")
+
+
+class RunSpec(_Strict):
+    """A whole run: model → plans under each τ for each objective, evaluated and reported."""
+
+    name: str = Field("run", description="Name in logs, reports and Prefect")
+    model: ModelSpec
+    calibration: CalibrationSpec
+    evaluation: EvaluationSpec | None = None
+    timing: TimingSpec = TimingSpec()  # type: ignore[call-arg]
+    objectives: dict[Objective, ObjectiveSpec] = Field(min_length=1)
+    taus: tuple[float, ...] = Field((0.003, 0.01, 0.03), min_length=1, description="Bounds on the normalised RMSE of the loss")
+    noise_model: NoiseModel = "ulp"
+    base_term: bool = Field(True, description="Subtract the base format's own noise (method.md); False is the paper's form")
+    solver: Literal["auto", "highs", "gurobi"] = "auto"
+    store: str = Field(".work/store", description="fsspec URL of the tables")
+    out: str = Field(".work/runs", description="Local folder for plans and the report")
+
+    @field_validator("taus")
+    @classmethod
+    def _positive(cls, taus: tuple[float, ...]) -> tuple[float, ...]:
+        if bad := [t for t in taus if not (t > 0 and math.isfinite(t))]:
+            raise ValueError(f"τ must be above zero, got {bad[0]:g}")
+        return tuple(sorted(set(taus)))
+
+    @model_validator(mode="after")
+    def _lowered(self) -> RunSpec:
+        for objective, part in self.objectives.items():
+            if self.model.base in part.formats:
+                raise ValueError(f"objectives.{objective}.formats lists the base format {self.model.base}: list what to lower to")
+        return self
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Every format that some objective may choose, each once, in the order given."""
+        return tuple(dict.fromkeys(f for part in self.objectives.values() for f in part.formats))
+
+
+def load_spec(path: str | Path) -> RunSpec:
+    """Read and check a spec. Raises MpqError with the file, the key and what was expected there."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MpqError(f"No spec at {path}: expected a YAML file such as examples/demo.yaml.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise MpqError(f"The spec {path} cannot be read: {' '.join(str(error).split())}.") from None
+    return parse_spec(data, str(path))
+
+
+def parse_spec(data: Any, where: str = "the spec") -> RunSpec:
+    """A RunSpec from plain data. Raises MpqError for the first thing wrong with it."""
+    if not isinstance(data, dict):
+        raise MpqError(f"{where} is not a spec: expected a mapping with the keys {', '.join(RunSpec.model_fields)}.")
+    try:
+        return RunSpec.model_validate(data)
+    except ValidationError as error:
+        raise MpqError(f"{where}: {_told(error)}") from None
+
+
+def _told(error: ValidationError) -> str:
+    first = error.errors()[0]
+    at = ".".join(str(part) for part in first["loc"]) or "the spec"
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {at}: expected one of {', '.join(_siblings(first['loc']))}."
+    if first["type"] == "missing":
+        return f"{at} is missing: it is required."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{at}: {message}{'' if message.endswith('.') else '.'}"
+
+
+def _siblings(loc: tuple[int | str, ...]) -> list[str]:
+    model: Any = RunSpec
+    for part in loc[:-1]:
+        if part in getattr(model, "model_fields", {}):
+            kinds = [model.model_fields[part].annotation, *getattr(model.model_fields[part].annotation, "__args__", ())]
+            model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
+    return list(model.model_fields)

@@ -1,0 +1,185 @@
+"""Content-addressed tables and files on any fsspec URL.
+
+Layout, under one URL (`file:///…`, `memory://…`, `s3://…`, …):
+
+    <kind>/<key>/<sha256 of the data>.<suffix>     the data
+    <kind>/<key>/meta.json                         provenance, and which data file is the one
+
+The data goes first and `meta.json` last, each in one atomic step, so a reader sees a whole entry or none. Data files are
+named by their own hash: two writers of one key cannot mix, and the last `meta.json` wins. A reader checks the hash, so
+damage is noticed when it is read, never served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import platform
+import posixpath
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import polars as pl
+
+from mpq import __version__
+from mpq.errors import MpqError
+
+log = logging.getLogger("mpq")
+
+
+class Damaged(Exception):
+    """An entry is missing, cut short or altered. Stages answer it by computing again, with a warning."""
+
+
+@dataclass(frozen=True)
+class TableRef:
+    """A pointer to one entry: small enough for Prefect's database, enough to read the entry and to check it."""
+
+    kind: str
+    key: str
+    sha256: str
+    bytes: int
+    rows: int
+    suffix: str = "parquet"
+    upstream: tuple[str, ...] = ()
+    store: str = ""
+
+    @property
+    def uri(self) -> str:
+        """Where the data lies."""
+        return posixpath.join(self.store, self.kind, self.key, f"{self.sha256}.{self.suffix}")
+
+
+def content_key(*parts: Any) -> str:
+    """A SHA-256 over the canonical JSON of `parts`: equal content, equal key, whatever the order of mappings."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if hasattr(value, "__dataclass_fields__"):
+        return asdict(value)
+    raise TypeError(f"{type(value).__name__} has no canonical form, so it cannot be part of a key")
+
+
+@cache
+def code_version(*modules: str) -> str:
+    """A SHA-256 over the source of the named modules: the part of a key that says which code computed it."""
+    digest = hashlib.sha256()
+    for name in modules:
+        path = import_module(name).__file__
+        digest.update(name.encode() + b"\0" + Path(path or "").read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """Entries under `url`. Raises MpqError where the store cannot be reached, Damaged where an entry is not whole."""
+
+    url: str
+    _options: Mapping[str, Any] = field(default_factory=dict)
+
+    def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        url = self.url if "://" in self.url else Path(self.url).absolute().as_uri()
+        try:
+            return fsspec.core.url_to_fs(url, **self._options)
+        except (ImportError, ValueError, OSError) as error:
+            raise MpqError(f"The store {self.url} cannot be opened ({error}): expected an fsspec URL such as file:///data/mpq.") from None
+
+    def _write(self, path: str, data: bytes) -> None:
+        fs, root = self._open()
+        target = posixpath.join(root, path)
+        try:
+            fs.makedirs(posixpath.dirname(target), exist_ok=True)
+            if "file" in fs.protocol:  # object stores put in one step; on a disk that takes a rename
+                aside = f"{target}.{uuid.uuid4().hex}.part"
+                fs.pipe_file(aside, data)
+                os.replace(aside, target)
+            else:
+                fs.pipe_file(target, data)
+        except OSError as error:
+            raise MpqError(f"The store {self.url} cannot be written ({error}): check that it exists and that you may write to it.") from None
+
+    def _read(self, path: str) -> bytes:
+        fs, root = self._open()
+        try:
+            return bytes(fs.cat_file(posixpath.join(root, path)))
+        except FileNotFoundError:
+            raise Damaged(f"{path} is not in the store") from None
+        except OSError as error:
+            raise MpqError(f"The store {self.url} cannot be read ({error}): check that it is reachable.") from None
+
+    def check(self) -> None:
+        """Write and delete a small file. Raises MpqError where that fails, before hours of work are spent."""
+        name = f".mpq-check-{uuid.uuid4().hex}"
+        self._write(name, b"")
+        fs, root = self._open()
+        fs.rm_file(posixpath.join(root, name))
+
+    def write_bytes(
+        self, kind: str, key: str, data: bytes, suffix: str, *, rows: int = 0,
+        upstream: tuple[str, ...] = (), provenance: Mapping[str, Any] | None = None,
+    ) -> TableRef:  # fmt: skip
+        """Store `data` under (kind, key) with its provenance; `upstream` are the keys that it was computed from."""
+        ref = TableRef(kind, key, hashlib.sha256(data).hexdigest(), len(data), rows, suffix, tuple(upstream), self.url)
+        made = {"mpq": __version__, "host": platform.node(), "python": platform.python_version(), "written_unix_s": time.time()}
+        meta = {**asdict(ref), "provenance": {**made, **(provenance or {})}}
+        meta.pop("store")  # an entry may be copied to another store
+        folder = f"{kind}/{key}"
+        self._write(f"{folder}/{ref.sha256}.{suffix}", data)
+        self._write(f"{folder}/meta.json", json.dumps(meta, indent=1).encode())
+        return ref
+
+    def write_table(self, kind: str, key: str, frame: pl.DataFrame, **more: Any) -> TableRef:
+        """Store a table as Parquet; see `write_bytes`."""
+        buffer = io.BytesIO()
+        frame.write_parquet(buffer, compression="zstd")
+        return self.write_bytes(kind, key, buffer.getvalue(), "parquet", rows=frame.height, **more)
+
+    def read_bytes(self, ref: TableRef) -> bytes:
+        """The data of an entry, its hash checked. Raises Damaged."""
+        data = self._read(f"{ref.kind}/{ref.key}/{ref.sha256}.{ref.suffix}")
+        if hashlib.sha256(data).hexdigest() != ref.sha256:
+            raise Damaged(f"{ref.kind}/{ref.key[:12]} does not have the content that was written")
+        return data
+
+    def read_table(self, ref: TableRef) -> pl.DataFrame:
+        """The table of an entry, its hash checked. Raises Damaged."""
+        return pl.read_parquet(io.BytesIO(self.read_bytes(ref)))
+
+    def meta(self, kind: str, key: str) -> dict[str, Any]:
+        """An entry's provenance. Raises Damaged."""
+        try:
+            meta = json.loads(self._read(f"{kind}/{key}/meta.json"))
+            return meta if isinstance(meta, dict) else {}
+        except ValueError:
+            raise Damaged(f"{kind}/{key[:12]}/meta.json is not JSON") from None
+
+    def find(self, kind: str, key: str) -> TableRef | None:
+        """The entry under (kind, key), verified; None where there is none. Damage is logged and counts as none."""
+        try:
+            meta = self.meta(kind, key)
+        except Damaged as damage:
+            if "not in the store" not in str(damage):
+                log.warning("%s: computing it again", damage)
+            return None
+        try:
+            fields = {name: meta[name] for name in ("kind", "key", "sha256", "bytes", "rows", "suffix", "upstream")}
+            ref = TableRef(**{**fields, "upstream": tuple(fields["upstream"]), "store": self.url})
+            self.read_bytes(ref)
+        except (Damaged, KeyError, TypeError) as damage:
+            log.warning("Damaged entry %s/%s (%s): computing it again", kind, key[:12], damage)
+            return None
+        return ref
