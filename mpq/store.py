@@ -94,7 +94,7 @@ class Store:
     def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
         url = self.url if "://" in self.url else Path(self.url).absolute().as_uri()
         try:
-            return fsspec.core.url_to_fs(url, **self._options)
+            return fsspec.core.url_to_fs(url, **self._options)  # type: ignore[no-any-return]
         except (ImportError, ValueError, OSError) as error:
             raise MpqError(f"The store {self.url} cannot be opened ({error}): expected an fsspec URL such as file:///data/mpq.") from None
 
