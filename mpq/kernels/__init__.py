@@ -1,0 +1,42 @@
+"""What runs natively on a device: formats for each kind of product, and the device's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, TypeAlias
+
+import torch
+
+from mpq.errors import MpqError
+
+Kind: TypeAlias = Literal["linear", "bgemm"]
+
+# BF16 runs on every CPU, fast where there is AMX or AVX512-BF16; INT8 through oneDNN (kernels/cpu.py)
+_NATIVE: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {"linear": ("fp32", "bf16", "int8"), "bgemm": ("fp32", "bf16")},
+}
+# the CPU features that decide how fast BF16 and INT8 are, by torch's names and as the kernel prints them
+_FEATURES = {"amx_bf16": "amx_bf16", "amx_int8": "amx_int8", "avx512_bf16": "avx512_bf16", "avx512_vnni": "avx512_vnni"}
+
+
+def native_formats(device: str = "cpu", kind: Kind = "linear") -> tuple[str, ...]:
+    """The formats in which `device` (cpu, cuda, cuda:0, ...) has a kernel for linears or for attention's BGEMMs."""
+    return _NATIVE.get(device.split(":")[0], {}).get(kind, ())
+
+
+def check_native(formats: Iterable[str], device: str = "cpu", kind: Kind = "linear") -> None:
+    """Raise MpqError, naming the formats that `device` can run, unless it can run all of `formats`."""
+    native = native_formats(device, kind)
+    foreign = sorted(set(formats) - set(native))
+    if foreign:
+        can = f"it can run {', '.join(native)}" if native else "mpq has no native kernels for it"
+        raise MpqError(f"{device} has no native {kind} in {', '.join(foreign)}: {can}. Emulate the plan, or leave these out.")
+
+
+def device_name(device: str = "cpu") -> str:
+    """The device's model, as timing tables carry it: `AMD EPYC (avx512_bf16, avx512_vnni)`, `NVIDIA H200`."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    features = [shown for key, shown in _FEATURES.items() if capabilities.get(key)]
+    return f"{capabilities.get('cpu_name') or 'CPU'} ({', '.join(features) or 'no bf16 or int8 instructions'})"
