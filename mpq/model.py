@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,14 @@ def fingerprint(folder: Path) -> str:
     for file in weight_files(folder):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def fingerprint_of(folder: Path, patterns: Sequence[str]) -> str:
+    """SHA-256 over the files of the checkpoint that match some pattern, their names included."""
+    digest = hashlib.sha256()
+    for file in sorted({f for p in patterns for f in folder.glob(p)}):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 

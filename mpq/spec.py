@@ -51,6 +51,7 @@ class ModelSpec(_Strict):
     path: str = Field(description="Hub id, local folder or fsspec URL of a checkpoint in Hugging Face layout")
     revision: str | None = Field(None, description="Revision of a hub id")
     base: FormatName = Field("bf16", description="Base format: fp32, bf16 or fp16")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Where it runs: cpu, cuda or cuda:N")
 
     @field_validator("base")
     @classmethod

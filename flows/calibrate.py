@@ -1,0 +1,240 @@
+"""The whole pipeline as one Prefect flow: a checkpoint in, plans and a report out. Wiring only.
+
+Every stage is keyed by the content it depends on and nothing else: a second run computes nothing, a new τ only solves
+and evaluates, a new checkpoint of a known architecture re-uses partition and timing.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.outputs import publish, write_outputs
+from flows.stages import Call, Stages
+from mpq.spec import EvaluationSpec, RunSpec
+from mpq.store import Store, TableRef, code_version, content_key
+from tasks import calibration, evaluation, planning, timing
+from tasks.stage import References, read, read_json
+
+
+@flow(name="calibrate", flow_run_name="{spec.name}", task_runner=ThreadPoolTaskRunner(max_workers=4))  # type: ignore[arg-type]
+def calibrate(spec: RunSpec) -> dict[str, Any]:
+    """Calibrate one checkpoint: load, partition, sensitivity, timing, gains, solve, evaluate, report.
+
+    Returns the references of every table, the paths of plans and report, and the stages' accounts.
+    """
+    from mpq.kernels import check_native
+    from mpq.model import fetch, fingerprint
+
+    if "et" in spec.objectives:  # before hours of work, not after
+        check_native(spec.objectives["et"].formats, spec.model.device)
+    Store(spec.store).check()
+    folder = fetch(spec.model.path, spec.model.revision)
+    run = _Run(spec, Stages(spec.store), folder, fingerprint(folder))
+
+    loaded = run.load()
+    architecture = read_json(loaded["model"])["architecture"]
+    groups = run.partition(architecture)
+    sums = run.sensitivity(groups, loaded["calibration"])
+    timed = run.timing(groups, architecture) if "et" in spec.objectives else []
+    solved = run.plans(groups, sums, timed)
+    plans = [plan for s in solved for plan in read_json(s["plan_files"])]
+    evaluated = run.evaluate(groups, plans, loaded["evaluation_text"], architecture)
+    tables = {
+        "groups": [groups], "sensitivity": [sums["sensitivity"]], "loss": [sums["loss"]], "timing": timed,
+        "plans": [s["plans"] for s in solved], "solutions": [s["solutions"] for s in solved], "evaluation": [evaluated],
+    }  # fmt: skip
+    report, facts = run.report(tables)
+    out = write_outputs(spec, plans, report, tables, facts)
+    publish(spec, tables, out)
+    return {"tables": tables, "out": out, "stages": run.stages.done}
+
+
+class _Run:
+    """One run's stages. Each method computes keys and inputs, and hands tasks to `Stages`."""
+
+    def __init__(self, spec: RunSpec, stages: Stages, folder: Path, fingerprint: str):
+        self.spec, self.stages, self.folder = spec, stages, str(folder)
+        self.fingerprint = fingerprint
+        self.model = {"folder": self.folder, "fingerprint": fingerprint, "base": spec.model.base, "device": spec.model.device}
+        self.content = {**self.model, "folder": ""}  # the same for keys: where the checkpoint lies does not matter
+
+    @property
+    def device_name(self) -> str:
+        from mpq.kernels import device_name
+
+        return device_name(self.spec.model.device)
+
+    def load(self) -> References:
+        """Facts of the model, calibration and evaluation blocks; keyed by tokenizer, configuration and texts."""
+        from mpq.model import fingerprint_of, source_key
+
+        spec = self.spec
+        held_out = spec.evaluation or EvaluationSpec(**spec.calibration.model_dump(exclude={"shards", "checkpoint_activations"}))
+        texts = [(t.model_dump(exclude={"source", "batch", "shards"}), source_key(t)) for t in (spec.calibration, held_out)]
+        tokenizer = fingerprint_of(Path(self.folder), ("config.json", "tokenizer*", "vocab*", "merges*", "*.model"))
+        key = content_key(tokenizer, texts, _code("model"))
+        inputs = {"folder": self.folder, "calibration": spec.calibration, "evaluation": held_out}
+        return self.stages.run_one("load model", (calibration.load_model, key, f"load {spec.name}", inputs))
+
+    def partition(self, architecture: str) -> TableRef:
+        """The groups table; keyed by the architecture, so a fine-tune costs nothing."""
+        spec = self.spec
+        key = content_key(architecture, spec.timing.batch, spec.timing.length, _code("graph", "partition", "tables"))
+        inputs = {"folder": self.folder, "batch": spec.timing.batch, "length": spec.timing.length}
+        return self.stages.run_one("partition", (calibration.partition, key, f"partition {spec.name}", inputs))["groups"]
+
+    def sensitivity(self, groups: TableRef, blocks: TableRef) -> References:
+        """Sensitivity and loss tables; a task per shard, keyed by weights and the shard's tokens."""
+        spec, part = self.spec, self.spec.calibration
+        formats, code = sorted(spec.formats), _code("sensitivity", "attention", "quantize", "formats", "model", "tables")
+        shards = calibration.blocks_of(blocks).shards(part.shards)
+        results = self.stages.run("sensitivity", [
+            (
+                calibration.sensitivity_shard,
+                content_key(self.content, shard.key, groups.sha256, formats, spec.base_term, code),
+                f"sensitivity {spec.name} shard {k + 1}/{len(shards)}",
+                {
+                    "model": self.model, "groups": groups, "blocks": blocks, "shard": k, "shards": len(shards), "formats": formats,
+                    "batch": part.batch, "base_term": spec.base_term, "checkpoint_activations": part.checkpoint_activations,
+                },
+            )
+            for k, shard in enumerate(shards)
+        ])  # fmt: skip
+        sensitivities, losses = [r["sensitivity"] for r in results], [r["loss"] for r in results]
+        key = content_key([r.sha256 for r in (*sensitivities, *losses)], code)
+        inputs = {"sensitivities": sensitivities, "losses": losses}
+        return self.stages.run_one("merge shards", (calibration.merge_shards, key, f"merge {spec.name}", inputs))
+
+    def timing(self, groups: TableRef, architecture: str) -> list[TableRef]:
+        """Timing tables; a task per signature and slice of configurations.
+
+        Keyed by the whole architecture, not by the signature's shapes alone: a row carries the model's own TTFT.
+        """
+        from mpq.gains import configurations
+        from mpq.kernels import native_formats
+
+        spec, part = self.spec, self.spec.timing.model_dump(exclude={"slice", "bound"})
+        formats = {k: [f for f in spec.objectives["et"].formats if f in native_formats(spec.model.device, k)] for k in ("linear", "bgemm")}
+        made_with = self.device_name, version("torch"), version("transformers"), _code("timing", "apply", "attention", "kernels", "kernels.cpu")
+        calls: list[Call] = []
+        for (signature,), rows in read(groups).sort("order").group_by(["signature"], maintain_order=True):
+            first = rows.filter(rows["group"] == rows["group"].min())
+            every = [list(c) for c in configurations(first, formats, spec.model.base)]
+            for at in range(0, len(every), spec.timing.slice):
+                some = every[at : at + spec.timing.slice]
+                calls.append((
+                    timing.time_configurations,
+                    content_key(architecture, signature, some, spec.model.base, part, made_with),
+                    f"timing {signature} {at + 1}-{at + len(some)} of {len(every)}",
+                    {
+                        "folder": self.folder, "base": spec.model.base, "device": spec.model.device, "groups": groups,
+                        "signature": signature, "configurations": some, "spec": spec.timing,
+                    },
+                ))  # fmt: skip
+        return [r["timing"] for r in self.stages.run("timing", calls)]
+
+    def plans(self, groups: TableRef, sums: References, timed: list[TableRef]) -> list[References]:
+        """Gains, then plans, for each objective."""
+        spec, base = self.spec, self.spec.model.base
+        parts = [(objective, part, timed if objective == "et" else []) for objective, part in spec.objectives.items()]
+        gains = self.stages.run("gains", [
+            (
+                planning.build_gains,
+                content_key(objective, groups.sha256, sums["sensitivity"].sha256, [t.sha256 for t in of], part.formats, base,
+                            spec.noise_model, spec.timing.bound, _code("gains", "formats", "tables")),
+                f"gains {objective} {spec.name}",
+                {
+                    "objective": objective, "groups": groups, "sensitivity": sums["sensitivity"], "timing": of,
+                    "formats": list(part.formats), "base": base, "noise_model": spec.noise_model, "bound": spec.timing.bound,
+                },
+            )
+            for objective, part, of in parts
+        ])  # fmt: skip
+        versions = {name: version(name) for name in ("mpq", "torch", "transformers", "highspy", "gurobipy")}
+        keys = {"sensitivity": sums["sensitivity"].key, "loss": sums["loss"].key}
+        return self.stages.run("solve", [
+            (
+                planning.solve,
+                content_key(objective, part, groups.sha256, built["gains"].sha256, sums["loss"].sha256, spec.taus, base, spec.solver,
+                            self.fingerprint, _code("solver", "strategies", "plan", "tables")),
+                f"solve {objective} {spec.name}",
+                {
+                    "objective": objective, "part": part, "groups": groups, "gains": built["gains"], "loss": sums["loss"], "timing": of,
+                    "taus": list(spec.taus), "base": base, "solver": spec.solver, "fingerprint": self.fingerprint,
+                    "provenance": {"gains": built["gains"].key, **keys, "versions": versions},
+                },
+            )
+            for (objective, part, of), built in zip(parts, gains, strict=True)
+        ])  # fmt: skip
+
+    def evaluate(self, groups: TableRef, plans: list[dict[str, Any]], blocks: TableRef, architecture: str) -> TableRef:
+        """The evaluation table. Plans with equal formats are evaluated once, whatever strategy or τ made them."""
+        spec, part = self.spec, self.spec.evaluation or EvaluationSpec(source="the calibration text")
+        code = _code("evaluate", "apply", "attention", "quantize", "kernels.emulated", "model")
+        base_losses = self.stages.run_one("evaluate base", (
+            evaluation.evaluate_base, content_key(self.content, blocks.sha256, code), f"evaluate base {spec.name}",
+            {"model": self.model, "blocks": blocks, "batch": part.batch},
+        ))["base_losses"]  # fmt: skip
+        distinct = {content_key(p["formats"]): p["formats"] for p in plans}
+        names = {content_key(p["formats"]): f"{p['strategy']} {p['objective']} τ={p['tau']:g}" for p in reversed(plans)}
+        losses = self.stages.run("evaluate", [
+            (
+                evaluation.evaluate_plan, content_key(formats, self.content, blocks.sha256, part.seeds, code), f"evaluate {names[k]}",
+                {
+                    "model": self.model, "formats": formats, "blocks": blocks, "base_losses": base_losses,
+                    "seeds": part.seeds, "batch": part.batch, "what": names[k],
+                },
+            )
+            for k, formats in distinct.items()
+        ])  # fmt: skip
+        native = {k: f for k, f in distinct.items() if "et" in spec.objectives and self._is_native(f, groups)}
+        ttft = self._time_plans(list(native.values()), part.ttft_repeats, architecture) if native else None
+        place, timed_place = ({k: i for i, k in enumerate(keys)} for keys in (distinct, native))
+        rows = [
+            {**{c: p[c] for c in ("strategy", "objective", "tau", "seed")}, "losses": place[k], "ttft": timed_place.get(k)}
+            for p in plans
+            for k in [content_key(p["formats"])]
+        ]
+        refs = [r["plan_losses"] for r in losses]
+        return self.stages.run_one("collect", (
+            evaluation.collect_evaluation, content_key(rows, [r.sha256 for r in refs], ttft and ttft.sha256, _code("tables")),
+            f"collect {spec.name}", {"plans": rows, "losses": refs, "ttft": ttft},
+        ))["evaluation"]  # fmt: skip
+
+    def _is_native(self, formats: dict[str, str], groups: TableRef) -> bool:
+        from mpq.kernels import native_formats
+
+        kinds = dict(read(groups).select("op", "kind").iter_rows())
+        return all(f == self.spec.model.base or f in native_formats(self.spec.model.device, kinds[op]) for op, f in formats.items())
+
+    def _time_plans(self, plans: list[dict[str, str]], repeats: int, architecture: str) -> TableRef:
+        spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed"})
+        made_with = self.device_name, version("torch"), version("transformers"), _code("timing", "apply", "attention", "kernels", "kernels.cpu")
+        inputs = {
+            "folder": self.folder, "base": spec.model.base, "device": spec.model.device,
+            "plans": plans, "repeats": repeats, "spec": spec.timing,
+        }  # fmt: skip
+        key = content_key(architecture, plans, spec.model.base, part, repeats, made_with)
+        return self.stages.run_one("TTFT of plans", (timing.time_plans, key, f"TTFT of {len(plans)} plans {spec.name}", inputs))["plan_ttft"]
+
+    def report(self, tables: dict[str, list[TableRef]]) -> tuple[TableRef, dict[str, str]]:
+        """The HTML report and the facts that it tells of the run."""
+        spec = self.spec
+        facts = {
+            "model": spec.model.path, "fingerprint": self.fingerprint[:16], "base": spec.model.base, "device": self.device_name,
+            "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens", "noise model": spec.noise_model,
+            "mpq": version("mpq"), "torch": version("torch"), "transformers": version("transformers"), "python": platform.python_version(),
+        }  # fmt: skip
+        key = content_key([r.sha256 for refs in tables.values() for r in refs], facts, spec.name, _code("report", "figures"))
+        inputs = {"tables": tables, "title": spec.name, "facts": facts}
+        return self.stages.run_one("report", (evaluation.write_report, key, f"report {spec.name}", inputs))["report"], facts
+
+
+def _code(*modules: str) -> str:
+    return code_version(*(f"mpq.{m}" for m in modules))

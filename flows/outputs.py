@@ -1,0 +1,57 @@
+"""What a run leaves for people: local files, and artifacts in Prefect."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
+from mpq.errors import MpqError
+from mpq.plan import Plan
+from mpq.runs import join_tables, write_run
+from mpq.spec import RunSpec
+from mpq.store import Store, TableRef
+
+Tables = Mapping[str, Sequence[TableRef]]
+
+
+def write_outputs(spec: RunSpec, plans: Sequence[dict[str, Any]], report: TableRef, tables: Tables, facts: Mapping[str, str]) -> dict[str, str]:
+    """Write plans, report and the run's record under the spec's `out`; returns their paths.
+
+    Where plan files say which model and text they belong to is added here: it is true of this run, not of the content.
+    """
+    out = Path(spec.out) / spec.name
+    belongs = {"model": spec.model.path, "evaluation": (spec.evaluation or spec.calibration).source}
+    best = ""
+    try:
+        (out / "plans").mkdir(parents=True, exist_ok=True)
+        for data in plans:
+            plan = replace(Plan(**data), provenance={**data["provenance"], **belongs})
+            draw = f"-seed{plan.seed}" if plan.strategy == "random" else ""
+            path = out / "plans" / f"{plan.objective}-{plan.strategy}-tau{plan.tau:g}{draw}.json"
+            path.write_text(plan.to_json(), encoding="utf-8")
+            if plan.strategy.startswith("ip_") and (not best or plan.objective == next(iter(spec.objectives))):
+                best = str(path)  # the first objective's at the largest τ
+        (out / "report.html").write_bytes(Store(report.store).read_bytes(report))
+        write_run(out, spec.name, facts, tables)
+    except OSError as error:
+        raise MpqError(f"The output folder {out} cannot be written ({error}): set `out` in the spec to a folder of yours.") from None
+    return {"report": str(out / "report.html"), "plans": str(out / "plans"), "plan": best or str(path)}
+
+
+def publish(spec: RunSpec, tables: Tables, out: Mapping[str, str]) -> None:
+    """Artifacts for Prefect's UI: results and groups as tables, the frontier as a picture, a link to the report."""
+    from mpq.figures import frontier_png
+    from mpq.report import results_table
+
+    frames = join_tables(tables)
+    picture = base64.b64encode(frontier_png(frames)).decode()
+    create_table_artifact(json.loads(results_table(frames).write_json()), key="results", description=f"Predicted and measured: {spec.name}")
+    create_table_artifact(json.loads(frames["groups"].write_json()), key="groups", description=f"Sequential groups: {spec.name}")
+    create_markdown_artifact(f"![frontier](data:image/png;base64,{picture})", key="frontier", description=f"Frontier: {spec.name}")
+    create_link_artifact(Path(out["report"]).absolute().as_uri(), key="report", description=f"Report: {spec.name}")

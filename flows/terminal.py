@@ -1,0 +1,43 @@
+"""A flow run as a person at a terminal sees it: a line for each stage, bars for long ones, the results."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flows.calibrate import calibrate
+from flows.stages import listening
+from mpq.report import results_table
+from mpq.runs import join_tables
+from mpq.spec import RunSpec
+from tasks.progress import terminal
+
+_COLUMNS = (
+    "objective", "strategy", "tau", "predicted_loss_mse", "measured_loss_mse", "predicted_ttft_s", "measured_ttft_s",
+    "base_ttft_s", "share_lowered",
+)  # fmt: skip
+
+
+def run_in_terminal(spec: RunSpec, console: Console) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Run the flow with its progress on `console`; returns the results table and the paths of what was written."""
+    start = time.perf_counter()
+    bars = Progress(
+        TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+    )
+
+    def on_stage(name: str, tasks: int, cached: int, seconds: float) -> None:
+        state = "cached" if cached == tasks else f"{cached} of {tasks} cached" if cached else "computed"
+        bars.console.print(f"  [green]✓[/] {name:<14} {tasks:>3} task{'s' if tasks != 1 else ' '}  {state:<16} {seconds:6.1f} s", highlight=False)
+
+    console.print(f"[bold]{spec.name}[/]: {spec.model.path} in {spec.model.base} → {', '.join(spec.formats)}; store {spec.store}", highlight=False)
+    logging.getLogger("prefect").propagate = False
+    with terminal(bars), listening(on_stage):
+        outcome: dict[str, Any] = calibrate(spec)
+    console.print(f"[bold]done[/] in {time.perf_counter() - start:.1f} s", highlight=False)
+    results = results_table(join_tables(outcome["tables"]))
+    return results.select([c for c in _COLUMNS if c in results.columns]), outcome["out"]

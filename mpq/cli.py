@@ -1,0 +1,343 @@
+"""The command line: thin commands. Data goes to stdout, what happens on the way to stderr; a mistake exits with 2."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mpq import __version__
+from mpq.errors import MpqError
+
+app = typer.Typer(
+    name="mpq", no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    help="Choose, layer by layer, the numerical format in which a language model runs: as fast (or as small) as possible "
+    "while the error of its loss stays under a bound that you set. Start with `mpq run SPEC.yaml`.",
+)  # fmt: skip
+log = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder or fsspec URL of a checkpoint in Hugging Face layout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Write the table to FILE: .parquet, .json or .csv.", metavar="FILE")]
+Base = Annotated[str, typer.Option(help="Format that the model runs in when nothing is lowered: fp32, bf16 or fp16.")]
+Formats = Annotated[str, typer.Option(help="Formats to lower to, separated by commas (see `mpq formats`).")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
+
+
+def main() -> None:
+    """Run the CLI; a user's mistake is one sentence on stderr and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except MpqError as error:
+        log.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"mpq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+def emit(frame: pl.DataFrame, as_json: bool, out: Path | None, title: str, extra: dict[str, Any] | None = None) -> None:
+    """Print a table for people, or as JSON (`extra` beside it under its own keys), and write it where `--out` says."""
+    if out:
+        write_frame(frame, out)
+    if as_json:
+        rows = json.loads(frame.write_json())
+        print(json.dumps({**extra, title: rows} if extra else rows, indent=1))
+        return
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    for column, kind in frame.schema.items():
+        shown.add_column(column, justify="right" if kind.is_numeric() else "left", overflow="fold")
+    for row in frame.head(200).iter_rows():
+        shown.add_row(*(_cell(v) for v in row))
+    Console().print(shown)
+    if frame.height > 200:
+        log.print(f"… {frame.height - 200} rows more: use --json or --out")
+    for name, value in (extra or {}).items():
+        Console().print(f"{name}: {_cell(value)}", highlight=False)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
+
+
+def write_frame(frame: pl.DataFrame, out: Path) -> None:
+    """Write a table as Parquet, JSON or CSV by suffix. Raises MpqError for another suffix or a folder that is not there."""
+    writers: dict[str, Callable[[Path], Any]] = {
+        ".parquet": frame.write_parquet,
+        ".json": frame.write_json,
+        ".csv": lambda path: frame.with_columns(pl.col(pl.List(pl.String)).list.join(" ")).write_csv(path),
+    }
+    if out.suffix not in writers:
+        raise MpqError(f"--out {out}: expected a name that ends in {', '.join(writers)}.")
+    try:
+        writers[out.suffix](out)
+    except OSError as error:
+        raise MpqError(f"--out {out} cannot be written ({error}).") from None
+
+
+def read_frame(path: str) -> pl.DataFrame:
+    """A table from a Parquet, JSON or CSV file or fsspec URL. Raises MpqError where it is none."""
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb") as stream:
+            data = io.BytesIO(stream.read())
+        readers: dict[str, Callable[[Any], pl.DataFrame]] = {".parquet": pl.read_parquet, ".json": pl.read_json, ".csv": pl.read_csv}
+        suffix = Path(path).suffix
+        if suffix not in readers:
+            raise MpqError(f"{path}: expected a table that ends in {', '.join(readers)}.")
+        return readers[suffix](data)
+    except FileNotFoundError:
+        raise MpqError(f"No table at {path}.") from None
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        if isinstance(error, MpqError):
+            raise
+        raise MpqError(f"{path} cannot be read as a table ({str(error).splitlines()[0]}): it is damaged or of another kind.") from None
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=log, transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _names(formats: str) -> list[str]:
+    from mpq.formats import get_format
+
+    return [get_format(f).name for f in formats.split(",") if f.strip()]
+
+
+@app.command()
+def formats(json_: AsJson = False, out: Out = None) -> None:
+    """List the formats: bits, range, rounding noise, theoretical time of a multiply-accumulate."""
+    from dataclasses import asdict
+
+    from mpq.formats import FORMATS
+
+    keep = ["name", "kind", "bits", "exponent_bits", "mantissa_bits", "maximum", "mac_time", *(["source"] if json_ or out else [])]
+    emit(pl.DataFrame([{k: asdict(f)[k] for k in keep} for f in FORMATS.values()]), json_, out, "formats")
+
+
+@app.command()
+def partition(
+    model: Model,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the prefill that MACs are counted for.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 1024,
+    revision: Revision = None, json_: AsJson = False, out: Out = None,
+) -> None:  # fmt: skip
+    """Cut the model into sequential groups of matrix products. Reads the configuration alone, no weights."""
+    from mpq.graph import trace
+    from mpq.model import fetch, load_config
+    from mpq.partition import groups_table
+    from mpq.partition import partition as partition_graph
+
+    with log.status("tracing"):
+        frame = groups_table(partition_graph(trace(load_config(fetch(model, revision)))), batch, length)
+    emit(frame, json_, out, "groups")
+
+
+@app.command()
+def sensitivity(
+    model: Model,
+    calibration: Annotated[str, typer.Option(help="Text file, JSONL, .npy token array, fsspec URL, or a Hugging Face dataset id.")],
+    samples: Annotated[int, typer.Option(min=1, help="Blocks of tokens to calibrate on.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per block.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Blocks per pass.")] = 8,
+    formats: Formats = "bf16,fp8_e4m3,int8", base: Base = "fp32", device: Device = "cpu", seed: int = 0,
+    field: Annotated[str, typer.Option(help="JSONL key or dataset column of the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    checkpoint_activations: Annotated[bool, typer.Option(help="Recompute activations to save memory.")] = False,
+    base_term: Annotated[bool, typer.Option(help="Subtract the base format's own noise (--no-base-term: the paper's form).")] = True,
+    revision: Revision = None, json_: AsJson = False, out: Out = None,
+) -> None:  # fmt: skip
+    """Measure how much rounding each operand of each product would move the loss (nats²)."""
+    from mpq.graph import trace
+    from mpq.model import fetch, load_config, load_model, read_blocks
+    from mpq.partition import partition as partition_graph
+    from mpq.sensitivity import measure_sensitivity
+    from mpq.spec import TextSpec
+
+    names, folder = _names(formats), fetch(model, revision)
+    config = load_config(folder)
+    text = TextSpec(source=calibration, samples=samples, length=length, batch=batch, seed=seed, field=field, split=split)
+    blocks = read_blocks(text, folder, config.get_text_config().vocab_size)
+    ops = [(op.name, op.kind) for group in partition_graph(trace(config)) for op in group.ops if op.kind != "other"]
+    with _bar("sensitivity") as progress:
+        frame, loss = measure_sensitivity(
+            load_model(folder, base, device), ops, blocks, formats=names, base=_names(base)[0], batch=batch, base_term=base_term,
+            checkpoint_activations=checkpoint_activations, progress=progress,
+        )  # fmt: skip
+    emit(frame, json_, out, "sensitivity", {"loss": loss.row(0, named=True)} if json_ else None)
+
+
+@app.command()
+def time(
+    model: Model, formats: Formats = "bf16,int8", base: Base = "fp32", device: Device = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the prefill.")] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 256,
+    repeats: Annotated[int, typer.Option(min=2, help="Interleaved pairs of base and configuration.")] = 5,
+    method: Annotated[str, typer.Option(help="signature: all groups of a signature at once; group: one group (the paper).")] = "signature",
+    seed: int = 0, revision: Revision = None, json_: AsJson = False, out: Out = None,
+) -> None:  # fmt: skip
+    """Measure the time to first token gained by each configuration of each group, on this device's native kernels."""
+    from mpq.gains import configurations
+    from mpq.graph import trace
+    from mpq.kernels import check_native, native_formats
+    from mpq.model import fetch, load_config
+    from mpq.partition import groups_table
+    from mpq.partition import partition as partition_graph
+    from mpq.timing import measure, timing_model
+
+    if method not in ("signature", "group"):
+        raise MpqError(f"--method {method}: expected signature or group.")
+    names, base = _names(formats), _names(base)[0]
+    check_native(names, device)
+    config = load_config(fetch(model, revision))
+    groups = groups_table(partition_graph(trace(config)), batch, length)
+    native = {k: [f for f in names if f in native_formats(device, k)] for k in ("linear", "bgemm")}
+    requests = []
+    for (signature,), rows in groups.sort("order").group_by(["signature"], maintain_order=True):
+        first = rows.filter(pl.col("group") == rows["group"].min())
+        requests.append((signature, configurations(first, native, base)))
+    with _bar("timing") as progress:
+        frame = measure(
+            timing_model(config, base).to(device), groups, requests, base=base, batch=batch, length=length, repeats=repeats,
+            method=method, seed=seed, progress=progress,
+        )  # fmt: skip
+    emit(frame, json_, out, "timing")
+
+
+@app.command()
+def solve(
+    gains: Annotated[str, typer.Option(help="A gains table: objective, group, configuration, gain, loss_mse (.parquet, .json, .csv).")],
+    budget: Annotated[float, typer.Option(help="Bound on the plan's loss MSE, in the units of loss_mse (τ² E[g²]).")],
+    solver: Annotated[str, typer.Option(help="auto, highs or gurobi.")] = "auto",
+    objective: Annotated[str | None, typer.Option(help="Which objective, where the table holds several.")] = None,
+    json_: AsJson = False, out: Out = None,
+) -> None:  # fmt: skip
+    """Choose one configuration for each group: the largest gain whose loss MSE stays within the budget."""
+    from dataclasses import asdict
+
+    from mpq.gains import solve_table
+
+    if solver not in ("auto", "highs", "gurobi"):
+        raise MpqError(f"--solver {solver}: expected auto, highs or gurobi.")
+    frame = read_frame(gains)
+    if objective:
+        frame = frame.filter(pl.col("objective") == objective)
+    chosen, solution = solve_table(frame, budget, solver=solver)
+    summary = {k: v for k, v in asdict(solution).items() if k != "chosen"}
+    emit(chosen, json_, out, "chosen", {**summary, "budget": budget})
+
+
+@app.command("eval")
+def evaluate(
+    plan: Annotated[Path, typer.Argument(help="A plan's JSON, as `mpq run` writes it.")],
+    model: Annotated[str | None, typer.Option(help="The checkpoint; the one that the plan was made for if left out.")] = None,
+    text: Annotated[str | None, typer.Option(help="Held-out text; the run's own if left out.")] = None,
+    samples: Annotated[int, typer.Option(min=1)] = 64, length: Annotated[int, typer.Option(min=2)] = 256,
+    batch: Annotated[int, typer.Option(min=1)] = 8, seeds: Annotated[int, typer.Option(min=1, help="Perturbations of the scales.")] = 3,
+    device: Device = "cpu", json_: AsJson = False, out: Out = None,
+) -> None:  # fmt: skip
+    """Run a model under a plan, with real quantization: loss MSE, drift and perplexity against base, per seed."""
+    from mpq.evaluate import evaluate_loss, losses
+    from mpq.model import fetch, fingerprint, load_config, load_model, read_blocks
+    from mpq.plan import Plan
+    from mpq.spec import TextSpec
+
+    try:
+        chosen = Plan.from_json(plan.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise MpqError(f"The plan {plan} cannot be read ({error}): expected the JSON that `mpq run` writes.") from None
+    model, text = model or chosen.provenance.get("model"), text or chosen.provenance.get("evaluation")
+    if not model or not text:
+        raise MpqError("The plan does not say which model and text it belongs to: give --model and --text.")
+    folder = fetch(model)
+    chosen.check_model(fingerprint(folder))
+    vocabulary = load_config(folder).get_text_config().vocab_size
+    blocks = read_blocks(TextSpec(source=text, samples=samples, length=length, batch=batch), folder, vocabulary)
+    loaded = load_model(folder, chosen.base, device)
+    with _bar("evaluation") as progress:
+        base_losses = losses(loaded, blocks, batch)
+        frame = evaluate_loss(
+            loaded, chosen.formats, blocks, base_losses, base=chosen.base, seeds=range(seeds), batch=batch, progress=progress
+        )
+    emit(frame, json_, out, "evaluation", {"predicted_loss_mse": chosen.predicted_loss_mse})
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder, as `mpq run` writes it (it holds run.json).")],
+    json_: AsJson = False, out: Annotated[Path | None, typer.Option(help="Where to write; RUN/report.html if left out.")] = None,
+) -> None:  # fmt: skip
+    """Write the HTML report of a finished run again, from its tables alone."""
+    from mpq.report import results_table, write_report
+    from mpq.runs import read_run
+
+    record, tables = read_run(run)
+    if out and out.suffix in (".parquet", ".json", ".csv"):
+        write_frame(results_table(tables), out)
+    else:
+        out = out or run / "report.html"
+        out.write_text(write_report(tables, record["name"], record["facts"]), encoding="utf-8")
+    emit(results_table(tables), json_, None, "results", {"written": str(out)})
+
+
+@app.command()
+def run(
+    spec: Annotated[Path, typer.Argument(help="A run's YAML file: model, calibration, objectives, τ (see examples/demo.yaml).")],
+    store: Annotated[str | None, typer.Option(help="Another store than the spec's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results table to FILE as well.", metavar="FILE")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")] = False, json_: AsJson = False,
+) -> None:  # fmt: skip
+    """Do it all: a checkpoint in; plans, their evaluation and a report out. A second run re-uses what is done."""
+    from mpq.spec import load_spec
+
+    checked = load_spec(spec)
+    if store:
+        checked = checked.model_copy(update={"store": store})
+    _prefect_environment(verbose)
+    from flows.terminal import run_in_terminal
+
+    results, where = run_in_terminal(checked, log)
+    emit(results, json_, out, "results", {k: v for k, v in where.items()})
+
+
+def _prefect_environment(verbose: bool) -> None:
+    """Prefect's home in the working folder and no telemetry, unless the user has set things up otherwise."""
+    for name, value in {
+        "PREFECT_HOME": str(Path(".work/prefect").absolute()), "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "CRITICAL", "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false", "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+    }.items():  # fmt: skip
+        os.environ.setdefault(name, value)

@@ -1,0 +1,96 @@
+"""From a checkpoint to what it may cost to lower each op: load, partition, sensitivity by shards, their sum."""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq.spec import CalibrationSpec, TextSpec
+from mpq.store import Store, TableRef
+from tasks.device import exclusive
+from tasks.progress import tracked
+from tasks.stage import Output, read, stage
+
+
+@lru_cache(maxsize=1)
+def model_of(folder: str, fingerprint: str, base: str, device: str) -> Any:
+    """The loaded model, kept for the next task in this process that asks for the same content."""
+    from mpq.model import load_model
+
+    return load_model(Path(folder), base, device)
+
+
+def blocks_of(ref: TableRef) -> Any:
+    """The token blocks behind a reference."""
+    from mpq.model import Blocks
+
+    return Blocks(np.load(io.BytesIO(Store(ref.store).read_bytes(ref)), allow_pickle=False))
+
+
+def _npy(array: np.ndarray) -> tuple[bytes, str]:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue(), "npy"
+
+
+@stage("model", "calibration", "evaluation_text")
+def load_model(folder: str, calibration: CalibrationSpec, evaluation: TextSpec) -> Output:
+    """Facts of the checkpoint, and the blocks of tokens to calibrate and to evaluate on."""
+    from mpq.model import load_config, read_blocks
+    from mpq.partition import architecture_key
+
+    config = load_config(Path(folder))
+    text = config.get_text_config()
+    facts = {"architecture": architecture_key(config), "model_type": config.model_type, "vocabulary": text.vocab_size}
+    return {
+        "model": (json.dumps(facts).encode(), "json"),
+        "calibration": _npy(read_blocks(calibration, Path(folder), text.vocab_size).tokens),
+        "evaluation_text": _npy(read_blocks(evaluation, Path(folder), text.vocab_size).tokens),
+    }
+
+
+@stage("groups")
+def partition(folder: str, batch: int, length: int) -> Output:
+    """The groups table of the architecture; no weights are read."""
+    from mpq.graph import trace
+    from mpq.model import load_config
+    from mpq.partition import groups_table
+    from mpq.partition import partition as partition_graph
+
+    return {"groups": groups_table(partition_graph(trace(load_config(Path(folder)))), batch, length)}
+
+
+@stage("sensitivity", "loss", retries=1)
+def sensitivity_shard(
+    model: dict[str, str], groups: TableRef, blocks: TableRef, shard: int, shards: int,
+    formats: list[str], batch: int, base_term: bool, checkpoint_activations: bool,
+) -> Output:  # fmt: skip
+    """Sensitivity of every op over one shard of the calibration blocks."""
+    from mpq.sensitivity import measure_sensitivity
+
+    part = blocks_of(blocks).shards(shards)[shard]
+    with exclusive(model["device"]), tracked(f"sensitivity {shard + 1}/{shards}") as progress:
+        sensitivity, loss = measure_sensitivity(
+            model_of(**model), measured_ops(groups), part, formats=formats, base=model["base"], batch=batch,
+            base_term=base_term, checkpoint_activations=checkpoint_activations, progress=progress,
+        )  # fmt: skip
+    return {"sensitivity": sensitivity, "loss": loss}
+
+
+def measured_ops(groups: TableRef) -> list[tuple[str, str]]:
+    """(name, kind) of the ops that can be lowered; products of other kinds stay in base."""
+    return [(r["op"], r["kind"]) for r in read(groups).iter_rows(named=True) if r["kind"] in ("linear", "bgemm")]
+
+
+@stage("sensitivity", "loss")
+def merge_shards(sensitivities: list[TableRef], losses: list[TableRef]) -> Output:
+    """The shards' sums as one table."""
+    from mpq.sensitivity import merge
+
+    sensitivity, loss = merge([read(s) for s in sensitivities], [read(x) for x in losses])
+    return {"sensitivity": sensitivity, "loss": loss}

@@ -1,0 +1,63 @@
+"""From tables to plans: what each configuration gains and costs, and the choice among them for each τ."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import polars as pl
+
+from mpq.spec import Objective, ObjectiveSpec
+from mpq.store import TableRef
+from mpq.tables import table
+from tasks.stage import Output, read, stage
+
+
+@stage("gains")
+def build_gains(
+    objective: Objective, groups: TableRef, sensitivity: TableRef, timing: list[TableRef],
+    formats: list[str], base: str, noise_model: str, bound: str,
+) -> Output:  # fmt: skip
+    """The gains table of one objective: for each group and configuration its gain and its loss MSE."""
+    from mpq.gains import gains_et, gains_m, gains_tt
+
+    tables = read(groups), read(sensitivity)
+    if objective == "et":
+        measured = pl.concat([read(t) for t in timing])
+        return {"gains": gains_et(tables[0], measured, tables[1], base, noise_model, bound)}
+    build = gains_tt if objective == "tt" else gains_m
+    return {"gains": build(tables[0], tables[1], formats, base, noise_model)}
+
+
+@stage("plans", "solutions", "plan_files")
+def solve(
+    objective: Objective, part: ObjectiveSpec, groups: TableRef, gains: TableRef, loss: TableRef, timing: list[TableRef],
+    taus: list[float], base: str, solver: str, fingerprint: str, provenance: dict[str, Any],
+) -> Output:  # fmt: skip
+    """A plan for each strategy, τ and seed of one objective."""
+    from mpq.strategies import choose
+
+    tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
+    base_ttft = float(pl.concat([read(t) for t in timing])["base_ttft_s"].median()) if timing else None  # type: ignore[arg-type]
+    plans, rows = [], []
+    for strategy in part.strategies:
+        name = f"ip_{objective}" if strategy == "ip" else strategy
+        for seed in range(part.random_seeds if strategy == "random" else 1):
+            for tau in taus:
+                plan, row = choose(
+                    name, objective, *tables, tau=tau, mean_square_loss=mean_square, base=base, seed=seed, solver=solver,
+                    base_ttft_s=base_ttft,
+                )  # fmt: skip
+                plans.append(replace(plan, fingerprint=fingerprint, provenance=provenance))
+                rows.append(row)
+    ops = [
+        {"strategy": p.strategy, "objective": p.objective, "tau": p.tau, "seed": p.seed, "op": op, "format": f}
+        for p in plans
+        for op, f in p.formats.items()
+    ]
+    return {
+        "plans": table("plans", ops),
+        "solutions": table("solutions", rows),
+        "plan_files": (json.dumps([asdict(p) for p in plans]).encode(), "json"),
+    }

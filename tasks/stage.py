@@ -1,0 +1,112 @@
+"""What every stage shares: caching by content, the store, a readable name. A stage itself is a pure function.
+
+A stage takes references and plain values and returns {kind: table or (bytes, suffix)}. Wrapped, it becomes a Prefect
+task that is cached twice over: by Prefect, whose result is the small JSON of the references, and by the store, which
+knows the entries even where Prefect's own records are gone (another machine, a fresh server).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import polars as pl
+from prefect import Task, task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.logging import get_run_logger
+from prefect.serializers import Serializer
+from prefect.states import Completed
+
+from mpq.store import Damaged, Store, TableRef, content_key
+
+References = dict[str, TableRef]
+Output = Mapping[str, "pl.DataFrame | tuple[bytes, str]"]
+
+
+class ReferenceSerializer(Serializer[Any]):
+    """References as JSON. Reading them back reads the entries: where one is gone or damaged that raises, which Prefect
+    takes for a miss, and the stage is computed again."""
+
+    type: str = "mpq-references"
+
+    def dumps(self, obj: Any) -> bytes:
+        if isinstance(obj, BaseException):  # a task's failure is kept too
+            return json.dumps({"error": str(obj)}).encode()
+        return json.dumps({kind: asdict(ref) for kind, ref in obj.items()}).encode()
+
+    def loads(self, blob: bytes) -> References:
+        references = {kind: TableRef(**{**r, "upstream": tuple(r["upstream"])}) for kind, r in json.loads(blob).items()}
+        for ref in references.values():
+            Store(ref.store).read_bytes(ref)
+        return references
+
+
+def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task[..., References]]:
+    """Make a Prefect task that writes `kinds` from a function that computes them.
+
+    The task is called with `key` (what the stage depends on, see `content_key`), the store's URL, a label for people
+    and the function's own arguments as `inputs`; it returns a reference for each kind.
+    """
+
+    def wrap(compute: Callable[..., Output]) -> Task[..., References]:
+        @functools.wraps(compute, assigned=("__name__", "__qualname__", "__doc__", "__module__"), updated=())
+        def run(key: str, store: str, label: str, inputs: dict[str, Any]) -> Any:
+            where, log = Store(store), get_run_logger()
+            found = {kind: where.find(kind, key) for kind in kinds}
+            if all(found.values()):
+                log.info("%s: reused from %s", label, store)
+                return Completed(name="Cached", message="Reused from the store", data=found)
+            log.info("%s: computing", label)
+            output = compute(**inputs)
+            upstream = tuple(dict.fromkeys(ref.key for ref in _references(inputs)))
+            return {kind: _write(where, kind, key, output[kind], upstream, label) for kind in kinds}
+
+        del run.__wrapped__
+        return task(  # type: ignore[call-overload,no-any-return]
+            name=compute.__name__,
+            task_run_name="{label}",
+            persist_result=True,
+            cache_policy=CacheKeyFnPolicy(cache_key_fn=cache_key),
+            result_serializer=ReferenceSerializer(),
+            **options,
+        )(run)
+
+    return wrap
+
+
+def cache_key(context: Any, parameters: dict[str, Any]) -> str:
+    """Prefect's key of a task run: its stage's key, in its store."""
+    return content_key(parameters["key"], parameters["store"])
+
+
+def _references(value: Any) -> list[TableRef]:
+    if isinstance(value, TableRef):
+        return [value]
+    if isinstance(value, Mapping):
+        return [ref for v in value.values() for ref in _references(v)]
+    if isinstance(value, list | tuple):
+        return [ref for v in value for ref in _references(v)]
+    return []
+
+
+def _write(store: Store, kind: str, key: str, data: Any, upstream: tuple[str, ...], label: str) -> TableRef:
+    more: dict[str, Any] = {"upstream": upstream, "provenance": {"stage": label}}
+    if isinstance(data, pl.DataFrame):
+        return store.write_table(kind, key, data, **more)
+    return store.write_bytes(kind, key, *data, **more)
+
+
+def read(ref: TableRef) -> pl.DataFrame:
+    """The table behind a reference."""
+    return Store(ref.store).read_table(ref)
+
+
+def read_json(ref: TableRef) -> Any:
+    """The JSON behind a reference."""
+    return json.loads(Store(ref.store).read_bytes(ref))
+
+
+__all__ = ["Damaged", "Output", "References", "read", "read_json", "stage"]
