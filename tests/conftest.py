@@ -1,0 +1,35 @@
+"""Small models for the tests: real architectures from configurations, weights drawn by seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "examples" / "demo"
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+
+
+def small_config(model_type: str, **more: object) -> AutoConfig:
+    """A tiny configuration of the architecture, two layers of hidden size 32."""
+    return AutoConfig.for_model(model_type, **{**SMALL, **more})
+
+
+def small_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **more: object) -> torch.nn.Module:
+    """A tiny model of the architecture with weights large enough for its loss to depend on them."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(small_config(model_type, **more)).to(dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The folder of the demo checkpoint."""
+    return DEMO
