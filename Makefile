@@ -1,0 +1,41 @@
+# `make demo` does the main job on the demo checkpoint; `make test` passes all tests. Both install what they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# torch first and alone: a range that another package asks for would bring gigabytes of CUDA to a CPU machine
+TORCH ?= torch==2.13.0
+
+export DO_NOT_TRACK = 1
+
+.PHONY: demo test check install bench docs clean
+
+demo: $(VENV)/.installed
+	$(BIN)/mpq run examples/demo.yaml
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format -q --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mpq needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/sensitivity.py
+	$(BIN)/python bench/solver.py
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/make_cli.py
+
+clean:
+	rm -rf $(VENV) .work
