@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_model
+from models import small_model
 
 from mpq.attention import AttentionHandler, intercept
 from mpq.errors import MpqError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from models import ROOT
 
 from mpq.errors import MpqError
 from mpq.spec import load_spec, parse_spec

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,7 +28,7 @@ def small_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float
     return model
 
 
-@pytest.fixture(scope="session")
-def demo() -> Path:
-    """The folder of the demo checkpoint."""
-    return DEMO
+def write_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """A tiny Llama checkpoint, tied and with grouped-query attention, without a tokenizer."""
+    small_model("llama", seed=seed, num_key_value_heads=2, tie_word_embeddings=True).save_pretrained(folder)
+    return folder
