@@ -26,9 +26,7 @@ def value_granularity(fmt: Format) -> Granularity:
     return "column" if fmt.kind == "int" else "row"
 
 
-def linear(
-    weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float = 1.0, perturb_weight: float = 1.0
-) -> Linear:
+def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float = 1.0, perturb_weight: float = 1.0) -> Linear:
     """`x (..., K) -> (..., C)` with x and `weight` (C, K) rounded to `fmt`; the bias stays as it is.
 
     `perturb_*` multiply the scales before rounding (quantize.fake_quantize).
@@ -41,9 +39,7 @@ def linear(
     return forward
 
 
-def bgemm(
-    fmt: Format, rhs_granularity: Granularity = "column", perturb_lhs: float = 1.0, perturb_rhs: float = 1.0
-) -> Product:
+def bgemm(fmt: Format, rhs_granularity: Granularity = "column", perturb_lhs: float = 1.0, perturb_rhs: float = 1.0) -> Product:
     """`a (..., T, K) x b (..., K, N) -> (..., T, N)` with both operands rounded to `fmt`, a scale for each row of `a`.
 
     Kᵀ as the second operand of Q Kᵀ has one scale for each of its columns, the rows of K.

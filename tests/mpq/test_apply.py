@@ -55,7 +55,9 @@ def e4m3(x: Tensor, axis: int = -1) -> Tensor:
     return torch.from_numpy((a / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale)
 
 
-@pytest.mark.parametrize(("backend", "base"), [("emulated", "fp32"), ("emulated", "bf16"), ("native", "fp32"), ("native", "bf16")])
+@pytest.mark.parametrize(
+    ("backend", "base"), [("emulated", "fp32"), ("emulated", "bf16"), ("native", "fp32"), ("native", "bf16")]
+)
 def test_applied_and_taken_off(backend: Any, base: str) -> None:
     """Inside the context the logits change; outside they are the same bits, with no attribute behind, error or not."""
     model = small(dtype=torch.float32 if base == "fp32" else torch.bfloat16)

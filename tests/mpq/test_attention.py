@@ -13,7 +13,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from mpq.attention import AttentionHandler, intercept
 from mpq.errors import MpqError
 
-SMALL: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 101, "pad_token_id": 0}
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+    "pad_token_id": 0,
+}
 DECODER = {**SMALL, "intermediate_size": 96, "max_position_embeddings": 64}
 GQA = {**DECODER, "num_key_value_heads": 2, "head_dim": 16}
 CONFIGS: dict[str, dict[str, Any]] = {

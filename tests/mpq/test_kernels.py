@@ -1,0 +1,177 @@
+"""Native and emulated kernels against float64 references, on odd shapes."""
+
+from __future__ import annotations
+
+import logging
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mpq.errors import MpqError
+from mpq.formats import FORMATS, get_format
+from mpq.kernels import check_native, cpu, device_name, emulated, native_formats
+
+SHAPES = [(1, 1, 1), (1, 33, 7), (5, 17, 19), (37, 64, 130), (128, 48, 1)]  # T, K, C
+
+
+def tensors(t: int, k: int, c: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """x (t, k) whose rows differ a hundredfold in size, a weight (c, k) and a bias (c,)."""
+    g = torch.Generator().manual_seed(t + k + c)
+    x = torch.randn(t, k, generator=g) * torch.logspace(-1, 1, t)[:, None]
+    return x.to(dtype), torch.randn(c, k, generator=g).to(dtype), torch.randn(c, generator=g).to(dtype)
+
+
+def seeded(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def rounded(x: Tensor, name: str, axis: int = -1) -> np.ndarray:
+    """`x` rounded by numpy and ml_dtypes in float64, scaled along `axis` where the format has 8 bits."""
+    a = x.double().numpy()
+    if name == "int8":
+        scale = np.maximum(np.abs(a).max(axis=axis, keepdims=True), 1e-30) / 127
+        return np.rint(a / scale) * scale
+    dtype = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}[name]  # fmt: skip
+    if name in ("fp8_e4m3", "fp8_e5m2"):
+        scale = np.abs(a).max(axis=axis, keepdims=True) / FORMATS[name].maximum
+        return (a / scale).astype(np.float32).astype(dtype).astype(np.float64) * scale
+    return a.astype(dtype).astype(np.float64)
+
+
+def close(got: Tensor, want: np.ndarray, a: np.ndarray, b: np.ndarray, share: float) -> None:
+    """Each element of the product a x b within `share` of the sum of its terms' magnitudes."""
+    assert (np.abs(got.double().numpy() - want) <= share * (np.abs(a) @ np.abs(b)) + 1e-12).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_emulated_linear_is_the_product_of_rounded_operands(name: str, shape: tuple[int, int, int]) -> None:
+    """x and W rounded by numpy and multiplied in float64; the bias is added as it is."""
+    x, weight, bias = tensors(*shape)
+    a, b = rounded(x, name), rounded(weight, name).T
+    close(emulated.linear(weight, None, get_format(name))(x), a @ b, a, b, 1e-3)
+    torch.testing.assert_close(
+        emulated.linear(weight, bias, get_format(name))(x), emulated.linear(weight, None, get_format(name))(x) + bias
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "dtype", "share"), [
+    ("int8", torch.float32, 1e-3), ("int8", torch.bfloat16, 1e-2), ("bf16", torch.float32, 1e-2), ("fp32", torch.bfloat16, 1e-2),
+])  # fmt: skip
+def test_native_linear_against_float64(name: str, dtype: torch.dtype, share: float, shape: tuple[int, int, int]) -> None:
+    """Each native linear is the float64 product of its rounded operands, up to the rounding of its output, with and without bias."""
+    x, weight, bias = tensors(*shape, dtype)
+    a, b = rounded(x, name), rounded(weight, name).T
+    got = cpu.linear(weight, None, get_format(name))(x)
+    assert got.dtype == dtype
+    close(got, a @ b, a, b, share)
+    # the bias as one more column of the weight, against a column of ones
+    with_bias = np.concatenate([a, np.ones((len(a), 1))], 1), np.concatenate([b, bias.double().numpy()[None]])
+    close(cpu.linear(weight, bias, get_format(name))(x), with_bias[0] @ with_bias[1], *with_bias, share)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_native_equals_emulated(name: str, shape: tuple[int, int, int]) -> None:
+    """What is emulated for accuracy is what the native kernel computes, scales perturbed or not."""
+    x, weight, _ = tensors(*shape)
+    for perturb in (1.0, 1.04):
+        arguments = (weight, None, get_format(name), perturb, perturb)
+        native, fake = cpu.linear(*arguments)(x), emulated.linear(*arguments)(x)
+        close(native, fake.double().numpy(), x.double().numpy(), weight.T.double().numpy(), 1e-2 if name == "bf16" else 1e-5)
+
+
+def test_int8_fallback_equals_the_prepacked_kernel(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without oneDNN's quantized linear the same numbers come from torch._int_mm, and the log says so."""
+    x, weight, bias = tensors(40, 64, 24)
+    want = cpu.linear(weight, bias, get_format("int8"))(x)
+    cpu.has_quantized_linear.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    try:
+        with caplog.at_level(logging.WARNING):
+            got = cpu.linear(weight, bias, get_format("int8"))(x)
+    finally:
+        cpu.has_quantized_linear.cache_clear()
+    assert "torch._int_mm" in caplog.text
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_int8_without_a_compiler_gives_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where torch.compile fails the activations are quantized uncompiled, the log says so, the result is the same."""
+    x, weight, bias = tensors(40, 64, 24)
+    want = cpu.linear(weight, bias, get_format("int8"))(x)
+
+    def broken(*_: object, **__: object) -> object:
+        def call(*_: object) -> None:
+            raise RuntimeError("no C++ compiler")
+
+        return call
+
+    cpu._passes.cache_clear()
+    monkeypatch.setattr(torch, "compile", broken)
+    try:
+        with caplog.at_level(logging.WARNING):
+            got = cpu.linear(weight, bias, get_format("int8"))(x)
+    finally:
+        cpu._passes.cache_clear()
+    assert "no C++ compiler" in caplog.text
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_int8_rows_do_not_share_a_scale() -> None:
+    """A token of zeros gives the bias, and a token a million times larger leaves its neighbours' results bit-equal."""
+    x, weight, bias = tensors(6, 32, 16)
+    kernel = cpu.linear(weight, bias, get_format("int8"))
+    before = kernel(x)
+    x[2], x[4] = 0, x[4] * 1e6
+    after = kernel(x)
+    assert torch.equal(after[2], bias)
+    assert torch.equal(after[[0, 1, 3, 5]], before[[0, 1, 3, 5]])
+
+
+def test_linears_keep_leading_dimensions_and_strides() -> None:
+    """(batch, tokens, K) inputs, contiguous or not, give (batch, tokens, C)."""
+    x, weight, bias = tensors(12, 20, 9)
+    for name in ("bf16", "int8"):
+        kernel = cpu.linear(weight, bias, get_format(name))
+        want = kernel(x).view(3, 4, 9)
+        torch.testing.assert_close(kernel(x.view(3, 4, 20)), want, rtol=1e-2, atol=0.5)
+        strided = x.view(3, 4, 20).transpose(0, 1).contiguous().transpose(0, 1)
+        torch.testing.assert_close(kernel(strided), want, rtol=1e-2, atol=0.5)  # BF16 rounds once more where it adds a bias apart
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_emulated_bgemm_against_float64(name: str) -> None:
+    """Rows of the first operand and columns of the second are rounded by numpy, the product is float64's."""
+    a, b = seeded(2, 3, 5, 11), seeded(2, 3, 11, 7)
+    lhs, rhs = rounded(a, name), rounded(b, name, axis=-2)
+    close(emulated.bgemm(get_format(name))(a, b), lhs @ rhs, lhs, rhs, 1e-3)
+
+
+def test_native_bgemm_in_bf16_against_float64() -> None:
+    """BF16 operands, output in the caller's dtype."""
+    a, b = seeded(2, 3, 5, 11), seeded(2, 3, 11, 7)
+    got = cpu.bgemm(get_format("bf16"))(a, b)
+    assert got.dtype == torch.float32
+    lhs, rhs = rounded(a, "bf16"), rounded(b, "bf16")
+    close(got, lhs @ rhs, lhs, rhs, 1e-2)
+
+
+def test_what_is_native_is_said_and_the_rest_refused() -> None:
+    """check_native names the formats that the device can run, per kind of product, and the device when it has none."""
+    assert native_formats("cpu", "linear") == ("fp32", "bf16", "int8")
+    assert native_formats("cpu", "bgemm") == ("fp32", "bf16")
+    check_native(["int8", "bf16"], "cpu")
+    with pytest.raises(MpqError, match=r"fp8_e4m3.*can run fp32, bf16, int8"):
+        check_native(["bf16", "fp8_e4m3"], "cpu")
+    with pytest.raises(MpqError, match=r"native bgemm in int8.*can run fp32, bf16"):
+        check_native(["int8"], "cpu", "bgemm")
+    with pytest.raises(MpqError, match="no native kernels"):
+        check_native(["bf16"], "tpu:0")
+    assert "(" in device_name("cpu")
