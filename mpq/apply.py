@@ -77,7 +77,7 @@ class Mixed:
         Raises MpqError, and changes nothing, where the model lacks an op or the device a native kernel.
         """
         lowered = {op: f for op, name in formats.items() if (f := get_format(name).name) != self.base}
-        unknown = [op for op in formats if not self._exists(op)]
+        unknown = [op for op in formats if not (self._exists(op) or (op not in lowered and self._is_product_of_other_kind(op)))]
         if unknown:
             raise MpqError(
                 f"The model has no op {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''} ({len(unknown)} of "
@@ -114,6 +114,15 @@ class Mixed:
             return isinstance(self.model.get_submodule(op), (nn.Linear, Conv1D))
         except AttributeError:
             return False
+
+    def _is_product_of_other_kind(self, op: str) -> bool:
+        """Whether `op` may be a product that mpq names but cannot lower (`<module>.bmm`), and a plan leaves in base."""
+        owner, _, product = op.rpartition(".")
+        try:
+            module = self.model.get_submodule(owner)
+        except AttributeError:
+            return False
+        return not isinstance(getattr(module, product, None), nn.Module)
 
     def _linear(self, op: str, name: str) -> Forward:
         if (op, name) not in self._kernels:

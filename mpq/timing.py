@@ -10,6 +10,7 @@ meets both; a gain is the median of the differences within pairs, its interval a
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import os
@@ -24,12 +25,12 @@ import numpy as np
 import polars as pl
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from mpq.apply import Mixed
 from mpq.errors import MpqError
 from mpq.formats import get_format
+from mpq.graph import build_on_meta
 from mpq.kernels import check_native, device_name
 from mpq.tables import table
 
@@ -53,8 +54,9 @@ class Pairs:
 def timing_model(config: Any, base: str) -> nn.Module:
     """The architecture of `config` with random weights in the base format, to be timed; no checkpoint is needed."""
     dtype = getattr(torch, get_format(base).dtype)
+    architecture: Any = type(build_on_meta(config))  # trace's choice of class: causal or masked language model
     with no_init_weights():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model: nn.Module = architecture._from_config(copy.deepcopy(config), dtype=dtype)
     for parameter in model.parameters():
         # values of a real model's size: what is left in fresh memory may be subnormal or NaN, and slow
         if parameter.ndim > 1:
@@ -271,6 +273,9 @@ def _check(signature: str, configuration: Configuration, ops: list[list[tuple[st
             raise MpqError(
                 f"Configuration {', '.join(configuration)} has {len(configuration)} formats, {signature} {len(group)} ops."
             )
+        stuck = [op for (op, kind), f in zip(group, configuration, strict=True) if kind == "other" and f != base]
+        if stuck:
+            raise MpqError(f"{stuck[0]} is neither linear nor attention product: it can only run in {base}.")
         for kind in ("linear", "bgemm"):
             wanted = (f for (_, k), f in zip(group, configuration, strict=True) if k == kind and f != base)
             check_native(wanted, device, kind)

@@ -108,7 +108,8 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_inp
     perturb = torch.tensor(perturb_input)
 
     def forward(x: Tensor) -> Tensor:
-        codes, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]), perturb)
+        # contiguous: the compiled pass is made anew for each pattern of strides
+        codes, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]).contiguous(), perturb)
         dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32  # those that oneDNN writes
         y = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, _ZERO_POINT, packed, scale, zero, None, 1.0, 0, dtype, "none", [], ""

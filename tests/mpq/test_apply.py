@@ -134,6 +134,8 @@ def test_switching_keeps_kernels_and_forgets_plans() -> None:
     mixed.set({"lm_head": "FP32"})
     assert mixed.formats == {}
     assert torch.equal(logits(model), before)
+    mixed.set({"model.layers.0.mlp.bmm": "fp32"})  # a product of another kind may be in a plan, in base
+    assert mixed.formats == {}
     mixed.clear()
 
 
@@ -175,6 +177,8 @@ def test_a_plan_for_another_model_is_refused() -> None:
         ({"lm_head": "fp8_e4m3"}, "native", "fp32, bf16, int8"),
         ({f"{ATTENTION}.qk_matmul": "int8"}, "native", "can run fp32, bf16"),
         ({"lm_head": "int9"}, "emulated", "Unknown format"),
+        ({"model.layers.0.mlp.bmm": "int8"}, "emulated", "no op"),
+        ({"model.layers.9.mlp.bmm": "fp32"}, "emulated", "no op"),
     ):
         with pytest.raises(MpqError, match=message), applied(model, formats, base="fp32", backend=backend):  # type: ignore[arg-type]
             pass

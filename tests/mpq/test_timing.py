@@ -210,3 +210,13 @@ def test_the_timing_model_is_finite_and_in_base() -> None:
     assert out.dtype == torch.bfloat16
     assert bool(out.isfinite().all())
     assert float(out.float().std()) > 0
+
+
+def test_a_masked_language_model_is_timed_too() -> None:
+    """BERT has no cache and no logits_to_keep to ask for; its random model runs and a linear of it is lowered."""
+    config = AutoConfig.for_model(
+        "bert", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
+    plan = {"bert.encoder.layer.0.attention.self.query": "int8", "bert.encoder.layer.0.attention.self.qk_matmul": "bf16"}
+    frame = measure_ttft(timing_model(config, "fp32"), [plan], base="fp32", batch=1, length=8, repeats=2)
+    assert float(frame["ttft_s"].item()) > 0
