@@ -120,8 +120,16 @@ class _Run:
         from mpq.kernels import native_formats
 
         spec, part = self.spec, self.spec.timing.model_dump(exclude={"slice", "bound"})
-        formats = {k: [f for f in spec.objectives["et"].formats if f in native_formats(spec.model.device, k)] for k in ("linear", "bgemm")}
-        made_with = self.device_name, version("torch"), version("transformers"), _code("timing", "apply", "attention", "kernels", "kernels.cpu")
+        formats = {
+            k: [f for f in spec.objectives["et"].formats if f in native_formats(spec.model.device, k)]
+            for k in ("linear", "bgemm")
+        }
+        made_with = (
+            self.device_name,
+            version("torch"),
+            version("transformers"),
+            _code("timing", "apply", "attention", "kernels", "kernels.cpu"),
+        )
         calls: list[Call] = []
         for (signature,), rows in read(groups).sort("order").group_by(["signature"], maintain_order=True):
             first = rows.filter(rows["group"] == rows["group"].min())
@@ -211,17 +219,26 @@ class _Run:
         from mpq.kernels import native_formats
 
         kinds = dict(read(groups).select("op", "kind").iter_rows())
-        return all(f == self.spec.model.base or f in native_formats(self.spec.model.device, kinds[op]) for op, f in formats.items())
+        return all(
+            f == self.spec.model.base or f in native_formats(self.spec.model.device, kinds[op]) for op, f in formats.items()
+        )
 
     def _time_plans(self, plans: list[dict[str, str]], repeats: int, architecture: str) -> TableRef:
         spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed"})
-        made_with = self.device_name, version("torch"), version("transformers"), _code("timing", "apply", "attention", "kernels", "kernels.cpu")
+        made_with = (
+            self.device_name,
+            version("torch"),
+            version("transformers"),
+            _code("timing", "apply", "attention", "kernels", "kernels.cpu"),
+        )
         inputs = {
             "folder": self.folder, "base": spec.model.base, "device": spec.model.device,
             "plans": plans, "repeats": repeats, "spec": spec.timing,
         }  # fmt: skip
         key = content_key(architecture, plans, spec.model.base, part, repeats, made_with)
-        return self.stages.run_one("TTFT of plans", (timing.time_plans, key, f"TTFT of {len(plans)} plans {spec.name}", inputs))["plan_ttft"]
+        return self.stages.run_one("TTFT of plans", (timing.time_plans, key, f"TTFT of {len(plans)} plans {spec.name}", inputs))[
+            "plan_ttft"
+        ]
 
     def report(self, tables: dict[str, list[TableRef]]) -> tuple[TableRef, dict[str, str]]:
         """The HTML report and the facts that it tells of the run."""

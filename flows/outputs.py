@@ -20,7 +20,9 @@ from mpq.store import Store, TableRef
 Tables = Mapping[str, Sequence[TableRef]]
 
 
-def write_outputs(spec: RunSpec, plans: Sequence[dict[str, Any]], report: TableRef, tables: Tables, facts: Mapping[str, str]) -> dict[str, str]:
+def write_outputs(
+    spec: RunSpec, plans: Sequence[dict[str, Any]], report: TableRef, tables: Tables, facts: Mapping[str, str]
+) -> dict[str, str]:
     """Write plans, report and the run's record under the spec's `out`; returns their paths.
 
     Where plan files say which model and text they belong to is added here: it is true of this run, not of the content.
@@ -40,7 +42,9 @@ def write_outputs(spec: RunSpec, plans: Sequence[dict[str, Any]], report: TableR
         (out / "report.html").write_bytes(Store(report.store).read_bytes(report))
         write_run(out, spec.name, facts, tables)
     except OSError as error:
-        raise MpqError(f"The output folder {out} cannot be written ({error}): set `out` in the spec to a folder of yours.") from None
+        raise MpqError(
+            f"The output folder {out} cannot be written ({error}): set `out` in the spec to a folder of yours."
+        ) from None
     return {"report": str(out / "report.html"), "plans": str(out / "plans"), "plan": best or str(path)}
 
 
@@ -51,7 +55,11 @@ def publish(spec: RunSpec, tables: Tables, out: Mapping[str, str]) -> None:
 
     frames = join_tables(tables)
     picture = base64.b64encode(frontier_png(frames)).decode()
-    create_table_artifact(json.loads(results_table(frames).write_json()), key="results", description=f"Predicted and measured: {spec.name}")
+    create_table_artifact(
+        json.loads(results_table(frames).write_json()), key="results", description=f"Predicted and measured: {spec.name}"
+    )
     create_table_artifact(json.loads(frames["groups"].write_json()), key="groups", description=f"Sequential groups: {spec.name}")
-    create_markdown_artifact(f"![frontier](data:image/png;base64,{picture})", key="frontier", description=f"Frontier: {spec.name}")
+    create_markdown_artifact(
+        f"![frontier](data:image/png;base64,{picture})", key="frontier", description=f"Frontier: {spec.name}"
+    )
     create_link_artifact(Path(out["report"]).absolute().as_uri(), key="report", description=f"Report: {spec.name}")

@@ -27,14 +27,24 @@ def run_in_terminal(spec: RunSpec, console: Console) -> tuple[pl.DataFrame, dict
     """Run the flow with its progress on `console`; returns the results table and the paths of what was written."""
     start = time.perf_counter()
     bars = Progress(
-        TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
     )
 
     def on_stage(name: str, tasks: int, cached: int, seconds: float) -> None:
         state = "cached" if cached == tasks else f"{cached} of {tasks} cached" if cached else "computed"
-        bars.console.print(f"  [green]✓[/] {name:<14} {tasks:>3} task{'s' if tasks != 1 else ' '}  {state:<16} {seconds:6.1f} s", highlight=False)
+        bars.console.print(
+            f"  [green]✓[/] {name:<14} {tasks:>3} task{'s' if tasks != 1 else ' '}  {state:<16} {seconds:6.1f} s", highlight=False
+        )
 
-    console.print(f"[bold]{spec.name}[/]: {spec.model.path} in {spec.model.base} → {', '.join(spec.formats)}; store {spec.store}", highlight=False)
+    console.print(
+        f"[bold]{spec.name}[/]: {spec.model.path} in {spec.model.base} → {', '.join(spec.formats)}; store {spec.store}",
+        highlight=False,
+    )
     logging.getLogger("prefect").propagate = False
     with terminal(bars), listening(on_stage):
         outcome: dict[str, Any] = calibrate(spec)

@@ -57,7 +57,9 @@ def _version(show: bool) -> None:
 
 
 @app.callback()
-def _top(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def _top(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     pass
 
 
@@ -109,7 +111,11 @@ def read_frame(path: str) -> pl.DataFrame:
     try:
         with fsspec.open(path, "rb") as stream:
             data = io.BytesIO(stream.read())
-        readers: dict[str, Callable[[Any], pl.DataFrame]] = {".parquet": pl.read_parquet, ".json": pl.read_json, ".csv": pl.read_csv}
+        readers: dict[str, Callable[[Any], pl.DataFrame]] = {
+            ".parquet": pl.read_parquet,
+            ".json": pl.read_json,
+            ".csv": pl.read_csv,
+        }
         suffix = Path(path).suffix
         if suffix not in readers:
             raise MpqError(f"{path}: expected a table that ends in {', '.join(readers)}.")
@@ -119,7 +125,9 @@ def read_frame(path: str) -> pl.DataFrame:
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
         if isinstance(error, MpqError):
             raise
-        raise MpqError(f"{path} cannot be read as a table ({str(error).splitlines()[0]}): it is damaged or of another kind.") from None
+        raise MpqError(
+            f"{path} cannot be read as a table ({str(error).splitlines()[0]}): it is damaged or of another kind."
+        ) from None
 
 
 @contextmanager
@@ -144,7 +152,16 @@ def formats(json_: AsJson = False, out: Out = None) -> None:
 
     from mpq.formats import FORMATS
 
-    keep = ["name", "kind", "bits", "exponent_bits", "mantissa_bits", "maximum", "mac_time", *(["source"] if json_ or out else [])]
+    keep = [
+        "name",
+        "kind",
+        "bits",
+        "exponent_bits",
+        "mantissa_bits",
+        "maximum",
+        "mac_time",
+        *(["source"] if json_ or out else []),
+    ]
     emit(pl.DataFrame([{k: asdict(f)[k] for k in keep} for f in FORMATS.values()]), json_, out, "formats")
 
 

@@ -24,7 +24,9 @@ def losses(model: nn.Module, blocks: Blocks, batch: int = 8) -> np.ndarray:
         all_losses = torch.cat([sample_losses(model, tokens).double().cpu() for tokens in blocks.batches(batch, device)]).numpy()
     if not np.isfinite(all_losses).all():
         at = int(np.flatnonzero(~np.isfinite(all_losses))[0])
-        raise MpqError(f"The loss of evaluation sample {at} is {all_losses[at]}: a format overflows or the model is broken there.")
+        raise MpqError(
+            f"The loss of evaluation sample {at} is {all_losses[at]}: a format overflows or the model is broken there."
+        )
     return all_losses
 
 

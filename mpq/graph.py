@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import networkx as nx
+import torch
+from torch import nn
+
+from mpq.errors import MpqError
 
 OpKind = Literal["linear", "bgemm", "other"]
 
@@ -13,10 +20,10 @@ class Op:
     """One matrix product.
 
     `name` is the fully qualified module name; attention's products are `<attention>.qk_matmul` and
-    `<attention>.av_matmul`. A linear is (tokens, in_features) x (in_features, out_features); a bgemm is, per
-    batch row and head, (T, in) x (in, out) where T x T scores make one of the two the sequence length:
-    qk has in_features = head_dim, av has out_features = head_dim. `kind` is `other` for a product that
-    mpq can name but not lower (an expert's grouped product, say); it stays in base and is reported.
+    `<attention>.av_matmul`. A linear is (tokens, in_features) x (in_features, out_features). A bgemm is, per batch row
+    and head, qk: (T, in_features) x (in_features, T), av: (T, T) x (T, out_features), the size that is the sequence
+    length given as 0. `kind` is `other` for a product that mpq can name but not lower (an expert's grouped product,
+    say); it stays in base and is reported.
     """
 
     name: str
@@ -26,3 +33,129 @@ class Op:
     heads: int = 0  # query heads of a bgemm
     kv_heads: int = 0  # heads of K and V before repetition
     parameters: int = 0
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The computation that depends on the hidden states, from the embedding (`source`) to the logits (`sink`).
+
+    `dag` has an integer per traced operation, in execution order; the matrix products among them are in `ops`.
+    """
+
+    dag: nx.DiGraph
+    ops: dict[int, Op]
+    source: int
+    sink: int
+
+
+_LINEAR = {"aten.linear.default", "aten.addmm.default", "aten.mm.default"}
+_MATMUL = {
+    "aten.matmul.default",
+    "aten.bmm.default",
+    "aten.baddbmm.default",
+    "aten.mm.default",
+    "aten.linear.default",
+    "aten.addmm.default",
+}
+_OTHER = ("conv", "einsum", "grouped_mm", "tensordot", "bilinear", "addbmm")
+_DRIVES_NOTHING = ("_assert", "sym_size", "sym_constrain")
+
+
+def build_on_meta(config: Any) -> nn.Module:
+    """The model without weights, eager attention so that both products are to be seen."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    config = copy.deepcopy(config)
+    masked = any("MaskedLM" in a for a in config.architectures or ()) or config.model_type in (
+        "bert",
+        "roberta",
+        "distilbert",
+        "electra",
+    )
+    with torch.device("meta"):
+        model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config, attn_implementation="eager")
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def trace(config: Any, *, batch: int = 2, length: int = 64) -> Graph:
+    """Trace the architecture's forward pass on (batch, length) tokens, with torch.export on meta tensors.
+
+    Raises MpqError for a configuration that cannot be built or traced.
+    """
+    try:
+        model = build_on_meta(config)
+        ids = torch.zeros((batch, length), dtype=torch.long, device="meta")
+        arguments = (
+            {"input_ids": ids}
+            if config.model_type in ("bert", "roberta", "distilbert", "electra")
+            else {"input_ids": ids, "use_cache": False}
+        )
+        program = torch.export.export(model, (), arguments, strict=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MpqError(
+            f"The architecture {config.model_type} cannot be traced ({reason}): it needs a transformers causal or masked LM that torch.export accepts."
+        ) from None
+    return _graph(program, model)
+
+
+def _graph(program: Any, model: nn.Module) -> Graph:
+    nodes = list(program.graph.nodes)
+    number = {node: i for i, node in enumerate(nodes)}
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding_name = next(name for name, m in model.named_modules() if m is embedding)
+    source = next(
+        n for n in nodes if n.op == "call_function" and "embedding" in str(n.target) and _module(n)[0] == embedding_name
+    )
+    dag, ops, seen = nx.DiGraph(), {}, {}
+    dag.add_node(number[source])
+    weights = set(program.graph_signature.inputs_to_parameters)
+    shapes = {p: tuple(program.state_dict[f].shape) for p, f in program.graph_signature.inputs_to_parameters.items()}
+    for node in nodes:
+        above = [a for a in node.all_input_nodes if number[a] in dag]
+        if node.op != "call_function" or not above or any(s in str(node.target) for s in _DRIVES_NOTHING):
+            continue
+        dag.add_edges_from((number[a], number[node]) for a in above)
+        if op := _op(node, above, weights, shapes, seen, model):
+            ops[number[node]] = op
+    output = next(n for n in nodes if n.op == "output")
+    sink = number[next(a for a in output.args[0] if hasattr(a, "op") and number[a] in dag)]
+    return Graph(
+        dag.subgraph(nx.ancestors(dag, sink) | {sink}).copy(),
+        {i: o for i, o in ops.items() if i == sink or nx.has_path(dag, i, sink)},
+        number[source],
+        sink,
+    )
+
+
+def _module(node: Any) -> tuple[str, str]:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return (stack[-1][0], str(stack[-1][1])) if stack else ("", "")
+
+
+def _op(
+    node: Any, above: list[Any], weights: set[str], shapes: dict[str, tuple[int, ...]], seen: dict[str, int], model: nn.Module
+) -> Op | None:
+    target, name = str(node.target), _module(node)[0]
+    weight = next((a for a in node.all_input_nodes if a.name in weights and len(shapes[a.name]) == 2), None)
+    if target in _LINEAR and weight is not None:
+        out = int(node.meta["val"].shape[-1])
+        count = 1
+        for size in shapes[weight.name]:
+            count *= size
+        return Op(name, "linear", count // out, out, parameters=count)
+    if target in _MATMUL and len(above) >= 2:
+        index = seen[name] = seen.get(name, 0) + 1
+        if index > 2:
+            return Op(f"{name}.matmul{index}", "other", 0, 0)
+        left, right = (a.meta["val"].shape for a in above[-2:])
+        config: Any = model.config
+        text = config.get_text_config()
+        heads = int(node.meta["val"].shape[1]) if node.meta["val"].ndim == 4 else text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        if index == 1:
+            return Op(f"{name}.qk_matmul", "bgemm", int(left[-1]), 0, heads, kv_heads)
+        return Op(f"{name}.av_matmul", "bgemm", 0, int(right[-1]), heads, kv_heads)
+    if target in _MATMUL or any(o in target for o in _OTHER):
+        return Op(f"{name}.{target.split('.')[-2]}", "other", 0, 0)
+    return None

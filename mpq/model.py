@@ -46,7 +46,9 @@ def fetch(path: str, revision: str | None = None) -> Path:
     elif Path(path).is_dir():
         folder = Path(path)
     elif path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise MpqError(f"No checkpoint at {path}: expected a folder with config.json and *.safetensors, a hub id or an fsspec URL.")
+        raise MpqError(
+            f"No checkpoint at {path}: expected a folder with config.json and *.safetensors, a hub id or an fsspec URL."
+        )
     else:
         folder = _fetch_hub(path, revision)
     if not (folder / "config.json").is_file():
@@ -61,7 +63,9 @@ def _fetch_hub(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except Exception as error:  # the hub's client raises many kinds; all mean that it cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MpqError(f"{name} is no local folder and could not be fetched from the hub ({reason}): check the name, the network or HF_TOKEN.") from None
+        raise MpqError(
+            f"{name} is no local folder and could not be fetched from the hub ({reason}): check the name, the network or HF_TOKEN."
+        ) from None
 
 
 def _fetch_url(url: str) -> Path:
@@ -73,7 +77,9 @@ def _fetch_url(url: str) -> Path:
     if "file" in fs.protocol:
         return Path(root)
     # a copy is as good as its listing: names, sizes and the store's own version marks
-    marks = {f: [i.get("size"), str(i.get("ETag") or i.get("etag") or i.get("mtime") or i.get("created"))] for f, i in files.items()}
+    marks = {
+        f: [i.get("size"), str(i.get("ETag") or i.get("etag") or i.get("mtime") or i.get("created"))] for f, i in files.items()
+    }
     folder = cache_folder() / hashlib.sha256(json.dumps([url, marks], sort_keys=True).encode()).hexdigest()[:32]
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +101,9 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / f for f in listed]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise MpqError(f"{folder} has no *.safetensors: expected a checkpoint in Hugging Face layout (convert .bin weights first).")
+        raise MpqError(
+            f"{folder} has no *.safetensors: expected a checkpoint in Hugging Face layout (convert .bin weights first)."
+        )
     return files
 
 
@@ -155,13 +163,17 @@ def load_model(folder: Path, base: str, device: str = "cpu") -> nn.Module:
             folder, config=config, dtype=getattr(torch, get_format(base).dtype), local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # safetensors, json and torch each raise their own
-        raise MpqError(f"The weights in {folder} cannot be loaded ({_first_line(error)}): the checkpoint is damaged, fetch it again.") from None
+        raise MpqError(
+            f"The weights in {folder} cannot be loaded ({_first_line(error)}): the checkpoint is damaged, fetch it again."
+        ) from None
     finally:
         hf_logging.set_verbosity(shown)
     model, report = loaded
     wrong = [*report.get("missing_keys", ()), *(k[0] if isinstance(k, tuple) else k for k in report.get("mismatched_keys", ()))]
     if wrong:
-        raise MpqError(f"The weights in {folder} lack {sorted(wrong)[0]} (or have it in another shape) that config.json asks for: fetch it again.")
+        raise MpqError(
+            f"The weights in {folder} lack {sorted(wrong)[0]} (or have it in another shape) that config.json asks for: fetch it again."
+        )
     model.eval().requires_grad_(False)
     return model.to(device)  # type: ignore[no-any-return]
 
@@ -177,7 +189,9 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise MpqError(f"{folder} has no tokenizer that transformers can read ({_first_line(error)}): give token ids as .npy instead.") from None
+        raise MpqError(
+            f"{folder} has no tokenizer that transformers can read ({_first_line(error)}): give token ids as .npy instead."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -209,11 +223,17 @@ def read_blocks(spec: TextSpec, folder: Path, vocabulary: int) -> Blocks:
     """
     rows = _token_rows(spec, folder)
     if rows.size and (rows.min() < 0 or rows.max() >= vocabulary):
-        raise MpqError(f"{spec.source} holds token id {int(rows.max())}, the model's vocabulary ends at {vocabulary - 1}: use the model's own tokenizer.")
+        raise MpqError(
+            f"{spec.source} holds token id {int(rows.max())}, the model's vocabulary ends at {vocabulary - 1}: use the model's own tokenizer."
+        )
     if len(rows) == 0:
-        raise MpqError(f"{spec.source} is empty or shorter than one block of {spec.length} tokens: give more text or a smaller length.")
+        raise MpqError(
+            f"{spec.source} is empty or shorter than one block of {spec.length} tokens: give more text or a smaller length."
+        )
     if len(rows) < spec.samples:
-        raise MpqError(f"{spec.source} holds {len(rows)} blocks of {spec.length} tokens, {spec.samples} were asked for: lower samples or give more text.")
+        raise MpqError(
+            f"{spec.source} holds {len(rows)} blocks of {spec.length} tokens, {spec.samples} were asked for: lower samples or give more text."
+        )
     drawn = np.random.default_rng(spec.seed).permutation(len(rows))[: spec.samples]
     return Blocks(rows[drawn])
 
@@ -222,14 +242,20 @@ def _token_rows(spec: TextSpec, folder: Path) -> np.ndarray:
     if spec.source.endswith(".npy"):
         array = np.asarray(_read_npy(spec.source))
         if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer):
-            raise MpqError(f"{spec.source} has shape {array.shape} and dtype {array.dtype}: expected (tokens,) or (rows, tokens) integers.")
+            raise MpqError(
+                f"{spec.source} has shape {array.shape} and dtype {array.dtype}: expected (tokens,) or (rows, tokens) integers."
+            )
         if array.ndim == 2:
             return array[:, : spec.length].astype(np.int64) if array.shape[1] >= spec.length else array[:0]
         stream = array.astype(np.int64)
     else:
         tokenizer = load_tokenizer(folder)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ids = [np.array(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] + end, np.int64) for t in _texts(spec) if t.strip()]
+        ids = [
+            np.array(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] + end, np.int64)
+            for t in _texts(spec)
+            if t.strip()
+        ]
         stream = np.concatenate(ids) if ids else np.empty(0, np.int64)
     whole = len(stream) // spec.length
     return stream[: whole * spec.length].reshape(whole, spec.length)

@@ -25,15 +25,21 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
     path = folder / "run.json" if folder.is_dir() else folder
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        references = {k: [TableRef(**{**r, "upstream": tuple(r["upstream"])}) for r in refs] for k, refs in record["tables"].items()}
+        references = {
+            k: [TableRef(**{**r, "upstream": tuple(r["upstream"])}) for r in refs] for k, refs in record["tables"].items()
+        }
     except FileNotFoundError:
-        raise MpqError(f"No run at {folder}: expected a folder with run.json, as `mpq run` writes under its spec's `out`.") from None
+        raise MpqError(
+            f"No run at {folder}: expected a folder with run.json, as `mpq run` writes under its spec's `out`."
+        ) from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise MpqError(f"{path} is not the record of a run ({error}).") from None
     try:
         return record, join_tables(references)
     except Damaged as damage:
-        raise MpqError(f"A table of the run is missing or damaged ({damage}): run the spec again, what is whole is re-used.") from None
+        raise MpqError(
+            f"A table of the run is missing or damaged ({damage}): run the spec again, what is whole is re-used."
+        ) from None
 
 
 def join_tables(references: Mapping[str, Sequence[TableRef]]) -> dict[str, pl.DataFrame]:

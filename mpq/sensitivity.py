@@ -216,7 +216,9 @@ def measure_sensitivity(
             loss = sample_losses(model, tokens)
             if not torch.isfinite(loss).all():
                 at = int((~torch.isfinite(loss)).nonzero()[0])
-                raise MpqError(f"The loss of calibration sample {done * batch + at} is {loss[at].item()}: the model or its base format {base} is broken there; check the checkpoint or use fp32.")
+                raise MpqError(
+                    f"The loss of calibration sample {done * batch + at} is {loss[at].item()}: the model or its base format {base} is broken there; check the checkpoint or use fp32."
+                )
             loss.sum().backward()
             losses.append(loss.detach().double().cpu())
             if progress:
@@ -224,12 +226,16 @@ def measure_sensitivity(
     return _tables(tally, torch.cat(losses), formats, base, base_term)
 
 
-def _tables(tally: Tally, losses: Tensor, formats: Sequence[str], base: str, base_term: bool) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _tables(
+    tally: Tally, losses: Tensor, formats: Sequence[str], base: str, base_term: bool
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     n = len(losses)
     rows: list[dict[str, object]] = []
     for (op, operand), sums in tally.sums.items():
         if not torch.isfinite(sums).all():
-            raise MpqError(f"The gradient of {operand} of {op} is not finite: calibrate in a wider base format or with other text.")
+            raise MpqError(
+                f"The gradient of {operand} of {op} is not finite: calibrate in a wider base format or with other text."
+            )
         square, in_binade, step = (sums / n).tolist()
         for noise_model in NOISE_MODELS:
             of_float = square if noise_model == "paper" else in_binade
@@ -238,7 +244,17 @@ def _tables(tally: Tally, losses: Tensor, formats: Sequence[str], base: str, bas
                 fmt = get_format(name)
                 noise = step / 12 if fmt.kind == "int" else of_float * fmt.relative_variance
                 loss_mse = 0.0 if name == base and base_term else max(0.0, noise - subtract)
-                rows.append({"op": op, "operand": operand, "format": name, "noise_model": noise_model, "n_samples": n, "loss_mse": loss_mse, "sensitivity": square})
+                rows.append(
+                    {
+                        "op": op,
+                        "operand": operand,
+                        "format": name,
+                        "noise_model": noise_model,
+                        "n_samples": n,
+                        "loss_mse": loss_mse,
+                        "sensitivity": square,
+                    }
+                )
     loss = {"n_samples": n, "mean_square_loss": losses.square().mean().item(), "mean_loss": losses.mean().item()}
     return table("sensitivity", rows), table("loss", [loss])
 

@@ -96,7 +96,9 @@ class Store:
         try:
             return fsspec.core.url_to_fs(url, **self._options)  # type: ignore[no-any-return]
         except (ImportError, ValueError, OSError) as error:
-            raise MpqError(f"The store {self.url} cannot be opened ({error}): expected an fsspec URL such as file:///data/mpq.") from None
+            raise MpqError(
+                f"The store {self.url} cannot be opened ({error}): expected an fsspec URL such as file:///data/mpq."
+            ) from None
 
     def _write(self, path: str, data: bytes) -> None:
         fs, root = self._open()
@@ -110,7 +112,9 @@ class Store:
             else:
                 fs.pipe_file(target, data)
         except OSError as error:
-            raise MpqError(f"The store {self.url} cannot be written ({error}): check that it exists and that you may write to it.") from None
+            raise MpqError(
+                f"The store {self.url} cannot be written ({error}): check that it exists and that you may write to it."
+            ) from None
 
     def _read(self, path: str) -> bytes:
         fs, root = self._open()

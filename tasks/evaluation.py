@@ -45,7 +45,13 @@ def collect_evaluation(plans: list[dict[str, Any]], losses: list[TableRef], ttft
     frames = [read(ref) for ref in losses]
     rows: list[dict[str, object]] = []
     for plan in plans:
-        who = {"strategy": plan["strategy"], "objective": plan["objective"], "tau": plan["tau"], "plan_seed": plan["seed"], "task": "loss"}
+        who = {
+            "strategy": plan["strategy"],
+            "objective": plan["objective"],
+            "tau": plan["tau"],
+            "plan_seed": plan["seed"],
+            "task": "loss",
+        }
         rows += [{**who, **row} for row in frames[plan["losses"]].iter_rows(named=True)]
         if seconds is not None and plan["ttft"] is not None:
             timed = seconds.row(plan["ttft"], named=True)

@@ -26,7 +26,7 @@ References = dict[str, TableRef]
 Output = Mapping[str, "pl.DataFrame | tuple[bytes, str]"]
 
 
-class ReferenceSerializer(Serializer[Any]):
+class ReferenceSerializer(Serializer):  # type: ignore[type-arg]
     """References as JSON. Reading them back reads the entries: where one is gone or damaged that raises, which Prefect
     takes for a miss, and the stage is computed again."""
 

@@ -10,7 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo"
 
-SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 
 
 def small_config(model_type: str, **more: object) -> AutoConfig:

@@ -17,7 +17,20 @@ from mpq.plan import Plan
 from mpq.runs import join_tables
 from mpq.spec import RunSpec
 
-ALWAYS = {"load model", "partition", "sensitivity", "merge shards", "timing", "gains", "solve", "evaluate base", "evaluate", "TTFT of plans", "collect", "report"}
+ALWAYS = {
+    "load model",
+    "partition",
+    "sensitivity",
+    "merge shards",
+    "timing",
+    "gains",
+    "solve",
+    "evaluate base",
+    "evaluate",
+    "TTFT of plans",
+    "collect",
+    "report",
+}
 
 
 def change(spec: RunSpec, **parts: object) -> RunSpec:

@@ -54,7 +54,9 @@ def test_loading_keeps_the_weights(checkpoint: Path) -> None:
     assert torch.equal(load_model(checkpoint, "fp32")(ids).logits, expected)
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing tensor", "no weights", "no config", "config is not JSON", "unknown architecture"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "missing tensor", "no weights", "no config", "config is not JSON", "unknown architecture"]
+)
 def test_damaged_checkpoints_are_told(damage: str, checkpoint: Path, tmp_path: Path) -> None:
     """Each kind of damage is one sentence, and random weights are never filled in."""
     folder = _copy(checkpoint, tmp_path / "m")

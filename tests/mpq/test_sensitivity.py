@@ -101,7 +101,11 @@ def test_equals_a_slow_reference(model_type: str) -> None:
     tokens = np.random.default_rng(1).integers(0, 97, (5, 16))
     frame, loss = measure_sensitivity(model, ops_of(model), Blocks(tokens), formats=FORMAT_NAMES, base="fp32", batch=3)
     expected, mean_square = reference(model, tokens, "fp32")
-    got = {tuple(r[c] for c in ("op", "operand", "format", "noise_model")): r["loss_mse"] for r in frame.iter_rows(named=True) if r["format"] != "fp32"}
+    got = {
+        tuple(r[c] for c in ("op", "operand", "format", "noise_model")): r["loss_mse"]
+        for r in frame.iter_rows(named=True)
+        if r["format"] != "fp32"
+    }
     assert got.keys() == expected.keys()
     for key, value in expected.items():
         assert got[key] == pytest.approx(value, rel=1e-4), key
@@ -168,4 +172,6 @@ def test_unknown_op_is_told() -> None:
     """An op that the model lacks is named."""
     model = small_model("llama", **MODELS["llama"])
     with pytest.raises(MpqError, match=r"no op 'model\.layers\.9"):
-        measure_sensitivity(model, [("model.layers.9.mlp.up_proj", "linear")], Blocks(np.ones((1, 8), np.int64)), formats=["bf16"], base="fp32")
+        measure_sensitivity(
+            model, [("model.layers.9.mlp.up_proj", "linear")], Blocks(np.ones((1, 8), np.int64)), formats=["bf16"], base="fp32"
+        )

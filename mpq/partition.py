@@ -1,0 +1,90 @@
+"""From the graph to sequential groups (Sec. 2.3.1, App. B): sub-graphs that run one after the other, so times add."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import networkx as nx
+import polars as pl
+
+from mpq.graph import Graph, Op
+from mpq.tables import table
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ops decided and timed together, in execution order. Groups of equal `signature` do the same work."""
+
+    index: int
+    ops: tuple[Op, ...]
+    signature: str
+
+
+def partition(graph: Graph) -> tuple[Group, ...]:
+    """The graph's groups, in execution order."""
+    dag = nx.transitive_reduction(graph.dag)
+    order = sorted(dag)  # numbered in execution order, which is topological
+    place = {node: i for i, node in enumerate(order)}
+    # a node is on every source→sink path exactly when no edge jumps over it
+    reach, cuts = -1, set()
+    for node in order:
+        if reach <= place[node]:
+            cuts.add(node)
+        reach = max(reach, *(place[s] for s in dag.successors(node)), reach)
+    groups: list[tuple[Op, ...]] = []
+    pending: list[Op] = []
+    for node in order:
+        if node in graph.ops:
+            pending.append(graph.ops[node])
+        if node in cuts and pending:
+            groups.append(tuple(pending))
+            pending = []
+    return tuple(Group(i, ops, _signature(ops)) for i, ops in enumerate(groups))
+
+
+def _signature(ops: tuple[Op, ...]) -> str:
+    shape = [{**asdict(op), "name": _role(op.name)} for op in ops]
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:8]
+    return "+".join(dict.fromkeys(op.name.rpartition(".")[2] for op in ops)) + "-" + digest
+
+
+def _role(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def macs(op: Op, batch: int, length: int) -> int:
+    """Multiply-accumulates of one prefill of batch × length tokens."""
+    if op.kind == "bgemm":
+        return batch * op.heads * length * length * max(op.in_features, op.out_features)
+    return batch * length * op.in_features * op.out_features
+
+
+def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataFrame:
+    """The `groups` table."""
+    rows: list[dict[str, object]] = []
+    for group in groups:
+        for op in group.ops:
+            fields = {k: v for k, v in asdict(op).items() if k != "name"}
+            rows.append(
+                {
+                    "group": group.index,
+                    "order": len(rows),
+                    "op": op.name,
+                    "signature": group.signature,
+                    "macs": macs(op, batch, length),
+                    **fields,
+                }
+            )
+    return table("groups", rows)
+
+
+def architecture_key(config: Any) -> str:
+    """SHA-256 over what of a configuration shapes the computation."""
+    drop = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"}
+    return hashlib.sha256(
+        json.dumps({k: v for k, v in config.to_dict().items() if k not in drop}, sort_keys=True, default=str).encode()
+    ).hexdigest()
