@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import polars as pl
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from mpq import __version__
+from mpq.console import bar, emit, log, read_frame, write_frame
 from mpq.errors import MpqError
 
 app = typer.Typer(
@@ -25,7 +20,6 @@ app = typer.Typer(
     help="Choose, layer by layer, the numerical format in which a language model runs: as fast (or as small) as possible "
     "while the error of its loss stays under a bound that you set. Start with `mpq run SPEC.yaml`.",
 )  # fmt: skip
-log = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder or fsspec URL of a checkpoint in Hugging Face layout.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -61,82 +55,6 @@ def _top(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
-
-
-def emit(frame: pl.DataFrame, as_json: bool, out: Path | None, title: str, extra: dict[str, Any] | None = None) -> None:
-    """Print a table for people, or as JSON (`extra` beside it under its own keys), and write it where `--out` says."""
-    if out:
-        write_frame(frame, out)
-    if as_json:
-        rows = json.loads(frame.write_json())
-        print(json.dumps({**extra, title: rows} if extra else rows, indent=1))
-        return
-    shown = Table(title=title, title_justify="left", header_style="bold")
-    for column, kind in frame.schema.items():
-        shown.add_column(column, justify="right" if kind.is_numeric() else "left", overflow="fold")
-    for row in frame.head(200).iter_rows():
-        shown.add_row(*(_cell(v) for v in row))
-    Console().print(shown)
-    if frame.height > 200:
-        log.print(f"… {frame.height - 200} rows more: use --json or --out")
-    for name, value in (extra or {}).items():
-        Console().print(f"{name}: {_cell(value)}", highlight=False)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return " ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
-
-
-def write_frame(frame: pl.DataFrame, out: Path) -> None:
-    """Write a table as Parquet, JSON or CSV by suffix. Raises MpqError for another suffix or a folder that is not there."""
-    writers: dict[str, Callable[[Path], Any]] = {
-        ".parquet": frame.write_parquet,
-        ".json": frame.write_json,
-        ".csv": lambda path: frame.with_columns(pl.col(pl.List(pl.String)).list.join(" ")).write_csv(path),
-    }
-    if out.suffix not in writers:
-        raise MpqError(f"--out {out}: expected a name that ends in {', '.join(writers)}.")
-    try:
-        writers[out.suffix](out)
-    except OSError as error:
-        raise MpqError(f"--out {out} cannot be written ({error}).") from None
-
-
-def read_frame(path: str) -> pl.DataFrame:
-    """A table from a Parquet, JSON or CSV file or fsspec URL. Raises MpqError where it is none."""
-    import fsspec
-
-    try:
-        with fsspec.open(path, "rb") as stream:
-            data = io.BytesIO(stream.read())
-        readers: dict[str, Callable[[Any], pl.DataFrame]] = {
-            ".parquet": pl.read_parquet,
-            ".json": pl.read_json,
-            ".csv": pl.read_csv,
-        }
-        suffix = Path(path).suffix
-        if suffix not in readers:
-            raise MpqError(f"{path}: expected a table that ends in {', '.join(readers)}.")
-        return readers[suffix](data)
-    except FileNotFoundError:
-        raise MpqError(f"No table at {path}.") from None
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        if isinstance(error, MpqError):
-            raise
-        raise MpqError(
-            f"{path} cannot be read as a table ({str(error).splitlines()[0]}): it is damaged or of another kind."
-        ) from None
-
-
-@contextmanager
-def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.progress import Progress
-
-    with Progress(console=log, transient=True) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _names(formats: str) -> list[str]:
@@ -209,7 +127,7 @@ def sensitivity(
     text = TextSpec(source=calibration, samples=samples, length=length, batch=batch, seed=seed, field=field, split=split)
     blocks = read_blocks(text, folder, config.get_text_config().vocab_size)
     ops = [(op.name, op.kind) for group in partition_graph(trace(config)) for op in group.ops if op.kind != "other"]
-    with _bar("sensitivity") as progress:
+    with bar("sensitivity") as progress:
         frame, loss = measure_sensitivity(
             load_model(folder, base, device), ops, blocks, formats=names, base=_names(base)[0], batch=batch, base_term=base_term,
             checkpoint_activations=checkpoint_activations, progress=progress,
@@ -246,7 +164,7 @@ def time(
     for (signature,), rows in groups.sort("order").group_by(["signature"], maintain_order=True):
         first = rows.filter(pl.col("group") == rows["group"].min())
         requests.append((signature, configurations(first, native, base)))
-    with _bar("timing") as progress:
+    with bar("timing") as progress:
         frame = measure(
             timing_model(config, base).to(device), groups, requests, base=base, batch=batch, length=length, repeats=repeats,
             method=method, seed=seed, progress=progress,
@@ -304,7 +222,7 @@ def evaluate(
     vocabulary = load_config(folder).get_text_config().vocab_size
     blocks = read_blocks(TextSpec(source=text, samples=samples, length=length, batch=batch), folder, vocabulary)
     loaded = load_model(folder, chosen.base, device)
-    with _bar("evaluation") as progress:
+    with bar("evaluation") as progress:
         base_losses = losses(loaded, blocks, batch)
         frame = evaluate_loss(
             loaded, chosen.formats, blocks, base_losses, base=chosen.base, seeds=range(seeds), batch=batch, progress=progress
@@ -347,7 +265,7 @@ def run(
     from flows.terminal import run_in_terminal
 
     results, where = run_in_terminal(checked, log)
-    emit(results, json_, out, "results", {k: v for k, v in where.items()})
+    emit(results, json_, out, "results", where)
 
 
 def _prefect_environment(verbose: bool) -> None:

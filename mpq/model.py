@@ -249,7 +249,7 @@ def _token_rows(spec: TextSpec, folder: Path) -> np.ndarray:
             return array[:, : spec.length].astype(np.int64) if array.shape[1] >= spec.length else array[:0]
         stream = array.astype(np.int64)
     else:
-        tokenizer = load_tokenizer(folder)
+        texts, tokenizer = _texts(spec), load_tokenizer(folder)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ids = [
             np.array(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] + end, np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -146,10 +147,13 @@ def parse_spec(data: Any, where: str = "the spec") -> RunSpec:
 
 
 def _told(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # a misspelt key also leaves one missing: the key is what the user wrote
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     at = ".".join(str(part) for part in first["loc"]) or "the spec"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {at}: expected one of {', '.join(_siblings(first['loc']))}."
+        known = _siblings(first["loc"])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        return f"unknown key {at}{f' (did you mean {close[0]}?)' if close else ''}: expected one of {', '.join(known)}."
     if first["type"] == "missing":
         return f"{at} is missing: it is required."
     message = first["msg"].removeprefix("Value error, ")

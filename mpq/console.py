@@ -1,0 +1,94 @@
+"""How commands speak: tables for people or as JSON, files by suffix, progress on stderr."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.console import Console
+from rich.table import Table
+
+from mpq.errors import MpqError
+
+log = Console(stderr=True)
+
+
+def emit(frame: pl.DataFrame, as_json: bool, out: Path | None, title: str, extra: dict[str, Any] | None = None) -> None:
+    """Print a table for people, or as JSON (`extra` beside it under its own keys), and write it where `--out` says."""
+    if out:
+        write_frame(frame, out)
+    if as_json:
+        rows = json.loads(frame.write_json())
+        print(json.dumps({**extra, title: rows} if extra else rows, indent=1))
+        return
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    for column, kind in frame.schema.items():
+        shown.add_column(column, justify="right" if kind.is_numeric() else "left", overflow="fold")
+    for row in frame.head(200).iter_rows():
+        shown.add_row(*(_cell(v) for v in row))
+    Console().print(shown)
+    if frame.height > 200:
+        log.print(f"… {frame.height - 200} rows more: use --json or --out")
+    for name, value in (extra or {}).items():
+        Console().print(f"{name}: {_cell(value)}", highlight=False)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
+
+
+def write_frame(frame: pl.DataFrame, out: Path) -> None:
+    """Write a table as Parquet, JSON or CSV by suffix. Raises MpqError for another suffix or a folder that is not there."""
+    writers: dict[str, Callable[[Path], Any]] = {
+        ".parquet": frame.write_parquet,
+        ".json": frame.write_json,
+        ".csv": lambda path: frame.with_columns(pl.col(pl.List(pl.String)).list.join(" ")).write_csv(path),
+    }
+    if out.suffix not in writers:
+        raise MpqError(f"--out {out}: expected a name that ends in {', '.join(writers)}.")
+    try:
+        writers[out.suffix](out)
+    except OSError as error:
+        raise MpqError(f"--out {out} cannot be written ({error}).") from None
+
+
+def read_frame(path: str) -> pl.DataFrame:
+    """A table from a Parquet, JSON or CSV file or fsspec URL. Raises MpqError where it is none."""
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb") as stream:
+            data = io.BytesIO(stream.read())
+        readers: dict[str, Callable[[Any], pl.DataFrame]] = {
+            ".parquet": pl.read_parquet,
+            ".json": pl.read_json,
+            ".csv": pl.read_csv,
+        }
+        suffix = Path(path).suffix
+        if suffix not in readers:
+            raise MpqError(f"{path}: expected a table that ends in {', '.join(readers)}.")
+        return readers[suffix](data)
+    except FileNotFoundError:
+        raise MpqError(f"No table at {path}.") from None
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        if isinstance(error, MpqError):
+            raise
+        raise MpqError(
+            f"{path} cannot be read as a table ({str(error).splitlines()[0]}): it is damaged or of another kind."
+        ) from None
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=log, transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,126 @@
+"""The command line as a user meets it: data on stdout, one sentence and exit code 2 for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from models import ROOT, write_checkpoint
+
+
+def mpq(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run `mpq` in a process of its own."""
+    command = [sys.executable, "-c", "from mpq.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama and, beside it, tokens."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("cli") / "model")
+    np.save(folder.parent / "tokens.npy", np.random.default_rng(0).integers(0, 97, (8, 16)))
+    return folder
+
+
+def test_formats_as_json() -> None:
+    """`--json` prints data alone on stdout."""
+    done = mpq("formats", "--json")
+    assert done.returncode == 0
+    assert {"fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2", "int8"} == {f["name"] for f in json.loads(done.stdout)}
+
+
+def test_partition_writes_parquet(checkpoint: Path, tmp_path: Path) -> None:
+    """`--out FILE.parquet` holds the groups table."""
+    done = mpq("partition", checkpoint, "--out", tmp_path / "g.parquet", "--json")
+    assert done.returncode == 0, done.stderr
+    frame = pl.read_parquet(tmp_path / "g.parquet")
+    assert frame.columns[:4] == ["group", "order", "op", "kind"]
+    assert json.loads(done.stdout) == json.loads(frame.write_json())
+
+
+def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
+    """The stages one by one, each from what the one before wrote."""
+    tokens = checkpoint.parent / "tokens.npy"
+    done = mpq(
+        "sensitivity", checkpoint, "--calibration", tokens, "--samples", 4, "--length", 16, "--out", tmp_path / "s.json", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["loss"]["n_samples"] == 4
+    timing = mpq(
+        "time",
+        checkpoint,
+        "--formats",
+        "bf16",
+        "--batch",
+        1,
+        "--length",
+        8,
+        "--repeats",
+        2,
+        "--out",
+        tmp_path / "t.parquet",
+        "--json",
+    )
+    assert timing.returncode == 0, timing.stderr
+    assert set(pl.read_parquet(tmp_path / "t.parquet")["configuration"].list.first()) <= {"fp32", "bf16"}
+    gains = pl.DataFrame({
+        "objective": "et", "group": [0, 0, 1, 1], "configuration": [["fp32"], ["bf16"]] * 2,
+        "gain": [0.0, 1.0, 0.0, 3.0], "loss_mse": [0.0, 2e-9, 0.0, 3e-9],
+    })  # fmt: skip
+    gains.write_parquet(tmp_path / "gains.parquet")
+    solved = mpq("solve", "--gains", tmp_path / "gains.parquet", "--budget", "4e-9", "--json")
+    assert solved.returncode == 0, solved.stderr
+    answer = json.loads(solved.stdout)
+    assert [row["configuration"] for row in answer["chosen"]] == [["fp32"], ["bf16"]]
+    assert answer["gain"] == 3.0
+
+
+def test_help_teaches() -> None:
+    """Every command says in its help what it does and takes."""
+    for command in ("run", "partition", "sensitivity", "time", "solve", "eval", "report", "formats"):
+        done = mpq(command, "--help")
+        assert done.returncode == 0
+        assert len(done.stdout) > 300, command
+
+
+MISTAKES = {
+    "missing checkpoint": (["partition", "./nope"], "No checkpoint at ./nope"),
+    "unknown format": (["time", "{model}", "--formats", "int9"], "Unknown format 'int9'"),
+    "format that is not native": (["time", "{model}", "--formats", "fp8_e4m3"], "native"),
+    "empty calibration": (["sensitivity", "{model}", "--calibration", "{empty}", "--length", "16"], "empty"),
+    "missing calibration": (["sensitivity", "{model}", "--calibration", "nope.txt"], "No text at nope.txt"),
+    "missing gains": (["solve", "--gains", "nope.parquet", "--budget", "1"], "No table at nope.parquet"),
+    "damaged gains": (["solve", "--gains", "{damaged}", "--budget", "1"], "cannot be read as a table"),
+    "impossible budget": (["solve", "--gains", "{gains}", "--budget", "1e-30"], "budget"),
+    "budget below zero": (["solve", "--gains", "{gains}", "--budget", "-1"], "budget"),
+    "unknown solver": (["solve", "--gains", "{gains}", "--budget", "1", "--solver", "cbc"], "expected auto, highs or gurobi"),
+    "misspelt key": (["run", "{spec}"], "unknown key calibratoin"),
+    "missing spec": (["run", "nope.yaml"], "No spec at nope.yaml"),
+    "no plan": (["eval", "{spec}"], "Not a plan"),
+    "no run": (["report", "nope"], "No run at nope"),
+    "unknown suffix": (["formats", "--out", "x.xlsx"], "expected a name that ends in .parquet"),
+    "usage": (["partition"], "Missing argument"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(mistake: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Exit code 2, nothing on stdout, no traceback."""
+    arguments, message = MISTAKES[mistake]
+    (tmp_path / "empty.txt").touch()
+    np.save(tmp_path / "empty.npy", np.empty((0, 16), np.int64))
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 no more")
+    (tmp_path / "spec.yaml").write_text("model: {path: x}\ncalibratoin: {source: y}\n")
+    rows = {"group": [0, 0], "configuration": ["a", "b"], "gain": [1.0, 2.0], "loss_mse": [1e-9, 2e-9]}
+    pl.DataFrame(rows).write_csv(tmp_path / "gains.csv")
+    places = {"model": checkpoint, "empty": tmp_path / "empty.npy", "damaged": tmp_path / "damaged.parquet", "spec": tmp_path / "spec.yaml", "gains": tmp_path / "gains.csv"}  # fmt: skip
+    done = mpq(*(a.format(**places) for a in arguments))
+    assert done.returncode == 2, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
