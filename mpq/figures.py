@@ -1,2 +1,300 @@
-def frontier_png(t):
-    return b""
+"""The report's pictures, each a function from a table to a matplotlib Figure, and their way into HTML and PNG.
+
+No pyplot and no global state of it, so figures can be drawn on any thread. A strategy or format has a colour (Okabe and
+Ito's, which colour-blind readers tell apart) and a marker or label as well. INK and RULE are stand-ins: in HTML they
+become the page's own text and line colour, so that one picture serves light and dark pages.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import threading
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import matplotlib
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Patch, PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from mpq.report import OBJECTIVES, STRATEGIES, Tables, plan_results, results_table, table_of
+
+INK, RULE = "#010203", "#d3d3d5"
+BLUE, RED, GREEN, ORANGE, SKY, PINK, YELLOW = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"
+LOOKS = {s: (BLUE, "o", "-") for s in STRATEGIES} | {"random": (RED, "s", "--"), "prefix": (GREEN, "^", ":")}
+FORMAT_COLOURS = {"fp32": YELLOW, "fp16": GREEN, "bf16": SKY, "fp8_e4m3": RED, "fp8_e5m2": PINK, "int8": BLUE}
+_SMALL = 8.5
+_render = threading.Lock()
+
+
+def frontier(results: pl.DataFrame, objective: str = "et") -> Figure:
+    """Measured loss MSE (nats², log) against what the objective gains, a line for each strategy, τ at its ends.
+
+    `et`: against the measured TTFT in ms (predicted where no plan was timed), the base TTFT as a line. Others: against the
+    predicted gain. `results` is `results_table`'s.
+    """
+    figure, axes = _figure(4.8, 3.7)
+    _draw_frontier(axes, results, objective)
+    return figure
+
+
+def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
+    rows = results.filter((pl.col("objective") == objective) & (pl.col("measured_loss_mse") > 0))
+    unit = OBJECTIVES[objective]
+    timed = rows["measured_ttft_s"].is_not_null().any()
+    x = (pl.col("measured_ttft_s" if timed else "predicted_ttft_s") if objective == "et" else pl.col("predicted_gain")) * unit.scale
+    rows = rows.with_columns(x.alias("x")).drop_nulls("x").sort("tau")
+    for strategy in rows["strategy"].unique(maintain_order=True).sort():
+        of = rows.filter(pl.col("strategy") == strategy)
+        colour, marker, line = LOOKS.get(strategy, (INK, "D", "-."))
+        xs, ys = of["x"].to_list(), of["measured_loss_mse"].to_list()
+        axes.plot(xs, ys, color=colour, marker=marker, linestyle=line, label=strategy, markersize=6, linewidth=1.5)
+        # every strategy ends near the others, so only the integer program's ends are labelled where there is one
+        if strategy.startswith("ip_") or not rows["strategy"].str.starts_with("ip_").any():
+            for i, (side, lift) in {0: ("left", -11), len(xs) - 1: ("left", 6)}.items():
+                axes.annotate(f"τ {of['tau'][i]:g}", (xs[i], ys[i]), (6, lift), textcoords="offset points", ha=side, color=colour, fontsize=_SMALL)
+    if objective == "et" and (base := rows["base_ttft_s"].drop_nulls()).len():
+        axes.axvline(float(base.median() or 0) * unit.scale, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="base model")  # type: ignore[arg-type]
+    axes.set_xlabel(f"TTFT, {'measured' if timed else 'predicted'} (ms)" if objective == "et" else f"{unit.saved[0].upper()}{unit.saved[1:]}, predicted ({unit.unit})")
+    axes.set_ylabel("Loss MSE, measured (nats²)")
+    axes.margins(0.12)
+    _log(axes, "y")
+    _legend(axes)
+
+
+def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft"]) -> Figure:
+    """Measured against predicted loss MSE (nats², log–log) or TTFT (ms), a mark for each plan, with the diagonal.
+
+    `plans` is `plan_results`'s or `results_table`'s. On the loss, the dotted lines are half and twice the prediction.
+    """
+    figure, axes = _figure(4.8, 4.2)
+    quantity, unit, scale = ("loss_mse", "nats²", 1.0) if what == "loss" else ("ttft_s", "ms", 1e3)
+    rows = plans.filter((pl.col(f"predicted_{quantity}") > 0) & (pl.col(f"measured_{quantity}") > 0))
+    for strategy in sorted(rows["strategy"].unique(), key=lambda s: STRATEGIES.index(s) if s in STRATEGIES else 99):
+        of, (colour, marker, _) = rows.filter(pl.col("strategy") == strategy), LOOKS.get(strategy, (INK, "D", "-."))
+        marker = {"ip_tt": "D", "ip_m": "v"}.get(strategy, marker)
+        x, y = (of[f"{side}_{quantity}"] * scale for side in ("predicted", "measured"))
+        axes.plot(x, y, linestyle="none", marker=marker, markersize=6, markerfacecolor="none", color=colour, label=strategy)
+    if not rows.is_empty():
+        both = pl.concat([rows[f"predicted_{quantity}"], rows[f"measured_{quantity}"]]) * scale
+        low, high = float(both.min() or 0), float(both.max() or 1)  # type: ignore[arg-type]
+        pad = (0.6, 1.6) if what == "loss" else (1 - 0.15 * (high - low) / high, 1 + 0.15 * (high - low) / high)
+        ends = (low * pad[0], high * pad[1] if high > low or what == "loss" else high * 1.01)
+        axes.plot(ends, ends, color=INK, linewidth=1, label="equal")
+        for factor in (0.5, 2.0) if what == "loss" else ():
+            axes.plot(ends, [e * factor for e in ends], color=INK, linewidth=0.8, linestyle=(0, (1, 2)), label="half, twice" if factor > 1 else "_")
+        axes.set_xlim(*ends)
+        axes.set_ylim(*ends)
+    name = "Loss MSE" if what == "loss" else "TTFT"
+    axes.set_xlabel(f"{name}, predicted ({unit})")
+    axes.set_ylabel(f"{name}, measured ({unit})")
+    if what == "loss":
+        _log(axes, "x")
+        _log(axes, "y")
+    _legend(axes)
+    return figure
+
+
+def place_of(op: str) -> tuple[int | None, str]:
+    """The layer that an op's name tells (its first number), and its role in there: ('model.layers.3.mlp.up_proj') → 3, 'mlp.up_proj'."""
+    found = re.search(r"(?:^|\.)(\d+)\.", op)
+    return (int(found[1]), op[found.end() :]) if found else (None, op)
+
+
+def _short(roles: Sequence[str]) -> list[str]:
+    last = [r.rpartition(".")[2] for r in roles]
+    return [short if last.count(short) == 1 else role for role, short in zip(roles, last, strict=True)]
+
+
+def format_map(plans: pl.DataFrame, groups: pl.DataFrame, strategy: str, base: str) -> Figure:
+    """Which format each op takes: a panel for each τ, a row for each role in a layer, a column for each layer.
+
+    `plans` and `groups` are the tables so called; ops in `base` are pale, ops that the plan does not decide left out.
+    """
+    rows = plans.filter(pl.col("strategy") == strategy)
+    order = dict(groups.select("op", "order").iter_rows())
+    ops = sorted(rows["op"].unique(), key=lambda op: order.get(op, len(order)))
+    places = {op: place_of(op) for op in ops}
+    layers = max((layer for layer, _ in places.values() if layer is not None), default=-1) + 1
+    outside = any(layer is None for layer, _ in places.values())
+    roles = list(dict.fromkeys(sorted((role for _, role in places.values()), key=lambda r: any(places[o] == (None, r) for o in ops))))
+    taus = sorted(rows["tau"].unique())
+    columns = layers + outside
+    figure, grid = _figure(max(4.8, 0.09 * columns + 1.2), max(1, len(taus)) * (0.15 * len(roles) + 0.28) + 0.75, len(taus) or 1)
+    for axes, tau in zip(grid, taus, strict=False):
+        of = dict(rows.filter(pl.col("tau") == tau).select("op", "format").iter_rows())
+        for name in sorted(set(of.values())):
+            cells = [_cell(places[op][0], roles.index(places[op][1]), layers) for op, f in of.items() if f == name]
+            colour = RULE if name == base else FORMAT_COLOURS.get(name, INK)
+            axes.add_patch(PathPatch(Path.make_compound_path(*cells), facecolor=colour, linewidth=0))
+        axes.set_xlim(0, columns)
+        axes.set_ylim(len(roles), 0)
+        axes.set_yticks([i + 0.5 for i in range(len(roles))], _short(roles), fontsize=7)
+        axes.set_title(f"τ = {tau:g}", fontsize=_SMALL, loc="left", color=INK, pad=2)
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        step = max(1, math.ceil(layers / 16))
+        shown = [*range(0, layers, step)]
+        last = axes is grid[len(taus) - 1]
+        axes.set_xticks([*(i + 0.5 for i in shown), *([layers + 0.5] if outside else [])], [*map(str, shown), *(["–"] if outside else [])] if last else [])
+    grid[-1].set_xlabel("Layer (number" + ("; –: outside the layers)" if outside else ")"))
+    used = sorted(set(rows["format"]), key=lambda f: (f != base, f))
+    handles = [Patch(facecolor=RULE if f == base else FORMAT_COLOURS.get(f, INK), label=f"{f} (base)" if f == base else f) for f in used]
+    if handles:
+        figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=_SMALL, labelcolor=INK)
+    return figure
+
+
+def _cell(layer: int | None, row: int, layers: int) -> Path:
+    x, gap = layers if layer is None else layer, 0.06
+    left, right, top, bottom = x + gap, x + 1 - gap, row + gap, row + 1 - gap
+    return Path([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)], closed=True)
+
+
+def layer_groups(groups: pl.DataFrame) -> Figure:
+    """The groups of one layer in the model's middle as boxes, in execution order: what is in one box is decided together.
+
+    `groups` is the table so called. A model without numbered layers is drawn whole, up to eight groups.
+    """
+    rows = groups.sort("order")
+    numbers = sorted({layer for op in rows["op"] if (layer := place_of(op)[0]) is not None})
+    middle = numbers[len(numbers) // 2] if numbers else None
+    boxes = {
+        group: of for (group,), of in rows.group_by(["group"], maintain_order=True) if any(place_of(op)[0] == middle for op in of["op"])
+    }  # fmt: skip
+    shown = list(boxes.items())[:8]
+    tallest = max((of.height for _, of in shown), default=1)
+    figure, axes = _figure(max(4.8, 1.2 * len(shown)), 0.34 * tallest + 0.75)
+    for i, (group, of) in enumerate(shown):
+        top = (tallest + of.height) / 2
+        axes.add_patch(FancyBboxPatch((i + 0.08, top - of.height), 0.84, of.height, "round,pad=0,rounding_size=0.06", fill=False, edgecolor=INK, linewidth=1.2))
+        axes.text(i + 0.5, top + 0.12, f"group {group}", ha="center", va="bottom", fontsize=_SMALL, color=INK)
+        for j, (op, kind) in enumerate(of.select("op", "kind").iter_rows()):
+            y, colour = top - j - 0.5, SKY if kind == "linear" else ORANGE
+            axes.add_patch(FancyBboxPatch((i + 0.13, y - 0.36), 0.74, 0.72, "round,pad=0,rounding_size=0.04", facecolor=colour, linewidth=0))
+            axes.text(i + 0.5, y, op.rpartition(".")[2], ha="center", va="center", fontsize=_SMALL, color="#000000")
+        if i + 1 < len(shown):
+            axes.annotate("", (i + 1.08, tallest / 2), (i + 0.92, tallest / 2), arrowprops={"arrowstyle": "->", "color": INK, "shrinkA": 0, "shrinkB": 0})
+    axes.set_xlim(0, max(1, len(shown)))
+    axes.set_ylim(-0.1, tallest + 0.6)
+    axes.axis("off")
+    handles = [Patch(facecolor=SKY, label="linear"), Patch(facecolor=ORANGE, label="BGEMM")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=_SMALL, labelcolor=INK)
+    return figure
+
+
+def report_figures(tables: Tables, base: str) -> dict[str, list[tuple[str, str]]]:
+    """The report's figures as inline SVG: section → (caption, markup) of each. A section without numbers has none."""
+    results, each = results_table(tables), plan_results(tables)
+    plans, groups = table_of(tables, "plans"), table_of(tables, "groups")
+    measured = results.filter(pl.col("measured_loss_mse") > 0)
+    found: dict[str, list[tuple[str, str]]] = {"frontier": [], "predicted": [], "map": [], "groups": []}
+
+    def add(section: str, caption: str, draw: Callable[[], Figure]) -> None:
+        prefix = f"f{sum(map(len, found.values()))}-"
+        found[section].append((caption, to_svg(draw(), prefix, caption)))
+
+    for objective in OBJECTIVES:
+        if objective in measured["objective"]:
+            add("frontier", f"Loss MSE against {OBJECTIVES[objective].name} ({objective})", lambda o=objective: frontier(results, o))  # type: ignore[misc]
+    if measured.filter(pl.col("predicted_loss_mse") > 0).height:
+        add("predicted", "Loss MSE, predicted and measured, all plans", lambda: predicted_against_measured(each, "loss"))
+    if results.drop_nulls(["predicted_ttft_s", "measured_ttft_s"]).height:
+        add("predicted", "TTFT, predicted and measured, all plans timed", lambda: predicted_against_measured(each, "ttft"))
+    for strategy in STRATEGIES:
+        if strategy.startswith("ip_") and strategy in plans["strategy"]:
+            add("map", f"{strategy}: the format of each op", lambda s=strategy: format_map(plans, groups, s, base))  # type: ignore[misc]
+    if not groups.is_empty():
+        add("groups", "The groups of one layer", lambda: layer_groups(groups))
+    return found
+
+
+def frontier_png(tables: Tables) -> bytes:
+    """The frontiers of all objectives side by side as a PNG on white; says so where nothing was measured."""
+    results = results_table(tables)
+    there = [o for o in OBJECTIVES if o in results.filter(pl.col("measured_loss_mse") > 0)["objective"]]
+    figure = Figure(figsize=(4.8 * max(1, len(there)), 3.7), layout="constrained")
+    for i, objective in enumerate(there):
+        axes = figure.add_subplot(1, len(there), i + 1)
+        _dress(axes)
+        axes.set_title(OBJECTIVES[objective].name.capitalize(), fontsize=10)
+        _draw_frontier(axes, results, objective)
+    if not there:
+        figure.text(0.5, 0.5, "No plan was evaluated", ha="center", va="center")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150, facecolor="white")
+    return out.getvalue()
+
+
+def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
+    """The figure as SVG to stand inside HTML: ids begin with `prefix`, colours follow the page, width at most its own."""
+    out = io.StringIO()
+    # text stays text (small, and read by screen readers); the setting is global to matplotlib, hence the lock
+    with _render, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mpq"}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|\sxmlns(:xlink)?=\"[^\"]*\"", "", svg, flags=re.S)
+    width = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
+    label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    svg = re.sub(r'<svg height="[^"]*"|(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", svg, count=1)
+    svg = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{label}" style="max-width:{width * 4 / 3:.0f}px">', svg, count=1)
+    names = {old: f"{prefix}{i}" for i, old in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg)))}
+    svg = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{names[m[1]]}"', svg)
+    svg = re.sub(r"(xlink:href=\"|url\()#([^\")]+)", lambda m: f"{m[1].removeprefix('xlink:')}#{names.get(m[2], m[2])}", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    return svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
+
+
+def _figure(width: float, height: float, panels: int = 0):  # type: ignore[no-untyped-def]
+    """A figure of `width` × `height` inches and its axes: one, or a list of `panels` below each other."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    every = [figure.add_subplot(max(1, panels), 1, i + 1) for i in range(max(1, panels))]
+    for axes in every:
+        _dress(axes)
+    return figure, every if panels else every[0]
+
+
+def _dress(axes: Axes) -> None:
+    axes.set_facecolor("none")
+    axes.grid(True, color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=_SMALL, which="both")
+    axes.spines[:].set_color(INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.xaxis.label.set_size(9.5)
+    axes.yaxis.label.set_size(9.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=_SMALL, labelcolor=INK)
+
+
+def _log(axes: Axes, which: Literal["x", "y"]) -> None:
+    """A logarithmic axis with labels such as 2·10⁻⁶: at 1, 2, 5 where it spans less than two decades, at powers of ten else."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    narrow = low > 0 and math.log10(high / low) < 2
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda v, _: _power(v)))
+
+
+def _power(value: float) -> str:
+    if value <= 0:
+        return "0"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    digit = round(value / 10**exponent)
+    power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if digit == 1 else f"{digit}·{power}"
