@@ -2,7 +2,7 @@
 
 No pyplot and no global state of it, so figures can be drawn on any thread. A strategy or format has a colour (Okabe and
 Ito's, which colour-blind readers tell apart) and a marker or label as well. INK and RULE are stand-ins: in HTML they
-become the page's own text and line colour, so that one picture serves light and dark pages.
+become the page's own text and line colour (and blue a lighter one on dark), so that one picture serves light and dark pages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import math
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import matplotlib
@@ -26,8 +26,8 @@ from mpq.report import OBJECTIVES, STRATEGIES, Tables, plan_results, results_tab
 
 INK, RULE = "#010203", "#d3d3d5"
 BLUE, RED, GREEN, ORANGE, SKY, PINK, YELLOW = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"
-LOOKS = {s: (BLUE, "o", "-") for s in STRATEGIES} | {"random": (RED, "s", "--"), "prefix": (GREEN, "^", ":")}
-FORMAT_COLOURS = {"fp32": YELLOW, "fp16": GREEN, "bf16": SKY, "fp8_e4m3": RED, "fp8_e5m2": PINK, "int8": BLUE}
+LOOKS = dict.fromkeys(STRATEGIES, (BLUE, "o", "-")) | {"random": (RED, "s", "--"), "prefix": (GREEN, "^", ":")}
+FORMAT_COLOURS = {"fp32": YELLOW, "fp16": ORANGE, "bf16": SKY, "fp8_e4m3": RED, "fp8_e5m2": PINK, "int8": GREEN}
 _SMALL = 8.5
 _render = threading.Lock()
 
@@ -38,7 +38,7 @@ def frontier(results: pl.DataFrame, objective: str = "et") -> Figure:
     `et`: against the measured TTFT in ms (predicted where no plan was timed), the base TTFT as a line. Others: against the
     predicted gain. `results` is `results_table`'s.
     """
-    figure, axes = _figure(4.8, 3.7)
+    figure, (axes,) = _figure(4.8, 3.7)
     _draw_frontier(axes, results, objective)
     return figure
 
@@ -47,7 +47,9 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
     rows = results.filter((pl.col("objective") == objective) & (pl.col("measured_loss_mse") > 0))
     unit = OBJECTIVES[objective]
     timed = rows["measured_ttft_s"].is_not_null().any()
-    x = (pl.col("measured_ttft_s" if timed else "predicted_ttft_s") if objective == "et" else pl.col("predicted_gain")) * unit.scale
+    x = (
+        pl.col("measured_ttft_s" if timed else "predicted_ttft_s") if objective == "et" else pl.col("predicted_gain")
+    ) * unit.scale
     rows = rows.with_columns(x.alias("x")).drop_nulls("x").sort("tau")
     for strategy in rows["strategy"].unique(maintain_order=True).sort():
         of = rows.filter(pl.col("strategy") == strategy)
@@ -56,11 +58,17 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
         axes.plot(xs, ys, color=colour, marker=marker, linestyle=line, label=strategy, markersize=6, linewidth=1.5)
         # every strategy ends near the others, so only the integer program's ends are labelled where there is one
         if strategy.startswith("ip_") or not rows["strategy"].str.starts_with("ip_").any():
-            for i, (side, lift) in {0: ("left", -11), len(xs) - 1: ("left", 6)}.items():
-                axes.annotate(f"τ {of['tau'][i]:g}", (xs[i], ys[i]), (6, lift), textcoords="offset points", ha=side, color=colour, fontsize=_SMALL)
+            for i, lift in {0: -11, len(xs) - 1: 6}.items():
+                axes.annotate(
+                    f"τ {of['tau'][i]:g}", (xs[i], ys[i]), (6, lift), textcoords="offset points", color=INK, fontsize=_SMALL
+                )
     if objective == "et" and (base := rows["base_ttft_s"].drop_nulls()).len():
         axes.axvline(float(base.median() or 0) * unit.scale, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="base model")  # type: ignore[arg-type]
-    axes.set_xlabel(f"TTFT, {'measured' if timed else 'predicted'} (ms)" if objective == "et" else f"{unit.saved[0].upper()}{unit.saved[1:]}, predicted ({unit.unit})")
+    axes.set_xlabel(
+        f"TTFT, {'measured' if timed else 'predicted'} (ms)"
+        if objective == "et"
+        else f"{unit.saved[0].upper()}{unit.saved[1:]}, predicted ({unit.unit})"
+    )
     axes.set_ylabel("Loss MSE, measured (nats²)")
     axes.margins(0.12)
     _log(axes, "y")
@@ -72,10 +80,10 @@ def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft"
 
     `plans` is `plan_results`'s or `results_table`'s. On the loss, the dotted lines are half and twice the prediction.
     """
-    figure, axes = _figure(4.8, 4.2)
+    figure, (axes,) = _figure(4.8, 4.2)
     quantity, unit, scale = ("loss_mse", "nats²", 1.0) if what == "loss" else ("ttft_s", "ms", 1e3)
     rows = plans.filter((pl.col(f"predicted_{quantity}") > 0) & (pl.col(f"measured_{quantity}") > 0))
-    for strategy in sorted(rows["strategy"].unique(), key=lambda s: STRATEGIES.index(s) if s in STRATEGIES else 99):
+    for strategy in sorted(rows["strategy"].unique().sort(), key=lambda s: STRATEGIES.index(s) if s in STRATEGIES else 99):
         of, (colour, marker, _) = rows.filter(pl.col("strategy") == strategy), LOOKS.get(strategy, (INK, "D", "-."))
         marker = {"ip_tt": "D", "ip_m": "v"}.get(strategy, marker)
         x, y = (of[f"{side}_{quantity}"] * scale for side in ("predicted", "measured"))
@@ -83,11 +91,18 @@ def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft"
     if not rows.is_empty():
         both = pl.concat([rows[f"predicted_{quantity}"], rows[f"measured_{quantity}"]]) * scale
         low, high = float(both.min() or 0), float(both.max() or 1)  # type: ignore[arg-type]
-        pad = (0.6, 1.6) if what == "loss" else (1 - 0.15 * (high - low) / high, 1 + 0.15 * (high - low) / high)
-        ends = (low * pad[0], high * pad[1] if high > low or what == "loss" else high * 1.01)
+        pad = 0.15 * (high - low) or 0.01 * high
+        ends = (low * 0.6, high * 1.6) if what == "loss" else (low - pad, high + pad)
         axes.plot(ends, ends, color=INK, linewidth=1, label="equal")
         for factor in (0.5, 2.0) if what == "loss" else ():
-            axes.plot(ends, [e * factor for e in ends], color=INK, linewidth=0.8, linestyle=(0, (1, 2)), label="half, twice" if factor > 1 else "_")
+            axes.plot(
+                ends,
+                [e * factor for e in ends],
+                color=INK,
+                linewidth=0.8,
+                linestyle=(0, (1, 2)),
+                label="half, twice" if factor > 1 else "_",
+            )
         axes.set_xlim(*ends)
         axes.set_ylim(*ends)
     name = "Loss MSE" if what == "loss" else "TTFT"
@@ -118,11 +133,13 @@ def format_map(plans: pl.DataFrame, groups: pl.DataFrame, strategy: str, base: s
     """
     rows = plans.filter(pl.col("strategy") == strategy)
     order = dict(groups.select("op", "order").iter_rows())
-    ops = sorted(rows["op"].unique(), key=lambda op: order.get(op, len(order)))
+    ops = sorted(rows["op"].unique(maintain_order=True), key=lambda op: order.get(op, len(order)))
     places = {op: place_of(op) for op in ops}
     layers = max((layer for layer, _ in places.values() if layer is not None), default=-1) + 1
     outside = any(layer is None for layer, _ in places.values())
-    roles = list(dict.fromkeys(sorted((role for _, role in places.values()), key=lambda r: any(places[o] == (None, r) for o in ops))))
+    roles = list(
+        dict.fromkeys(sorted((role for _, role in places.values()), key=lambda r: any(places[o] == (None, r) for o in ops)))
+    )
     taus = sorted(rows["tau"].unique())
     columns = layers + outside
     figure, grid = _figure(max(4.8, 0.09 * columns + 1.2), max(1, len(taus)) * (0.15 * len(roles) + 0.28) + 0.75, len(taus) or 1)
@@ -142,10 +159,15 @@ def format_map(plans: pl.DataFrame, groups: pl.DataFrame, strategy: str, base: s
         step = max(1, math.ceil(layers / 16))
         shown = [*range(0, layers, step)]
         last = axes is grid[len(taus) - 1]
-        axes.set_xticks([*(i + 0.5 for i in shown), *([layers + 0.5] if outside else [])], [*map(str, shown), *(["–"] if outside else [])] if last else [])
+        axes.set_xticks(
+            [*(i + 0.5 for i in shown), *([layers + 0.5] if outside else [])],
+            [*map(str, shown), *(["–"] if outside else [])] if last else [],
+        )
     grid[-1].set_xlabel("Layer (number" + ("; –: outside the layers)" if outside else ")"))
     used = sorted(set(rows["format"]), key=lambda f: (f != base, f))
-    handles = [Patch(facecolor=RULE if f == base else FORMAT_COLOURS.get(f, INK), label=f"{f} (base)" if f == base else f) for f in used]
+    handles = [
+        Patch(facecolor=RULE if f == base else FORMAT_COLOURS.get(f, INK), label=f"{f} (base)" if f == base else f) for f in used
+    ]
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=_SMALL, labelcolor=INK)
     return figure
@@ -170,17 +192,34 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
     }  # fmt: skip
     shown = list(boxes.items())[:8]
     tallest = max((of.height for _, of in shown), default=1)
-    figure, axes = _figure(max(4.8, 1.2 * len(shown)), 0.34 * tallest + 0.75)
+    figure, (axes,) = _figure(max(4.8, 1.2 * len(shown)), 0.34 * tallest + 0.75)
     for i, (group, of) in enumerate(shown):
         top = (tallest + of.height) / 2
-        axes.add_patch(FancyBboxPatch((i + 0.08, top - of.height), 0.84, of.height, "round,pad=0,rounding_size=0.06", fill=False, edgecolor=INK, linewidth=1.2))
+        axes.add_patch(
+            FancyBboxPatch(
+                (i + 0.08, top - of.height),
+                0.84,
+                of.height,
+                "round,pad=0,rounding_size=0.06",
+                fill=False,
+                edgecolor=INK,
+                linewidth=1.2,
+            )
+        )
         axes.text(i + 0.5, top + 0.12, f"group {group}", ha="center", va="bottom", fontsize=_SMALL, color=INK)
         for j, (op, kind) in enumerate(of.select("op", "kind").iter_rows()):
             y, colour = top - j - 0.5, SKY if kind == "linear" else ORANGE
-            axes.add_patch(FancyBboxPatch((i + 0.13, y - 0.36), 0.74, 0.72, "round,pad=0,rounding_size=0.04", facecolor=colour, linewidth=0))
+            axes.add_patch(
+                FancyBboxPatch((i + 0.13, y - 0.36), 0.74, 0.72, "round,pad=0,rounding_size=0.04", facecolor=colour, linewidth=0)
+            )
             axes.text(i + 0.5, y, op.rpartition(".")[2], ha="center", va="center", fontsize=_SMALL, color="#000000")
         if i + 1 < len(shown):
-            axes.annotate("", (i + 1.08, tallest / 2), (i + 0.92, tallest / 2), arrowprops={"arrowstyle": "->", "color": INK, "shrinkA": 0, "shrinkB": 0})
+            axes.annotate(
+                "",
+                (i + 1.08, tallest / 2),
+                (i + 0.92, tallest / 2),
+                arrowprops={"arrowstyle": "->", "color": INK, "shrinkA": 0, "shrinkB": 0},
+            )
     axes.set_xlim(0, max(1, len(shown)))
     axes.set_ylim(-0.1, tallest + 0.6)
     axes.axis("off")
@@ -196,22 +235,26 @@ def report_figures(tables: Tables, base: str) -> dict[str, list[tuple[str, str]]
     measured = results.filter(pl.col("measured_loss_mse") > 0)
     found: dict[str, list[tuple[str, str]]] = {"frontier": [], "predicted": [], "map": [], "groups": []}
 
-    def add(section: str, caption: str, draw: Callable[[], Figure]) -> None:
+    def add(section: str, caption: str, figure: Figure) -> None:
         prefix = f"f{sum(map(len, found.values()))}-"
-        found[section].append((caption, to_svg(draw(), prefix, caption)))
+        found[section].append((caption, to_svg(figure, prefix, caption)))
 
     for objective in OBJECTIVES:
         if objective in measured["objective"]:
-            add("frontier", f"Loss MSE against {OBJECTIVES[objective].name} ({objective})", lambda o=objective: frontier(results, o))  # type: ignore[misc]
+            add(
+                "frontier",
+                f"Loss MSE against {OBJECTIVES[objective].name} ({objective})",
+                frontier(results, objective),
+            )
     if measured.filter(pl.col("predicted_loss_mse") > 0).height:
-        add("predicted", "Loss MSE, predicted and measured, all plans", lambda: predicted_against_measured(each, "loss"))
+        add("predicted", "Loss MSE, predicted and measured, all plans", predicted_against_measured(each, "loss"))
     if results.drop_nulls(["predicted_ttft_s", "measured_ttft_s"]).height:
-        add("predicted", "TTFT, predicted and measured, all plans timed", lambda: predicted_against_measured(each, "ttft"))
+        add("predicted", "TTFT, predicted and measured, all plans timed", predicted_against_measured(each, "ttft"))
     for strategy in STRATEGIES:
         if strategy.startswith("ip_") and strategy in plans["strategy"]:
-            add("map", f"{strategy}: the format of each op", lambda s=strategy: format_map(plans, groups, s, base))  # type: ignore[misc]
+            add("map", f"{strategy}: the format of each op", format_map(plans, groups, strategy, base))
     if not groups.is_empty():
-        add("groups", "The groups of one layer", lambda: layer_groups(groups))
+        add("groups", "The groups of one layer", layer_groups(groups))
     return found
 
 
@@ -237,28 +280,34 @@ def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
     out = io.StringIO()
     # text stays text (small, and read by screen readers); the setting is global to matplotlib, hence the lock
     with _render, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mpq"}):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|\sxmlns(:xlink)?=\"[^\"]*\"", "", svg, flags=re.S)
     width = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
     label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    svg = re.sub(r'<svg height="[^"]*"|(<svg[^>]*?) (?:width|height)="[\d.]+pt"', r"\1", svg, count=1)
-    svg = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", rf'<svg \1 role="img" aria-label="{label}" style="max-width:{width * 4 / 3:.0f}px">', svg, count=1)
+    svg = re.sub(
+        r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>",
+        rf'<svg \1 role="img" aria-label="{label}" style="max-width:{width * 4 / 3:.0f}px">',
+        svg,
+        count=1,
+    )
     names = {old: f"{prefix}{i}" for i, old in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg)))}
     svg = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{names[m[1]]}"', svg)
     svg = re.sub(r"(xlink:href=\"|url\()#([^\")]+)", lambda m: f"{m[1].removeprefix('xlink:')}#{names.get(m[2], m[2])}", svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    return svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
+    return svg.replace(INK, "currentColor").replace(RULE, "var(--rule)").replace(BLUE, "var(--blue)")
 
 
-def _figure(width: float, height: float, panels: int = 0):  # type: ignore[no-untyped-def]
-    """A figure of `width` × `height` inches and its axes: one, or a list of `panels` below each other."""
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` × `height` inches and its axes, below each other."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    every = [figure.add_subplot(max(1, panels), 1, i + 1) for i in range(max(1, panels))]
+    every = [figure.add_subplot(panels, 1, i + 1) for i in range(panels)]
     for axes in every:
         _dress(axes)
-    return figure, every if panels else every[0]
+    return figure, every
 
 
 def _dress(axes: Axes) -> None:
@@ -268,10 +317,9 @@ def _dress(axes: Axes) -> None:
     axes.tick_params(colors=INK, labelsize=_SMALL, which="both")
     axes.spines[:].set_color(INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    axes.xaxis.label.set_size(9.5)
-    axes.yaxis.label.set_size(9.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_color(INK)
+        axis.label.set_fontsize(9.5)
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
 

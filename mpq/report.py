@@ -6,7 +6,7 @@ Everything here is read off the tables, so a report can be written again from an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ class Objective(NamedTuple):
 
 OBJECTIVES = {
     "et": Objective("time to first token", "time saved", "ms", 1e3),
-    "tt": Objective("MAC time", "MAC time saved", "10⁹ BF16 MACs", 1e-9),
+    "tt": Objective("MAC time", "MAC time saved", "billion BF16 MACs", 1e-9),
     "m": Objective("weight memory", "memory saved", "MB", 1e-6),
 }
 
@@ -135,15 +135,23 @@ def summarize(tables: Tables) -> Summary:
     known = [r for r in plans if r["predicted_loss_mse"] and r["measured_loss_mse"] is not None]
     times = [r for r in plans if r["predicted_ttft_s"] and r["measured_ttft_s"]]
     gains = [(r["predicted_gain"], r["base_ttft_s"] - r["measured_ttft_s"]) for r in times]
-    over = [r for r in plans if r["measured_loss_mse"] is not None and r["budget"] is not None and r["measured_loss_mse"] > r["budget"]]
+    over = [
+        r
+        for r in plans
+        if r["measured_loss_mse"] is not None and r["budget"] is not None and r["measured_loss_mse"] > r["budget"]
+    ]
     summary = Summary(
-        winners=tuple(sorted(winners, key=lambda w: (list(OBJECTIVES).index(w.objective) if w.objective in OBJECTIVES else 9, w.tau))),
+        winners=tuple(
+            sorted(winners, key=lambda w: (list(OBJECTIVES).index(w.objective) if w.objective in OBJECTIVES else 9, w.tau))
+        ),
         best=min(timed, key=lambda r: r["measured_ttft_s"] / r["base_ttft_s"], default=None),
         loss_error=_median_error((r["predicted_loss_mse"], r["measured_loss_mse"]) for r in known),
         ttft_error=_median_error((r["predicted_ttft_s"], r["measured_ttft_s"]) for r in times),
         gain_error=_median_error(gains),
         over_bound=tuple(over),
-        out_of_range=tuple(r for r in known if not RATIO_RANGE[0] <= r["measured_loss_mse"] / r["predicted_loss_mse"] <= RATIO_RANGE[1]),
+        out_of_range=tuple(
+            r for r in known if not RATIO_RANGE[0] <= r["measured_loss_mse"] / r["predicted_loss_mse"] <= RATIO_RANGE[1]
+        ),
     )
     _tell(summary, len(known), len(times))
     return summary
@@ -159,7 +167,9 @@ def _winner(rows: Sequence[dict[str, Any]], objective: str, tau: float) -> Winne
     equal = [r["strategy"] for g, r in ranked if math.isclose(g, top, rel_tol=1e-9)]
     second = ranked[len(equal)] if len(equal) < len(ranked) else None
     share = top / row["base_ttft_s"] if objective == "et" and row["base_ttft_s"] else None
-    return Winner(objective, tau, tuple(equal), top, share, measured, second[1]["strategy"] if second else "", second[0] if second else None)
+    return Winner(
+        objective, tau, tuple(equal), top, share, measured, second[1]["strategy"] if second else "", second[0] if second else None
+    )
 
 
 def _median_error(pairs: Iterable[tuple[float, float]]) -> float | None:
@@ -174,7 +184,9 @@ def _tell(summary: Summary, n_losses: int, n_times: int) -> None:
         of = [w for w in summary.winners if w.objective == objective]
         how = "Measured" if any(w.measured for w in of) else "Computed"
         name = OBJECTIVES[objective].name if objective in OBJECTIVES else objective
-        wins = {s: [w for w in of if s in w.strategies and w.gain > 0] for s in dict.fromkeys(s for w in of for s in w.strategies)}
+        wins = {
+            s: [w for w in of if s in w.strategies and w.gain > 0] for s in dict.fromkeys(s for w in of for s in w.strategies)
+        }
         parts = [
             f"{s} gains {'the most' if all(len(w.strategies) == 1 for w in at) else 'the most or as much as the best'} "
             + ("at every budget" if len(at) == len(of) else f"at {len(at)} of {len(of)} budgets (τ = {', '.join(f'{w.tau:g}' for w in at)})")
@@ -205,8 +217,8 @@ def _tell(summary: Summary, n_losses: int, n_times: int) -> None:
     elif n_losses:
         say("No plan exceeds its bound on the loss MSE when measured.")
     if summary.out_of_range:
-        of = [f"{_name(r)} ({r['measured_loss_mse'] / r['predicted_loss_mse']:.2f})" for r in summary.out_of_range]
-        listed = ", ".join(of[:6]) + (f" and {len(of) - 6} more" if len(of) > 6 else "")
+        ratios = [f"{_name(r)} ({r['measured_loss_mse'] / r['predicted_loss_mse']:.2f})" for r in summary.out_of_range]
+        listed = ", ".join(ratios[:6]) + (f" and {len(ratios) - 6} more" if len(ratios) > 6 else "")
         warn(
             f"{_plans(summary.out_of_range)} a measured loss MSE outside {RATIO_RANGE[0]:g} to {RATIO_RANGE[1]:g} times "
             f"the predicted one: {listed}. Do not rely on the predictions there."
@@ -234,115 +246,71 @@ def base_of(tables: Tables, facts: Mapping[str, str]) -> str:
     return facts.get("base") or max(found, key=lambda f: FORMATS[f].bits if f in FORMATS else 0, default="")
 
 
-class Column(NamedTuple):
-    """A column of a table in the report: heading, key in the rows, and how its value is written ("" for text)."""
-
-    heading: str
-    key: str
-    style: str = ""
-
-
-class HtmlTable(NamedTuple):
-    """A table for the template; `rows` hold (text, raw value) for each cell: people read the one, sorting and CSV the other."""
-
-    name: str
-    caption: str
-    columns: tuple[Column, ...]
-    rows: list[list[tuple[str, Any]]]
-
-
-_STYLES = {
-    "sci": lambda v: f"{v:.3g}" if v == 0 or 1e-3 <= abs(v) < 1e5 else f"{v:.2e}",
-    "ms": milliseconds,
-    "share": lambda v: f"{v:.1%}",
-    "number": lambda v: f"{v:.4g}",
-    "count": lambda v: f"{v:,}",
-    "": str,
-}
+def _write(value: Any, style: str, spread: float | None = None) -> str:
+    """A cell's text: the value in its style (sci, ms, share, number, count, or as it is), ± its standard deviation."""
+    if value is None or value == "":
+        return "–"
+    styles: dict[str, Callable[[Any], str]] = {
+        "sci": lambda v: f"{v:.3g}" if v == 0 or 1e-3 <= abs(v) < 1e5 else f"{v:.2e}",
+        "ms": milliseconds,
+        "share": lambda v: f"{v:.1%}",
+        "number": lambda v: f"{v:.4g}",
+        "count": lambda v: f"{v:,}",
+        "": str,
+    }
+    text = styles[style](value)
+    return text if spread is None else f"{text} ± {spread * (1e3 if style == 'ms' else 1):.2g}"
 
 
-def _html(name: str, caption: str, columns: Sequence[Column], rows: Iterable[Mapping[str, Any]]) -> HtmlTable:
-    def cell(row: Mapping[str, Any], column: Column) -> tuple[str, Any]:
-        value = row[column.key]
-        text = "–" if value is None or value == "" else _STYLES[column.style](value)
-        spread = row.get(f"{column.key}_std")
-        return text + (f" ± {_STYLES[column.style](spread)}" if spread is not None and value is not None else ""), "" if value is None else value
-
-    return HtmlTable(name, caption, tuple(columns), [[cell(row, column) for column in columns] for row in rows])
+def _amount(objective: str, gain: float | None) -> str:
+    unit = OBJECTIVES.get(objective, Objective(objective, "gain", "", 1.0))
+    return "" if gain is None else f"{gain * unit.scale:.4g} {unit.unit}"
 
 
-def _results_html(tables: Tables) -> HtmlTable:
-    def extended(row: dict[str, Any]) -> dict[str, Any]:
-        ratio = row["measured_loss_mse"] / row["predicted_loss_mse"] if row["predicted_loss_mse"] and row["measured_loss_mse"] is not None else None
-        unit = OBJECTIVES.get(row["objective"])
-        gain = f"{row['predicted_gain'] * unit.scale:.4g} {unit.unit}" if unit and row["predicted_gain"] is not None else ""
-        return {**row, "ratio": ratio, "gain": gain}
-
-    columns = [
-        Column("Strategy", "strategy"), Column("Objective", "objective"), Column("τ", "tau", "number"),
-        Column("Loss MSE predicted (nats²)", "predicted_loss_mse", "sci"), Column("measured (nats²)", "measured_loss_mse", "sci"),
-        Column("measured / predicted", "ratio", "number"), Column("bound (nats²)", "budget", "sci"),
-        Column("TTFT predicted (ms)", "predicted_ttft_s", "ms"), Column("measured (ms)", "measured_ttft_s", "ms"),
-        Column("base (ms)", "base_ttft_s", "ms"), Column("Gain predicted", "gain"), Column("Perplexity", "perplexity", "number"),
-        Column("base", "base_perplexity", "number"), Column("Ops lowered", "share_lowered", "share"), Column("Seeds", "seeds", "count"),
-        Column("Solver", "solver"), Column("Status", "status"), Column("Note", "note"),
-    ]  # fmt: skip
-    caption = "Mean over seeds (and over the draws of random) ± standard deviation; – where nothing was predicted or measured."
-    return _html("results", caption, columns, map(extended, results_table(tables).iter_rows(named=True)))
-
-
-def _groups_html(tables: Tables) -> HtmlTable:
-    groups = table_of(tables, "groups").sort("order").group_by("group", "signature", maintain_order=True).agg(
-        pl.col("op").str.join(", "), pl.col("macs").sum(), pl.col("parameters").sum()
-    )  # fmt: skip
-    columns = [
-        Column("Group", "group", "count"), Column("Ops", "op"), Column("Signature", "signature"), Column("MACs", "macs", "count"),
-        Column("Parameters", "parameters", "count"),
-    ]  # fmt: skip
-    return _html("groups", "Ops decided and timed together; groups of one signature do the same work.", columns, groups.iter_rows(named=True))
+def _rows(tables: Tables, summary: Summary) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the page's tables; the template says which columns it shows."""
+    ratio = pl.when(pl.col("predicted_loss_mse") > 0).then(pl.col("measured_loss_mse") / pl.col("predicted_loss_mse"))
+    results = results_table(tables).with_columns(ratio=ratio).to_dicts()
+    groups = table_of(tables, "groups").sort("order").group_by("group", "signature", maintain_order=True)
+    timing = table_of(tables, "timing").sort("signature", "gain_s", descending=[False, True])
+    return {
+        "winners": [
+            {
+                "objective": OBJECTIVES[w.objective].name if w.objective in OBJECTIVES else w.objective,
+                "tau": w.tau,
+                "most": " = ".join(w.strategies),
+                "gain": _amount(w.objective, w.gain),
+                "share": w.share,
+                "how": "measured" if w.measured else "computed",
+                "next": w.second and f"{w.second}: {_amount(w.objective, w.second_gain)}",
+            }
+            for w in summary.winners
+        ],
+        "results": [{**row, "gain": _amount(row["objective"], row["predicted_gain"])} for row in results],
+        "groups": groups.agg(pl.col("op").str.join(", "), pl.col("macs").sum(), pl.col("parameters").sum()).to_dicts(),
+        "timing": timing.with_columns(pl.col("configuration").list.join(" ")).to_dicts(),
+    }
 
 
-def _timing_html(tables: Tables) -> HtmlTable:
-    timing = table_of(tables, "timing").sort("signature", "gain_s", descending=[False, True]).with_columns(pl.col("configuration").list.join(" "))
-    columns = [
-        Column("Signature", "signature"), Column("Configuration, in op order", "configuration"), Column("TTFT (ms)", "ttft_s", "ms"),
-        Column("base (ms)", "base_ttft_s", "ms"), Column("Gain of one instance (ms)", "gain_s", "ms"),
-        Column("interval from (ms)", "gain_ci_low_s", "ms"), Column("to (ms)", "gain_ci_high_s", "ms"),
-        Column("Instances timed", "instances", "count"), Column("Repeats", "repeats", "count"), Column("Batch", "batch", "count"),
-        Column("Length", "length", "count"), Column("Device", "device"), Column("Load average", "load_average", "number"),
-    ]  # fmt: skip
-    return _html("timing", "Each configuration of each group's signature, timed with the rest in base.", columns, timing.iter_rows(named=True))
+class Sensitivities(NamedTuple):
+    """Ops by the loss MSE (nats²) of lowering one alone, a column for each format; the largest first."""
+
+    noise_model: str
+    formats: list[str]
+    rows: list[dict[str, Any]]
+    ops: int
 
 
-def _sensitivity_html(tables: Tables, noise_model: str) -> HtmlTable:
+def _sensitivities(tables: Tables, noise_model: str) -> Sensitivities:
     rows = table_of(tables, "sensitivity")
     models = rows["noise_model"].unique().sort().to_list()
     model = noise_model if noise_model in models else next(iter(models), "")
-    by_op = rows.filter(pl.col("noise_model") == model).pivot("format", index="op", values="loss_mse", aggregate_function="sum", sort_columns=True)
+    chosen = rows.filter(pl.col("noise_model") == model)
+    by_op = chosen.pivot("format", index="op", values="loss_mse", aggregate_function="sum", sort_columns=True)
     formats = [f for f in by_op.columns if f != "op" and (by_op[f] > 0).any()]
     ranked = by_op.with_columns(top=pl.max_horizontal(formats) if formats else pl.lit(0.0)).sort("top", descending=True)
-    shared = ranked.with_columns(share=pl.col("top") / pl.col("top").sum()).head(TOP_OPS)
-    columns = [Column("Op", "op"), *(Column(f"{f} (nats²)", f, "sci") for f in formats), Column("Share of all ops", "share", "share")]
-    caption = (
-        f"Loss MSE of one op lowered alone, noise model {model}; the {min(TOP_OPS, ranked.height)} largest of {ranked.height} ops. "
-        "The share is that of the coarsest format."
-    )
-    return _html("sensitivity", caption, columns, shared.iter_rows(named=True))
-
-
-def _winners_html(summary: Summary) -> HtmlTable:
-    def row(w: Winner) -> dict[str, Any]:
-        unit = OBJECTIVES.get(w.objective, Objective(w.objective, "gain", "", 1.0))
-        second = "" if w.second_gain is None else f"{w.second}: {w.second_gain * unit.scale:.4g} {unit.unit}"
-        gain = f"{w.gain * unit.scale:.4g} {unit.unit}"
-        kind = "measured" if w.measured else "computed"
-        return {"what": unit.name, "tau": w.tau, "who": " = ".join(w.strategies), "gain": gain, "share": w.share, "kind": kind, "second": second}
-
-    columns = [
-        Column("Objective", "what"), Column("τ", "tau", "number"), Column("Gains most", "who"), Column("Gain", "gain"),
-        Column("of base", "share", "share"), Column("", "kind"), Column("Next", "second"),
-    ]  # fmt: skip
-    return _html("winners", "The largest gain under each bound.", columns, map(row, summary.winners))
+    shared = ranked.with_columns(share=pl.col("top") / pl.col("top").sum())
+    return Sensitivities(model, formats, shared.head(TOP_OPS).to_dicts(), ranked.height)
 
 
 def write_report(tables: Tables, title: str, facts: Mapping[str, str]) -> str:
@@ -353,13 +321,17 @@ def write_report(tables: Tables, title: str, facts: Mapping[str, str]) -> str:
     """
     from mpq.figures import report_figures  # matplotlib is slow to load, and who asks for results_table does not need it
 
-    environment = Environment(loader=PackageLoader("mpq"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages = Environment(
+        loader=PackageLoader("mpq"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    pages.globals["write"] = _write
     summary = summarize(tables)
-    html = (
-        _winners_html(summary), _results_html(tables), _groups_html(tables), _timing_html(tables),
-        _sensitivity_html(tables, facts.get("noise model", "")),
-    )  # fmt: skip
-    return environment.get_template("report.html.j2").render(
-        title=title, facts=facts, missing=[name for name in REPORTED if table_of(tables, name).is_empty()], summary=summary,
-        tables={t.name: t for t in html}, figures=report_figures(tables, base_of(tables, facts)),
-    )  # fmt: skip
+    return pages.get_template("report.html.j2").render(
+        title=title,
+        facts=facts,
+        missing=[name for name in REPORTED if table_of(tables, name).is_empty()],
+        summary=summary,
+        rows=_rows(tables, summary),
+        sensitivity=_sensitivities(tables, facts.get("noise model", "")),
+        figures=report_figures(tables, base_of(tables, facts)),
+    )
