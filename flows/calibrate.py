@@ -22,7 +22,8 @@ from tasks import calibration, evaluation, planning, timing
 from tasks.stage import References, read, read_json
 
 
-@flow(name="calibrate", flow_run_name="{spec.name}", task_runner=ThreadPoolTaskRunner(max_workers=4))  # type: ignore[arg-type]
+# one worker: a machine's tasks share its device one at a time anyway, and each thread would get an OpenMP team of its own
+@flow(name="calibrate", flow_run_name="{spec.name}", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
 def calibrate(spec: RunSpec) -> dict[str, Any]:
     """Calibrate one checkpoint: load, partition, sensitivity, timing, gains, solve, evaluate, report.
 

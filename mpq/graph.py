@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ class Op:
     heads: int = 0  # query heads of a bgemm
     kv_heads: int = 0  # heads of K and V before repetition
     parameters: int = 0
+    window: int = 0  # tokens that a sliding attention sees; 0 where it sees all
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ def build_on_meta(config: Any) -> nn.Module:
         "distilbert",
         "electra",
     )
+    build: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     with torch.device("meta"):
-        model = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(config, attn_implementation="eager")
-    return model.eval()  # type: ignore[no-any-return]
+        return build.from_config(config, attn_implementation="eager").eval()  # type: ignore[no-any-return]
 
 
 def trace(config: Any, *, batch: int = 2, length: int = 64) -> Graph:
@@ -107,25 +109,22 @@ def _graph(program: Any, model: nn.Module) -> Graph:
     source = next(
         n for n in nodes if n.op == "call_function" and "embedding" in str(n.target) and _module(n)[0] == embedding_name
     )
-    dag, ops, seen = nx.DiGraph(), {}, {}
+    dag, ops = nx.DiGraph(), {}
+    seen: dict[str, int] = {}  # products met in each attention module
     dag.add_node(number[source])
-    weights = set(program.graph_signature.inputs_to_parameters)
-    shapes = {p: tuple(program.state_dict[f].shape) for p, f in program.graph_signature.inputs_to_parameters.items()}
+    fqn = dict(program.graph_signature.inputs_to_parameters)  # placeholder → parameter
+    shapes = {p: tuple(program.state_dict[name].shape) for p, name in fqn.items()}
     for node in nodes:
         above = [a for a in node.all_input_nodes if number[a] in dag]
         if node.op != "call_function" or not above or any(s in str(node.target) for s in _DRIVES_NOTHING):
             continue
         dag.add_edges_from((number[a], number[node]) for a in above)
-        if op := _op(node, above, weights, shapes, seen, model):
+        if op := _op(node, above, fqn, shapes, seen, model):
             ops[number[node]] = op
     output = next(n for n in nodes if n.op == "output")
     sink = number[next(a for a in output.args[0] if hasattr(a, "op") and number[a] in dag)]
-    return Graph(
-        dag.subgraph(nx.ancestors(dag, sink) | {sink}).copy(),
-        {i: o for i, o in ops.items() if i == sink or nx.has_path(dag, i, sink)},
-        number[source],
-        sink,
-    )
+    useful = nx.ancestors(dag, sink) | {sink}
+    return Graph(dag.subgraph(useful).copy(), {i: op for i, op in ops.items() if i in useful}, number[source], sink)
 
 
 def _module(node: Any) -> tuple[str, str]:
@@ -134,28 +133,51 @@ def _module(node: Any) -> tuple[str, str]:
 
 
 def _op(
-    node: Any, above: list[Any], weights: set[str], shapes: dict[str, tuple[int, ...]], seen: dict[str, int], model: nn.Module
+    node: Any, above: list[Any], fqn: dict[str, str], shapes: dict[str, tuple[int, ...]], seen: dict[str, int], model: nn.Module
 ) -> Op | None:
     target, name = str(node.target), _module(node)[0]
-    weight = next((a for a in node.all_input_nodes if a.name in weights and len(shapes[a.name]) == 2), None)
-    if target in _LINEAR and weight is not None:
-        out = int(node.meta["val"].shape[-1])
-        count = 1
-        for size in shapes[weight.name]:
-            count *= size
+    # biases are parameters too
+    weight = next((p for a in node.all_input_nodes if (p := _parameter(a, fqn)) and len(shapes[p]) > 1), None)
+    if target in _LINEAR and weight is not None and len(shapes[weight]) == 2:
+        count, out = math.prod(shapes[weight]), int(node.meta["val"].shape[-1])
         return Op(name, "linear", count // out, out, parameters=count)
     if target in _MATMUL and len(above) >= 2:
         index = seen[name] = seen.get(name, 0) + 1
         if index > 2:
             return Op(f"{name}.matmul{index}", "other", 0, 0)
-        left, right = (a.meta["val"].shape for a in above[-2:])
-        config: Any = model.config
-        text = config.get_text_config()
-        heads = int(node.meta["val"].shape[1]) if node.meta["val"].ndim == 4 else text.num_attention_heads
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        if index == 1:
-            return Op(f"{name}.qk_matmul", "bgemm", int(left[-1]), 0, heads, kv_heads)
-        return Op(f"{name}.av_matmul", "bgemm", 0, int(right[-1]), heads, kv_heads)
+        return _attention_product(node, above, name, index, model)
+    if weight is not None and (target in _MATMUL or any(o in target for o in _OTHER)):
+        # an expert's product: many experts in one parameter, (experts, in, out) or (experts, out, in)
+        sizes = shapes[weight][-2:]
+        out = int(node.meta["val"].shape[-1])
+        return Op(
+            fqn[weight].removesuffix(".weight"), "other", math.prod(sizes) // out, out, parameters=math.prod(shapes[weight])
+        )
     if target in _MATMUL or any(o in target for o in _OTHER):
         return Op(f"{name}.{target.split('.')[-2]}", "other", 0, 0)
     return None
+
+
+def _parameter(node: Any, fqn: dict[str, str]) -> str | None:
+    """The parameter that a node is a mere view of (transposed, cast), if it is one."""
+    while node.name not in fqn and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.name if node.name in fqn else None
+
+
+def _attention_product(node: Any, above: list[Any], name: str, index: int, model: nn.Module) -> Op:
+    left, right = (a.meta["val"].shape for a in above[-2:])
+    text = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    heads = int(node.meta["val"].shape[1]) if node.meta["val"].ndim == 4 else text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    window = _window(text, name)
+    if index == 1:
+        return Op(f"{name}.qk_matmul", "bgemm", int(left[-1]), 0, heads, kv_heads, window=window)
+    return Op(f"{name}.av_matmul", "bgemm", 0, int(right[-1]), heads, kv_heads, window=window)
+
+
+def _window(text: Any, name: str) -> int:
+    """The sliding window of the attention called `name`: it changes the time, so the signature must know."""
+    layer = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * (layer + 1)
+    return (getattr(text, "sliding_window", None) or 0) if kinds[layer] == "sliding_attention" else 0

@@ -68,7 +68,7 @@ def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataF
     rows: list[dict[str, object]] = []
     for group in groups:
         for op in group.ops:
-            fields = {k: v for k, v in asdict(op).items() if k != "name"}
+            fields = {k: v for k, v in asdict(op).items() if k not in ("name", "window")}
             rows.append(
                 {
                     "group": group.index,

@@ -283,9 +283,8 @@ def _check(signature: str, configuration: Configuration, ops: list[list[tuple[st
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No garbage collection in between."""
+    """No garbage collection in between. None before either: with a pipeline loaded that takes longer than a pair."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
