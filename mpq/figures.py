@@ -55,19 +55,29 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
         of = rows.filter(pl.col("strategy") == strategy)
         colour, marker, line = LOOKS.get(strategy, (INK, "D", "-."))
         xs, ys = of["x"].to_list(), of["measured_loss_mse"].to_list()
-        axes.plot(xs, ys, color=colour, marker=marker, linestyle=line, label=strategy, markersize=6, linewidth=1.5)
+        axes.plot(
+            xs,
+            ys,
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            label=strategy,
+            markersize=6,
+            linewidth=1.5,
+            zorder=3 if strategy.startswith("ip_") else 2,
+        )
         # every strategy ends near the others, so only the integer program's ends are labelled where there is one
         if strategy.startswith("ip_") or not rows["strategy"].str.starts_with("ip_").any():
-            for i, lift in {0: -11, len(xs) - 1: 6}.items():
-                axes.annotate(
-                    f"τ {of['tau'][i]:g}", (xs[i], ys[i]), (6, lift), textcoords="offset points", color=INK, fontsize=_SMALL
-                )
+            low = (-6, -11, "right") if objective == "et" else (6, -11, "left")  # away from the others, which gain less
+            for i, (right, up, side) in {0: low, len(xs) - 1: (6, 6, "left")}.items():
+                label, at = f"τ {of['tau'][i]:g}", (xs[i], ys[i])
+                axes.annotate(label, at, (right, up), textcoords="offset points", ha=side, color=INK, fontsize=_SMALL)
     if objective == "et" and (base := rows["base_ttft_s"].drop_nulls()).len():
         axes.axvline(float(base.median() or 0) * unit.scale, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="base model")  # type: ignore[arg-type]
     axes.set_xlabel(
         f"TTFT, {'measured' if timed else 'predicted'} (ms)"
         if objective == "et"
-        else f"{unit.saved[0].upper()}{unit.saved[1:]}, predicted ({unit.unit})"
+        else f"{_sentence(unit.saved)}, predicted ({unit.unit})"
     )
     axes.set_ylabel("Loss MSE, measured (nats²)")
     axes.margins(0.12)
@@ -241,11 +251,7 @@ def report_figures(tables: Tables, base: str) -> dict[str, list[tuple[str, str]]
 
     for objective in OBJECTIVES:
         if objective in measured["objective"]:
-            add(
-                "frontier",
-                f"Loss MSE against {OBJECTIVES[objective].name} ({objective})",
-                frontier(results, objective),
-            )
+            add("frontier", f"Loss MSE against {OBJECTIVES[objective].name} ({objective})", frontier(results, objective))
     if measured.filter(pl.col("predicted_loss_mse") > 0).height:
         add("predicted", "Loss MSE, predicted and measured, all plans", predicted_against_measured(each, "loss"))
     if results.drop_nulls(["predicted_ttft_s", "measured_ttft_s"]).height:
@@ -266,7 +272,7 @@ def frontier_png(tables: Tables) -> bytes:
     for i, objective in enumerate(there):
         axes = figure.add_subplot(1, len(there), i + 1)
         _dress(axes)
-        axes.set_title(OBJECTIVES[objective].name.capitalize(), fontsize=10)
+        axes.set_title(_sentence(OBJECTIVES[objective].name), fontsize=10)
         _draw_frontier(axes, results, objective)
     if not there:
         figure.text(0.5, 0.5, "No plan was evaluated", ha="center", va="center")
@@ -287,10 +293,11 @@ def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|\sxmlns(:xlink)?=\"[^\"]*\"", "", svg, flags=re.S)
     width = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
+    wide = 'class="wide" ' if width > 500 else ""
     label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     svg = re.sub(
         r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>",
-        rf'<svg \1 role="img" aria-label="{label}" style="max-width:{width * 4 / 3:.0f}px">',
+        rf'<svg \1 role="img" aria-label="{label}" {wide}style="max-width:{width * 4 / 3:.0f}px;min-width:{width * 0.7:.0f}px">',
         svg,
         count=1,
     )
@@ -346,3 +353,7 @@ def _power(value: float) -> str:
     digit = round(value / 10**exponent)
     power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return power if digit == 1 else f"{digit}·{power}"
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]

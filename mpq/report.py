@@ -184,14 +184,11 @@ def _tell(summary: Summary, n_losses: int, n_times: int) -> None:
         of = [w for w in summary.winners if w.objective == objective]
         how = "Measured" if any(w.measured for w in of) else "Computed"
         name = OBJECTIVES[objective].name if objective in OBJECTIVES else objective
-        wins = {
-            s: [w for w in of if s in w.strategies and w.gain > 0] for s in dict.fromkeys(s for w in of for s in w.strategies)
-        }
-        parts = [
-            f"{s} gains {'the most' if all(len(w.strategies) == 1 for w in at) else 'the most or as much as the best'} "
-            + ("at every budget" if len(at) == len(of) else f"at {len(at)} of {len(of)} budgets (τ = {', '.join(f'{w.tau:g}' for w in at)})")
-            for s, at in wins.items() if at
-        ]  # fmt: skip
+        parts = []
+        for who in dict.fromkeys(w.strategies for w in of if w.gain > 0):
+            at = [f"{w.tau:g}" for w in of if w.strategies == who and w.gain > 0]
+            when = "at every budget" if len(at) == len(of) else f"at {len(at)} of {len(of)} budgets (τ = {', '.join(at)})"
+            parts.append(f"{who[0]} gains the most {when}" if len(who) == 1 else f"{', '.join(who)} gain the same {when}")
         none = [f"{w.tau:g}" for w in of if w.gain <= 0]
         parts += [f"nothing gains at τ = {', '.join(none)}"] if none else []
         say(f"{how} {name}: {'; '.join(parts)}.")
