@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import polars as pl
 import typer
@@ -141,7 +141,7 @@ def time(
     batch: Annotated[int, typer.Option(min=1, help="Rows of the prefill.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 256,
     repeats: Annotated[int, typer.Option(min=2, help="Interleaved pairs of base and configuration.")] = 5,
-    method: Annotated[str, typer.Option(help="signature: all groups of a signature at once; group: one group (the paper).")] = "signature",
+    method: Annotated[Literal["signature", "group"], typer.Option(help="signature: all groups of a signature at once; group: one group (the paper).")] = "signature",
     seed: int = 0, revision: Revision = None, json_: AsJson = False, out: Out = None,
 ) -> None:  # fmt: skip
     """Measure the time to first token gained by each configuration of each group, on this device's native kernels."""
@@ -153,8 +153,6 @@ def time(
     from mpq.partition import partition as partition_graph
     from mpq.timing import measure, timing_model
 
-    if method not in ("signature", "group"):
-        raise MpqError(f"--method {method}: expected signature or group.")
     names, base = _names(formats), _names(base)[0]
     check_native(names, device)
     config = load_config(fetch(model, revision))
@@ -176,7 +174,7 @@ def time(
 def solve(
     gains: Annotated[str, typer.Option(help="A gains table: objective, group, configuration, gain, loss_mse (.parquet, .json, .csv).")],
     budget: Annotated[float, typer.Option(help="Bound on the plan's loss MSE, in the units of loss_mse (τ² E[g²]).")],
-    solver: Annotated[str, typer.Option(help="auto, highs or gurobi.")] = "auto",
+    solver: Annotated[Literal["auto", "highs", "gurobi"], typer.Option(help="auto: Gurobi where its licence serves, else HiGHS.")] = "auto",
     objective: Annotated[str | None, typer.Option(help="Which objective, where the table holds several.")] = None,
     json_: AsJson = False, out: Out = None,
 ) -> None:  # fmt: skip
@@ -185,8 +183,6 @@ def solve(
 
     from mpq.gains import solve_table
 
-    if solver not in ("auto", "highs", "gurobi"):
-        raise MpqError(f"--solver {solver}: expected auto, highs or gurobi.")
     frame = read_frame(gains)
     if objective:
         frame = frame.filter(pl.col("objective") == objective)

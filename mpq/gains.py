@@ -120,5 +120,5 @@ def solve_table(gains: pl.DataFrame, budget: float, solver: str = "auto") -> tup
             f"The gains table holds several objectives ({', '.join(map(str, gains['objective'].unique()))}): choose one with --objective."
         )
     group = gains["group"].rank("dense").to_numpy().astype(int) - 1
-    solution = solve(group, gains["gain"].to_numpy(), gains["loss_mse"].to_numpy(), budget, solver=solver)  # type: ignore[arg-type]
+    solution = solve(group, gains["gain"].to_numpy(), gains["loss_mse"].to_numpy(), budget, solver=solver)
     return gains[list(solution.chosen)], solution

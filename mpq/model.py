@@ -156,8 +156,8 @@ def load_model(folder: Path, base: str, device: str = "cpu") -> nn.Module:
     weight_files(folder)
     config = load_config(folder)
     shown = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=getattr(torch, get_format(base).dtype), local_files_only=True, output_loading_info=True
@@ -253,7 +253,7 @@ def _token_rows(spec: TextSpec, folder: Path) -> np.ndarray:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ids = [
             np.array(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] + end, np.int64)
-            for t in _texts(spec)
+            for t in texts
             if t.strip()
         ]
         stream = np.concatenate(ids) if ids else np.empty(0, np.int64)

@@ -60,13 +60,13 @@ class _Tap(torch.autograd.Function):
     """Identity whose backward pass sees the gradient through this use of the operand."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, tally: Tally, op: str, operand: str, granularity: Granularity) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, u: Tensor, tally: Tally, op: str, operand: str, granularity: Granularity) -> Tensor:
         ctx.save_for_backward(u)
         ctx.where = (tally, op, operand, granularity)
         return u.view_as(u)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (u,) = ctx.saved_tensors
         tally, op, operand, granularity = ctx.where
         tally.add(op, operand, gradient.float().square(), u, granularity)
@@ -80,13 +80,13 @@ class _TappedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tally: Tally, op: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tally: Tally, op: str) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.where = (tally, op)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         tally, op = ctx.where
         through = gradient @ weight  # [..., C] @ [C, K] -> [..., K]
@@ -144,7 +144,7 @@ def tapped(model: nn.Module, ops: Sequence[tuple[str, str]], tally: Tally) -> It
 def _tapped_linear(module: nn.Module, tally: Tally, name: str) -> Iterator[None]:
     weight, bias = module.weight, module.bias
     if not isinstance(module, nn.Linear):  # GPT-2's Conv1D keeps its weight as (K, C)
-        weight = weight.T  # type: ignore[operator,assignment]
+        weight = weight.T
     module.forward = lambda x: _TappedLinear.apply(x, weight, bias, tally, name)
     try:
         yield
@@ -255,7 +255,11 @@ def _tables(
                         "sensitivity": square,
                     }
                 )
-    loss = {"n_samples": n, "mean_square_loss": losses.square().mean().item(), "mean_loss": losses.mean().item()}
+    loss: dict[str, object] = {
+        "n_samples": n,
+        "mean_square_loss": losses.square().mean().item(),
+        "mean_loss": losses.mean().item(),
+    }
     return table("sensitivity", rows), table("loss", [loss])
 
 

@@ -96,7 +96,7 @@ class RunSpec(_Strict):
     model: ModelSpec
     calibration: CalibrationSpec
     evaluation: EvaluationSpec | None = None
-    timing: TimingSpec = TimingSpec()  # type: ignore[call-arg]
+    timing: TimingSpec = TimingSpec()
     objectives: dict[Objective, ObjectiveSpec] = Field(min_length=1)
     taus: tuple[float, ...] = Field((0.003, 0.01, 0.03), min_length=1, description="Bounds on the normalised RMSE of the loss")
     noise_model: NoiseModel = "ulp"

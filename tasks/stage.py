@@ -26,7 +26,7 @@ References = dict[str, TableRef]
 Output = Mapping[str, "pl.DataFrame | tuple[bytes, str]"]
 
 
-class ReferenceSerializer(Serializer):  # type: ignore[type-arg]
+class ReferenceSerializer(Serializer):
     """References as JSON. Reading them back reads the entries: where one is gone or damaged that raises, which Prefect
     takes for a miss, and the stage is computed again."""
 
@@ -65,7 +65,7 @@ def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task
             return {kind: _write(where, kind, key, output[kind], upstream, label) for kind in kinds}
 
         del run.__wrapped__
-        return task(  # type: ignore[call-overload,no-any-return]
+        return task(
             name=compute.__name__,
             task_run_name="{label}",
             persist_result=True,

@@ -98,7 +98,7 @@ MISTAKES = {
     "damaged gains": (["solve", "--gains", "{damaged}", "--budget", "1"], "cannot be read as a table"),
     "impossible budget": (["solve", "--gains", "{gains}", "--budget", "1e-30"], "budget"),
     "budget below zero": (["solve", "--gains", "{gains}", "--budget", "-1"], "budget"),
-    "unknown solver": (["solve", "--gains", "{gains}", "--budget", "1", "--solver", "cbc"], "expected auto, highs or gurobi"),
+    "unknown solver": (["solve", "--gains", "{gains}", "--budget", "1", "--solver", "cbc"], "Invalid value for '--solver'"),
     "misspelt key": (["run", "{spec}"], "unknown key calibratoin"),
     "missing spec": (["run", "nope.yaml"], "No spec at nope.yaml"),
     "no plan": (["eval", "{spec}"], "Not a plan"),

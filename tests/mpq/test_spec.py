@@ -36,7 +36,10 @@ def test_examples_are_valid() -> None:
     ("change", "message"),
     [
         ({"modle": {}}, "unknown key modle (did you mean model?): expected one of name, model"),
-        ({"calibration": {"source": "x", "sampels": 1}}, "unknown key calibration.sampels (did you mean samples?): expected one of source, samples"),
+        (
+            {"calibration": {"source": "x", "sampels": 1}},
+            "unknown key calibration.sampels (did you mean samples?): expected one of source, samples",
+        ),
         ({"calibration": {}}, "calibration.source is missing"),
         ({"objectives": {"et": {"formats": ["int9"]}}}, "Unknown format 'int9': expected one of fp32"),
         ({"objectives": {"et": {"formats": ["fp32"]}}}, "lists the base format fp32"),
