@@ -55,17 +55,8 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
         of = rows.filter(pl.col("strategy") == strategy)
         colour, marker, line = LOOKS.get(strategy, (INK, "D", "-."))
         xs, ys = of["x"].to_list(), of["measured_loss_mse"].to_list()
-        axes.plot(
-            xs,
-            ys,
-            color=colour,
-            marker=marker,
-            linestyle=line,
-            label=strategy,
-            markersize=6,
-            linewidth=1.5,
-            zorder=3 if strategy.startswith("ip_") else 2,
-        )
+        top = 3 if strategy.startswith("ip_") else 2
+        axes.plot(xs, ys, color=colour, marker=marker, linestyle=line, label=strategy, markersize=6, linewidth=1.5, zorder=top)
         # every strategy ends near the others, so only the integer program's ends are labelled where there is one
         if strategy.startswith("ip_") or not rows["strategy"].str.starts_with("ip_").any():
             low = (-6, -11, "right") if objective == "et" else (6, -11, "left")  # away from the others, which gain less
