@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,8 @@ class _Run:
             "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens", "noise model": spec.noise_model,
             "mpq": version("mpq"), "torch": version("torch"), "transformers": version("transformers"), "python": platform.python_version(),
         }  # fmt: skip
-        key = content_key([r.sha256 for refs in tables.values() for r in refs], facts, spec.name, _code("report", "figures"))
+        template = (files("mpq") / "templates" / "report.html.j2").read_text(encoding="utf-8")
+        key = content_key([r.sha256 for refs in tables.values() for r in refs], facts, spec.name, template, _code("report", "figures"))
         inputs = {"tables": tables, "title": spec.name, "facts": facts}
         return self.stages.run_one("report", (evaluation.write_report, key, f"report {spec.name}", inputs))["report"], facts
 

@@ -16,8 +16,8 @@ LAYERS = [
     ["spec", "tables", "quantize"],
     ["store", "graph", "plan", "model", "attention", "kernels", "kernels.cpu", "kernels.emulated"],
     ["partition", "apply", "runs"],
-    ["sensitivity", "timing", "gains", "evaluate", "figures"],
-    ["strategies", "report"],
+    ["sensitivity", "timing", "gains", "evaluate"],
+    ["strategies", "report", "figures"],
     ["console"],
     ["cli"],
 ]

@@ -1,0 +1,98 @@
+"""Cost of sensitivity against a plain training step's forward and backward, in one run, interleaved.
+
+    python bench/sensitivity.py
+
+For two sizes of Llama on the CPU: seconds (median of pairs) and peak memory (each in a process of its own, less what the
+loaded model takes). The plain step is transformers' own: SDPA attention, gradients on every parameter. Last line: JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mpq.graph import trace
+from mpq.model import Blocks, sample_losses
+from mpq.partition import partition
+from mpq.sensitivity import measure_sensitivity
+
+SIZES = {
+    "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "medium": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12, "num_key_value_heads": 4},
+}  # fmt: skip
+BATCH, LENGTH, PAIRS = 8, 256, 7
+FORMATS = ["bf16", "fp8_e4m3", "int8"]
+
+
+def model_of(size: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=2048, tie_word_embeddings=True, **SIZES[size])).eval()
+
+
+def plain_step(model: LlamaForCausalLM, blocks: Blocks) -> None:
+    model.requires_grad_(True)
+    for tokens in blocks.batches(BATCH):
+        sample_losses(model, tokens).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+
+def ours(model: LlamaForCausalLM, blocks: Blocks, ops: list[tuple[str, str]]) -> None:
+    model.requires_grad_(False)
+    measure_sensitivity(model, ops, blocks, formats=FORMATS, base="fp32", batch=BATCH)
+
+
+def peak_bytes(size: str, which: str) -> int:
+    """Peak resident memory of one step above that of the loaded model, in a process of its own."""
+    command = [sys.executable, __file__, "--peak", size, which]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def _peak(size: str, which: str) -> None:
+    model = model_of(size)
+    ops = [(op.name, op.kind) for group in partition(trace(model.config)) for op in group.ops]
+    blocks = Blocks(np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ours(model, blocks, ops) if which == "ours" else plain_step(model, blocks)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def main() -> None:
+    results = []
+    for size in SIZES:
+        model = model_of(size)
+        ops = [(op.name, op.kind) for group in partition(trace(model.config)) for op in group.ops]
+        blocks = Blocks(np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH)))
+        ours(model, blocks, ops)
+        plain_step(model, blocks)
+        ratios, seconds = [], []
+        for _ in range(PAIRS):
+            start = time.perf_counter()
+            plain_step(model, blocks)
+            middle = time.perf_counter()
+            ours(model, blocks, ops)
+            end = time.perf_counter()
+            ratios.append((end - middle) / (middle - start))
+            seconds.append((middle - start, end - middle))
+        weights = sum(p.numel() * 4 for p in model.parameters())
+        plain, sensitivity = peak_bytes(size, "plain"), peak_bytes(size, "ours")
+        results.append({
+            "size": size, "parameters": weights // 4, "plain_s": float(np.median([s[0] for s in seconds])),
+            "sensitivity_s": float(np.median([s[1] for s in seconds])), "time_ratio": float(np.median(ratios)),
+            "time_ratio_range": [min(ratios), max(ratios)], "plain_peak_bytes": plain + weights, "sensitivity_peak_bytes": sensitivity + weights,
+            "peak_ratio": (sensitivity + weights) / (plain + weights),
+        })  # fmt: skip
+        print(results[-1], flush=True)
+    print(json.dumps({"bench": "sensitivity", "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+                      "tokens": [BATCH, LENGTH], "results": results}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    _peak(*sys.argv[2:]) if sys.argv[1:2] == ["--peak"] else main()
