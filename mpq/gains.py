@@ -11,7 +11,7 @@ import polars as pl
 
 from mpq.errors import MpqError
 from mpq.formats import get_format
-from mpq.solver import Solution, solve
+from mpq.solver import Solution, SolverName, solve
 from mpq.tables import table
 
 Losses = dict[tuple[str, str], float]  # (op, format) → loss MSE, nats²
@@ -108,7 +108,7 @@ def _row(objective: str, group: int, configuration: Sequence[str], gain: float, 
     return {"objective": objective, "group": group, "configuration": list(configuration), "gain": gain, "loss_mse": loss}
 
 
-def solve_table(gains: pl.DataFrame, budget: float, solver: str = "auto") -> tuple[pl.DataFrame, Solution]:
+def solve_table(gains: pl.DataFrame, budget: float, solver: SolverName = "auto") -> tuple[pl.DataFrame, Solution]:
     """The chosen row of each group of a gains table, and the solution. Raises MpqError for a table that is no program."""
     missing = [c for c in ("group", "configuration", "gain", "loss_mse") if c not in gains.columns]
     if missing:

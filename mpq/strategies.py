@@ -12,13 +12,14 @@ from mpq.errors import MpqError
 from mpq.formats import get_format
 from mpq.gains import solve_table
 from mpq.plan import Plan
+from mpq.solver import SolverName
 
 Rows = dict[tuple[str, ...], tuple[float, float]]  # configuration → gain, loss MSE
 
 
 def choose(
     strategy: str, objective: str, groups: pl.DataFrame, gains: pl.DataFrame, *, tau: float, mean_square_loss: float, base: str,
-    seed: int = 0, solver: str = "auto", base_ttft_s: float | None = None,
+    seed: int = 0, solver: SolverName = "auto", base_ttft_s: float | None = None,
 ) -> tuple[Plan, dict[str, Any]]:  # fmt: skip
     """The plan of one strategy under τ, and its row of the `solutions` table.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from mpq.solver import SolverName
 from mpq.spec import Objective, ObjectiveSpec
 from mpq.store import TableRef
 from mpq.tables import table
@@ -33,7 +34,7 @@ def build_gains(
 @stage("plans", "solutions", "plan_files")
 def solve(
     objective: Objective, part: ObjectiveSpec, groups: TableRef, gains: TableRef, loss: TableRef, timing: list[TableRef],
-    taus: list[float], base: str, solver: str, fingerprint: str, provenance: dict[str, Any],
+    taus: list[float], base: str, solver: SolverName, fingerprint: str, provenance: dict[str, Any],
 ) -> Output:  # fmt: skip
     """A plan for each strategy, τ and seed of one objective."""
     from mpq.strategies import choose
