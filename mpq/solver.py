@@ -26,6 +26,7 @@ log = logging.getLogger("mpq")
 SolverName = Literal["auto", "highs", "gurobi"]
 GUROBI_PIP_VARIABLES = 2000  # what the licence that comes with the wheel serves
 STATES = 200_000  # the dynamic program gives up beyond
+WORK = 20_000_000  # states made in all, likewise: a second or two
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ def solve(
         used, note = _which(solver, sum(len(rows.index) for rows in core if len(rows.index) > 1))
         answer, limit, finished = (_gurobi if used == "gurobi" else _highs)(core, time_limit_s)
         bound, status = min(bound, limit), "optimal" if finished else "time_limit"
-        candidates = [c for c in (answer, _dynamic_program(core, multiplier, incumbent)) if c is not None]
-        exact = len(candidates) == 2 or (answer is None and candidates)
+        if answer is not None and _keeps(answer, cost, budget):  # a better plan proves more rows useless
+            incumbent = max(incumbent, _total(answer, gain) / scale)
+        certified = _dynamic_program(fix(core, multiplier, incumbent), multiplier, incumbent)
+        candidates = [c for c in (answer, certified) if c is not None]
         for candidate in candidates:
             if _keeps(candidate, cost, budget) and _total(candidate, gain) > _total(best, gain):
                 best = candidate
@@ -79,7 +82,7 @@ def solve(
             note = _join(
                 note, f"{used} stopped {(_total(best, gain) - _total(answer, gain)) / scale:.1e} short; the float64 answer stands"
             )
-        if exact:
+        if certified is not None:
             bound, status = _total(best, gain) / scale, "optimal"
     else:
         bound = _total(best, gain) / scale
@@ -260,8 +263,10 @@ def _dynamic_program(core: list[Rows], multiplier: float, incumbent: float) -> l
     cheapest = np.cumsum([0.0, *(float(r.cost[0]) for r in reversed(core))])[::-1]
     cost, gain, trail = np.zeros(1), np.zeros(1), []
     floor = incumbent - SLACK * 10 * (1.0 + abs(incumbent))
+    made = 0
     for j, rows in enumerate(core):
-        if len(cost) * len(rows.cost) > 20 * STATES:
+        made += len(cost) * len(rows.cost)
+        if made > WORK:
             return None
         every_cost = (cost[:, None] + rows.cost).ravel()
         every_gain = (gain[:, None] + rows.gain).ravel()
