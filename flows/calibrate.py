@@ -176,7 +176,7 @@ class _Run:
                 f"solve {objective} {spec.name}",
                 {
                     "objective": objective, "part": part, "groups": groups, "gains": built["gains"], "loss": sums["loss"], "timing": of,
-                    "taus": list(spec.taus), "base": base, "solver": spec.solver, "fingerprint": self.fingerprint,
+                    "taus": list(part.taus or spec.taus), "base": base, "solver": spec.solver, "fingerprint": self.fingerprint,
                     "provenance": {"gains": built["gains"].key, **keys, "versions": versions},
                 },
             )
@@ -251,7 +251,9 @@ class _Run:
             "mpq": version("mpq"), "torch": version("torch"), "transformers": version("transformers"), "python": platform.python_version(),
         }  # fmt: skip
         template = (files("mpq") / "templates" / "report.html.j2").read_text(encoding="utf-8")
-        key = content_key([r.sha256 for refs in tables.values() for r in refs], facts, spec.name, template, _code("report", "figures"))
+        key = content_key(
+            [r.sha256 for refs in tables.values() for r in refs], facts, spec.name, template, _code("report", "figures")
+        )
         inputs = {"tables": tables, "title": spec.name, "facts": facts}
         return self.stages.run_one("report", (evaluation.write_report, key, f"report {spec.name}", inputs))["report"], facts
 

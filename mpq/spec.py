@@ -18,7 +18,14 @@ def _format(name: str) -> str:
     return get_format(name).name
 
 
+def _positive(taus: tuple[float, ...]) -> tuple[float, ...]:
+    if bad := [t for t in taus if not (t > 0 and math.isfinite(t))]:
+        raise ValueError(f"τ must be above zero, got {bad[0]:g}")
+    return tuple(sorted(set(taus)))
+
+
 FormatName = Annotated[str, AfterValidator(_format)]
+Taus = Annotated[tuple[float, ...], AfterValidator(_positive)]
 Objective = Literal["et", "tt", "m"]
 Strategy = Literal["ip", "random", "prefix"]
 
@@ -68,6 +75,7 @@ class ObjectiveSpec(_Strict):
     formats: tuple[FormatName, ...] = Field(min_length=1, description="Formats to lower to, base left out")
     strategies: tuple[Strategy, ...] = Field(("ip", "random", "prefix"), description="How plans are chosen")
     random_seeds: int = Field(1, ge=1, description="Draws of the random strategy")
+    taus: Taus | None = Field(None, min_length=1, description="τ of this objective, where they are not the run's")
 
 
 class TimingSpec(_Strict):
@@ -98,19 +106,12 @@ class RunSpec(_Strict):
     evaluation: EvaluationSpec | None = None
     timing: TimingSpec = TimingSpec()
     objectives: dict[Objective, ObjectiveSpec] = Field(min_length=1)
-    taus: tuple[float, ...] = Field((0.003, 0.01, 0.03), min_length=1, description="Bounds on the normalised RMSE of the loss")
+    taus: Taus = Field((0.003, 0.01, 0.03), min_length=1, description="Bounds on the normalised RMSE of the loss")
     noise_model: NoiseModel = "ulp"
     base_term: bool = Field(True, description="Subtract the base format's own noise (method.md); False is the paper's form")
     solver: Literal["auto", "highs", "gurobi"] = "auto"
     store: str = Field(".work/store", description="fsspec URL of the tables")
     out: str = Field(".work/runs", description="Local folder for plans and the report")
-
-    @field_validator("taus")
-    @classmethod
-    def _positive(cls, taus: tuple[float, ...]) -> tuple[float, ...]:
-        if bad := [t for t in taus if not (t > 0 and math.isfinite(t))]:
-            raise ValueError(f"τ must be above zero, got {bad[0]:g}")
-        return tuple(sorted(set(taus)))
 
     @model_validator(mode="after")
     def _lowered(self) -> RunSpec:
