@@ -171,7 +171,7 @@ class _Run:
         return self.stages.run("solve", [
             (
                 planning.solve,
-                content_key(objective, part, groups.sha256, built["gains"].sha256, sums["loss"].sha256, spec.taus, base, spec.solver,
+                content_key(objective, part, groups.sha256, built["gains"].sha256, sums["loss"].sha256, part.taus or spec.taus, base, spec.solver,
                             self.fingerprint, _code("solver", "strategies", "plan", "tables")),
                 f"solve {objective} {spec.name}",
                 {
