@@ -1,37 +1,38 @@
-"""The integer program of eqs. 5–7, a multiple-choice knapsack on arrays: exactly one row of each group, the largest gain.
+"""The multiple-choice knapsack of eqs. 5–7, on arrays: exact where that is possible, else HiGHS or Gurobi, re-checked.
 
-Raw loss MSEs are 1e-12 to 1e-4, below every solver's tolerances, and solvers then call plans optimal that are several
-times over budget. So the program is scaled, reduced by what can be proved in float64 (presolve.py), solved by Gurobi or
-HiGHS at their tightest tolerances, and the answer re-checked in float64. What remains is mostly small enough for an exact
-dynamic program as well, which certifies the solver's answer or replaces it; the note says which.
+Costs are 1e-12 … 1e-4, below what a solver tolerates as rounding: unscaled, HiGHS 1.16 has called a plan of 4.4 times its
+budget optimal. So solvers see costs over what the budget leaves and gains over the largest, and none is believed: a plan
+counts only once its costs, summed exactly in float64, fit the budget.
 """
 
 from __future__ import annotations
 
-import itertools
+import importlib
 import logging
 import math
 import time
 from dataclasses import dataclass
-from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpq.errors import MpqError
-from mpq.presolve import SLACK, Floats, Ints, Rows, fix, lagrangian, relax, undominated
+from mpq.presolve import PLANS, Core, Floats, Ints, fix, front, opened, relax, total, undominated
 
 log = logging.getLogger("mpq")
 
 SolverName = Literal["auto", "highs", "gurobi"]
-GUROBI_PIP_VARIABLES = 2000  # what the licence that comes with the wheel serves
-STATES = 200_000  # the dynamic program gives up beyond
-WORK = 20_000_000  # states made in all, likewise: a second or two
+SIZE_LIMITED = 2_000  # variables, and constraints, of Gurobi's licence that comes with pip
+BEAMS = (2_000, 200_000)  # states: a narrow front for a good incumbent first
+MAX_CUTS = 20  # plans over budget that a solver may return before its answer is dropped
 
 
 @dataclass(frozen=True)
 class Solution:
-    """One row of each group. `gain`, `cost` and `bound` are in the units given; `gap` is (bound − gain) / |bound|."""
+    """One row of each group, within the budget. `solver` 'presolve': none was needed; `bound` is an upper bound of the
+    gain, `gap` = (bound - gain) / |gain|."""
 
     chosen: tuple[int, ...]
     gain: float
@@ -44,248 +45,235 @@ class Solution:
     note: str = ""
 
 
-def solve(
-    group: Ints, gain: Floats, cost: Floats, budget: float, *, solver: SolverName = "auto", time_limit_s: float = 60.0
-) -> Solution:
-    """Maximise Σ gain under Σ cost ≤ budget with exactly one row of each group; all three arrays are (rows,).
+@dataclass(frozen=True)
+class _Answer:
+    """What a solver says: a plan (places in the core) or none, its bound above the base, and whether it finished."""
 
-    `auto` is Gurobi where its licence serves what is left after presolve, else HiGHS. Raises MpqError for numbers that
-    are not finite, a budget that is not above zero, and one that not even the cheapest rows keep.
+    plan: Ints | None
+    bound: float
+    finished: bool
+
+
+class _Unavailable(Exception):
+    """Why Gurobi cannot be used, in words for the note."""
+
+
+def solve(
+    group: NDArray[np.int64], gain: Floats, cost: Floats, budget: float, *,
+    solver: SolverName = "auto", time_limit_s: float = 60.0,
+) -> Solution:  # fmt: skip
+    """Choose exactly one row of each group so that Σ gain is largest under Σ cost ≤ budget (method.md, eqs. 5–7).
+
+    `group`, `gain` and `cost` are of shape (rows,); row r is one configuration of group[r]. Gains are in any one unit
+    (seconds, MACs, bytes), costs and budget in another (nats²). `chosen` holds row numbers in ascending order of group.
+    'auto' asks a solver only for what presolve leaves open; a solver asked for by name runs wherever more than one row is
+    left, and is corrected where float64 knows better. Without a usable Gurobi it is HiGHS, and `note` says so.
+
+    Raises MpqError for arrays that are no program, values or a budget that are not finite, a budget that is not above
+    zero, and a budget below the sum of the groups' smallest costs.
     """
     start = time.perf_counter()
     group, gain, cost = np.asarray(group), np.asarray(gain, np.float64), np.asarray(cost, np.float64)
-    _check(group, gain, cost, budget)
-    scale = float(np.abs(gain).max()) or 1.0
-    groups = undominated(group, gain / scale, cost / budget)
-    multiplier, plan = relax(groups)
-    incumbent = _gain(groups, plan)
-    bound = lagrangian(groups, multiplier)
-    best = [int(rows.index[at]) for rows, at in zip(groups, plan, strict=True)]
-    core = fix(groups, multiplier, incumbent)
+    _check(group, gain, cost, budget, solver, time_limit_s)
+    number = np.unique(group, return_inverse=True)[1].astype(np.int64).ravel()
+    core = undominated(number, gain, cost, budget)
+    best = core.row[core.starts]  # the cheapest rows at first; always within the budget
+    if (least := total(cost, best)) > budget:
+        raise MpqError(
+            f"No plan fits the budget {budget:.6g}: the cheapest costs {least:.6g}, with the least costly configuration of every "
+            "group. Raise τ (the budget), or add a configuration that costs less."
+        )
+    base = best_gain = total(gain, best)
+
+    def offer(plan: Ints, of: Core) -> bool:
+        nonlocal best, best_gain
+        rows = of.row[plan]
+        merit = (total(gain, rows), -total(cost, rows))  # of two plans that gain the same, the cheaper
+        fits = -merit[1] <= budget
+        if fits and merit > (best_gain, -total(cost, best)):
+            best, best_gain = rows, merit[0]
+        return fits
+
+    multiplier, ceiling, plan = relax(core)
+    offer(plan, core)
+    # a solver asked for by name gets more than the fronts leave of the program, which is little or nothing
+    named = core if len(core.row) <= SIZE_LIMITED else fix(core, multiplier, ceiling, best)[0]
+    exact = False
+    for beam in BEAMS:
+        core, at = fix(core, multiplier, ceiling, best)
+        incumbent = core.gain[at].sum()
+        # a bound that the incumbent reaches leaves nothing to find
+        exact = len(core.row) == len(at) or ceiling - incumbent <= min(float(core.slack), 1e-15 * abs(best_gain))
+        if not exact:
+            plans, exact = front(core, incumbent, beam, start + time_limit_s / 2)
+            fitting = [offer(plan, core) for plan in plans]
+            # the best state may be one rounding over the budget; then the next is the best
+            exact = exact and (any(fitting) or len(fitting) < PLANS)
+        if exact:
+            break
+    core = named if solver != "auto" else fix(core, multiplier, ceiling, best)[0]
     used: Literal["highs", "gurobi", "presolve"] = "presolve"
-    status: Literal["optimal", "time_limit"] = "optimal"
-    note = ""
-    if any(len(rows.index) > 1 for rows in core):
-        used, note = _which(solver, sum(len(rows.index) for rows in core if len(rows.index) > 1))
-        answer, limit, finished = (_gurobi if used == "gurobi" else _highs)(core, time_limit_s)
-        bound, status = min(bound, limit), "optimal" if finished else "time_limit"
-        if answer is not None and _keeps(answer, cost, budget):  # a better plan proves more rows useless
-            incumbent = max(incumbent, _total(answer, gain) / scale)
-        certified = _dynamic_program(fix(core, multiplier, incumbent), multiplier, incumbent)
-        candidates = [c for c in (answer, certified) if c is not None]
-        for candidate in candidates:
-            if _keeps(candidate, cost, budget) and _total(candidate, gain) > _total(best, gain):
-                best = candidate
-        if answer is None or not _keeps(answer, cost, budget):
-            note = _join(note, f"{used} answered outside the budget or not at all; the float64 answer stands")
-        elif _total(best, gain) > _total(answer, gain) + 1e-9 * scale:
-            note = _join(
-                note, f"{used} stopped {(_total(best, gain) - _total(answer, gain)) / scale:.1e} short; the float64 answer stands"
-            )
-        if certified is not None:
-            bound, status = _total(best, gain) / scale, "optimal"
-    else:
-        bound = _total(best, gain) / scale
-    value = _total(best, gain)
-    upper = max(value, bound * scale)
-    gap = (upper - value) / abs(upper) if upper else 0.0
-    return Solution(tuple(best), value, _total(best, cost), upper, gap, status, used, time.perf_counter() - start, note)
+    bound, finished, notes = base + float(ceiling), exact, list[str]()
+    if len(core.row) > len(core.starts) and (solver != "auto" or not exact):
+        seconds = max(start + time_limit_s - time.perf_counter(), 0.1)
+        used, answer, notes = _ask(solver, _Program(core, cost, budget), seconds)
+        said = -math.inf
+        if answer.plan is not None:
+            said = total(gain, core.row[answer.plan])
+            offer(answer.plan, core)
+        if not exact:
+            bound, finished = min(bound, base + answer.bound), answer.finished
+        if answer.finished and best_gain - said > 1e-9 * max(abs(best_gain), float(core.gain.max())):
+            what = f"gained {said:.12g}" if answer.plan is not None else "found no plan within the budget"
+            notes.append(f"{used} {what}; the plan found in float64 gains {best_gain:.12g} and is returned")
+    bound = best_gain if exact else max(bound, best_gain)
+    gap = (bound - best_gain) / abs(best_gain) if best_gain else (math.inf if bound > 0 else 0.0)
+    return Solution(
+        tuple(int(r) for r in best), best_gain, total(cost, best), bound, gap, "optimal" if finished else "time_limit", used,
+        time.perf_counter() - start, "; ".join(notes),
+    )  # fmt: skip
 
 
-def _check(group: Ints, gain: Floats, cost: Floats, budget: float) -> None:
-    if not len(group) or not len(group) == len(gain) == len(cost):
-        raise MpqError(f"A program needs a group, a gain and a cost for each row: got {len(group)}, {len(gain)} and {len(cost)}.")
+def _check(group: NDArray[Any], gain: Floats, cost: Floats, budget: float, solver: str, time_limit_s: float) -> None:
+    if group.ndim != 1 or not group.shape == gain.shape == cost.shape:
+        raise MpqError(f"group, gain and cost must be of one length, got the shapes {group.shape}, {gain.shape}, {cost.shape}.")
+    if not len(group):
+        raise MpqError("There is nothing to choose from: expected a row for each configuration of each group, got none.")
     for name, values in (("gain", gain), ("cost", cost)):
-        if not np.isfinite(values).all():
-            row = int(np.flatnonzero(~np.isfinite(values))[0])
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            r = int(bad[0])
             raise MpqError(
-                f"Row {row} has the {name} {values[row]}: every gain and cost must be finite; measure that configuration again."
+                f"The {name} of row {r} (group {group[r]}) is {values[r]}: expected a finite number, measure it again."
             )
     if not (budget > 0 and math.isfinite(budget)):
-        raise MpqError(f"The budget must be above zero, got {budget:g}: it is the largest loss MSE that the plan may have.")
-    order = np.lexsort((cost, group))
-    cheapest = order[np.r_[True, np.diff(group[order]) != 0]]
-    least = math.fsum(cost[cheapest])
-    if least > budget:
         raise MpqError(
-            f"The budget {budget:g} cannot be kept: the cheapest configuration of every group already costs {least:g}; raise it."
+            f"The budget must be finite and above zero, got {budget}: it is τ² E[g²], so check τ and the mean square loss."
         )
+    if solver not in ("auto", "highs", "gurobi"):
+        raise MpqError(f"There is no solver {solver!r}: choose auto, highs or gurobi.")
+    if not time_limit_s > 0:
+        raise MpqError(f"The time limit must be above zero seconds, got {time_limit_s}.")
 
 
-def _total(rows: list[int], values: Floats) -> float:
-    return math.fsum(values[rows])
+class _Program:
+    """The open groups of a core as a solver sees them: gains over the largest, costs over the capacity."""
+
+    def __init__(self, core: Core, cost: Floats, budget: float) -> None:
+        self.core, self.cost, self.budget = core, cost, budget
+        self.open, self.places = opened(core)
+        self.group, self.groups, self.rows = self.open.group, len(self.open.starts), len(self.open.row)
+        largest, capacity = self.open.gain.max(), self.open.capacity
+        self.scale = float(largest) if largest > 0 else 1.0
+        self.gain = (self.open.gain / self.scale).astype(np.float64)
+        self.costs = (self.open.cost / (capacity if capacity > 0 else 1)).astype(np.float64)
+        self.offset = float(core.gain[core.starts].sum())
+
+    def read(self, values: Floats) -> tuple[Ints, Ints]:
+        """Which of its rows a solver chose (the largest value of each group), and the plan as places in the core."""
+        chosen = np.lexsort((-values, self.group))[self.open.starts].astype(np.int64)
+        plan = self.core.starts.copy()
+        plan[self.core.group[self.places[chosen]]] = self.places[chosen]
+        return chosen, plan
+
+    def fits(self, plan: Ints) -> bool:
+        return total(self.cost, self.core.row[plan]) <= self.budget
+
+    def bound(self, objective: float) -> float:
+        return objective * self.scale + self.offset if math.isfinite(objective) else math.inf
 
 
-def _keeps(rows: list[int], cost: Floats, budget: float) -> bool:
-    return _total(rows, cost) <= budget
+def _ask(solver: str, program: _Program, seconds: float) -> tuple[Literal["highs", "gurobi"], _Answer, list[str]]:
+    """The answer of the solver asked for, or of HiGHS where Gurobi cannot answer, with notes on why."""
+    notes: list[str] = []
+    if solver in ("auto", "gurobi"):
+        try:
+            if solver == "auto" and max(program.rows, program.groups + 1) > SIZE_LIMITED:
+                raise _Unavailable(f"{program.rows} variables are more than the {SIZE_LIMITED} of its free licence")
+            return "gurobi", _gurobi(program, seconds), notes
+        except _Unavailable as why:
+            notes.append(f"HiGHS instead of Gurobi: {why}")
+            if solver == "gurobi":
+                log.warning("Gurobi was asked for, but %s: HiGHS solves instead.", why)
+    return "highs", _highs(program, seconds), notes
 
 
-def _gain(groups: list[Rows], plan: list[int]) -> float:
-    return math.fsum(rows.gain[at] for rows, at in zip(groups, plan, strict=True))
-
-
-def _join(note: str, more: str) -> str:
-    return f"{note}; {more}" if note else more
-
-
-def _which(wanted: SolverName, variables: int) -> tuple[Literal["highs", "gurobi"], str]:
-    """The solver to use, and what to say where it is not the one that was asked for."""
-    if wanted == "highs":
-        return "highs", ""
-    missing = _gurobi_missing()
-    if not missing and variables > GUROBI_PIP_VARIABLES and _licence_is_limited():
-        missing = f"its licence serves {GUROBI_PIP_VARIABLES} variables, the program has {variables}"
-    if not missing:
-        return "gurobi", ""
-    note = f"Gurobi not used ({missing}): solved by HiGHS"
-    if wanted == "gurobi":
-        log.warning(note)
-    return "highs", note
-
-
-@cache
-def _environment() -> Any:
-    import gurobipy
-
-    environment = gurobipy.Env(params={"OutputFlag": 0})
-    return environment
-
-
-def _gurobi_missing() -> str:
-    """Why Gurobi cannot be used; empty where it can."""
-    try:
-        _environment()
-    except ImportError:
-        return "not installed"
-    except Exception as error:  # gurobipy's own, for every licence trouble
-        return f"no licence: {error}"
-    return ""
-
-
-def _licence_is_limited() -> bool:
-    import gurobipy
-
-    try:
-        with gurobipy.Model(env=_environment()) as model:
-            model.addVars(GUROBI_PIP_VARIABLES + 1)
-            model.optimize()
-    except gurobipy.GurobiError:
-        return True
-    return False
-
-
-def _matrix(core: list[Rows]) -> tuple[Floats, Floats, Ints, float]:
-    """The groups with a choice left: their gains, costs and starts, and the room that the others leave."""
-    free = [rows for rows in core if len(rows.index) > 1]
-    room = 1.0 - math.fsum(float(rows.cost[0]) for rows in core if len(rows.index) == 1)
-    starts = np.cumsum([0, *(len(rows.index) for rows in free)])
-    return np.concatenate([r.gain for r in free]), np.concatenate([r.cost for r in free]), starts, room
-
-
-def _choice(core: list[Rows], values: Floats, starts: Ints) -> list[int]:
-    """The row of each group of `core` that a solver's values choose."""
-    chosen, at = [], 0
-    for rows in core:
-        if len(rows.index) == 1:
-            chosen.append(int(rows.index[0]))
-        else:
-            chosen.append(int(rows.index[int(np.argmax(values[starts[at] : starts[at + 1]]))]))
-            at += 1
-    return chosen
-
-
-def _highs(core: list[Rows], time_limit_s: float) -> tuple[list[int] | None, float, bool]:
-    """HiGHS's answer, its bound on the scaled gain, and whether it finished."""
+def _highs(program: _Program, seconds: float) -> _Answer:
     import highspy
+    from highspy._core import _Highs
 
-    gain, cost, starts, room = _matrix(core)
-    n = len(gain)
-    highs = highspy.Highs()
-    options = {
-        "output_flag": False, "log_to_console": False, "mip_rel_gap": 0.0, "mip_abs_gap": 0.0, "time_limit": time_limit_s,
-        "primal_feasibility_tolerance": 1e-10, "mip_feasibility_tolerance": 1e-10, "small_matrix_value": 1e-12,
-    }  # fmt: skip
-    for name, value in options.items():
-        highs.setOptionValue(name, value)
-    # the budget's row in units of what is left of it: the tolerances then are fractions of the room
-    unit = room if room > 1e-6 else 1.0
-    highs.addVars(n, np.zeros(n), np.ones(n))
-    highs.changeColsCost(n, np.arange(n, dtype=np.int32), gain)
-    highs.changeColsIntegrality(n, np.arange(n, dtype=np.int32), np.full(n, highspy.HighsVarType.kInteger))
-    highs.changeObjectiveSense(highspy.ObjSense.kMaximize)
-    ones = np.ones(len(starts) - 1)
-    highs.addRows(len(ones), ones, ones, n, starts[:-1].astype(np.int32), np.arange(n, dtype=np.int32), np.ones(n))
-    highs.addRow(-highspy.kHighsInf, room / unit, n, np.arange(n, dtype=np.int32), cost / unit)
-    highs.run()
-    status, info = highs.getModelStatus(), highs.getInfo()
-    bound = float(info.mip_dual_bound) + math.fsum(float(r.gain[0]) for r in core if len(r.index) == 1)
-    if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-        return None, math.inf, False
-    finished = status == highspy.HighsModelStatus.kOptimal
-    return _choice(core, np.array(highs.getSolution().col_value), starts), bound, finished
+    n, groups = program.rows, program.groups
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = n, groups + 1
+    lp.col_cost_, lp.col_lower_, lp.col_upper_ = program.gain, np.zeros(n), np.ones(n)
+    lp.row_lower_, lp.row_upper_ = np.r_[np.ones(groups), -highspy.kHighsInf], np.ones(groups + 1)
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    lp.a_matrix_.start_ = np.arange(n + 1) * 2
+    lp.a_matrix_.index_ = np.column_stack((program.group, np.full(n, groups))).ravel()
+    lp.a_matrix_.value_ = np.column_stack((np.ones(n), program.costs)).ravel()
+    lp.integrality_ = [highspy.HighsVarType.kInteger] * n
+    lp.sense_ = highspy.ObjSense.kMaximize
+    h = _Highs()  # highspy.Highs enables callbacks first, which prints the banner before it can be silenced
+    h.setOptionValue("output_flag", False)  # before all else, or the banner is printed
+    h.setOptionValue("threads", 1)
+    for option in ("mip_rel_gap", "mip_abs_gap"):
+        h.setOptionValue(option, 0.0)
+    for option in ("mip_feasibility_tolerance", "primal_feasibility_tolerance", "dual_feasibility_tolerance"):
+        h.setOptionValue(option, 1e-10)
+    h.setOptionValue("small_matrix_value", 1e-12)  # its least; by default costs below 1e-9 would count as none
+    h.passModel(lp)
+    deadline, bound = time.perf_counter() + seconds, math.inf
+    for _ in range(MAX_CUTS):
+        h.setOptionValue("time_limit", h.getRunTime() + max(deadline - time.perf_counter(), 0.1))
+        h.run()
+        finished = h.getModelStatus() == highspy.HighsModelStatus.kOptimal
+        info = h.getInfo()
+        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+            return _Answer(None, bound, h.getModelStatus() == highspy.HighsModelStatus.kInfeasible)
+        bound = min(bound, program.bound(info.mip_dual_bound))
+        chosen, plan = program.read(np.array(h.getSolution().col_value))
+        if program.fits(plan) or not finished:
+            return _Answer(plan, bound, finished)
+        h.addRow(-highspy.kHighsInf, groups - 1.0, groups, chosen.astype(np.int32), np.ones(groups))  # not this plan again
+    return _Answer(None, bound, False)
 
 
-def _gurobi(core: list[Rows], time_limit_s: float) -> tuple[list[int] | None, float, bool]:
-    """Gurobi's answer, its bound on the scaled gain, and whether it finished."""
-    import gurobipy
+def _gurobi(program: _Program, seconds: float) -> _Answer:
+    try:
+        gp = importlib.import_module("gurobipy")
+    except ImportError:
+        raise _Unavailable("gurobipy is not installed") from None
+    try:
+        with gp.Env(empty=True) as env:
+            env.setParam("OutputFlag", 0)
+            env.start()
+            with gp.Model(env=env) as model:
+                return _gurobi_model(gp, model, program, seconds)
+    except gp.GurobiError as error:  # no licence, an expired one, or one for smaller programs
+        raise _Unavailable(f"it says: {str(error).strip().rstrip('.')}") from None
 
-    gain, cost, starts, room = _matrix(core)
-    with gurobipy.Model(env=_environment()) as model:
-        for name, value in {
-            "MIPGap": 0.0,
-            "MIPGapAbs": 0.0,
-            "FeasibilityTol": 1e-9,
-            "IntFeasTol": 1e-9,
-            "TimeLimit": time_limit_s,
-        }.items():
-            model.setParam(name, value)
-        # variables one by one: the matrix interface would need scipy
-        x = list(model.addVars(len(gain), vtype="B", obj=gain.tolist()).values())
-        model.ModelSense = -1
-        for first, last in itertools.pairwise(starts.tolist()):
-            model.addConstr(gurobipy.quicksum(x[first:last]) == 1)
-        unit = room if room > 1e-6 else 1.0
-        model.addConstr(gurobipy.LinExpr((cost / unit).tolist(), x) <= room / unit)
+
+def _gurobi_model(gp: Any, model: Any, program: _Program, seconds: float) -> _Answer:
+    for name, value in {"MIPGap": 0, "MIPGapAbs": 0, "FeasibilityTol": 1e-9, "IntFeasTol": 1e-9, "OptimalityTol": 1e-9}.items():
+        model.setParam(name, value)
+    model.setParam("NumericFocus", 2)
+    model.setParam("Threads", 1)  # ties are broken alike on every machine
+    x = list(model.addVars(program.rows, vtype=gp.GRB.BINARY, obj=program.gain.tolist()).values())
+    model.ModelSense = gp.GRB.MAXIMIZE
+    ends = np.r_[program.open.starts, program.rows].tolist()
+    for start, end in pairwise(ends):
+        model.addConstr(gp.LinExpr([1.0] * (end - start), x[start:end]) == 1)
+    model.addConstr(gp.LinExpr(program.costs.tolist(), x) <= 1)
+    deadline, bound = time.perf_counter() + seconds, math.inf
+    for _ in range(MAX_CUTS):
+        model.setParam("TimeLimit", max(deadline - time.perf_counter(), 0.1))
         model.optimize()
+        finished = model.Status == gp.GRB.OPTIMAL
         if not model.SolCount:
-            return None, math.inf, False
-        bound = float(model.ObjBound) + math.fsum(float(r.gain[0]) for r in core if len(r.index) == 1)
-        return _choice(core, np.array([v.X for v in x]), starts), bound, model.Status == gurobipy.GRB.OPTIMAL
-
-
-def _dynamic_program(core: list[Rows], multiplier: float, incumbent: float) -> list[int] | None:
-    """The best plan in float64, by merging groups and keeping (cost, gain) states that no other beats; None beyond STATES.
-
-    A state is dropped where even the Lagrangian bound of the groups to come does not lift it to `incumbent`.
-    """
-    reduced = [float((r.gain - multiplier * r.cost).max()) for r in core]
-    to_come = np.cumsum([0.0, *reversed(reduced)])[::-1]  # Σ of later groups' best reduced gains
-    cheapest = np.cumsum([0.0, *(float(r.cost[0]) for r in reversed(core))])[::-1]
-    cost, gain, trail = np.zeros(1), np.zeros(1), []
-    floor = incumbent - SLACK * 10 * (1.0 + abs(incumbent))
-    made = 0
-    for j, rows in enumerate(core):
-        made += len(cost) * len(rows.cost)
-        if made > WORK:
-            return None
-        every_cost = (cost[:, None] + rows.cost).ravel()
-        every_gain = (gain[:, None] + rows.gain).ravel()
-        hopeful = every_gain - multiplier * every_cost + multiplier + to_come[j + 1] >= floor
-        hopeful &= every_cost + cheapest[j + 1] <= 1.0 + SLACK
-        where = np.flatnonzero(hopeful)
-        where = where[np.lexsort((-every_gain[where], every_cost[where]))]
-        if not len(where):
-            return None
-        ahead = np.maximum.accumulate(every_gain[where])
-        where = where[np.r_[True, every_gain[where][1:] > ahead[:-1]]]
-        if len(where) > STATES:
-            return None
-        cost, gain = every_cost[where], every_gain[where]
-        trail.append((where // len(rows.cost), where % len(rows.cost)))
-    within = np.flatnonzero(cost <= 1.0)
-    at = int(within[-1]) if len(within) else 0
-    chosen: list[int] = []
-    for rows, (parent, row) in zip(reversed(core), reversed(trail), strict=True):
-        chosen.append(int(rows.index[row[at]]))
-        at = int(parent[at])
-    return chosen[::-1]
+            return _Answer(None, bound, model.Status in (gp.GRB.INFEASIBLE, gp.GRB.INF_OR_UNBD))
+        bound = min(bound, program.bound(model.ObjBound))
+        chosen, plan = program.read(np.array(model.getAttr("X", x)))
+        if program.fits(plan) or not finished:
+            return _Answer(plan, bound, finished)
+        model.addConstr(gp.quicksum(x[i] for i in chosen.tolist()) <= program.groups - 1)  # not this plan again
+    return _Answer(None, bound, False)
