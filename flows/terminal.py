@@ -17,11 +17,6 @@ from mpq.runs import join_tables
 from mpq.spec import RunSpec
 from tasks.progress import terminal
 
-_COLUMNS = (
-    "objective", "strategy", "tau", "predicted_loss_mse", "measured_loss_mse", "predicted_ttft_s", "measured_ttft_s",
-    "base_ttft_s", "share_lowered",
-)  # fmt: skip
-
 
 def run_in_terminal(spec: RunSpec, console: Console) -> tuple[pl.DataFrame, dict[str, str]]:
     """Run the flow with its progress on `console`; returns the results table and the paths of what was written."""
@@ -49,5 +44,4 @@ def run_in_terminal(spec: RunSpec, console: Console) -> tuple[pl.DataFrame, dict
     with terminal(bars), listening(on_stage):
         outcome: dict[str, Any] = calibrate(spec)
     console.print(f"[bold]done[/] in {time.perf_counter() - start:.1f} s", highlight=False)
-    results = results_table(join_tables(outcome["tables"]))
-    return results.select([c for c in _COLUMNS if c in results.columns]), outcome["out"]
+    return results_table(join_tables(outcome["tables"])), outcome["out"]

@@ -12,7 +12,7 @@ import polars as pl
 import typer
 
 from mpq import __version__
-from mpq.console import bar, emit, log, read_frame, write_frame
+from mpq.console import bar, emit, log, read_frame, results_for_people, write_frame
 from mpq.errors import MpqError
 
 app = typer.Typer(
@@ -241,7 +241,8 @@ def report(
     else:
         out = out or run / "report.html"
         out.write_text(write_report(tables, record["name"], record["facts"]), encoding="utf-8")
-    emit(results_table(tables), json_, None, "results", {"written": str(out)})
+    results = results_table(tables)
+    emit(results, json_, None, "results", {"written": str(out)}, results_for_people(results))
 
 
 @app.command()
@@ -261,7 +262,7 @@ def run(
     from flows.terminal import run_in_terminal
 
     results, where = run_in_terminal(checked, log)
-    emit(results, json_, out, "results", where)
+    emit(results, json_, out, "results", where, results_for_people(results))
 
 
 def _prefect_environment(verbose: bool) -> None:

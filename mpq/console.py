@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,18 +19,27 @@ from mpq.errors import MpqError
 log = Console(stderr=True)
 
 
-def emit(frame: pl.DataFrame, as_json: bool, out: Path | None, title: str, extra: dict[str, Any] | None = None) -> None:
-    """Print a table for people, or as JSON (`extra` beside it under its own keys), and write it where `--out` says."""
+def emit(
+    frame: pl.DataFrame, as_json: bool, out: Path | None, title: str, extra: dict[str, Any] | None = None,
+    shown_as: pl.DataFrame | None = None,
+) -> None:  # fmt: skip
+    """Print a table for people, or as JSON (`extra` beside it under its own keys), and write it where `--out` says.
+
+    People are shown `shown_as` where it is given: the same rows in fewer, shorter columns.
+    """
     if out:
         write_frame(frame, out)
     if as_json:
         rows = json.loads(frame.write_json())
         print(json.dumps({**extra, title: rows} if extra else rows, indent=1))
         return
-    shown = Table(title=title, title_justify="left", header_style="bold")
-    for column, kind in frame.schema.items():
+    shown = Table(
+        title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    told = frame if shown_as is None else shown_as
+    for column, kind in told.schema.items():
         shown.add_column(column, justify="right" if kind.is_numeric() else "left", overflow="fold")
-    for row in frame.head(200).iter_rows():
+    for row in told.head(200).iter_rows():
         shown.add_row(*(_cell(v) for v in row))
     Console().print(shown)
     if frame.height > 200:
@@ -38,9 +48,28 @@ def emit(frame: pl.DataFrame, as_json: bool, out: Path | None, title: str, extra
         Console().print(f"{name}: {_cell(value)}", highlight=False)
 
 
+def results_for_people(results: pl.DataFrame) -> pl.DataFrame:
+    """The results table in columns that fit a terminal: loss MSE (nats²) and TTFT (ms), predicted and measured, ops lowered in %."""
+
+    def milliseconds(column: str) -> pl.Expr:
+        return (pl.col(column) * 1e3).round(1)
+
+    return results.select(
+        pl.col("objective").alias("for"),
+        "strategy",
+        pl.col("tau").alias("τ"),
+        pl.col("predicted_loss_mse").round_sig_figs(3).alias("MSE pred."),
+        pl.col("measured_loss_mse").round_sig_figs(3).alias("MSE meas."),
+        milliseconds("predicted_ttft_s").alias("ms pred."),
+        milliseconds("measured_ttft_s").alias("ms meas."),
+        milliseconds("base_ttft_s").alias("base"),
+        (pl.col("share_lowered") * 100).round(0).alias("low %"),
+    )
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.4g}"
     return " ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
 
 
