@@ -35,7 +35,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/solver.py
 
 docs: $(VENV)/.installed
-	$(BIN)/python docs/make_cli.py
+	TERMINAL_WIDTH=100 $(BIN)/typer mpq.cli utils docs --name mpq --output docs/cli.md
 
 clean:
 	rm -rf $(VENV) .work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,10 @@ def test_a_mistake_is_one_sentence(mistake: str, checkpoint: Path, tmp_path: Pat
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not done.stdout
+
+
+def test_the_documented_cli_is_the_real_one(tmp_path: Path) -> None:
+    """docs/cli.md is what `make docs` would write now."""
+    command = [sys.executable, "-m", "typer", "mpq.cli", "utils", "docs", "--name", "mpq", "--output", tmp_path / "cli.md"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, env={**os.environ, "TERMINAL_WIDTH": "100"})
+    assert (tmp_path / "cli.md").read_text() == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"
