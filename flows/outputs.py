@@ -28,7 +28,11 @@ def write_outputs(
     Where plan files say which model and text they belong to is added here: it is true of this run, not of the content.
     """
     out = Path(spec.out) / spec.name
-    belongs = {"model": spec.model.path, "evaluation": (spec.evaluation or spec.calibration).source}
+    belongs = {
+        "model": spec.model.path,
+        "evaluation": (spec.evaluation or spec.calibration).source,
+        "prefill": [spec.timing.batch, spec.timing.length],
+    }
     best = ""
     try:
         (out / "plans").mkdir(parents=True, exist_ok=True)

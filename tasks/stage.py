@@ -20,6 +20,7 @@ from prefect.logging import get_run_logger
 from prefect.serializers import Serializer
 from prefect.states import Completed
 
+from mpq.errors import MpqError
 from mpq.store import Damaged, Store, TableRef, content_key
 
 References = dict[str, TableRef]
@@ -71,10 +72,22 @@ def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task
             persist_result=True,
             cache_policy=CacheKeyFnPolicy(cache_key_fn=cache_key),
             result_serializer=ReferenceSerializer(),
+            retry_condition_fn=is_worth_a_retry,
             **options,
         )(run)
 
     return wrap
+
+
+def is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
+    """A user's mistake stays one however often it is tried."""
+    try:
+        state.result()
+    except MpqError:
+        return False
+    except Exception:
+        return True
+    return False
 
 
 def cache_key(context: Any, parameters: dict[str, Any]) -> str:
