@@ -3,20 +3,19 @@
     python bench/sensitivity.py
 
 For two sizes of Llama on the CPU: seconds (median of pairs) and peak memory (each in a process of its own, less what the
-loaded model takes). The plain step is transformers' own: SDPA attention, gradients on every parameter. Last line: JSON.
+loaded model takes, plus its weights). The plain step is transformers' own: SDPA attention, gradients on every parameter. Last line: JSON.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+from record import record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpq.graph import trace
@@ -59,9 +58,15 @@ def _peak(size: str, which: str) -> None:
     model = model_of(size)
     ops = [(op.name, op.kind) for group in partition(trace(model.config)) for op in group.ops]
     blocks = Blocks(np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water()
     ours(model, blocks, ops) if which == "ours" else plain_step(model, blocks)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(_high_water() - before)
+
+
+def _high_water() -> int:
+    """Peak resident bytes of this program alone: getrusage's peak would begin with that of the process it was forked from."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -90,8 +95,7 @@ def main() -> None:
             "peak_ratio": (sensitivity + weights) / (plain + weights),
         })  # fmt: skip
         print(results[-1], flush=True)
-    print(json.dumps({"bench": "sensitivity", "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-                      "tokens": [BATCH, LENGTH], "results": results}))  # fmt: skip
+    record("sensitivity", {"tokens": [BATCH, LENGTH], "pairs": PAIRS, "sizes": results})
 
 
 if __name__ == "__main__":

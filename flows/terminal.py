@@ -6,12 +6,14 @@ import logging
 import time
 from typing import Any
 
+import httpx
 import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flows.calibrate import calibrate
 from flows.stages import listening
+from mpq.errors import MpqError
 from mpq.report import results_table
 from mpq.runs import join_tables
 from mpq.spec import RunSpec
@@ -42,6 +44,14 @@ def run_in_terminal(spec: RunSpec, console: Console) -> tuple[pl.DataFrame, dict
     )
     logging.getLogger("prefect").propagate = False
     with terminal(bars), listening(on_stage):
-        outcome: dict[str, Any] = calibrate(spec)
+        try:
+            outcome: dict[str, Any] = calibrate(spec)
+        except (RuntimeError, httpx.ConnectError) as error:
+            if "ephemeral" not in str(error) and not isinstance(error, httpx.ConnectError):
+                raise
+            raise MpqError(
+                "Prefect's own server cannot be reached or did not start: see its reason with `prefect server start`, "
+                "then set PREFECT_API_URL to it, or unset PREFECT_API_URL to have one started for the run."
+            ) from error
     console.print(f"[bold]done[/] in {time.perf_counter() - start:.1f} s", highlight=False)
     return results_table(join_tables(outcome["tables"])), outcome["out"]

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -43,6 +44,8 @@ class AttentionHandler:
     #: run the whole attention in this dtype, by the implementation that the model is configured with (fused SDPA where
     #: it has that); then nothing else here is called
     dtype: torch.dtype | None = None
+    #: keep no (B, H, T, S) tensor for the backward pass: the products are computed again there, as fused attention does
+    recompute = False
 
     def operands(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The operands as they shall enter the products, before heads are repeated."""
@@ -153,11 +156,24 @@ def _attend(
     query, key, value = handler.operands(query, key, value)
     if interception.implementation != "eager":
         attention_mask = additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
-    with _Products(handler) as products:
-        result = interception.eager(module, query, key, value, attention_mask, **kwargs)
-    if products.count != 2:
-        raise MpqError(f"The attention of {type(module).__name__} makes {products.count} matrix products, mpq expects 2.")
-    return result
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        with _Products(handler) as products:
+            result = interception.eager(module, query, key, value, mask, **kwargs)
+        if products.count != 2:
+            raise MpqError(f"The attention of {type(module).__name__} makes {products.count} matrix products, mpq expects 2.")
+        return result
+
+    if not handler.recompute:
+        return attend(query, key, value, attention_mask)
+    # one sample after the other, or the backward pass would hold several (B, H, T, S) tensors at once
+    rows = []
+    for i in range(len(query)):
+        mask = attention_mask[i : i + 1] if attention_mask is not None and len(attention_mask) > 1 else attention_mask
+        operands = (t[i : i + 1] for t in (query, key, value))
+        rows.append(checkpoint(lambda *a: attend(*a)[0], *operands, mask, use_reentrant=False))
+    output = torch.cat(rows)
+    return output, None
 
 
 def _attend_in(

@@ -273,3 +273,5 @@ def _prefect_environment(verbose: bool) -> None:
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false", "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
     }.items():  # fmt: skip
         os.environ.setdefault(name, value)
+    # Prefect makes this folder in some ways of starting its server only, and else says just that it timed out
+    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,11 @@ class Tally:
         self.sums: dict[tuple[str, str], Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
         self.samples = 0
 
+    def add_each(self, op: str, operand: str, gradient: Tensor, u: Tensor, granularity: Granularity) -> None:
+        """Add what ∂g/∂u (…, T, K) gives, one slice of the leading dimension after the other: temporaries stay small."""
+        for g, of_u in zip(gradient, u, strict=True):
+            self.add(op, operand, g.float().square(), of_u, granularity)
+
     def add(self, op: str, operand: str, squared_gradient: Tensor, u: Tensor, granularity: Granularity) -> None:
         """Add Σ (∂g/∂u)² · (u², binade², Δ²); both tensors have u's shape, the first in FP32."""
         flat = squared_gradient.reshape(-1)
@@ -69,7 +74,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (u,) = ctx.saved_tensors
         tally, op, operand, granularity = ctx.where
-        tally.add(op, operand, gradient.float().square(), u, granularity)
+        tally.add_each(op, operand, gradient, u, granularity)
         return gradient, None, None, None, None
 
 
@@ -90,10 +95,10 @@ class _TappedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         tally, op = ctx.where
         through = gradient @ weight  # [..., C] @ [C, K] -> [..., K]
-        tally.add(op, "input", through.float().square(), x, "row")
+        inputs = x.reshape(tally.samples, -1, x.shape[-1])
+        tally.add_each(op, "input", through.view_as(inputs), inputs, "row")
         total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         outputs = gradient.reshape(tally.samples, -1, gradient.shape[-1])
-        inputs = x.reshape(tally.samples, -1, x.shape[-1])
         for g, u in zip(outputs, inputs, strict=True):
             one = (g.T @ u).float()  # [C, T] @ [T, K] -> [C, K], sample i's ∂g_i/∂W
             total.addcmul_(one, one)
@@ -103,6 +108,8 @@ class _TappedLinear(torch.autograd.Function):
 
 class _TappedAttention(AttentionHandler):
     """Taps on the four operands of an attention's two products, K and V before their heads are repeated."""
+
+    recompute = True
 
     def __init__(self, tally: Tally, name: str) -> None:
         self.tally, self.qk_name, self.av_name = tally, f"{name}.qk_matmul", f"{name}.av_matmul"
