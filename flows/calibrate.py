@@ -185,6 +185,8 @@ class _Run:
 
     def evaluate(self, groups: TableRef, plans: list[dict[str, Any]], blocks: TableRef, architecture: str) -> TableRef:
         """The evaluation table. Plans with equal formats are evaluated once, whatever strategy or τ made them."""
+        from mpq.kernels import runs_natively
+
         spec, part = self.spec, self.spec.evaluation or EvaluationSpec(source="the calibration text")
         code = _code("evaluate", "apply", "attention", "quantize", "kernels.emulated", "model")
         base_losses = self.stages.run_one("evaluate base", (
@@ -203,7 +205,9 @@ class _Run:
             )
             for k, formats in distinct.items()
         ])  # fmt: skip
-        native = {k: f for k, f in distinct.items() if "et" in spec.objectives and self._is_native(f, groups)}
+        kinds = dict(read(groups).select("op", "kind").iter_rows())
+        where = (kinds, spec.model.base, spec.model.device)
+        native = {k: f for k, f in distinct.items() if "et" in spec.objectives and runs_natively(f, *where)}
         ttft = self._time_plans(list(native.values()), part.ttft_repeats, architecture) if native else None
         place, timed_place = ({k: i for i, k in enumerate(keys)} for keys in (distinct, native))
         rows = [
@@ -216,14 +220,6 @@ class _Run:
             evaluation.collect_evaluation, content_key(rows, [r.sha256 for r in refs], ttft and ttft.sha256, _code("tables")),
             f"collect {spec.name}", {"plans": rows, "losses": refs, "ttft": ttft},
         ))["evaluation"]  # fmt: skip
-
-    def _is_native(self, formats: dict[str, str], groups: TableRef) -> bool:
-        from mpq.kernels import native_formats
-
-        kinds = dict(read(groups).select("op", "kind").iter_rows())
-        return all(
-            f == self.spec.model.base or f in native_formats(self.spec.model.device, kinds[op]) for op, f in formats.items()
-        )
 
     def _time_plans(self, plans: list[dict[str, str]], repeats: int, architecture: str) -> TableRef:
         spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed"})

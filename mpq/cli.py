@@ -198,10 +198,15 @@ def evaluate(
     text: Annotated[str | None, typer.Option(help="Held-out text; the run's own if left out.")] = None,
     samples: Annotated[int, typer.Option(min=1)] = 64, length: Annotated[int, typer.Option(min=2)] = 256,
     batch: Annotated[int, typer.Option(min=1)] = 8, seeds: Annotated[int, typer.Option(min=1, help="Perturbations of the scales.")] = 3,
+    ttft_repeats: Annotated[int, typer.Option(min=0, help="Interleaved pairs for TTFT, at the run's prefill; 0 to leave it out.")] = 11,
     device: Device = "cpu", json_: AsJson = False, out: Out = None,
 ) -> None:  # fmt: skip
-    """Run a model under a plan, with real quantization: loss MSE, drift and perplexity against base, per seed."""
+    """Run a model under a plan, with real quantization: loss MSE, drift and perplexity against base, per seed.
+
+    And TTFT beside base's, where the device has kernels for all of the plan's formats.
+    """
     from mpq.evaluate import evaluate_loss, losses
+    from mpq.kernels import runs_natively
     from mpq.model import fetch, fingerprint, load_config, load_model, read_blocks
     from mpq.plan import Plan
     from mpq.spec import TextSpec
@@ -223,7 +228,20 @@ def evaluate(
         frame = evaluate_loss(
             loaded, chosen.formats, blocks, base_losses, base=chosen.base, seeds=range(seeds), batch=batch, progress=progress
         )
-    emit(frame, json_, out, "evaluation", {"predicted_loss_mse": chosen.predicted_loss_mse})
+    extra: dict[str, object] = {"predicted_loss_mse": chosen.predicted_loss_mse}
+    kinds = {op: "bgemm" if op.endswith(("qk_matmul", "av_matmul")) else "linear" for op in chosen.formats}
+    if ttft_repeats and runs_natively(chosen.formats, kinds, chosen.base, device):
+        from mpq.timing import measure_ttft
+
+        rows, tokens = chosen.provenance.get("prefill") or (4, 256)
+        with bar("TTFT") as progress:
+            seconds = measure_ttft(
+                loaded, [chosen.formats], base=chosen.base, batch=rows, length=tokens, repeats=ttft_repeats, progress=progress
+            )
+        timed = {"seed": 0, "metric": "ttft_s", "value": seconds["ttft_s"][0], "base_value": seconds["base_ttft_s"][0]}
+        frame = pl.concat([frame, pl.DataFrame([timed], schema=frame.schema)])
+        extra |= {"predicted_ttft_s": chosen.predicted_ttft_s, "prefill": f"{rows} × {tokens} tokens"}
+    emit(frame, json_, out, "evaluation", extra)
 
 
 @app.command()
@@ -238,6 +256,10 @@ def report(
     record, tables = read_run(run)
     if out and out.suffix in (".parquet", ".json", ".csv"):
         write_frame(results_table(tables), out)
+    elif out and out.suffix == ".png":
+        from mpq.figures import frontier_png
+
+        out.write_bytes(frontier_png(tables))
     else:
         out = out or run / "report.html"
         out.write_text(write_report(tables, record["name"], record["facts"]), encoding="utf-8")

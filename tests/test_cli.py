@@ -13,6 +13,8 @@ import polars as pl
 import pytest
 from models import ROOT, write_checkpoint
 
+from mpq.plan import Plan
+
 
 def mpq(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run `mpq` in a process of its own."""
@@ -102,6 +104,10 @@ MISTAKES = {
     "unknown solver": (["solve", "--gains", "{gains}", "--budget", "1", "--solver", "cbc"], "Invalid value for '--solver'"),
     "misspelt key": (["run", "{spec}"], "unknown key calibratoin"),
     "missing spec": (["run", "nope.yaml"], "No spec at nope.yaml"),
+    "a plan for another model": (
+        ["eval", "{plan}", "--model", "{model}", "--text", "{tokens}"],
+        "was made for a model with fingerprint",
+    ),
     "no plan": (["eval", "{spec}"], "Not a plan"),
     "no run": (["report", "nope"], "No run at nope"),
     "unknown suffix": (["formats", "--out", "x.xlsx"], "expected a name that ends in .parquet"),
@@ -119,7 +125,9 @@ def test_a_mistake_is_one_sentence(mistake: str, checkpoint: Path, tmp_path: Pat
     (tmp_path / "spec.yaml").write_text("model: {path: x}\ncalibratoin: {source: y}\n")
     rows = {"group": [0, 0], "configuration": ["a", "b"], "gain": [1.0, 2.0], "loss_mse": [1e-9, 2e-9]}
     pl.DataFrame(rows).write_csv(tmp_path / "gains.csv")
-    places = {"model": checkpoint, "empty": tmp_path / "empty.npy", "damaged": tmp_path / "damaged.parquet", "spec": tmp_path / "spec.yaml", "gains": tmp_path / "gains.csv"}  # fmt: skip
+    plan = Plan("ip_m", "m", 0.1, "fp32", {"model.layers.0.mlp.up_proj": "int8"}, 0.0, 0.0, 0.0, 1.0, fingerprint="f" * 64)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    places = {"plan": tmp_path / "plan.json", "tokens": checkpoint.parent / "tokens.npy", "model": checkpoint, "empty": tmp_path / "empty.npy", "damaged": tmp_path / "damaged.parquet", "spec": tmp_path / "spec.yaml", "gains": tmp_path / "gains.csv"}  # fmt: skip
     done = mpq(*(a.format(**places) for a in arguments))
     assert done.returncode == 2, done.stderr
     assert message in " ".join(done.stderr.split())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
 import torch
@@ -31,6 +31,12 @@ def check_native(formats: Iterable[str], device: str = "cpu", kind: Kind = "line
     if foreign:
         can = f"it can run {', '.join(native)}" if native else "mpq has no native kernels for it"
         raise MpqError(f"{device} has no native {kind} in {', '.join(foreign)}: {can}. Emulate the plan, or leave these out.")
+
+
+def runs_natively(formats: Mapping[str, str], kinds: Mapping[str, str], base: str, device: str = "cpu") -> bool:
+    """Whether `device` has a kernel for every op (op → format, op → kind) that is not left in base."""
+    lowered = {op: f for op, f in formats.items() if f != base}
+    return all(f in native_formats(device, kinds[op]) for op, f in lowered.items() if kinds[op] != "other")  # type: ignore[arg-type]
 
 
 def device_name(device: str = "cpu") -> str:

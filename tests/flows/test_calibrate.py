@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from models import write_checkpoint
+from models import small_model, write_checkpoint
 
 from flows.calibrate import calibrate
 from mpq.errors import MpqError
@@ -110,6 +110,26 @@ def test_mistakes_stop_the_flow_at_once(spec: RunSpec) -> None:
         calibrate(change(spec, objectives={"et": {"formats": ["fp8_e4m3"]}}))
     with pytest.raises(MpqError, match="store"):
         calibrate(change(spec, store="file:///proc/nope"))
+
+
+def test_a_store_in_memory(spec: RunSpec) -> None:
+    """Any fsspec URL serves as store, one that lives with the process too."""
+    kept = change(spec, store="memory://a-run", objectives={"et": {"formats": ["bf16"], "strategies": ["ip"]}})
+    assert computed(calibrate(kept)) == ALWAYS
+    assert computed(calibrate(kept)) == set()
+
+
+def test_broken_weights_are_told(spec: RunSpec) -> None:
+    """NaN weights, then a checkpoint that ends in the middle: the sentence names the place."""
+    weights = Path(spec.model.path) / "model.safetensors"
+    model = small_model("llama", num_key_value_heads=2, tie_word_embeddings=True)
+    model.get_submodule("model.layers.1.mlp.down_proj").weight.fill_(float("nan"))
+    model.save_pretrained(spec.model.path)
+    with pytest.raises(MpqError, match="The loss of calibration sample 0 is nan"):
+        calibrate(spec)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(MpqError, match="the checkpoint is damaged"):
+        calibrate(spec)
 
 
 def test_a_failure_inside_a_task_is_told(spec: RunSpec, tmp_path: Path) -> None:

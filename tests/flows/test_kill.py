@@ -32,6 +32,17 @@ def start(spec: Path, home: Path) -> subprocess.Popen[str]:
     )
 
 
+def test_a_mistake_in_a_run_is_one_sentence(spec: RunSpec, tmp_path: Path) -> None:
+    """An unreachable store: exit code 2, no traceback, nothing begun."""
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump({**spec.model_dump(mode="json"), "store": "file:///proc/nowhere"}))
+    process = start(path, tmp_path / "home")
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 2, output
+    assert "/proc/nowhere" in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize("stage", ["sensitivity", "timing"])
 def test_killed_and_started_again(stage: str, spec: RunSpec, tmp_path: Path) -> None:
     """What was stored before the kill is cached after it, and the run ends well."""
