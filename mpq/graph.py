@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import networkx as nx
@@ -13,6 +15,7 @@ from torch import nn
 
 from mpq.errors import MpqError
 
+log = logging.getLogger(__name__)
 OpKind = Literal["linear", "bgemm", "other"]
 
 
@@ -98,10 +101,17 @@ def trace(config: Any, *, batch: int = 2, length: int = 64) -> Graph:
         raise MpqError(
             f"The architecture {config.model_type} cannot be traced ({reason}): it needs a transformers causal or masked LM that torch.export accepts."
         ) from None
-    return _graph(program, model)
+    graph, lost = _graph(program, model, length)
+    if lost:
+        # written in place, their results seem to lead nowhere: in the functional form they do; it takes twice the time
+        graph, lost = _graph(program.run_decompositions({}), model, length)
+    if lost:
+        log.warning("Products that do not reach the logits are left out: %s.", ", ".join(lost))
+    return graph
 
 
-def _graph(program: Any, model: nn.Module) -> Graph:
+def _graph(program: Any, model: nn.Module, length: int) -> tuple[Graph, list[str]]:
+    """The graph, and the names of the products whose results do not reach the sink."""
     nodes = list(program.graph.nodes)
     number = {node: i for i, node in enumerate(nodes)}
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -124,7 +134,29 @@ def _graph(program: Any, model: nn.Module) -> Graph:
     output = next(n for n in nodes if n.op == "output")
     sink = number[next(a for a in output.args[0] if hasattr(a, "op") and number[a] in dag)]
     useful = nx.ancestors(dag, sink) | {sink}
-    return Graph(dag.subgraph(useful).copy(), {i: op for i, op in ops.items() if i in useful}, number[source], sink)
+    lost = [op.name for i, op in ops.items() if i not in useful]
+    ops = _told_apart({i: op for i, op in ops.items() if i in useful}, {number[n]: n for n in nodes}, length)
+    return Graph(dag.subgraph(useful).copy(), ops, number[source], sink), lost
+
+
+def _told_apart(ops: dict[int, Op], nodes: dict[int, Any], length: int) -> dict[int, Op]:
+    """The ops with kind `other` for what mpq must not take for a linear or for attention: a linear that is called
+    twice (one weight, two places in the model), and products of a module that are not the two of an attention.
+    """
+    calls: dict[str, list[int]] = defaultdict(list)
+    for i, op in ops.items():
+        calls[op.name.rpartition(".")[0] if op.kind == "bgemm" else op.name].append(i)
+    told = dict(ops)
+    for name, places in calls.items():
+        products = [i for i in places if ops[i].kind == "bgemm"]
+        scores = [nodes[i].meta["val"].shape[-2:] == (length, length) for i in products]
+        attention = scores == [True, False] and not any(op.name.startswith(f"{name}.matmul") for op in ops.values())
+        if (len(places) == 1 and not products) or (attention and len(places) == 2):
+            continue
+        for number, i in enumerate(places, 1):
+            label = f"{name}.matmul{number}" if products else f"{name}.call{number}"
+            told[i] = replace(ops[i], name=label, kind="other")
+    return told
 
 
 def _module(node: Any) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -117,6 +118,32 @@ def test_experts_are_named_not_lowered() -> None:
     kinds = {op.name.removeprefix("model.layers.0."): op.kind for op in ops}
     assert kinds["mlp.experts.gate_up_proj"] == kinds["mlp.experts.down_proj"] == "other"
     assert kinds["mlp.gate"] == "linear"
+
+
+GEMMA_3N = GQA | {
+    "head_dim": 8, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
+    "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0], "intermediate_size": [48, 48],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "others", "linears"),
+    [
+        ("mamba", {"state_size": 8}, r"mixer\.matmul16$", r"mixer\.in_proj$"),  # a scan of products is no attention
+        ("diffllama", GQA, r"self_attn\.matmul4$", r"self_attn\.q_proj$"),  # nor are two attentions in one module
+        # a router that is called twice; results written in place, which plain tracing loses
+        ("gemma3n_text", GEMMA_3N, r"modality_router\.call2$", r"per_layer_projection$"),
+    ],
+)
+def test_what_looks_like_attention_and_is_not(model_type: str, more: dict, others: str, linears: str) -> None:
+    """Products that mpq cannot lower are `other`, under names of their own; no product is lost, no name used twice."""
+    ops = [op for g in partition(trace(small_config(model_type, **more), length=16)) for op in g.ops]
+    names = [op.name for op in ops]
+    assert len(names) == len(set(names))
+    for pattern, kind in ((others, "other"), (linears, "linear")):
+        found = [op for op in ops if re.search(pattern, op.name)]
+        assert len(found) == 2
+        assert {op.kind for op in found} == {kind}
 
 
 def _graph(edges: list[tuple[int, int]], ops: set[int], sink: int) -> Graph:
