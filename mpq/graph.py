@@ -149,14 +149,26 @@ def _told_apart(ops: dict[int, Op], nodes: dict[int, Any], length: int) -> dict[
     told = dict(ops)
     for name, places in calls.items():
         products = [i for i in places if ops[i].kind == "bgemm"]
-        scores = [nodes[i].meta["val"].shape[-2:] == (length, length) for i in products]
-        attention = scores == [True, False] and not any(op.name.startswith(f"{name}.matmul") for op in ops.values())
-        if (len(places) == 1 and not products) or (attention and len(places) == 2):
+        if len(places) == 1 and not products:
+            continue
+        # scores (T, T) come out of the first product and, as probabilities, go into the second
+        passed = [nodes[i] if k == 0 else _operands(nodes[i])[0] for k, i in enumerate(products)]
+        more = any(op.name.startswith(f"{name}.matmul") for op in ops.values())
+        if len(products) == 2 and not more and all(_sizes(node) == (length, length) for node in passed):
             continue
         for number, i in enumerate(places, 1):
             label = f"{name}.matmul{number}" if products else f"{name}.call{number}"
             told[i] = replace(ops[i], name=label, kind="other")
     return told
+
+
+def _operands(node: Any) -> list[Any]:
+    """The two factors of a product: of its tensor arguments the last two (baddbmm's first is added)."""
+    return [a for a in node.args if hasattr(a, "meta") and "val" in a.meta][-2:]
+
+
+def _sizes(node: Any) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape[-2:])
 
 
 def _module(node: Any) -> tuple[str, str]:
