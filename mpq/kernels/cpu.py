@@ -2,37 +2,68 @@
 
 INT8 has one scale for each token and one for each output channel, as kernels/emulated.py rounds it. A call is three passes:
 
-    rows (T, K) -> codes u8 (T, K), scale (T, 1)      compiled: amax, divide, round in one sweep over a row in cache
+    rows (T, K) -> codes u8 (T, K), scale (T, 1)      amax, divide, round in one sweep over a row in cache (rows.cpp)
     codes x weight (K, C) -> y (T, C)                 oneDNN, the output channel's scale fused
-    y * scale (+ bias)                                compiled
+    y * scale (+ bias)                                in place (rows.cpp)
 
 Codes are stored as round(x / scale) + 128 in u8, with a zero point of 128: the instructions multiply u8 by s8. Signed
 codes give the same numbers from oneDNN's reference loop where there is no AMX (an AMD Zen 5: a thousand times slower).
-oneDNN takes one scale for all tokens at most, hence the third pass. A scale per tensor would save it, and was found
-1.1 times faster on BF16 activations (1.56 against 1.39 times BF16's speed at 576 x 1536, 1.85 against 1.77 at
-2048 x 2048; 512 tokens, one thread), but one outlying token then costs all others their precision.
+oneDNN takes one scale for all tokens at most, hence the third pass. A scale per tensor would save it, but one outlying
+token then costs all others their precision (bench/kernels.py measures both).
+
+Linears that read the same activations (q, k and v; gate and up) share their cast or their codes: a gain that only a
+group measured together shows.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import threading
+import weakref
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mpq.formats import Format
+from mpq.kernels import rows
 from mpq.kernels.emulated import Linear, Product
 from mpq.quantize import quantize, scale_of
 
 log = logging.getLogger(__name__)
 
-QuantizeRows: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-ScaleRows: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-_TINY = torch.finfo(torch.float32).tiny
-_ZERO_POINT = 128
+Made = TypeVar("Made")
+
+
+class _LastInput:
+    """What was made of the last activations, for the next linear that reads the same tensor.
+
+    The tensor is held weakly, what was made of it until the next one comes: at most one activation's memory. A tensor
+    changed in place counts as another one, except in inference mode, where tensors count no versions: there no module may
+    write into the activations between two linears that read them, and none of transformers' models does.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def get(self, x: Tensor, how: object, make: Callable[[], Made]) -> Made:
+        """`make()`, or what it gave for this very tensor the last time."""
+        version = None if x.is_inference() else x._version
+        last = getattr(self._local, "last", None)
+        if last is not None and last[0]() is x and last[1:3] == (how, version):
+            return last[3]  # type: ignore[no-any-return]
+        made = make()
+        self._local.last = (weakref.ref(x), how, version, made)
+        return made
+
+
+_last = _LastInput()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float = 1.0, perturb_weight: float = 1.0) -> Linear:
@@ -48,7 +79,8 @@ def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: floa
     cast_bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x.to(dtype), cast, cast_bias).to(x.dtype)
+        lowered = x if x.dtype == dtype else _last.get(x, dtype, lambda: x.to(dtype))
+        return torch.nn.functional.linear(lowered, cast, cast_bias).to(x.dtype)
 
     return forward
 
@@ -74,47 +106,19 @@ def has_quantized_linear() -> bool:
     return False
 
 
-def _quantize_rows(rows: Tensor, perturb: Tensor) -> tuple[Tensor, Tensor]:
-    values = rows.float()
-    scale = values.abs().amax(-1, keepdim=True) / 127.0
-    scale = torch.where(scale > _TINY, scale, 1.0) * perturb
-    codes = (values / scale).round().clamp(-127, 127) + _ZERO_POINT
-    return codes.to(torch.uint8), scale
-
-
-def _scale_rows(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    scaled = y.float() * scale
-    return (scaled if bias is None else scaled + bias).to(y.dtype)
-
-
-@functools.cache
-def _passes() -> tuple[QuantizeRows, ScaleRows]:
-    """The passes around the product, compiled; uncompiled, some five times slower, where there is no C++ compiler."""
-    compiled = torch.compile(_quantize_rows, dynamic=True), torch.compile(_scale_rows, dynamic=True)
-    try:
-        rows = torch.ones(2, 32)
-        compiled[1](rows, compiled[0](rows, torch.ones(()))[1], None)
-    except Exception as error:  # torch.compile raises whatever its back end met
-        log.warning("INT8's activations are quantized uncompiled, and slowly: %s", str(error).splitlines()[0])
-        return _quantize_rows, _scale_rows
-    return compiled
-
-
 def _onednn_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float, perturb_weight: float) -> Linear:
-    quantize_rows, scale_rows = _passes()
     scale = scale_of(weight, fmt, "row") * perturb_weight
     packed = torch.ops.onednn.qlinear_prepack(quantize(weight, fmt, scale).contiguous(), None)
     scale, zero = scale.flatten(), torch.zeros(weight.shape[0], dtype=torch.int32)
-    perturb = torch.tensor(perturb_input)
+    bias = None if bias is None else bias.float().contiguous()
 
     def forward(x: Tensor) -> Tensor:
-        # contiguous: the compiled pass is made anew for each pattern of strides
-        codes, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]).contiguous(), perturb)
         dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32  # those that oneDNN writes
+        codes, row_scale = _last.get(x, perturb_input, lambda: rows.passes().quantize(_rows(x).to(dtype), perturb_input))
         y = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, _ZERO_POINT, packed, scale, zero, None, 1.0, 0, dtype, "none", [], ""
+            codes, 1.0, rows.ZERO_POINT, packed, scale, zero, None, 1.0, 0, dtype, "none", [], ""
         )  # fmt: skip
-        return scale_rows(y, row_scale, bias).to(x.dtype).view(*x.shape[:-1], -1)
+        return rows.passes().rescale(y, row_scale, bias).to(x.dtype).view(*x.shape[:-1], -1)
 
     return forward
 

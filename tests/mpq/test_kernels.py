@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpq.errors import MpqError
 from mpq.formats import FORMATS, get_format
-from mpq.kernels import check_native, cpu, device_name, emulated, native_formats
+from mpq.kernels import check_native, cpu, device_name, emulated, native_formats, rows
 
 SHAPES = [(1, 1, 1), (1, 33, 7), (5, 17, 19), (37, 64, 130), (128, 48, 1)]  # T, K, C
 
@@ -103,25 +103,49 @@ def test_int8_fallback_equals_the_prepacked_kernel(monkeypatch: pytest.MonkeyPat
 def test_int8_without_a_compiler_gives_the_same_numbers(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where torch.compile fails the activations are quantized uncompiled, the log says so, the result is the same."""
+    """Where C++ cannot be compiled torch quantizes the activations, the log says so, the result is the same."""
     x, weight, bias = tensors(40, 64, 24)
     want = cpu.linear(weight, bias, get_format("int8"))(x)
-
-    def broken(*_: object, **__: object) -> object:
-        def call(*_: object) -> None:
-            raise RuntimeError("no C++ compiler")
-
-        return call
-
-    cpu._passes.cache_clear()
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    rows.passes.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            got = cpu.linear(weight, bias, get_format("int8"))(x)
+            got = cpu.linear(weight, bias, get_format("int8"))(x.clone())
     finally:
-        cpu._passes.cache_clear()
-    assert "no C++ compiler" in caplog.text
+        rows.passes.cache_clear()
+    assert "/no/such/compiler" in caplog.text
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (257, 129), (64, 1024)])
+def test_rows_in_cpp_equal_those_in_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Codes, scales and rescaled products are the same bit for bit; a row of zeros has scale 1."""
+    x = (seeded(*shape) * torch.logspace(-3, 3, shape[0])[:, None]).to(dtype)
+    x[0] = 0
+    native, plain = rows.passes(), rows.TorchPasses()
+    assert isinstance(native, rows.NativePasses)
+    (codes, scale), (plain_codes, plain_scale) = native.quantize(x, 1.03), plain.quantize(x, 1.03)
+    assert torch.equal(codes, plain_codes)
+    assert torch.equal(scale, plain_scale)
+    for bias in (None, seeded(shape[1])):
+        torch.testing.assert_close(
+            native.rescale(x.clone(), scale, bias),
+            plain.rescale(x.clone(), scale, bias),
+            rtol=1e-2 if dtype == torch.bfloat16 else 1e-6,
+            atol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_what_was_made_of_an_input_is_not_kept_too_long(name: str) -> None:
+    """Two linears share what they make of one tensor; another tensor, and one changed in place, are read anew."""
+    x, weight, _ = tensors(12, 20, 9)
+    one, two = (cpu.linear(w, None, get_format(name)) for w in (weight, weight.flip(0)))
+    assert torch.equal(one(x), two(x).flip(1))
+    fresh = one(x * 2)
+    x.mul_(2)
+    assert torch.equal(one(x), fresh)
 
 
 def test_int8_rows_do_not_share_a_scale() -> None:

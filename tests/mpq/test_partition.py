@@ -102,7 +102,9 @@ def test_groups_by_hand(model_type: str) -> None:
 
 def test_a_head_as_wide_as_the_sequence_is_long() -> None:
     """Attention is told apart by what flows from product to product, not by a size that may be another's too."""
-    names = [op.name for g in partition(trace(small_config("llama", num_key_value_heads=2, head_dim=16), length=16)) for op in g.ops]
+    names = [
+        op.name for g in partition(trace(small_config("llama", num_key_value_heads=2, head_dim=16), length=16)) for op in g.ops
+    ]
     assert sum(name.endswith("qk_matmul") for name in names) == sum(name.endswith("av_matmul") for name in names) == 2
 
 
