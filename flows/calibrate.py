@@ -7,20 +7,26 @@ and evaluates, a new checkpoint of a known architecture re-uses partition and ti
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.outputs import publish, write_outputs
 from flows.stages import Call, Stages
-from mpq.spec import EvaluationSpec, RunSpec
+from mpq.kernels import Kind
+from mpq.spec import EvaluationSpec, Objective, RunSpec
 from mpq.store import Store, TableRef, code_version, content_key
 from tasks import calibration, evaluation, planning, timing
 from tasks.stage import References, read, read_json
+
+KINDS: tuple[Kind, ...] = ("linear", "bgemm")
+_EVALUATION = EvaluationSpec(source="the calibration text")
 
 
 # one worker: a machine's tasks share its device one at a time anyway, and each thread would get an OpenMP team of its own
@@ -44,7 +50,7 @@ def calibrate(spec: RunSpec) -> dict[str, Any]:
     groups = run.partition(architecture)
     sums = run.sensitivity(groups, loaded["calibration"])
     timed = run.timing(groups, architecture) if "et" in spec.objectives else []
-    solved = run.plans(groups, sums, timed)
+    solved, timed = run.plans(groups, sums, timed, architecture)
     plans = [plan for s in solved for plan in read_json(s["plan_files"])]
     evaluated = run.evaluate(groups, plans, loaded["evaluation_text"], architecture)
     tables = {
@@ -118,24 +124,41 @@ class _Run:
 
         Keyed by the whole architecture, not by the signature's shapes alone: a row carries the model's own TTFT.
         """
-        from mpq.gains import configurations
+        from mpq.design import design
+
+        part = self.spec.timing
+        wanted = [
+            (signature, c) for signature, choices in self._choices(groups).items() for c in design(choices, part.limit, part.seed)
+        ]
+        return self._measured("timing", groups, architecture, wanted)
+
+    def _choices(self, groups: TableRef) -> dict[str, list[tuple[str, ...]]]:
+        """For each signature, in the model's order, the formats that its ops may take."""
+        from mpq.design import choices_of
         from mpq.kernels import native_formats
 
-        spec, part = self.spec, self.spec.timing.model_dump(exclude={"slice", "bound"})
-        formats = {
-            k: [f for f in spec.objectives["et"].formats if f in native_formats(spec.model.device, k)]
-            for k in ("linear", "bgemm")
-        }
+        spec = self.spec
+        native = {kind: native_formats(spec.model.device, kind) for kind in KINDS}
+        formats: dict[str, list[str]] = {k: [f for f in spec.objectives["et"].formats if f in native[k]] for k in KINDS}
+        frame = read(groups)
+        found: dict[str, list[tuple[str, ...]]] = {}
+        for (signature, _), rows in frame.sort("order").group_by(["signature", "group"], maintain_order=True):
+            found.setdefault(str(signature), choices_of(rows, formats, spec.model.base))
+        return found
+
+    def _measured(
+        self, stage: str, groups: TableRef, architecture: str, wanted: Sequence[tuple[str, tuple[str, ...]]]
+    ) -> list[TableRef]:
+        spec, part = self.spec, self.spec.timing.model_dump(exclude={"slice", "bound", "limit", "rounds"})
         made_with = (
             self.device_name,
             version("torch"),
             version("transformers"),
-            _code("timing", "apply", "attention", "kernels", "kernels.cpu"),
+            _code("timing", "pairs", "apply", "attention", "kernels", "kernels.cpu", "kernels.rows"),
         )
         calls: list[Call] = []
-        for (signature,), rows in read(groups).sort("order").group_by(["signature"], maintain_order=True):
-            first = rows.filter(rows["group"] == rows["group"].min())
-            every = [list(c) for c in configurations(first, formats, spec.model.base)]
+        for signature in dict.fromkeys(s for s, _ in wanted):
+            every = [list(c) for s, c in wanted if s == signature]
             for at in range(0, len(every), spec.timing.slice):
                 some = every[at : at + spec.timing.slice]
                 calls.append((
@@ -147,47 +170,78 @@ class _Run:
                         "signature": signature, "configurations": some, "spec": spec.timing,
                     },
                 ))  # fmt: skip
-        return [r["timing"] for r in self.stages.run("timing", calls)]
+        return [r["timing"] for r in self.stages.run(stage, calls)]
 
-    def plans(self, groups: TableRef, sums: References, timed: list[TableRef]) -> list[References]:
-        """Gains, then plans, for each objective."""
+    def plans(
+        self, groups: TableRef, sums: References, timed: list[TableRef], architecture: str
+    ) -> tuple[list[References], list[TableRef]]:
+        """Plans for each objective, and the timing tables that they rest on: for measured time it solves, measures what was
+        chosen and not yet measured, and solves again."""
+        from mpq.design import fastest, unmeasured
+
+        spec, objectives = self.spec, list(self.spec.objectives)
+        for _ in range(spec.timing.rounds if timed else 0):
+            gains = self._gains(["et"], groups, sums, timed)
+            solved = self._solve(["et"], groups, sums, timed, gains)
+            plans = [p["formats"] for p in read_json(solved[0]["plan_files"]) if p["strategy"] == "ip_et"]
+            wanted = unmeasured(pl.concat([read(t) for t in timed]), read(groups), plans, spec.model.base)
+            if not wanted:
+                break
+            timed = [*timed, *self._measured("timing of chosen", groups, architecture, wanted)]
+        gains = self._gains(objectives, groups, sums, timed)
+        anchor = None
+        if timed:
+            best = fastest(read(groups), read(gains[objectives.index("et")]["gains"]))
+            anchor = self._time_plans([best], (spec.evaluation or _EVALUATION).ttft_repeats, architecture, "TTFT of fastest")
+        return self._solve(objectives, groups, sums, timed, gains, anchor), timed
+
+    def _gains(
+        self, objectives: Sequence[Objective], groups: TableRef, sums: References, timed: list[TableRef]
+    ) -> list[References]:
         spec, base = self.spec, self.spec.model.base
-        parts = [(objective, part, timed if objective == "et" else []) for objective, part in spec.objectives.items()]
-        gains = self.stages.run("gains", [
-            (
-                planning.build_gains,
-                content_key(objective, groups.sha256, sums["sensitivity"].sha256, [t.sha256 for t in of], part.formats, base,
-                            spec.noise_model, spec.timing.bound, _code("gains", "formats", "tables")),
-                f"gains {objective} {spec.name}",
-                {
-                    "objective": objective, "groups": groups, "sensitivity": sums["sensitivity"], "timing": of,
-                    "formats": list(part.formats), "base": base, "noise_model": spec.noise_model, "bound": spec.timing.bound,
-                },
-            )
-            for objective, part, of in parts
-        ])  # fmt: skip
+        calls: list[Call] = []
+        for objective in objectives:
+            formats, of = spec.objectives[objective].formats, timed if objective == "et" else []
+            choices = self._choices(groups) if objective == "et" else {}
+            key = content_key(
+                objective, groups.sha256, sums["sensitivity"].sha256, [t.sha256 for t in of], formats, base, spec.noise_model,
+                spec.timing.bound, _code("gains", "design", "formats", "tables"),
+            )  # fmt: skip
+            inputs = {
+                "objective": objective, "groups": groups, "sensitivity": sums["sensitivity"], "timing": of, "formats": list(formats),
+                "base": base, "noise_model": spec.noise_model, "bound": spec.timing.bound, "choices": choices,
+            }  # fmt: skip
+            calls.append((planning.build_gains, key, f"gains {objective} {spec.name}", inputs))
+        return self.stages.run("gains", calls)
+
+    def _solve(
+        self, objectives: Sequence[Objective], groups: TableRef, sums: References, timed: list[TableRef],
+        gains: Sequence[References], anchor: TableRef | None = None,
+    ) -> list[References]:  # fmt: skip
+        spec, base = self.spec, self.spec.model.base
         versions = {name: version(name) for name in ("mpq", "torch", "transformers", "highspy", "gurobipy")}
         keys = {"sensitivity": sums["sensitivity"].key, "loss": sums["loss"].key}
-        return self.stages.run("solve", [
-            (
-                planning.solve,
-                content_key(objective, part, groups.sha256, built["gains"].sha256, sums["loss"].sha256, part.taus or spec.taus, base, spec.solver,
-                            self.fingerprint, _code("solver", "strategies", "plan", "tables")),
-                f"solve {objective} {spec.name}",
-                {
-                    "objective": objective, "part": part, "groups": groups, "gains": built["gains"], "loss": sums["loss"], "timing": of,
-                    "taus": list(part.taus or spec.taus), "base": base, "solver": spec.solver, "fingerprint": self.fingerprint,
-                    "provenance": {"gains": built["gains"].key, **keys, "versions": versions},
-                },
-            )
-            for (objective, part, of), built in zip(parts, gains, strict=True)
-        ])  # fmt: skip
+        calls: list[Call] = []
+        for objective, built in zip(objectives, gains, strict=True):
+            part, of = spec.objectives[objective], timed if objective == "et" else []
+            taus, fastest_ttft = list(part.taus or spec.taus), anchor if objective == "et" else None
+            key = content_key(
+                objective, part, groups.sha256, built["gains"].sha256, sums["loss"].sha256, taus, base, spec.solver, self.fingerprint,
+                fastest_ttft and fastest_ttft.sha256, _code("solver", "presolve", "strategies", "design", "plan", "tables"),
+            )  # fmt: skip
+            inputs = {
+                "objective": objective, "part": part, "groups": groups, "gains": built["gains"], "loss": sums["loss"], "timing": of,
+                "taus": taus, "base": base, "solver": spec.solver, "fingerprint": self.fingerprint, "anchor": fastest_ttft,
+                "provenance": {"gains": built["gains"].key, **keys, "versions": versions},
+            }  # fmt: skip
+            calls.append((planning.solve, key, f"solve {objective} {spec.name}", inputs))
+        return self.stages.run("solve", calls)
 
     def evaluate(self, groups: TableRef, plans: list[dict[str, Any]], blocks: TableRef, architecture: str) -> TableRef:
         """The evaluation table. Plans with equal formats are evaluated once, whatever strategy or τ made them."""
         from mpq.kernels import runs_natively
 
-        spec, part = self.spec, self.spec.evaluation or EvaluationSpec(source="the calibration text")
+        spec, part = self.spec, self.spec.evaluation or _EVALUATION
         code = _code("evaluate", "apply", "attention", "quantize", "kernels.emulated", "model")
         base_losses = self.stages.run_one("evaluate base", (
             evaluation.evaluate_base, content_key(self.content, blocks.sha256, code), f"evaluate base {spec.name}",
@@ -221,22 +275,20 @@ class _Run:
             f"collect {spec.name}", {"plans": rows, "losses": refs, "ttft": ttft},
         ))["evaluation"]  # fmt: skip
 
-    def _time_plans(self, plans: list[dict[str, str]], repeats: int, architecture: str) -> TableRef:
+    def _time_plans(self, plans: list[dict[str, str]], repeats: int, architecture: str, stage: str = "TTFT of plans") -> TableRef:
         spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed"})
         made_with = (
             self.device_name,
             version("torch"),
             version("transformers"),
-            _code("timing", "apply", "attention", "kernels", "kernels.cpu"),
+            _code("timing", "pairs", "apply", "attention", "kernels", "kernels.cpu", "kernels.rows"),
         )
         inputs = {
             "folder": self.folder, "base": spec.model.base, "device": spec.model.device,
             "plans": plans, "repeats": repeats, "spec": spec.timing,
         }  # fmt: skip
         key = content_key(architecture, plans, spec.model.base, part, repeats, made_with)
-        return self.stages.run_one("TTFT of plans", (timing.time_plans, key, f"TTFT of {len(plans)} plans {spec.name}", inputs))[
-            "plan_ttft"
-        ]
+        return self.stages.run_one(stage, (timing.time_plans, key, f"{stage} {spec.name}", inputs))["plan_ttft"]
 
     def report(self, tables: dict[str, list[TableRef]]) -> tuple[TableRef, dict[str, str]]:
         """The HTML report and the facts that it tells of the run."""

@@ -45,11 +45,17 @@ def _loss(losses: Losses, op: str, name: str, base: str) -> float:
 def gains_et(
     groups: pl.DataFrame, timing: pl.DataFrame, sensitivity: pl.DataFrame, base: str, noise_model: str, bound: str = "mean"
 ) -> pl.DataFrame:
-    """IP-ET: seconds gained, measured for the group's signature (or, by the paper's way, for the group itself)."""
-    losses, column = loss_by_op(sensitivity, noise_model), "gain_ci_low_s" if bound == "lower" else "gain_s"
+    """IP-ET: seconds gained, measured for the group's signature (or, by the paper's way, for the group itself).
+
+    `bound` says which end of a gain counts: `mean` (its median), `lower` (its interval's lower end), or `cautious` (the
+    lower end where the interval includes zero). A configuration measured twice counts as it was the last time.
+    """
+    losses = loss_by_op(sensitivity, noise_model)
     measured: dict[str, dict[tuple[str, ...], float]] = {}
     for row in timing.iter_rows(named=True):
-        measured.setdefault(row["signature"], {})[tuple(row["configuration"])] = row[column]
+        unsure = row["gain_ci_low_s"] <= 0 <= row["gain_ci_high_s"]
+        lower = bound == "lower" or (bound == "cautious" and unsure)
+        measured.setdefault(row["signature"], {})[tuple(row["configuration"])] = row["gain_ci_low_s" if lower else "gain_s"]
     rows: list[dict[str, object]] = []
     for group in _groups(groups):
         of_signature = measured.get(group["signature"])

@@ -83,10 +83,18 @@ class TimingSpec(_Strict):
 
     batch: int = Field(4, ge=1, description="Rows of the prefill")
     length: int = Field(256, ge=1, description="Tokens per row")
-    repeats: int = Field(5, ge=2, description="Interleaved pairs of base and configuration")
+    repeats: int = Field(7, ge=2, description="Interleaved pairs of base and configuration")
     method: Literal["signature", "group"] = Field("signature", description="Switch all groups of a signature, or one (the paper)")
+    limit: int = Field(
+        64, ge=8, description="Configurations of a signature measured at first; the rest are predicted, and measured where chosen"
+    )
+    rounds: int = Field(6, ge=0, description="Rounds of solving and measuring what was chosen")
     slice: int = Field(32, ge=1, description="Configurations per task")
-    bound: Literal["mean", "lower"] = Field("mean", description="Plan with the gain, or with its interval's lower end")
+    bound: Literal["mean", "lower", "cautious"] = Field(
+        "mean", description="Plan with the gain, with its interval's lower end, or with that where the interval includes zero"
+    )
+    target: float | None = Field(None, gt=0, lt=1, description="Repeat until gains are known to ± this share of TTFT")
+    cap: int | None = Field(None, ge=2, description="Pairs at most; 2 x repeats, or 4 x with a target, if left out")
     seed: int = Field(0, description="Seed of order, tokens and bootstrap")
 
 

@@ -79,8 +79,10 @@ def code_version(*modules: str) -> str:
     """A SHA-256 over the source of the named modules: the part of a key that says which code computed it."""
     digest = hashlib.sha256()
     for name in modules:
-        path = import_module(name).__file__
-        digest.update(name.encode() + b"\0" + Path(path or "").read_bytes())
+        path = Path(import_module(name).__file__ or "")
+        digest.update(name.encode() + b"\0" + path.read_bytes())
+        if (native := path.with_suffix(".cpp")).exists():
+            digest.update(native.read_bytes())
     return digest.hexdigest()
 
 

@@ -20,11 +20,12 @@ Rows = dict[tuple[str, ...], tuple[float, float]]  # configuration → gain, los
 def choose(
     strategy: str, objective: str, groups: pl.DataFrame, gains: pl.DataFrame, *, tau: float, mean_square_loss: float, base: str,
     seed: int = 0, solver: SolverName = "auto", base_ttft_s: float | None = None,
+    interaction: float = 0.0,
 ) -> tuple[Plan, dict[str, Any]]:  # fmt: skip
     """The plan of one strategy under τ, and its row of the `solutions` table.
 
     Random and Prefix walk over the ops, each taking the theoretically fastest format that still fits under τ² E[g²], and
-    stop at the first op that fits in none. Raises MpqError for a τ that is not above zero.
+    stop at the first op that fits in none. `interaction` (1/s) corrects the predicted TTFT (design.interaction). Raises MpqError for a τ that is not above zero.
     """
     if not (tau > 0 and math.isfinite(tau)):
         raise MpqError(f"τ must be above zero, got {tau:g}: it is the normalised RMSE of the loss that the plan may have.")
@@ -43,7 +44,7 @@ def choose(
     formats = {op: f for group, configuration in chosen.items() for op, f in zip(members[group], configuration, strict=True)}
     gain = math.fsum(options[g][c][0] for g, c in chosen.items())
     loss = math.fsum(options[g][c][1] for g, c in chosen.items())
-    ttft = base_ttft_s - gain if objective == "et" and base_ttft_s is not None else None
+    ttft = base_ttft_s - gain * (1 + interaction * gain) if objective == "et" and base_ttft_s is not None else None
     plan = Plan(strategy, objective, tau, base, formats, loss, budget, gain, mean_square_loss, seed, base_ttft_s, ttft)
     row = {
         "strategy": strategy, "objective": objective, "tau": tau, "seed": seed, "predicted_loss_mse": loss, "budget": budget,

@@ -4,21 +4,16 @@ TTFT is one prefill forward of the whole model over (batch, length) random token
 the last position of each row alone where the model can be asked for that, as engines do: the head works on `batch`
 tokens, not on batch x length. Weights may be random: their values do not decide the time.
 
-Base and configuration run in pairs, one beside the other in balanced random order, so that what the machine does meanwhile
-meets both; a gain is the median of the differences within pairs, its interval a bootstrap over pairs.
+Base and configuration run in pairs, one beside the other in balanced random order (pairs.py), so that what the machine does
+meanwhile meets both; a gain is the median of the differences within pairs, its interval a bootstrap over pairs.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -32,23 +27,12 @@ from mpq.errors import MpqError
 from mpq.formats import get_format
 from mpq.graph import build_on_meta
 from mpq.kernels import check_native, device_name
+from mpq.pairs import Pairs, Run, gain_statistics, interleave, keep_memory
 from mpq.tables import table
 
 Configuration: TypeAlias = tuple[str, ...]
 Method: TypeAlias = Literal["signature", "group"]
 Progress: TypeAlias = Callable[[int, int], None]  # done, total
-Run: TypeAlias = Callable[[], None]
-RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Seconds of base and of what was compared with it, pair by pair; and what the machine was doing."""
-
-    base_s: np.ndarray
-    config_s: np.ndarray
-    load_average: float
-    steal_share: float
 
 
 def timing_model(config: Any, base: str) -> nn.Module:
@@ -64,56 +48,6 @@ def timing_model(config: Any, base: str) -> nn.Module:
         else:
             nn.init.ones_(parameter)
     return model.eval().requires_grad_(False)
-
-
-def gain_statistics(base_s: np.ndarray, config_s: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """The median of the paired differences base - config, and its 95 % bootstrap interval, in seconds.
-
-    Medians shrug off spikes, pairs slow drift. A percentile bootstrap of a median is narrow with few pairs:
-    with 5 it covers about 90 %.
-    """
-    differences = np.asarray(base_s, dtype=np.float64) - np.asarray(config_s, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(len(differences), size=(RESAMPLES, len(differences)))
-    low, high = np.quantile(np.median(differences[draws], axis=1), (0.025, 0.975))
-    return float(np.median(differences)), float(low), float(high)
-
-
-def interleave(
-    switch: Callable[[int], None],
-    run: Run,
-    repeats: int,
-    seed: int = 0,
-    *,
-    target: float | None = None,
-    cap: int | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Pairs:
-    """Time `repeats` pairs of `run`, in base (after `switch(0)`) and in what is compared with it (after `switch(1)`).
-
-    The order within each two pairs, one of each order, is drawn from `seed`; switching is not timed. With a `target`, pairs go on until the
-    interval of the gain is at most 2 x target of base's median wide, or there are `cap` pairs (default 4 x repeats).
-    """
-    rng, order = np.random.default_rng(seed), np.arange(2)
-    seconds: tuple[list[float], list[float]] = ([], [])
-    most = repeats if target is None else max(repeats, cap or 4 * repeats)
-    with _quiet():
-        before = _cpu_ticks()
-        while len(seconds[0]) < most:
-            # each second pair mirrors the one before, so that steady drift favours neither side
-            order = order[::-1] if len(seconds[0]) % 2 else rng.permutation(2)
-            for which in order:
-                switch(int(which))
-                start = clock()
-                run()
-                seconds[which].append(clock() - start)
-            if target is not None and len(seconds[0]) >= repeats:
-                _, low, high = gain_statistics(np.array(seconds[0]), np.array(seconds[1]), seed)
-                if high - low <= 2 * target * float(np.median(seconds[0])):
-                    break
-        after = _cpu_ticks()
-    steal = (after[0] - before[0]) / max(1, after[1] - before[1])
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return Pairs(np.array(seconds[0]), np.array(seconds[1]), load, float(steal))
 
 
 def measure(
@@ -133,6 +67,9 @@ def measure(
 ) -> pl.DataFrame:
     """Time gains of configurations, as the table `timing`: a row a configuration, in the order asked for.
 
+    They are measured in random order (by `seed`; column `measured`), a signature at a time. Each row has its own base, so
+    column `base_ttft_s` over `measured` shows how the machine drifted. `significant` says whether the interval excludes zero.
+
     `requests` pairs a signature of the table `groups` with configurations, formats in op order. With method `signature` all groups of the
     signature are switched at once and the gain divided by their number; with `group` (the paper's) its first group alone.
     The configuration that is all base has gain 0 by definition. `target` and `cap`: see interleave.
@@ -149,12 +86,14 @@ def measure(
     for signature, configuration in wanted:
         _check(signature, configuration, members[signature], base, device.type)
     prefill = _prefill(model, _tokens(model, batch, length, seed))
-    rows: list[dict[str, object]] = []
+    rows: dict[int, dict[str, object]] = {}
     base_pairs: dict[str, Pairs] = {}
     mixed, current = Mixed(model, base=base, backend="native"), ""
+    keep_memory()
     try:
         prefill()
-        for done, (signature, configuration) in enumerate(wanted):
+        for done, place in enumerate(_measuring_order(wanted, seed)):
+            signature, configuration = wanted[place]
             if signature != current:  # prepared weights of one signature at a time
                 mixed.clear()
                 mixed, current = Mixed(model, base=base, backend="native"), signature
@@ -167,21 +106,33 @@ def measure(
             pairs = base_pairs[signature]
             gain, low, high = (0.0, 0.0, 0.0) if all_base else gain_statistics(pairs.base_s, pairs.config_s, seed)
             base_ttft_s = float(np.median(pairs.base_s))
-            rows.append(
+            rows[place] = (
                 {
                     "signature": signature, "group": first_group[signature], "configuration": list(configuration),
                     "instances": len(ops), "repeats": len(pairs.base_s), "base_ttft_s": base_ttft_s,
                     "ttft_s": base_ttft_s if all_base else float(np.median(pairs.config_s)),
                     "gain_s": gain / len(ops), "gain_ci_low_s": low / len(ops), "gain_ci_high_s": high / len(ops),
                     "device": device_name(str(device)), "method": method, "batch": batch, "length": length,
-                    "load_average": pairs.load_average, "steal_share": pairs.steal_share,
+                    "load_average": pairs.load_average, "steal_share": pairs.steal_share, "disturbed": pairs.disturbed,
+                    "measured": done, "significant": bool(low > 0 or high < 0),
                 }
             )  # fmt: skip
             if progress:
                 progress(done + 1, len(wanted))
     finally:
         mixed.clear()
-    return table("timing", rows)
+    return table("timing", [rows[place] for place in range(len(wanted))])
+
+
+def _measuring_order(wanted: Sequence[tuple[str, Configuration]], seed: int) -> list[int]:
+    """Places in `wanted`, signatures one after the other, configurations within each in random order."""
+    rng = random.Random(seed)
+    order: list[int] = []
+    for signature in dict.fromkeys(s for s, _ in wanted):
+        places = [i for i, (s, _) in enumerate(wanted) if s == signature]
+        rng.shuffle(places)
+        order += places
+    return order
 
 
 def measure_ttft(
@@ -202,6 +153,7 @@ def measure_ttft(
     """
     device = str(next(model.parameters()).device)
     prefill = _prefill(model, _tokens(model, batch, length, seed))
+    keep_memory()
     rows: list[dict[str, object]] = []
     for done, formats in enumerate(plans):
         mixed = Mixed(model, base=base, backend="native")
@@ -215,6 +167,7 @@ def measure_ttft(
                 "ttft_s": float(np.median(pairs.config_s)), "base_ttft_s": float(np.median(pairs.base_s)), "gain_s": gain,
                 "gain_ci_low_s": low, "gain_ci_high_s": high, "repeats": len(pairs.base_s), "device": device_name(device),
                 "batch": batch, "length": length, "load_average": pairs.load_average, "steal_share": pairs.steal_share,
+                "disturbed": pairs.disturbed,
             }
         )  # fmt: skip
         if progress:
@@ -279,24 +232,3 @@ def _check(signature: str, configuration: Configuration, ops: list[list[tuple[st
         for kind in ("linear", "bgemm"):
             wanted = (f for (_, k), f in zip(group, configuration, strict=True) if k == kind and f != base)
             check_native(wanted, device, kind)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No garbage collection in between. None before either: with a pipeline loaded that takes longer than a pair."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _cpu_ticks() -> tuple[int, int]:
-    """(stolen by the hypervisor, total) clock ticks of all CPUs so far; zeros where /proc/stat is missing."""
-    try:
-        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    except (OSError, ValueError, IndexError):
-        return 0, 0
-    return (fields[7] if len(fields) > 7 else 0), sum(fields)

@@ -18,14 +18,18 @@ from tasks.stage import Output, read, stage
 @stage("gains")
 def build_gains(
     objective: Objective, groups: TableRef, sensitivity: TableRef, timing: list[TableRef],
-    formats: list[str], base: str, noise_model: str, bound: str,
+    formats: list[str], base: str, noise_model: str, bound: str, choices: dict[str, list[tuple[str, ...]]],
 ) -> Output:  # fmt: skip
-    """The gains table of one objective: for each group and configuration its gain and its loss MSE."""
+    """The gains table of one objective: for each group and configuration its gain and its loss MSE.
+
+    `choices` (et): for each signature what its ops may take; configurations that were not measured are predicted.
+    """
+    from mpq.design import complete
     from mpq.gains import gains_et, gains_m, gains_tt
 
     tables = read(groups), read(sensitivity)
     if objective == "et":
-        measured = pl.concat([read(t) for t in timing])
+        measured = complete(pl.concat([read(t) for t in timing]), choices, base)
         return {"gains": gains_et(tables[0], measured, tables[1], base, noise_model, bound)}
     build = gains_tt if objective == "tt" else gains_m
     return {"gains": build(tables[0], tables[1], formats, base, noise_model)}
@@ -34,13 +38,15 @@ def build_gains(
 @stage("plans", "solutions", "plan_files")
 def solve(
     objective: Objective, part: ObjectiveSpec, groups: TableRef, gains: TableRef, loss: TableRef, timing: list[TableRef],
-    taus: list[float], base: str, solver: SolverName, fingerprint: str, provenance: dict[str, Any],
+    taus: list[float], base: str, solver: SolverName, fingerprint: str, provenance: dict[str, Any], anchor: TableRef | None = None,
 ) -> Output:  # fmt: skip
-    """A plan for each strategy, τ and seed of one objective."""
+    """A plan for each strategy, τ and seed of one objective. `anchor` is the measured TTFT of the fastest plan (design.interaction)."""
+    from mpq.design import interaction
     from mpq.strategies import choose
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
     base_ttft = float(pl.concat([read(t) for t in timing])["base_ttft_s"].median()) if timing else None  # type: ignore[arg-type]
+    term = interaction(tables[1], read(anchor)["gain_s"][0]) if anchor else 0.0
     plans, rows = [], []
     for strategy in part.strategies:
         name = f"ip_{objective}" if strategy == "ip" else strategy
@@ -48,7 +54,7 @@ def solve(
             for tau in taus:
                 plan, row = choose(
                     name, objective, *tables, tau=tau, mean_square_loss=mean_square, base=base, seed=seed, solver=solver,
-                    base_ttft_s=base_ttft,
+                    base_ttft_s=base_ttft, interaction=term,
                 )  # fmt: skip
                 plans.append(replace(plan, fingerprint=fingerprint, provenance=provenance))
                 rows.append(row)

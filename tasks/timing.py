@@ -35,7 +35,7 @@ def time_configurations(
         return {
             "timing": measure(
                 model, read(groups), requests, base=base, batch=spec.batch, length=spec.length,
-                repeats=spec.repeats, method=spec.method, seed=spec.seed, progress=progress,
+                repeats=spec.repeats, method=spec.method, seed=spec.seed, target=spec.target, cap=spec.cap, progress=progress,
             )
         }  # fmt: skip
 

@@ -13,8 +13,8 @@ from models import ROOT
 LAYERS = [
     ["errors"],
     ["formats", "solver", "presolve"],
-    ["spec", "tables", "quantize"],
-    ["store", "graph", "plan", "model", "attention", "kernels", "kernels.cpu", "kernels.emulated"],
+    ["spec", "tables", "quantize", "pairs", "kernels.rows"],
+    ["store", "graph", "plan", "model", "attention", "kernels", "kernels.cpu", "kernels.emulated", "design"],
     ["partition", "apply", "runs"],
     ["sensitivity", "timing", "gains", "evaluate"],
     ["strategies", "report", "figures"],

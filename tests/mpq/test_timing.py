@@ -13,8 +13,9 @@ import torch
 from transformers import AutoConfig
 
 from mpq.errors import MpqError
+from mpq.pairs import gain_statistics, interleave, undisturbed
 from mpq.tables import SCHEMAS, table
-from mpq.timing import gain_statistics, interleave, measure, measure_ttft, timing_model
+from mpq.timing import measure, measure_ttft, timing_model
 
 CONFIG = AutoConfig.for_model(
     "llama",
@@ -101,7 +102,26 @@ def test_a_target_stops_early_or_at_the_cap() -> None:
     steady = Machine(1.0, 0.9)
     assert len(interleave(steady.switch, steady.run, 5, target=0.01, clock=steady.clock).base_s) == 5
     wild = Machine(1.0, 0.9, spike_every=3)
-    assert len(interleave(wild.switch, wild.run, 5, target=0.01, cap=12, clock=wild.clock).base_s) == 12
+    pairs = interleave(wild.switch, wild.run, 5, target=0.01, cap=12, clock=wild.clock)
+    assert len(pairs.base_s) + pairs.disturbed == 12
+
+
+def test_disturbed_pairs_are_measured_again() -> None:
+    """A stall now and then is left out and made up for; a gain of half the time, on a drifting machine, is no disturbance."""
+    machine = Machine(1.0, 0.5, drift=0.0005, spike_every=9)
+    pairs = interleave(machine.switch, machine.run, 15, clock=machine.clock)
+    assert len(pairs.base_s) == 15
+    assert pairs.disturbed >= 2
+    assert max(pairs.base_s.max(), pairs.config_s.max()) < 2
+    steady = Machine(1.0, 0.5)
+    assert interleave(steady.switch, steady.run, 15, clock=steady.clock).disturbed == 0
+
+
+def test_stolen_time_disturbs_and_half_is_always_kept() -> None:
+    """A pair during which the hypervisor took a fifth of the time goes; where it takes it all along, nothing does."""
+    even = np.ones(6)
+    assert undisturbed(even, even, np.array([0, 0, 0.2, 0, 0, 0])).tolist() == [True, True, False, True, True, True]
+    assert undisturbed(even, even, np.full(6, 0.2)).all()
 
 
 def test_gain_is_the_median_difference() -> None:

@@ -1,0 +1,175 @@
+"""Is the time model right? Gains of groups against sums of their ops', TTFT of whole plans predicted and measured, and the cost.
+
+    python bench/timing.py [checkpoint folder]
+
+On this machine's CPU, base FP32 with BF16 and INT8 native: the demo's architecture, or that of the folder given. Random plans of
+every share of lowered ops, and everything in one format. Writes timing.json, timing.parquet, plans.parquet and two pictures beside
+the other results of this device; the last line is JSON. Sections and figure numbers are those of arXiv 2505.13060.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+from record import folder_of, record
+from transformers import LlamaConfig
+
+from mpq.design import choices_of, complete, design, fastest, interaction
+from mpq.formats import get_format
+from mpq.gains import gains_et
+from mpq.graph import trace
+from mpq.model import load_config
+from mpq.partition import groups_table, partition
+from mpq.tables import table
+from mpq.timing import measure, measure_ttft, timing_model
+
+BASE, FORMATS = "fp32", {"linear": ("bf16", "int8"), "bgemm": ("bf16",)}
+BATCH, LENGTH, REPEATS, LIMIT, PLANS = 4, 256, 9, 64, 24
+LLAMA_1B = LlamaConfig(  # Llama-3.2-1B's published config.json
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def fit(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """Least-squares scale and bias of y on x: the fitted values and R²."""
+    scale, bias = np.polyfit(x, y, 1)
+    fitted = scale * x + bias
+    return fitted, float(1 - ((y - fitted) ** 2).sum() / ((y - y.mean()) ** 2).sum())
+
+
+def figure_1(timing: pl.DataFrame, groups: pl.DataFrame) -> tuple[Figure, dict[str, Any]]:
+    """The largest group: measured gain of each configuration against the sum of its ops' own, and against MACs."""
+    signature = timing.group_by("signature").len().sort("len")["signature"][-1]
+    rows = timing.filter(pl.col("signature") == signature)
+    ops = groups.filter(pl.col("signature") == signature, pl.col("group") == pl.col("group").min().over("signature")).sort(
+        "order"
+    )
+    gains = {tuple(r["configuration"]): r["gain_s"] for r in rows.iter_rows(named=True)}
+    base = (BASE,) * ops.height
+    single = {(i, c[i]): g for c, g in gains.items() for i in range(len(c)) if sum(f != BASE for f in c) == 1 and c[i] != BASE}
+    time_of = {f: get_format(f).mac_time for f in {f for c in gains for f in c}}
+    many = [c for c in gains if c != base]
+    y = np.array([gains[c] for c in many]) * 1e3
+    sums = np.array([sum(single[i, f] for i, f in enumerate(c) if f != BASE) for c in many]) * 1e3
+    macs = np.array([sum((time_of[BASE] - time_of[f]) * m for f, m in zip(c, ops["macs"], strict=True)) for c in many])
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    found: dict[str, Any] = {"signature": signature, "configurations": len(many)}
+    for axes, x, name in zip(figure.subplots(1, 2), (sums, macs), ("sum of per-op gains (ms)", "gain by MACs"), strict=True):
+        fitted, r2 = fit(x, y)
+        axes.plot(x, y, "o", color="#0072b2", markerfacecolor="none", label="measured")
+        axes.plot(x[np.argsort(x)], fitted[np.argsort(x)], color="#d55e00", label=f"least squares, R² = {r2:.3f}")
+        axes.set_xlabel(name)
+        axes.set_ylabel("measured gain of the group (ms)")
+        axes.legend(frameon=False)
+        found[f"r2 of {name}"] = r2
+    slope = float(np.sum(sums * y) / np.sum(sums**2))
+    return figure, found | {"measured gain over sum of per-op gains": slope}
+
+
+def random_plan(groups: pl.DataFrame, share: float, rng: random.Random) -> dict[str, str]:
+    """Each op lowered with probability `share`, to a format of its kind."""
+    return {op: rng.choice(FORMATS[kind]) for op, kind in groups.select("op", "kind").iter_rows() if rng.random() < share}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent / "examples" / "demo")
+    config = load_config(folder)
+    groups = groups_table(partition(trace(config)), BATCH, LENGTH)
+    choices: dict[str, list[tuple[str, ...]]] = {}
+    for (signature, _), rows in groups.sort("order").group_by(["signature", "group"], maintain_order=True):
+        choices.setdefault(str(signature), choices_of(rows, FORMATS, BASE))
+    model = timing_model(config, BASE)
+    shape: dict[str, Any] = {"base": BASE, "batch": BATCH, "length": LENGTH}
+    timing = measure(model, groups, [(s, design(c, LIMIT)) for s, c in choices.items()], repeats=REPEATS, **shape)
+
+    # the same, the paper's way: one group switched; for the signature with most groups but fewest configurations
+    cheap = min(
+        (s for s in choices if (groups.filter(pl.col("signature") == s)["group"].n_unique() > 1)),
+        key=lambda s: len(design(choices[s], LIMIT)),
+    )
+    alone = measure(model, groups, [(cheap, design(choices[cheap], LIMIT))], repeats=3 * REPEATS, method="group", **shape)
+    both = (
+        timing.filter(pl.col("signature") == cheap).join(alone, on="configuration", suffix="_alone").filter(pl.col("gain_s") != 0)
+    )
+    agree = [
+        {"configuration": r["configuration"], "signature_ms": r["gain_s"] * 1e3, "group_ms": r["gain_s_alone"] * 1e3,
+         "group_interval_ms": [r["gain_ci_low_s_alone"] * 1e3, r["gain_ci_high_s_alone"] * 1e3]}
+        for r in both.iter_rows(named=True)
+    ]  # fmt: skip
+
+    no_loss = table("sensitivity", [
+        {"op": op, "operand": "input", "format": f, "noise_model": "ulp", "n_samples": 1, "loss_mse": 0.0, "sensitivity": 0.0}
+        for op in groups["op"] for f in ("bf16", "int8")
+    ])  # fmt: skip
+    gains = gains_et(groups, complete(timing, choices, BASE), no_loss, BASE, "ulp")
+    by_group = {(r["group"], tuple(r["configuration"])): r["gain"] for r in gains.iter_rows(named=True)}
+    rng = random.Random(0)
+    whole = [
+        {op: (f if kind == "linear" else "bf16") for op, kind in groups.select("op", "kind").iter_rows()}
+        for f in ("bf16", "int8")
+    ]
+    plans = [fastest(groups, gains), *whole, *(random_plan(groups, (i + 1) / PLANS, rng) for i in range(PLANS))]
+    seconds = measure_ttft(model, plans, repeats=REPEATS + 2, **shape)
+    total = [
+        sum(
+            by_group[g, tuple(p.get(op, BASE) for op in rows["op"])]
+            for (g,), rows in groups.sort("order").group_by(["group"], maintain_order=True)
+        )
+        for p in plans
+    ]
+    term = interaction(gains, seconds["gain_s"][0])
+    base_s = seconds["base_ttft_s"]
+    result = seconds.with_columns(
+        (base_s - pl.Series(total)).alias("additive_ttft_s"), (base_s - pl.Series([s * (1 + term * s) for s in total])).alias("predicted_ttft_s"),
+    )  # fmt: skip
+    tested = result[1:]  # the first one anchors the interaction term
+    errors = {name: (tested[f"{name}_ttft_s"] / tested["ttft_s"] - 1).abs() for name in ("additive", "predicted")}
+    measured_gain, predicted_gain = tested["gain_s"].to_numpy(), (tested["base_ttft_s"] - tested["predicted_ttft_s"]).to_numpy()
+    ours = sum(len(design(c, 10**9)) for c in _choices_1b().values())
+    paper = sum(len(design(c, 10**9)) for c in _choices_1b(every=True).values())
+
+    figure, first = figure_1(timing.filter(pl.col("repeats") > 0), groups)
+    out = folder_of()
+    figure.savefig(out / "timing-figure-1.png", dpi=150)
+    picture = Figure(figsize=(4.8, 4.2), layout="constrained")
+    axes = picture.add_subplot()
+    axes.plot(
+        tested["predicted_ttft_s"] * 1e3, tested["ttft_s"] * 1e3, "o", color="#0072b2", markerfacecolor="none", label="plans"
+    )
+    ends = [float(tested["ttft_s"].min() * 1e3) * 0.95, float(tested["ttft_s"].max() * 1e3) * 1.05]  # type: ignore[operator]
+    axes.plot(ends, ends, color="#444", linewidth=1, label="equal")
+    axes.set_xlabel("TTFT, predicted (ms)")
+    axes.set_ylabel("TTFT, measured (ms)")
+    axes.legend(frameon=False)
+    picture.savefig(out / "timing-figure-3a.png", dpi=150)
+    timing.write_parquet(out / "timing.parquet")
+    result.with_columns(pl.Series("plan", [str(p) for p in plans])).write_parquet(out / "timing-plans.parquet")
+    record("timing", {
+        "model": folder.name, **shape, "repeats": REPEATS, "base_ttft_ms": float(base_s.median() * 1e3),  # type: ignore[operator]
+        "configurations_measured": timing.height, "disturbed_pairs": int(timing["disturbed"].sum()), "figure_1": first, "plans": tested.height,
+        "interaction_per_s": term, "ttft_error_median": float(errors["predicted"].median()),  # type: ignore[arg-type]
+        "ttft_error_90": float(errors["predicted"].quantile(0.9)), "additive_ttft_error_median": float(errors["additive"].median()),  # type: ignore[arg-type]
+        "r2_gain": float(1 - ((measured_gain - predicted_gain) ** 2).sum() / ((measured_gain - measured_gain.mean()) ** 2).sum()),
+        "signature_against_group": agree, "measurements_1b": {"by signature": ours, "by group": paper, "ratio": paper / ours},
+    })  # fmt: skip
+
+
+def _choices_1b(*, every: bool = False) -> dict[str, list[tuple[str, ...]]]:
+    """What is to be measured for Llama-3.2-1B in BF16 and FP8: by signature, or each group for itself."""
+    frame = groups_table(partition(trace(LLAMA_1B)), 40, 256)
+    formats = {"linear": ("fp8_e4m3",), "bgemm": ("fp8_e4m3",)}
+    return {
+        str(g if every else s): choices_of(rows, formats, "bf16")
+        for (s, g), rows in frame.sort("order").group_by(["signature", "group"], maintain_order=True)
+    }
+
+
+if __name__ == "__main__":
+    main()

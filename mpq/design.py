@@ -1,0 +1,156 @@
+"""Groups with more configurations than one can measure: measure a design, predict the rest with a stated error, and
+measure what the solver then chooses, until everything chosen has been measured.
+
+A parallel block has nine ops: 19,683 configurations in three formats. Within a group gains do not quite add up (products that
+read the same activations share their cast, a fused attention is left or kept whole), so the model behind the prediction has a
+term for each (op, format), one for each pair of neighbours that are both lowered, and one for lowering everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import polars as pl
+
+from mpq.tables import table
+
+Configuration: TypeAlias = tuple[str, ...]
+Choices: TypeAlias = Sequence[Sequence[str]]  # for each op of a group the formats that it may take, base first
+Wanted: TypeAlias = tuple[str, Configuration]  # signature, configuration
+CANDIDATES = 20_000  # configurations of one group that the program may choose from
+RIDGE = 1e-3
+
+
+def choices_of(group: pl.DataFrame, formats: Mapping[str, Sequence[str]], base: str) -> list[tuple[str, ...]]:
+    """The formats that each op of a group (rows of the groups table) may take; `formats` says what each kind may take."""
+    return [tuple(dict.fromkeys((base, *formats.get(row["kind"], ())))) for row in group.sort("order").iter_rows(named=True)]
+
+
+def design(choices: Choices, limit: int, seed: int = 0) -> list[Configuration]:
+    """The configurations to measure, all-base first: all of them where there are at most `limit`, else every change of a
+    single op, everything in each format, and random ones up to `limit`."""
+    if math.prod(map(len, choices)) <= limit:
+        return list(itertools.product(*choices))
+    base = tuple(c[0] for c in choices)
+    singles = [(*base[:i], f, *base[i + 1 :]) for i, c in enumerate(choices) for f in c[1:]]
+    names = dict.fromkeys(f for c in choices for f in c[1:])
+    # a format that not every op can take: the others in the last that they can
+    whole = [tuple(f if f in c else c[-1] for c in choices) for f in names]
+    chosen = dict.fromkeys([base, *singles, *whole])
+    rng = random.Random(seed)
+    while len(chosen) < limit:
+        chosen[tuple(rng.choice(c) for c in choices)] = None
+    return list(chosen)
+
+
+def candidates(choices: Choices, measured: Iterable[Configuration], seed: int = 0) -> list[Configuration]:
+    """What the program may choose from: every configuration, or where there are too many those measured and random ones."""
+    if math.prod(map(len, choices)) <= CANDIDATES:
+        return list(itertools.product(*choices))
+    return list(dict.fromkeys([*measured, *design(choices, CANDIDATES, seed)]))
+
+
+@dataclass(frozen=True)
+class GainModel:
+    """Gains (s) of a signature's configurations, fitted to those measured. `error_s` is the leave-one-out RMS error."""
+
+    choices: tuple[tuple[str, ...], ...]
+    weights: np.ndarray
+    error_s: float
+
+    @classmethod
+    def fit(cls, choices: Choices, gains: Mapping[Configuration, float]) -> GainModel:
+        """Ridge regression of the measured gains; all-base is zero by definition, so there is no constant."""
+        fixed = tuple(tuple(c) for c in choices)
+        x = np.array([_features(fixed, c) for c in gains])
+        y = np.array(list(gains.values()))
+        gram = x.T @ x + RIDGE * np.eye(x.shape[1])
+        weights = np.linalg.solve(gram, x.T @ y)
+        hat = np.einsum("ij,ij->i", x, np.linalg.solve(gram, x.T).T)
+        informed = hat < 1 - 1e-6  # left out, a row that alone decides a weight can tell nothing
+        residual = (y - x @ weights)[informed] / (1 - hat[informed])
+        return cls(fixed, weights, float(np.sqrt(np.mean(residual**2))) if informed.any() else math.inf)
+
+    def predict(self, configurations: Sequence[Configuration]) -> np.ndarray:
+        """Gains in seconds, (configurations,)."""
+        return np.asarray(np.array([_features(self.choices, c) for c in configurations]) @ self.weights)
+
+
+def _features(choices: tuple[tuple[str, ...], ...], configuration: Configuration) -> list[float]:
+    lowered = [f != c[0] for f, c in zip(configuration, choices, strict=True)]
+    each = [float(f == other) for f, c in zip(configuration, choices, strict=True) for other in c[1:]]
+    pairs = [float(a and b) for a, b in itertools.pairwise(lowered)]
+    return [*each, *pairs, float(all(low for low, c in zip(lowered, choices, strict=True) if len(c) > 1))]
+
+
+def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) -> pl.DataFrame:
+    """The timing table with a row for each configuration that may be chosen and was not measured: `repeats` 0, its gain
+    predicted, its interval two errors to each side. A signature measured in full stays as it is."""
+    rows: list[dict[str, object]] = []
+    for signature, per_op in choices.items():
+        of = timing.filter(pl.col("signature") == signature)
+        gains = {tuple(r["configuration"]): r["gain_s"] for r in of.iter_rows(named=True)}
+        missing = [c for c in candidates(per_op, gains) if c not in gains]
+        if not missing or of.is_empty():
+            continue
+        model = GainModel.fit(per_op, gains)
+        like = of.row(0, named=True)
+        base_s, n = float(of["base_ttft_s"].median()), like["instances"]  # type: ignore[arg-type]
+        for configuration, gain in zip(missing, model.predict(missing), strict=True):
+            rows.append(like | {
+                "configuration": list(configuration), "repeats": 0, "base_ttft_s": base_s, "ttft_s": base_s - n * gain,
+                "gain_s": gain, "gain_ci_low_s": gain - 2 * model.error_s, "gain_ci_high_s": gain + 2 * model.error_s,
+                "disturbed": 0, "measured": None, "significant": abs(gain) > 2 * model.error_s,
+            })  # fmt: skip
+    return pl.concat([timing, table("timing", rows)], how="diagonal_relaxed") if rows else timing
+
+
+def unmeasured(timing: pl.DataFrame, groups: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str) -> list[Wanted]:
+    """The configurations that plans (op → format) put some group in, and that no row of `timing` has measured."""
+    seen = {(s, tuple(c)) for s, c in timing.filter(pl.col("repeats") > 0).select("signature", "configuration").iter_rows()}
+    members = [
+        (signature, rows["op"].to_list())
+        for (_, signature), rows in groups.sort("order").group_by(["group", "signature"], maintain_order=True)
+    ]
+    wanted = {(s, tuple(plan.get(op, base) for op in ops)): None for plan in plans for s, ops in members}
+    return [w for w in wanted if w not in seen and set(w[1]) != {base}]
+
+
+def refine(
+    timing: pl.DataFrame, groups: pl.DataFrame, choices: Mapping[str, Choices], base: str, *,
+    measure: Callable[[list[Wanted]], pl.DataFrame], solve: Callable[[pl.DataFrame], Sequence[Mapping[str, str]]], rounds: int = 8,
+) -> tuple[pl.DataFrame, int]:  # fmt: skip
+    """Solve, measure what was chosen and not yet measured, solve again, until everything chosen is measured or `rounds` are over.
+
+    `solve` gives plans from a completed timing table, `measure` the timing rows of what is asked. Returns the measured rows and
+    the number of rounds in which something was measured.
+    """
+    for done in range(rounds):
+        wanted = unmeasured(timing, groups, solve(complete(timing, choices, base)), base)
+        if not wanted:
+            return timing, done
+        timing = pl.concat([timing, measure(wanted)], how="diagonal_relaxed")
+    return timing, rounds
+
+
+def interaction(gains: pl.DataFrame, measured_gain_s: float) -> float:
+    """How groups help each other (1/s): with every group in its best configuration the whole gains S (1 + interaction · S), S the sum of gains.
+
+    An FP32 product leaves the caches cold for its neighbours, so lowering both gains more than lowering each. The program's optimum
+    does not move by a correction that grows with S; the predicted TTFT does.
+    """
+    total = float(gains.group_by("group").agg(pl.col("gain").max().clip(0.0))["gain"].sum())
+    return (measured_gain_s - total) / total**2 if total > 0 else 0.0
+
+
+def fastest(groups: pl.DataFrame, gains: pl.DataFrame) -> dict[str, str]:
+    """Every group in the configuration that gains most, whatever it does to the loss: op → format."""
+    best: dict[Any, Any] = {r["group"]: r["configuration"] for r in gains.sort("gain").iter_rows(named=True)}
+    members = groups.sort("order").group_by(["group"], maintain_order=True)
+    return {op: f for (g,), rows in members if g in best for op, f in zip(rows["op"], best[g], strict=True)}

@@ -1,0 +1,137 @@
+"""Designs, predictions and the loop of solving and measuring, on a simulated device whose groups are not additive."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+
+from mpq.design import GainModel, candidates, choices_of, complete, design, fastest, interaction, refine, unmeasured
+from mpq.gains import gains_et
+from mpq.strategies import choose
+from mpq.tables import table
+
+BASE, FORMATS = "bf16", ("fp8_e4m3", "int8")
+N = 7  # ops in each group of the parallel block: 3^7 = 2187 configurations
+GROUPS = 3
+
+
+def groups() -> pl.DataFrame:
+    """Three parallel blocks of seven linears each."""
+    return table("groups", [
+        {
+            "group": g, "order": g * N + i, "op": f"l.{g}.op{i}", "kind": "linear", "signature": "block", "in_features": 8,
+            "out_features": 8, "macs": 1, "parameters": 64, "heads": 0, "kv_heads": 0,
+        }
+        for g in range(GROUPS) for i in range(N)
+    ])  # fmt: skip
+
+
+def sensitivity() -> pl.DataFrame:
+    """A loss MSE for each op and format, spread over two decades."""
+    rng = np.random.default_rng(1)
+    return table("sensitivity", [
+        {"op": f"l.{g}.op{i}", "operand": "weight", "format": f, "noise_model": "ulp", "n_samples": 1, "loss_mse": 10 ** rng.uniform(-8, -6), "sensitivity": 1.0}
+        for g in range(GROUPS) for i in range(N) for f in FORMATS
+    ])  # fmt: skip
+
+
+class Device:
+    """Seconds gained by one block: each op's own, a bonus for neighbours lowered together, a toll for mixing formats."""
+
+    def __init__(self, noise_s: float = 0.0):
+        rng = np.random.default_rng(0)
+        self.own = {(i, f): rng.uniform(1e-4, 1e-3) for i in range(N) for f in FORMATS}
+        self.noise, self.rng, self.asked = noise_s, rng, list[tuple[str, ...]]()
+
+    def gain(self, configuration: tuple[str, ...]) -> float:
+        lowered = [f != BASE for f in configuration]
+        own = sum(self.own.get((i, f), 0.0) for i, f in enumerate(configuration))
+        together = 2e-4 * sum(a and b for a, b in itertools.pairwise(lowered))
+        return own + together - 1e-4 * (len({f for f in configuration if f != BASE}) > 1)
+
+    def measure(self, wanted: list[tuple[str, tuple[str, ...]]]) -> pl.DataFrame:
+        rows: list[dict[str, object]] = []
+        for signature, c in wanted:
+            self.asked.append(c)
+            gain = 0.0 if set(c) == {BASE} else self.gain(c) + self.rng.normal(0, self.noise)
+            rows.append({
+                "signature": signature, "group": 0, "configuration": list(c), "instances": GROUPS, "repeats": 7, "ttft_s": 0.1 - GROUPS * gain,
+                "base_ttft_s": 0.1, "gain_s": gain, "gain_ci_low_s": gain, "gain_ci_high_s": gain, "device": "simulated",
+                "method": "signature", "batch": 1, "length": 1, "load_average": 0.0, "steal_share": 0.0, "disturbed": 0, "measured": 0,
+                "significant": True,
+            })  # fmt: skip
+        return table("timing", rows)
+
+
+CHOICES = {"block": choices_of(groups().filter(pl.col("group") == 0), {"linear": FORMATS}, BASE)}
+
+
+def test_a_design_holds_what_a_model_needs() -> None:
+    """Everything where that is few; else all-base first, each single change, each format throughout, and no more than asked."""
+    assert design(CHOICES["block"][:3], 64) == list(itertools.product(*CHOICES["block"][:3]))
+    some = design(CHOICES["block"], 64)
+    assert len(some) == len(set(some)) == 64
+    assert some[0] == (BASE,) * N
+    assert {tuple(f if i == j else BASE for j in range(N)) for i in range(N) for f in FORMATS} <= set(some)
+    assert {(f,) * N for f in FORMATS} <= set(some)
+    assert design(CHOICES["block"], 64) == some
+
+
+def test_predictions_state_their_error() -> None:
+    """The stated error is that of the configurations never measured, within a factor of two."""
+    device = Device(noise_s=2e-5)
+    measured = {c: device.measure([("block", c)])["gain_s"][0] for c in design(CHOICES["block"], 80)}
+    model = GainModel.fit(CHOICES["block"], measured)
+    others = [c for c in itertools.product(*CHOICES["block"]) if c not in measured]
+    error = math.sqrt(np.mean((model.predict(others) - [device.gain(c) for c in others]) ** 2))
+    assert error / 2 <= model.error_s <= error * 2
+    assert error < 0.1 * max(map(device.gain, others))
+
+
+def test_completed_tables_hold_every_candidate() -> None:
+    """A row for each configuration, predicted ones with no repeats and an interval."""
+    device = Device()
+    full = complete(device.measure([("block", c) for c in design(CHOICES["block"], 60)]), CHOICES, BASE)
+    assert full.height == 3**N == len(candidates(CHOICES["block"], []))
+    guessed = full.filter(pl.col("repeats") == 0)
+    assert guessed.height == 3**N - 60
+    assert (guessed["gain_ci_low_s"] < guessed["gain_s"]).all()
+    assert complete(full, CHOICES, BASE).height == 3**N
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+def test_the_loop_ends_with_everything_chosen_measured(share: float) -> None:
+    """Few measurements, a plan whose gains are all measured, and nearly the gain of measuring everything."""
+    table_, losses = groups(), sensitivity()
+    total = losses["loss_mse"].sum() / 2
+
+    def plan_of(timing: pl.DataFrame) -> dict[str, str]:
+        gains = gains_et(table_, timing, losses, BASE, "ulp")
+        return choose("ip_et", "et", table_, gains, tau=share, mean_square_loss=total / share, base=BASE)[0].formats
+
+    device = Device()
+    start = device.measure([("block", c) for c in design(CHOICES["block"], 60)])
+    timing, rounds = refine(start, table_, CHOICES, BASE, measure=device.measure, solve=lambda t: [plan_of(t)])
+    assert rounds < 8
+    plan = plan_of(complete(timing, CHOICES, BASE))
+    assert not unmeasured(timing, table_, [plan], BASE)
+    everything = Device().measure([("block", c) for c in itertools.product(*CHOICES["block"])])
+    best = plan_of(everything)
+    gain = [sum(device.gain(tuple(p[f"l.{g}.op{i}"] for i in range(N))) for g in range(GROUPS)) for p in (plan, best)]
+    assert gain[0] >= 0.97 * gain[1]
+    assert len(set(device.asked)) < 3**N / 20
+
+
+def test_interaction_explains_the_fastest_plan() -> None:
+    """S (1 + interaction S) is what was measured of the plan with every group at its best."""
+    gains = gains_et(groups(), Device().measure([("block", c) for c in design(CHOICES["block"], 60)]), sensitivity(), BASE, "ulp")
+    total = gains.group_by("group").agg(pl.col("gain").max())["gain"].sum()
+    term = interaction(gains, 1.2 * total)
+    assert total * (1 + term * total) == pytest.approx(1.2 * total)
+    plan = fastest(groups(), gains)
+    assert len(plan) == N * GROUPS
+    assert all(plan[f"l.0.op{i}"] == plan[f"l.2.op{i}"] for i in range(N))
