@@ -11,15 +11,15 @@ import pytest
 from models import ROOT
 
 LAYERS = [
-    ["errors"],
+    ["redaction", "errors"],
     ["formats", "solver", "presolve"],
-    ["spec", "tables", "quantize"],
+    ["spec", "tables", "quantize", "transport"],
     ["store", "graph", "plan", "model", "attention", "kernels", "kernels.cpu", "kernels.emulated"],
-    ["partition", "apply", "runs"],
+    ["partition", "apply", "runs", "inventory"],
     ["sensitivity", "timing", "gains", "evaluate"],
     ["strategies", "report", "figures"],
     ["console"],
-    ["cli"],
+    ["store_cli", "cli"],
 ]
 LEVEL = {f"mpq.{m}": level for level, modules in enumerate(LAYERS) for m in modules}
 
