@@ -14,12 +14,14 @@ import typer
 from mpq import __version__
 from mpq.console import bar, emit, log, read_frame, results_for_people, write_frame
 from mpq.errors import MpqError
+from mpq.store_cli import store_app
 
 app = typer.Typer(
     name="mpq", no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
     help="Choose, layer by layer, the numerical format in which a language model runs: as fast (or as small) as possible "
     "while the error of its loss stays under a bound that you set. Start with `mpq run SPEC.yaml`.",
 )  # fmt: skip
+app.add_typer(store_app, name="store")
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder or fsspec URL of a checkpoint in Hugging Face layout.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -275,11 +277,11 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")] = False, json_: AsJson = False,
 ) -> None:  # fmt: skip
     """Do it all: a checkpoint in; plans, their evaluation and a report out. A second run re-uses what is done."""
-    from mpq.spec import load_spec
+    from mpq.spec import load_spec, parse_spec
 
     checked = load_spec(spec)
     if store:
-        checked = checked.model_copy(update={"store": store})
+        checked = parse_spec({**checked.model_dump(mode="json"), "store": store}, "--store")
     _prefect_environment(verbose)
     from flows.terminal import run_in_terminal
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from mpq.errors import MpqError
 from mpq.formats import NoiseModel, get_format
+from mpq.redaction import without_credentials
 
 
 def _format(name: str) -> str:
@@ -26,18 +27,19 @@ def _positive(taus: tuple[float, ...]) -> tuple[float, ...]:
 
 FormatName = Annotated[str, AfterValidator(_format)]
 Taus = Annotated[tuple[float, ...], AfterValidator(_positive)]
+Url = Annotated[str, AfterValidator(without_credentials)]
 Objective = Literal["et", "tt", "m"]
 Strategy = Literal["ip", "random", "prefix"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)  # an input may hold a secret
 
 
 class TextSpec(_Strict):
     """Text to calibrate or evaluate on, cut into `samples` blocks of `length` tokens."""
 
-    source: str = Field(description="A text file, JSONL, .npy token array, fsspec URL of one, or a Hugging Face dataset id")
+    source: Url = Field(description="A text file, JSONL, .npy token array, fsspec URL of one, or a Hugging Face dataset id")
     samples: int = Field(64, ge=1, description="Blocks of tokens drawn")
     length: int = Field(256, ge=2, description="Tokens per block")
     batch: int = Field(8, ge=1, description="Blocks per forward pass")
@@ -56,7 +58,7 @@ class CalibrationSpec(TextSpec):
 class ModelSpec(_Strict):
     """Which checkpoint, and the format it runs in when nothing is lowered."""
 
-    path: str = Field(description="Hub id, local folder or fsspec URL of a checkpoint in Hugging Face layout")
+    path: Url = Field(description="Hub id, local folder or fsspec URL of a checkpoint in Hugging Face layout")
     revision: str | None = Field(None, description="Revision of a hub id")
     base: FormatName = Field("bf16", description="Base format: fp32, bf16 or fp16")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Where it runs: cpu, cuda or cuda:N")
@@ -118,7 +120,7 @@ class RunSpec(_Strict):
     noise_model: NoiseModel = "ulp"
     base_term: bool = Field(True, description="Subtract the base format's own noise (method.md); False is the paper's form")
     solver: Literal["auto", "highs", "gurobi"] = "auto"
-    store: str = Field(".work/store", description="fsspec URL of the tables")
+    store: Url = Field(".work/store", description="fsspec URL of the tables")
     out: str = Field(".work/runs", description="Local folder for plans and the report")
 
     @model_validator(mode="after")

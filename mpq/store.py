@@ -21,8 +21,10 @@ import platform
 import posixpath
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +35,8 @@ import polars as pl
 
 from mpq import __version__
 from mpq.errors import MpqError
+from mpq.redaction import without_credentials
+from mpq.transport import OBJECT_STORES, carry, open_filesystem, why
 
 log = logging.getLogger("mpq")
 
@@ -87,52 +91,116 @@ def code_version(*modules: str) -> str:
 
 
 @dataclass(frozen=True)
+class StoredFile:
+    """A file as a listing shows it: bytes, and when it was written (Unix seconds; now, where the storage does not say)."""
+
+    bytes: int
+    modified_unix_s: float
+
+
+def _modified(info: Mapping[str, Any]) -> float:
+    for name in ("LastModified", "last_modified", "mtime", "updated", "created"):
+        value = info.get(name)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return time.time()
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
 class Store:
-    """Entries under `url`. Raises MpqError where the store cannot be reached, Damaged where an entry is not whole."""
+    """Entries under `url`. Raises MpqError where the store cannot be reached, Damaged where an entry is not whole.
+
+    A URL that carries credentials is refused: it would be kept in references, records and logs.
+    """
 
     url: str
     _options: Mapping[str, Any] = field(default_factory=dict)
 
-    def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        url = self.url if "://" in self.url else Path(self.url).absolute().as_uri()
+    def __post_init__(self) -> None:
         try:
-            return fsspec.core.url_to_fs(url, **self._options)  # type: ignore[no-any-return]
-        except (ImportError, ValueError, OSError) as error:
-            raise MpqError(
-                f"The store {self.url} cannot be opened ({error}): expected an fsspec URL such as file:///data/mpq."
-            ) from None
+            without_credentials(self.url)
+        except ValueError as error:
+            raise MpqError(str(error)) from None
+
+    def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        return open_filesystem(self.url, self._options)
 
     def _write(self, path: str, data: bytes) -> None:
         fs, root = self._open()
         target = posixpath.join(root, path)
-        try:
-            fs.makedirs(posixpath.dirname(target), exist_ok=True)
-            if "file" in fs.protocol:  # object stores put in one step; on a disk that takes a rename
+
+        def put() -> None:
+            if not OBJECT_STORES.intersection(_protocols(fs)):  # these have no folders, and s3fs would make the bucket
+                fs.makedirs(posixpath.dirname(target), exist_ok=True)
+            if "file" in _protocols(fs):  # object stores put in one step; on a disk that takes a rename
                 aside = f"{target}.{uuid.uuid4().hex}.part"
                 fs.pipe_file(aside, data)
                 os.replace(aside, target)
             else:
                 fs.pipe_file(target, data)
-        except OSError as error:
+
+        try:
+            carry(put, self.url, "written")
+        except FileNotFoundError as error:
             raise MpqError(
-                f"The store {self.url} cannot be written ({error}): check that it exists and that you may write to it."
+                f"The store {self.url} cannot be written ({why(error)}): check that it exists and that you may write to it."
             ) from None
 
-    def _read(self, path: str) -> bytes:
+    def _read(self, path: str, whole: Callable[[bytes], bool]) -> bytes:
+        """The bytes of a file; fetched twice where they are not `whole`, since the way may have spoilt them, not the disk."""
         fs, root = self._open()
         try:
-            return bytes(fs.cat_file(posixpath.join(root, path)))
+            for _ in range(1 if "file" in _protocols(fs) else 2):
+                data = carry(lambda: bytes(fs.cat_file(posixpath.join(root, path))), self.url, "read")
+                if whole(data):
+                    break
         except FileNotFoundError:
             raise Damaged(f"{path} is not in the store") from None
-        except OSError as error:
-            raise MpqError(f"The store {self.url} cannot be read ({error}): check that it is reachable.") from None
+        return data
+
+    def files(self) -> dict[str, StoredFile]:
+        """Every file under the URL, by its path in the store. Raises MpqError where the store cannot be listed."""
+        fs, root = self._open()
+
+        def listed() -> dict[str, Any]:
+            fs.invalidate_cache()
+            return dict(fs.find(root, detail=True))
+
+        try:
+            found = carry(listed, self.url, "read")
+        except FileNotFoundError:
+            return {}
+        return {
+            path.removeprefix(root).lstrip("/"): StoredFile(int(info.get("size") or 0), _modified(info))
+            for path, info in found.items()
+            if info.get("type", "file") == "file"
+        }
+
+    def remove(self, path: str) -> None:
+        """Delete one file; one that is gone already is no mistake."""
+        fs, root = self._open()
+        with suppress(FileNotFoundError):
+            carry(lambda: fs.rm_file(posixpath.join(root, path)), self.url, "written")
 
     def check(self) -> None:
         """Write and delete a small file. Raises MpqError where that fails, before hours of work are spent."""
         name = f".mpq-check-{uuid.uuid4().hex}"
         self._write(name, b"")
-        fs, root = self._open()
-        fs.rm_file(posixpath.join(root, name))
+        self.remove(name)
 
     def write_bytes(
         self, kind: str, key: str, data: bytes, suffix: str, *, rows: int = 0,
@@ -156,8 +224,12 @@ class Store:
 
     def read_bytes(self, ref: TableRef) -> bytes:
         """The data of an entry, its hash checked. Raises Damaged."""
-        data = self._read(f"{ref.kind}/{ref.key}/{ref.sha256}.{ref.suffix}")
-        if hashlib.sha256(data).hexdigest() != ref.sha256:
+
+        def whole(data: bytes) -> bool:
+            return hashlib.sha256(data).hexdigest() == ref.sha256
+
+        data = self._read(f"{ref.kind}/{ref.key}/{ref.sha256}.{ref.suffix}", whole)
+        if not whole(data):
             raise Damaged(f"{ref.kind}/{ref.key[:12]} does not have the content that was written")
         return data
 
@@ -168,7 +240,7 @@ class Store:
     def meta(self, kind: str, key: str) -> dict[str, Any]:
         """An entry's provenance. Raises Damaged."""
         try:
-            meta = json.loads(self._read(f"{kind}/{key}/meta.json"))
+            meta = json.loads(self._read(f"{kind}/{key}/meta.json", _is_json))
             return meta if isinstance(meta, dict) else {}
         except ValueError:
             raise Damaged(f"{kind}/{key[:12]}/meta.json is not JSON") from None

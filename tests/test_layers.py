@@ -11,14 +11,28 @@ import pytest
 from models import ROOT
 
 LAYERS = [
-    ["errors"],
+    ["redaction", "errors"],
     ["formats", "solver", "presolve"],
-    ["spec", "tables", "quantize", "pairs", "kernels.rows"],
-    ["store", "graph", "plan", "model", "attention", "kernels", "kernels.cpu", "kernels.emulated", "design"],
-    ["partition", "apply", "runs"],
-    ["sensitivity", "timing", "gains", "evaluate"],
-    ["strategies", "report", "figures"],
+    ["spec", "tables", "quantize", "pairs", "kernels.rows", "kernels.triton_kernels", "transport"],
+    [
+        "store",
+        "graph",
+        "plan",
+        "model",
+        "task_data",
+        "checkpoints",
+        "changes",
+        "attention",
+        "kernels",
+        "kernels.cpu",
+        "kernels.emulated",
+        "design",
+    ],
+    ["kernels.cuda", "cuda_timing", "partition", "apply", "runs", "inventory"],
+    ["sensitivity", "timing", "gains", "evaluate", "harness"],
+    ["strategies", "report", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"],
     ["console"],
+    ["store_cli"],
     ["cli"],
 ]
 LEVEL = {f"mpq.{m}": level for level, modules in enumerate(LAYERS) for m in modules}

@@ -1,0 +1,60 @@
+"""Credentials kept out of sight: what a secret looks like in a URL or a message, and the text without it.
+
+Credentials come by the means of the storage's own ecosystem (environment, profiles, fsspec's configuration); a URL that
+carries some is refused, because URLs end up in plans, reports, run records and Prefect's database.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+HIDDEN = "***"
+
+# scheme://user:password@host; a port is none, nor is the `::` of a chained URL, nor abfs' container@account
+_USERINFO = re.compile(r"://[^\s/:@]*:(?!:|\d+(?:/|$))[^\s@]*@(?:[^\s/@]*@)*")
+_NAME = (
+    r"(?:sig|sas|key|pwd?|auth|"
+    r"[\w.-]*(?:secret|passw|token|signature|credential|access_?key|account_?key|api_?key|[-_]key)[\w.-]*)"
+)
+_PARAMETER = re.compile(rf"((?:^|[?&;,\s'\"(]){_NAME}=)([^&;,\s'\")]+)", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|ACCESS_KEY|ACCOUNT_KEY|API_KEY|CONNECTION_STRING|SAS", re.IGNORECASE)
+_SECRET_FIELD = re.compile(r"\"[^\"]*(?:secret|key|token|passw|connection_string)[^\"]*\"\s*:\s*\"([^\"]+)\"", re.IGNORECASE)
+_SHORTEST = 8  # a shorter value is as likely a word of the message
+
+
+def has_credentials(url: str) -> bool:
+    """Whether a URL carries a password (`user:password@`) or a parameter that is a key, a token or a signature."""
+    if "://" not in url:
+        return False
+    query = url.partition("?")[2]
+    return bool(_USERINFO.search(url) or (query and _PARAMETER.search("?" + query)))
+
+
+def without_credentials(url: str) -> str:
+    """The URL itself. Raises ValueError, in a sentence without them, where it carries credentials."""
+    if has_credentials(url):
+        raise ValueError(
+            f"The URL {redact(url)} carries credentials: give them by the environment, a profile or fsspec's configuration "
+            "(docs/storage.md), and the URL without them."
+        )
+    return url
+
+
+def redact(text: str) -> str:
+    """The text with passwords, keys and signatures in URLs, and the environment's secret values, replaced by ***."""
+    for value in sorted(_environment(), key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    text = _USERINFO.sub(f"://{HIDDEN}@", text)
+    return _PARAMETER.sub(rf"\1{HIDDEN}", text)
+
+
+def _environment() -> Iterator[str]:
+    """The values that the environment's names say are secret."""
+    for name, value in os.environ.items():
+        if _SECRET_VARIABLE.search(name) and not name.upper().endswith(("_FILE", "_ID")):
+            parts = [value, *(part.partition("=")[2] for part in value.split(";") if "key=" in part.lower())]
+            yield from (part for part in parts if len(part) >= _SHORTEST)
+        if name.startswith("FSSPEC_"):
+            yield from (found for found in _SECRET_FIELD.findall(value) if len(found) >= _SHORTEST)
