@@ -19,7 +19,7 @@ from torch import nn
 from mpq.apply import applied
 from mpq.errors import MpqError
 from mpq.model import Blocks
-from mpq.task_data import Tasks, open_tasks, quiet, unusable
+from mpq.task_data import Tasks, open_tasks, quiet
 
 SCHEMA = {"seed": pl.Int64, "task": pl.String, "metric": pl.String, "value": pl.Float64, "base_value": pl.Float64}
 GROUPS = 100  # of documents, left out in turn by the jackknife
@@ -90,10 +90,7 @@ def score(model: nn.Module, tokenizer: Any, tasks: Tasks, *, limit: int | None =
     with quiet():
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
         wanted: Any = {"tasks": dict(tasks.loaded), "groups": {}, "group_map": {}}
-        try:
-            result: Any = evaluate(lm, wanted, limit=limit, bootstrap_iters=0)
-        except Exception as error:  # prompts of later documents are made here, by the tasks' own code
-            raise unusable(" or ".join(tasks.loaded), None, error) from error
+        result: Any = evaluate(lm, wanted, limit=limit, bootstrap_iters=0)
     per_document: dict[tuple[str, str], list[Any]] = {}
     for task, samples in result["samples"].items():
         for sample in samples:

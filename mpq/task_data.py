@@ -60,6 +60,11 @@ def open_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> Iter
             aside = stack.enter_context(tempfile.TemporaryDirectory(prefix="mpq-tasks-"))
             parts = {name: _local(manager, name, Path(data_dir) / name, aside) for name in dict.fromkeys(names)}
             opened = Tasks({n: t for n, (t, _) in parts.items()}, {n: f for n, (_, f) in parts.items()})
+        for name, task in opened.loaded.items():
+            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                raise MpqError(
+                    f"Task {name} runs code that the model writes, or wants pictures or sound: mpq evaluates text only."
+                )
         yield opened
 
 
@@ -119,6 +124,8 @@ def _check_rows(path: Path) -> None:
                 columns = columns or set(row)
                 if lacking := sorted(columns - row.keys()):
                     raise MpqError(f"{path}, line {number}, lacks the column {lacking[0]} that the first line has.")
+    except MpqError:
+        raise
     except (ValueError, AttributeError, TypeError, OSError):
         raise MpqError(f"{path} is not JSONL: expected one JSON object of the dataset's columns on each line.") from None
     if not columns:
@@ -133,11 +140,11 @@ def _load(manager: Any, wanted: Any, name: str, file: Path | None) -> dict[str, 
             for task in tasks.values():
                 task.build_all_requests()
     except Exception as error:  # whatever datasets, jinja and the tasks' own code raise
-        raise unusable(name, file, error) from error
+        raise _unusable(name, file, error) from error
     return tasks
 
 
-def unusable(name: str, file: Path | None, error: Exception) -> MpqError:
+def _unusable(name: str, file: Path | None, error: Exception) -> MpqError:
     """The mistake behind what the harness or its tasks' code raised over a dataset."""
     reason = (str(error).strip().splitlines() or [""])[0]
     lacking = None
