@@ -152,7 +152,7 @@ def _function(lines: list[str], at: int) -> tuple[str, str] | None:
             break
         body.append(line[len(indent) :])
     text = "\n".join(body)
-    return (goal, text) if len(text) >= 20 else None
+    return (goal, text) if len(text) >= 12 else None
 
 
 MAKERS: dict[str, Callable[[list[str], random.Random], list[Row]]] = {

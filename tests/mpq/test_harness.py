@@ -66,7 +66,8 @@ def test_base_is_the_harness_alone(model: torch.nn.Module, tokenizer: object, ev
     """Without a plan the numbers are those that the harness gives by itself."""
     alone = by_hand(model, tokenizer, name)
     rows = evaluated.filter(pl.col("task") == name, pl.col("seed") == 0, ~pl.col("metric").str.contains("_diff"))
-    assert set(rows["metric"]) == {m for m in alone if not m.endswith("_stderr")} and len(rows) >= 1
+    assert set(rows["metric"]) == {m for m in alone if not m.endswith("_stderr")}
+    assert len(rows) >= 1
     for row in rows.iter_rows(named=True):
         assert row["base_value"] == alone[row["metric"]]
 
@@ -125,7 +126,8 @@ def test_calibration_is_drawn_reproducibly(tokenizer: object) -> None:
         for name in TASKS:
             assert len(drawn.indices[name]) == math.ceil(0.2 * tasks.documents(name)) == len(drawn.texts[name])
     assert drawn.blocks.key == again.blocks.key != other.blocks.key
-    assert drawn.indices == again.indices and drawn.indices["piqa"] != other.indices["piqa"]
+    assert drawn.indices == again.indices
+    assert drawn.indices["piqa"] != other.indices["piqa"]
     assert other.blocks.tokens.shape == (3, 64)
     with open_tasks(["piqa"], DATA) as alone:
         assert draw_calibration(tokenizer, alone, length=64, seed=0).indices["piqa"] == drawn.indices["piqa"]
@@ -244,4 +246,5 @@ def test_generated_datasets_are_reproducible(tmp_path: Path) -> None:
 
 def test_spec_names_tasks() -> None:
     spec = EvaluationSpec(source="a.txt", tasks=("piqa",), data_dir="examples/tasks", task_limit=5)
-    assert spec.tasks == ("piqa",) and EvaluationSpec(source="a.txt").tasks == ()
+    assert spec.tasks == ("piqa",)
+    assert EvaluationSpec(source="a.txt").tasks == ()
