@@ -105,6 +105,9 @@ class EvaluationSpec(TextSpec):
 
     seeds: int = Field(3, ge=1, description="Perturbations of the scales")
     ttft_repeats: int = Field(11, ge=3, description="Interleaved pairs per plan; formats that are not native are not timed")
+    tasks: tuple[str, ...] = Field((), description="lm-evaluation-harness tasks, such as hellaswag, beside the loss on the text")
+    data_dir: str | None = Field(None, description="Folder of <task>/<split>.jsonl to read the tasks from; else the hub")
+    task_limit: int | None = Field(None, ge=1, description="First documents of each task that evaluate; else all")
 
 
 class RunSpec(_Strict):
