@@ -261,6 +261,7 @@ class _Run:
         ])  # fmt: skip
         kinds = dict(read(groups).select("op", "kind").iter_rows())
         where = (kinds, spec.model.base, spec.model.device)
+        scores = self._tasks(distinct, names, part) if part.tasks else []
         native = {k: f for k, f in distinct.items() if "et" in spec.objectives and runs_natively(f, *where)}
         ttft = self._time_plans(list(native.values()), part.ttft_repeats, architecture) if native else None
         place, timed_place = ({k: i for i, k in enumerate(keys)} for keys in (distinct, native))
@@ -271,9 +272,28 @@ class _Run:
         ]
         refs = [r["plan_losses"] for r in losses]
         return self.stages.run_one("collect", (
-            evaluation.collect_evaluation, content_key(rows, [r.sha256 for r in refs], ttft and ttft.sha256, _code("tables")),
-            f"collect {spec.name}", {"plans": rows, "losses": refs, "ttft": ttft},
+            evaluation.collect_evaluation, content_key(rows, [r.sha256 for r in (*refs, *scores)], ttft and ttft.sha256, _code("tables")),
+            f"collect {spec.name}", {"plans": rows, "losses": refs, "ttft": ttft, "scores": scores},
         ))["evaluation"]  # fmt: skip
+
+    def _tasks(self, distinct: dict[str, dict[str, str]], names: dict[str, str], part: EvaluationSpec) -> list[TableRef]:
+        """Scores of plans on the harness's tasks, in the order of `distinct`; keyed by the datasets' content where they are local."""
+        from mpq.task_data import data_key
+
+        what = part.model_dump(include={"tasks", "task_limit", "seeds"})
+        code = _code("harness", "task_data", "apply", "attention", "quantize", "kernels.emulated", "model")
+        key = (self.content, what, data_key(part.tasks, part.data_dir), version("lm_eval"), code)
+        base = self.stages.run_one("tasks base", (
+            evaluation.evaluate_base_tasks, content_key("base", *key), f"tasks base {self.spec.name}", {"model": self.model, "spec": part},
+        ))["task_scores"]  # fmt: skip
+        results = self.stages.run("tasks", [
+            (
+                evaluation.evaluate_plan_tasks, content_key(formats, *key), f"tasks {names[k]}",
+                {"model": self.model, "formats": formats, "spec": part, "base_scores": base, "what": names[k]},
+            )
+            for k, formats in distinct.items()
+        ])  # fmt: skip
+        return [r["plan_tasks"] for r in results]
 
     def _time_plans(self, plans: list[dict[str, str]], repeats: int, architecture: str, stage: str = "TTFT of plans") -> TableRef:
         spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed"})

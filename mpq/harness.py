@@ -5,6 +5,7 @@ The harness's own task definitions decide everything: prompts, choices, metrics 
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,16 @@ class Scores:
 
     value: Mapping[tuple[str, str], float]
     per_document: Mapping[tuple[str, str], list[Any]]
+
+    def to_json(self) -> str:
+        """The scores as JSON text: a list of [task, metric, value, per document]."""
+        return json.dumps([[*key, value, self.per_document[key]] for key, value in self.value.items()])
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Scores:
+        """Scores as to_json wrote them."""
+        rows = json.loads(text)
+        return cls({(t, m): value for t, m, value, _ in rows}, {(t, m): each for t, m, _, each in rows})
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 import polars as pl
 
-from mpq.store import TableRef
+from mpq.spec import EvaluationSpec
+from mpq.store import Store, TableRef
 from mpq.tables import table
 from tasks.calibration import blocks_of, model_of
 from tasks.device import exclusive
@@ -38,11 +39,45 @@ def evaluate_plan(
     return {"plan_losses": frame}
 
 
+@stage("task_scores")
+def evaluate_base_tasks(model: dict[str, str], spec: EvaluationSpec) -> Output:
+    """The base model's scores on the harness tasks, document by document."""
+    from mpq.harness import score
+    from mpq.task_data import open_tasks
+
+    with exclusive(model["device"]), open_tasks(spec.tasks, spec.data_dir) as opened:
+        scores = score(model_of(**model), _tokenizer(model), opened, limit=spec.task_limit, batch=spec.batch)
+    return {"task_scores": (scores.to_json().encode(), "json")}
+
+
+@stage("plan_tasks", retries=1)
+def evaluate_plan_tasks(
+    model: dict[str, str], formats: dict[str, str], spec: EvaluationSpec, base_scores: TableRef, what: str
+) -> Output:
+    """The harness tasks under one plan, for each seed."""
+    from mpq.harness import Scores, evaluate_tasks
+
+    with exclusive(model["device"]), tracked(f"tasks {what}") as progress:
+        frame = evaluate_tasks(
+            model_of(**model), _tokenizer(model), formats, spec.tasks, base=model["base"], seeds=range(spec.seeds), data_dir=spec.data_dir,
+            limit=spec.task_limit, batch=spec.batch, base_scores=Scores.from_json(Store(base_scores.store).read_bytes(base_scores)), progress=progress,
+        )  # fmt: skip
+    return {"plan_tasks": frame}
+
+
+def _tokenizer(model: dict[str, str]) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model["folder"])
+
+
 @stage("evaluation")
-def collect_evaluation(plans: list[dict[str, Any]], losses: list[TableRef], ttft: TableRef | None) -> Output:
-    """The evaluation table. `plans` say for each plan its identity and where its losses and its TTFT are to be found."""
+def collect_evaluation(
+    plans: list[dict[str, Any]], losses: list[TableRef], ttft: TableRef | None, scores: list[TableRef]
+) -> Output:
+    """The evaluation table. `plans` say for each plan its identity and where its losses, task scores and TTFT are to be found."""
     seconds = read(ttft) if ttft else None
-    frames = [read(ref) for ref in losses]
+    frames, scored = [read(ref) for ref in losses], [read(ref) for ref in scores]
     rows: list[dict[str, object]] = []
     for plan in plans:
         who = {
@@ -53,6 +88,7 @@ def collect_evaluation(plans: list[dict[str, Any]], losses: list[TableRef], ttft
             "task": "loss",
         }
         rows += [{**who, **row} for row in frames[plan["losses"]].iter_rows(named=True)]
+        rows += [{**who, **row} for row in scored[plan["losses"]].iter_rows(named=True)] if scored else []
         if seconds is not None and plan["ttft"] is not None:
             timed = seconds.row(plan["ttft"], named=True)
             rows.append({**who, "seed": 0, "metric": "ttft_s", "value": timed["ttft_s"], "base_value": timed["base_ttft_s"]})
