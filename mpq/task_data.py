@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from mpq.errors import MpqError
 
 
@@ -104,8 +106,12 @@ def _local(manager: Any, name: str, folder: Path, cache_folder: str) -> tuple[An
     kind = found[evaluated].suffix
     if odd := [path for path in found.values() if path.suffix != kind]:
         raise MpqError(f"{odd[0]} is no {kind} file as {found[evaluated].name} is: give all splits of a task in one kind.")
-    for path in found.values():
-        _check_rows(path)
+    columns = {path: _columns(path) for path in found.values()}
+    for path, of_split in columns.items():
+        if lacking := sorted(set().union(*columns.values()) - of_split):  # datasets wants the same of all splits
+            raise MpqError(
+                f"{path} lacks the column {lacking[0]} that task {name} asks for: give the columns of the hub's dataset."
+            )
     changed = {
         "task": name,
         "dataset_path": "json" if kind == ".jsonl" else "parquet",
@@ -122,24 +128,25 @@ def _file(folder: Path, split: str) -> Path | None:
     return next((path for kind in ("jsonl", "parquet") if (path := folder / f"{split}.{kind}").is_file()), None)
 
 
-def _check_rows(path: Path) -> None:
-    """Refuse what would come out as an empty or half-empty dataset: every row has the columns of the first."""
+def _columns(path: Path) -> set[str]:
+    """A split's columns. Refuses what would come out as an empty or half-empty dataset: every row has those of the first."""
     if path.suffix != ".jsonl":
-        return
+        return set(pl.read_parquet_schema(path))
     columns: set[str] | None = None
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 row = json.loads(line)
-                columns = columns or set(row)
+                columns = set(row) if columns is None else columns
                 if lacking := sorted(columns - row.keys()):
                     raise MpqError(f"{path}, line {number}, lacks the column {lacking[0]} that the first line has.")
     except MpqError:
         raise
     except (ValueError, AttributeError, TypeError, OSError):
         raise MpqError(f"{path} is not JSONL: expected one JSON object of the dataset's columns on each line.") from None
-    if not columns:
+    if columns is None:
         raise MpqError(f"{path} holds no documents: expected one JSON object on each line.")
+    return columns
 
 
 def _load(manager: Any, wanted: Any, name: str, file: Path | None) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def test_missing_column(tmp_path: Path, task: str, column: str) -> None:
     """One sentence names the file and the column."""
     file = copied(task, tmp_path)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("".join(json.dumps({k: v for k, v in row.items() if k != column}) + "\n" for row in rows))
+    file.write_text("".join(json.dumps({("renamed" if k == column else k): v for k, v in row.items()}) + "\n" for row in rows))
     with pytest.raises(MpqError) as told, open_tasks([task], tmp_path):
         pass
     assert str(told.value).startswith(f"{file} lacks the column {column} ")
