@@ -10,26 +10,31 @@ from __future__ import annotations
 import io
 import math
 import re
-import threading
 from collections.abc import Sequence
 from typing import Literal
 
-import matplotlib
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch, PathPatch
 from matplotlib.path import Path
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from mpq.drawing import (
+    FORMAT_COLOURS,
+    INK,
+    LOOKS,
+    ORANGE,
+    RULE,
+    SKY,
+    SMALL,
+    dress,
+    legend,
+    log_axis,
+    new_figure,
+    sentence,
+    to_svg,
+)
 from mpq.report import OBJECTIVES, STRATEGIES, Tables, plan_results, results_table, table_of
-
-INK, RULE = "#010203", "#d3d3d5"
-BLUE, RED, GREEN, ORANGE, SKY, PINK, YELLOW = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"
-LOOKS = dict.fromkeys(STRATEGIES, (BLUE, "o", "-")) | {"random": (RED, "s", "--"), "prefix": (GREEN, "^", ":")}
-FORMAT_COLOURS = {"fp32": YELLOW, "fp16": ORANGE, "bf16": SKY, "fp8_e4m3": RED, "fp8_e5m2": PINK, "int8": GREEN}
-_SMALL = 8.5
-_render = threading.Lock()
 
 
 def frontier(results: pl.DataFrame, objective: str = "et") -> Figure:
@@ -38,7 +43,7 @@ def frontier(results: pl.DataFrame, objective: str = "et") -> Figure:
     `et`: against the measured TTFT in ms (predicted where no plan was timed), the base TTFT as a line. Others: against the
     predicted gain. `results` is `results_table`'s.
     """
-    figure, (axes,) = _figure(4.8, 3.7)
+    figure, (axes,) = new_figure(4.8, 3.7)
     _draw_frontier(axes, results, objective)
     return figure
 
@@ -62,18 +67,18 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
             low = (-6, -11, "right") if objective == "et" else (6, -11, "left")  # away from the others, which gain less
             for i, (right, up, side) in {0: low, len(xs) - 1: (6, 6, "left")}.items():
                 label, at = f"τ {of['tau'][i]:g}", (xs[i], ys[i])
-                axes.annotate(label, at, (right, up), textcoords="offset points", ha=side, color=INK, fontsize=_SMALL)
+                axes.annotate(label, at, (right, up), textcoords="offset points", ha=side, color=INK, fontsize=SMALL)
     if objective == "et" and (base := rows["base_ttft_s"].drop_nulls()).len():
         axes.axvline(float(base.median() or 0) * unit.scale, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="base model")  # type: ignore[arg-type]
     axes.set_xlabel(
         f"TTFT, {'measured' if timed else 'predicted'} (ms)"
         if objective == "et"
-        else f"{_sentence(unit.saved)}, predicted ({unit.unit})"
+        else f"{sentence(unit.saved)}, predicted ({unit.unit})"
     )
     axes.set_ylabel("Loss MSE, measured (nats²)")
     axes.margins(0.12)
-    _log(axes, "y")
-    _legend(axes)
+    log_axis(axes, "y")
+    legend(axes)
 
 
 def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft"]) -> Figure:
@@ -81,7 +86,7 @@ def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft"
 
     `plans` is `plan_results`'s or `results_table`'s. On the loss, the dotted lines are half and twice the prediction.
     """
-    figure, (axes,) = _figure(4.8, 4.2)
+    figure, (axes,) = new_figure(4.8, 4.2)
     quantity, unit, scale = ("loss_mse", "nats²", 1.0) if what == "loss" else ("ttft_s", "ms", 1e3)
     rows = plans.filter((pl.col(f"predicted_{quantity}") > 0) & (pl.col(f"measured_{quantity}") > 0))
     for strategy in sorted(rows["strategy"].unique().sort(), key=lambda s: STRATEGIES.index(s) if s in STRATEGIES else 99):
@@ -110,9 +115,9 @@ def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft"
     axes.set_xlabel(f"{name}, predicted ({unit})")
     axes.set_ylabel(f"{name}, measured ({unit})")
     if what == "loss":
-        _log(axes, "x")
-        _log(axes, "y")
-    _legend(axes)
+        log_axis(axes, "x")
+        log_axis(axes, "y")
+    legend(axes)
     return figure
 
 
@@ -143,7 +148,9 @@ def format_map(plans: pl.DataFrame, groups: pl.DataFrame, strategy: str, base: s
     )
     taus = sorted(rows["tau"].unique())
     columns = layers + outside
-    figure, grid = _figure(max(4.8, 0.09 * columns + 1.2), max(1, len(taus)) * (0.15 * len(roles) + 0.28) + 0.75, len(taus) or 1)
+    figure, grid = new_figure(
+        max(4.8, 0.09 * columns + 1.2), max(1, len(taus)) * (0.15 * len(roles) + 0.28) + 0.75, len(taus) or 1
+    )
     for axes, tau in zip(grid, taus, strict=False):
         of = dict(rows.filter(pl.col("tau") == tau).select("op", "format").iter_rows())
         for name in sorted(set(of.values())):
@@ -153,7 +160,7 @@ def format_map(plans: pl.DataFrame, groups: pl.DataFrame, strategy: str, base: s
         axes.set_xlim(0, columns)
         axes.set_ylim(len(roles), 0)
         axes.set_yticks([i + 0.5 for i in range(len(roles))], _short(roles), fontsize=7)
-        axes.set_title(f"τ = {tau:g}", fontsize=_SMALL, loc="left", color=INK, pad=2)
+        axes.set_title(f"τ = {tau:g}", fontsize=SMALL, loc="left", color=INK, pad=2)
         axes.tick_params(length=0)
         axes.grid(False)
         axes.spines[:].set_visible(False)
@@ -170,7 +177,7 @@ def format_map(plans: pl.DataFrame, groups: pl.DataFrame, strategy: str, base: s
         Patch(facecolor=RULE if f == base else FORMAT_COLOURS.get(f, INK), label=f"{f} (base)" if f == base else f) for f in used
     ]
     if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=_SMALL, labelcolor=INK)
+        figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=SMALL, labelcolor=INK)
     return figure
 
 
@@ -193,7 +200,7 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
     }  # fmt: skip
     shown = list(boxes.items())[:8]
     tallest = max((of.height for _, of in shown), default=1)
-    figure, (axes,) = _figure(max(4.8, 1.2 * len(shown)), 0.34 * tallest + 0.75)
+    figure, (axes,) = new_figure(max(4.8, 1.2 * len(shown)), 0.34 * tallest + 0.75)
     for i, (group, of) in enumerate(shown):
         top = (tallest + of.height) / 2
         axes.add_patch(
@@ -207,13 +214,13 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
                 linewidth=1.2,
             )
         )
-        axes.text(i + 0.5, top + 0.12, f"group {group}", ha="center", va="bottom", fontsize=_SMALL, color=INK)
+        axes.text(i + 0.5, top + 0.12, f"group {group}", ha="center", va="bottom", fontsize=SMALL, color=INK)
         for j, (op, kind) in enumerate(of.select("op", "kind").iter_rows()):
             y, colour = top - j - 0.5, SKY if kind == "linear" else ORANGE
             axes.add_patch(
                 FancyBboxPatch((i + 0.13, y - 0.36), 0.74, 0.72, "round,pad=0,rounding_size=0.04", facecolor=colour, linewidth=0)
             )
-            axes.text(i + 0.5, y, op.rpartition(".")[2], ha="center", va="center", fontsize=_SMALL, color="#000000")
+            axes.text(i + 0.5, y, op.rpartition(".")[2], ha="center", va="center", fontsize=SMALL, color="#000000")
         if i + 1 < len(shown):
             axes.annotate(
                 "",
@@ -225,7 +232,7 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
     axes.set_ylim(-0.1, tallest + 0.6)
     axes.axis("off")
     handles = [Patch(facecolor=SKY, label="linear"), Patch(facecolor=ORANGE, label="BGEMM")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=_SMALL, labelcolor=INK)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=SMALL, labelcolor=INK)
     return figure
 
 
@@ -262,89 +269,11 @@ def frontier_png(tables: Tables) -> bytes:
     figure = Figure(figsize=(4.8 * max(1, len(there)), 3.7), layout="constrained")
     for i, objective in enumerate(there):
         axes = figure.add_subplot(1, len(there), i + 1)
-        _dress(axes)
-        axes.set_title(_sentence(OBJECTIVES[objective].name), fontsize=10)
+        dress(axes)
+        axes.set_title(sentence(OBJECTIVES[objective].name), fontsize=10)
         _draw_frontier(axes, results, objective)
     if not there:
         figure.text(0.5, 0.5, "No plan was evaluated", ha="center", va="center")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150, facecolor="white")
     return out.getvalue()
-
-
-def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
-    """The figure as SVG to stand inside HTML: ids begin with `prefix`, colours follow the page, width at most its own."""
-    out = io.StringIO()
-    # text stays text (small, and read by screen readers); the setting is global to matplotlib, hence the lock
-    with _render, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mpq"}):
-        figure.savefig(
-            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|\sxmlns(:xlink)?=\"[^\"]*\"", "", svg, flags=re.S)
-    width = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
-    wide = 'class="wide" ' if width > 500 else ""
-    label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    svg = re.sub(
-        r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>",
-        rf'<svg \1 role="img" aria-label="{label}" {wide}style="max-width:{width * 4 / 3:.0f}px;min-width:{width * 0.7:.0f}px">',
-        svg,
-        count=1,
-    )
-    names = {old: f"{prefix}{i}" for i, old in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg)))}
-    svg = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{names[m[1]]}"', svg)
-    svg = re.sub(r"(xlink:href=\"|url\()#([^\")]+)", lambda m: f"{m[1].removeprefix('xlink:')}#{names.get(m[2], m[2])}", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    return svg.replace(INK, "currentColor").replace(RULE, "var(--rule)").replace(BLUE, "var(--blue)")
-
-
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `width` × `height` inches and its axes, below each other."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    every = [figure.add_subplot(panels, 1, i + 1) for i in range(panels)]
-    for axes in every:
-        _dress(axes)
-    return figure, every
-
-
-def _dress(axes: Axes) -> None:
-    axes.set_facecolor("none")
-    axes.grid(True, color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=_SMALL, which="both")
-    axes.spines[:].set_color(INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(INK)
-        axis.label.set_fontsize(9.5)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-
-
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=_SMALL, labelcolor=INK)
-
-
-def _log(axes: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic axis with labels such as 2·10⁻⁶: at 1, 2, 5 where it spans less than two decades, at powers of ten else."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    narrow = low > 0 and math.log10(high / low) < 2
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=12))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda v, _: _power(v)))
-
-
-def _power(value: float) -> str:
-    if value <= 0:
-        return "0"
-    exponent = math.floor(math.log10(value) + 1e-9)
-    digit = round(value / 10**exponent)
-    power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return power if digit == 1 else f"{digit}·{power}"
-
-
-def _sentence(words: str) -> str:
-    return words[:1].upper() + words[1:]
