@@ -55,6 +55,19 @@ def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
     return svg.replace(INK, "currentColor").replace(RULE, "var(--rule)").replace(BLUE, "var(--blue)")
 
 
+def standalone_svg(svg: str) -> str:
+    """`to_svg`'s markup as a file of its own: it names its namespace and brings the colours of a light and a dark page."""
+    style = (
+        "svg { --rule: #d5d9de; --blue: #0072b2; color: #1b1f24; background: #fff; stroke-linejoin: round; font-family: sans-serif } "
+        "@media (prefers-color-scheme: dark) { svg { --rule: #3a424c; --blue: #3f9fe0; color: #e4e7eb; background: #14171b } }"
+    )
+    found = re.match(r'<svg viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    size = f' width="{found[1]}pt" height="{found[2]}pt"' if found else ""
+    head, _, rest = svg.partition(">")
+    head = re.sub(r' style="[^"]*"', "", head).replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg"{size}', 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}><style>{style}</style>{rest}'
+
+
 def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of `width` × `height` inches and its axes, below each other."""
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -81,14 +81,19 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
     legend(axes)
 
 
-def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft"]) -> Figure:
-    """Measured against predicted loss MSE (nats², log–log) or TTFT (ms), a mark for each plan, with the diagonal.
+def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft", "gain"]) -> Figure:
+    """Measured against predicted loss MSE (nats², log–log), TTFT (ms) or time gain (ms), a mark for each plan, with the diagonal.
 
     `plans` is `plan_results`'s or `results_table`'s. On the loss, the dotted lines are half and twice the prediction.
     """
     figure, (axes,) = new_figure(4.8, 4.2)
-    quantity, unit, scale = ("loss_mse", "nats²", 1.0) if what == "loss" else ("ttft_s", "ms", 1e3)
-    rows = plans.filter((pl.col(f"predicted_{quantity}") > 0) & (pl.col(f"measured_{quantity}") > 0))
+    quantity = {"loss": "loss_mse", "ttft": "ttft_s", "gain": "gain"}[what]
+    unit, scale = ("nats²", 1.0) if what == "loss" else ("ms", 1e3)
+    if what == "gain":  # which may be below zero
+        rows = plans.with_columns(measured_gain=pl.col("base_ttft_s") - pl.col("measured_ttft_s"))
+        rows = rows.drop_nulls(["predicted_gain", "measured_gain"])
+    else:
+        rows = plans.filter((pl.col(f"predicted_{quantity}") > 0) & (pl.col(f"measured_{quantity}") > 0))
     for strategy in sorted(rows["strategy"].unique().sort(), key=lambda s: STRATEGIES.index(s) if s in STRATEGIES else 99):
         of, (colour, marker, _) = rows.filter(pl.col("strategy") == strategy), LOOKS.get(strategy, (INK, "D", "-."))
         marker = {"ip_tt": "D", "ip_m": "v"}.get(strategy, marker)
@@ -111,7 +116,7 @@ def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft"
             )
         axes.set_xlim(*ends)
         axes.set_ylim(*ends)
-    name = "Loss MSE" if what == "loss" else "TTFT"
+    name = {"loss": "Loss MSE", "ttft": "TTFT", "gain": "Time gain"}[what]
     axes.set_xlabel(f"{name}, predicted ({unit})")
     axes.set_ylabel(f"{name}, measured ({unit})")
     if what == "loss":
@@ -138,47 +143,67 @@ def format_map(plans: pl.DataFrame, groups: pl.DataFrame, strategy: str, base: s
     `plans` and `groups` are the tables so called; ops in `base` are pale, ops that the plan does not decide left out.
     """
     rows = plans.filter(pl.col("strategy") == strategy)
+    panels = [
+        (f"τ = {tau:g}", dict(rows.filter(pl.col("tau") == tau).select("op", "format").iter_rows()))
+        for tau in sorted(rows["tau"].unique())
+    ]
+    return draw_formats([[panel] for panel in panels], groups, base)
+
+
+def draw_formats(panels: Sequence[Sequence[tuple[str, dict[str, str]]]], groups: pl.DataFrame, base: str) -> Figure:
+    """Maps of ops to formats as rows of panels, each with its title: a row for each role in a layer, a column for each layer.
+
+    Panels that are too wide to stand side by side stand below each other.
+    """
     order = dict(groups.select("op", "order").iter_rows())
-    ops = sorted(rows["op"].unique(maintain_order=True), key=lambda op: order.get(op, len(order)))
+    found = dict.fromkeys(op for line in panels for _, of in line for op in of)
+    ops = sorted(found, key=lambda op: order.get(op, len(order)))
     places = {op: place_of(op) for op in ops}
     layers = max((layer for layer, _ in places.values() if layer is not None), default=-1) + 1
     outside = any(layer is None for layer, _ in places.values())
     roles = list(
         dict.fromkeys(sorted((role for _, role in places.values()), key=lambda r: any(places[o] == (None, r) for o in ops)))
     )
-    taus = sorted(rows["tau"].unique())
     columns = layers + outside
-    figure, grid = new_figure(
-        max(4.8, 0.09 * columns + 1.2), max(1, len(taus)) * (0.15 * len(roles) + 0.28) + 0.75, len(taus) or 1
-    )
-    for axes, tau in zip(grid, taus, strict=False):
-        of = dict(rows.filter(pl.col("tau") == tau).select("op", "format").iter_rows())
-        for name in sorted(set(of.values())):
-            cells = [_cell(places[op][0], roles.index(places[op][1]), layers) for op, f in of.items() if f == name]
-            colour = RULE if name == base else FORMAT_COLOURS.get(name, INK)
-            axes.add_patch(PathPatch(Path.make_compound_path(*cells), facecolor=colour, linewidth=0))
-        axes.set_xlim(0, columns)
-        axes.set_ylim(len(roles), 0)
-        axes.set_yticks([i + 0.5 for i in range(len(roles))], _short(roles), fontsize=7)
-        axes.set_title(f"τ = {tau:g}", fontsize=SMALL, loc="left", color=INK, pad=2)
-        axes.tick_params(length=0)
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        step = max(1, math.ceil(layers / 16))
-        shown = [*range(0, layers, step)]
-        last = axes is grid[len(taus) - 1]
-        axes.set_xticks(
-            [*(i + 0.5 for i in shown), *([layers + 0.5] if outside else [])],
-            [*map(str, shown), *(["–"] if outside else [])] if last else [],
-        )
-    grid[-1].set_xlabel("Layer (number" + ("; –: outside the layers)" if outside else ")"))
-    used = sorted(set(rows["format"]), key=lambda f: (f != base, f))
+    across = max((len(line) for line in panels), default=1)
+    width = max(4.8 if across == 1 else 2.5, 0.09 * columns + 1.2)
+    if across > 1 and width * across > 11:
+        panels, across = [[panel] for line in panels for panel in line], 1
+    figure = Figure(figsize=(width * across, max(1, len(panels)) * (0.15 * len(roles) + 0.28) + 0.75), layout="constrained")
+    for down, line in enumerate(panels):
+        for right, (title, of) in enumerate(line):
+            axes = figure.add_subplot(len(panels), across, down * across + right + 1)
+            dress(axes)
+            _draw_map(axes, of, places, roles, layers, base)
+            axes.set_title(title, fontsize=SMALL, loc="left", color=INK, pad=2)
+            axes.set_yticks([i + 0.5 for i in range(len(roles))], _short(roles) if right == 0 else [], fontsize=7)
+            axes.set_xlim(0, columns)
+            shown, last = [*range(0, layers, max(1, math.ceil(layers / (16 if across == 1 else 8))))], down == len(panels) - 1
+            axes.set_xticks(
+                [*(i + 0.5 for i in shown), *([layers + 0.5] if outside else [])],
+                [*map(str, shown), *(["–"] if outside else [])] if last else [],
+            )
+    figure.supxlabel("Layer (number" + ("; –: outside the layers)" if outside else ")"), fontsize=9.5, color=INK)
+    used = sorted({f for line in panels for _, of in line for f in of.values()}, key=lambda f: (f != base, f))
     handles = [
         Patch(facecolor=RULE if f == base else FORMAT_COLOURS.get(f, INK), label=f"{f} (base)" if f == base else f) for f in used
     ]
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=SMALL, labelcolor=INK)
     return figure
+
+
+def _draw_map(
+    axes: Axes, of: dict[str, str], places: dict[str, tuple[int | None, str]], roles: Sequence[str], layers: int, base: str
+) -> None:
+    for name in sorted(set(of.values())):
+        cells = [_cell(places[op][0], roles.index(places[op][1]), layers) for op, f in of.items() if f == name]
+        colour = RULE if name == base else FORMAT_COLOURS.get(name, INK)
+        axes.add_patch(PathPatch(Path.make_compound_path(*cells), facecolor=colour, linewidth=0))
+    axes.set_ylim(len(roles), 0)
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
 
 
 def _cell(layer: int | None, row: int, layers: int) -> Path:
@@ -237,11 +262,13 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
 
 
 def report_figures(tables: Tables, base: str) -> dict[str, list[tuple[str, str]]]:
-    """The report's figures as inline SVG: section → (caption, markup) of each. A section without numbers has none."""
-    results, each = results_table(tables), plan_results(tables)
-    plans, groups = table_of(tables, "plans"), table_of(tables, "groups")
+    """The report's figures besides the numbered ones, as inline SVG: section → (caption, markup) of each.
+
+    The frontier of each objective, TTFT predicted and measured, the integer programs' formats at every τ.
+    """
+    results, plans = results_table(tables), table_of(tables, "plans")
     measured = results.filter(pl.col("measured_loss_mse") > 0)
-    found: dict[str, list[tuple[str, str]]] = {"frontier": [], "predicted": [], "map": [], "groups": []}
+    found: dict[str, list[tuple[str, str]]] = {"frontier": [], "predicted": [], "map": []}
 
     def add(section: str, caption: str, figure: Figure) -> None:
         prefix = f"f{sum(map(len, found.values()))}-"
@@ -250,15 +277,13 @@ def report_figures(tables: Tables, base: str) -> dict[str, list[tuple[str, str]]
     for objective in OBJECTIVES:
         if objective in measured["objective"]:
             add("frontier", f"Loss MSE against {OBJECTIVES[objective].name} ({objective})", frontier(results, objective))
-    if measured.filter(pl.col("predicted_loss_mse") > 0).height:
-        add("predicted", "Loss MSE, predicted and measured, all plans", predicted_against_measured(each, "loss"))
     if results.drop_nulls(["predicted_ttft_s", "measured_ttft_s"]).height:
-        add("predicted", "TTFT, predicted and measured, all plans timed", predicted_against_measured(each, "ttft"))
+        add(
+            "predicted", "TTFT, predicted and measured, all plans timed", predicted_against_measured(plan_results(tables), "ttft")
+        )
     for strategy in STRATEGIES:
         if strategy.startswith("ip_") and strategy in plans["strategy"]:
-            add("map", f"{strategy}: the format of each op", format_map(plans, groups, strategy, base))
-    if not groups.is_empty():
-        add("groups", "The groups of one layer", layer_groups(groups))
+            add("map", f"{strategy}: the format of each op", format_map(plans, table_of(tables, "groups"), strategy, base))
     return found
 
 

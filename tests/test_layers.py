@@ -17,7 +17,7 @@ LAYERS = [
     ["store", "graph", "plan", "model", "attention", "kernels", "kernels.cpu", "kernels.emulated"],
     ["partition", "apply", "runs"],
     ["sensitivity", "timing", "gains", "evaluate"],
-    ["strategies", "report", "figures"],
+    ["strategies", "report", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"],
     ["console"],
     ["cli"],
 ]
@@ -57,7 +57,7 @@ def test_imports_go_down(path: Path) -> None:
 
 def test_reports_need_no_torch() -> None:
     """Reports are written where no torch is."""
-    code = "import sys, mpq.report, mpq.figures, mpq.runs; sys.exit('torch' in sys.modules)"
+    code = "import sys, mpq.report, mpq.figures, mpq.paper_figures, mpq.findings, mpq.runs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
