@@ -320,7 +320,11 @@ class _Run:
         }  # fmt: skip
         template = (files("mpq") / "templates" / "report.html.j2").read_text(encoding="utf-8")
         key = content_key(
-            [r.sha256 for refs in tables.values() for r in refs], facts, spec.name, template, _code("report", "figures")
+            [r.sha256 for refs in tables.values() for r in refs],
+            facts,
+            spec.name,
+            template,
+            _code("report", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"),
         )
         inputs = {"tables": tables, "title": spec.name, "facts": facts}
         return self.stages.run_one("report", (evaluation.write_report, key, f"report {spec.name}", inputs))["report"], facts

@@ -249,6 +249,7 @@ def evaluate(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run's folder, as `mpq run` writes it (it holds run.json).")],
+    figures: Annotated[Path | None, typer.Option(help="Write figures 1 to 9 (SVG, PNG) and Table 1 (CSV, Markdown) here as well.", metavar="FOLDER")] = None,
     json_: AsJson = False, out: Annotated[Path | None, typer.Option(help="Where to write; RUN/report.html if left out.")] = None,
 ) -> None:  # fmt: skip
     """Write the HTML report of a finished run again, from its tables alone."""
@@ -265,8 +266,16 @@ def report(
     else:
         out = out or run / "report.html"
         out.write_text(write_report(tables, record["name"], record["facts"]), encoding="utf-8")
+    extra: dict[str, object] = {"written": str(out)}
+    if figures:
+        from mpq.paper_figures import write_figures
+
+        extra |= {
+            "figures": str(figures),
+            "left out": " ".join(write_figures(tables, figures, record["facts"].get("base", ""))) or "nothing",
+        }
     results = results_table(tables)
-    emit(results, json_, None, "results", {"written": str(out)}, results_for_people(results))
+    emit(results, json_, None, "results", extra, results_for_people(results))
 
 
 @app.command()

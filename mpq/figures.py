@@ -10,26 +10,31 @@ from __future__ import annotations
 import io
 import math
 import re
-import threading
 from collections.abc import Sequence
 from typing import Literal
 
-import matplotlib
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch, PathPatch
 from matplotlib.path import Path
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from mpq.drawing import (
+    FORMAT_COLOURS,
+    INK,
+    LOOKS,
+    ORANGE,
+    RULE,
+    SKY,
+    SMALL,
+    dress,
+    legend,
+    log_axis,
+    new_figure,
+    sentence,
+    to_svg,
+)
 from mpq.report import OBJECTIVES, STRATEGIES, Tables, plan_results, results_table, table_of
-
-INK, RULE = "#010203", "#d3d3d5"
-BLUE, RED, GREEN, ORANGE, SKY, PINK, YELLOW = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"
-LOOKS = dict.fromkeys(STRATEGIES, (BLUE, "o", "-")) | {"random": (RED, "s", "--"), "prefix": (GREEN, "^", ":")}
-FORMAT_COLOURS = {"fp32": YELLOW, "fp16": ORANGE, "bf16": SKY, "fp8_e4m3": RED, "fp8_e5m2": PINK, "int8": GREEN}
-_SMALL = 8.5
-_render = threading.Lock()
 
 
 def frontier(results: pl.DataFrame, objective: str = "et") -> Figure:
@@ -38,7 +43,7 @@ def frontier(results: pl.DataFrame, objective: str = "et") -> Figure:
     `et`: against the measured TTFT in ms (predicted where no plan was timed), the base TTFT as a line. Others: against the
     predicted gain. `results` is `results_table`'s.
     """
-    figure, (axes,) = _figure(4.8, 3.7)
+    figure, (axes,) = new_figure(4.8, 3.7)
     _draw_frontier(axes, results, objective)
     return figure
 
@@ -62,28 +67,33 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
             low = (-6, -11, "right") if objective == "et" else (6, -11, "left")  # away from the others, which gain less
             for i, (right, up, side) in {0: low, len(xs) - 1: (6, 6, "left")}.items():
                 label, at = f"τ {of['tau'][i]:g}", (xs[i], ys[i])
-                axes.annotate(label, at, (right, up), textcoords="offset points", ha=side, color=INK, fontsize=_SMALL)
+                axes.annotate(label, at, (right, up), textcoords="offset points", ha=side, color=INK, fontsize=SMALL)
     if objective == "et" and (base := rows["base_ttft_s"].drop_nulls()).len():
         axes.axvline(float(base.median() or 0) * unit.scale, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="base model")  # type: ignore[arg-type]
     axes.set_xlabel(
         f"TTFT, {'measured' if timed else 'predicted'} (ms)"
         if objective == "et"
-        else f"{_sentence(unit.saved)}, predicted ({unit.unit})"
+        else f"{sentence(unit.saved)}, predicted ({unit.unit})"
     )
     axes.set_ylabel("Loss MSE, measured (nats²)")
     axes.margins(0.12)
-    _log(axes, "y")
-    _legend(axes)
+    log_axis(axes, "y")
+    legend(axes)
 
 
-def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft"]) -> Figure:
-    """Measured against predicted loss MSE (nats², log–log) or TTFT (ms), a mark for each plan, with the diagonal.
+def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft", "gain"]) -> Figure:
+    """Measured against predicted loss MSE (nats², log–log), TTFT (ms) or time gain (ms), a mark for each plan, with the diagonal.
 
     `plans` is `plan_results`'s or `results_table`'s. On the loss, the dotted lines are half and twice the prediction.
     """
-    figure, (axes,) = _figure(4.8, 4.2)
-    quantity, unit, scale = ("loss_mse", "nats²", 1.0) if what == "loss" else ("ttft_s", "ms", 1e3)
-    rows = plans.filter((pl.col(f"predicted_{quantity}") > 0) & (pl.col(f"measured_{quantity}") > 0))
+    figure, (axes,) = new_figure(4.8, 4.2)
+    quantity = {"loss": "loss_mse", "ttft": "ttft_s", "gain": "gain"}[what]
+    unit, scale = ("nats²", 1.0) if what == "loss" else ("ms", 1e3)
+    if what == "gain":  # which may be below zero
+        rows = plans.with_columns(measured_gain=pl.col("base_ttft_s") - pl.col("measured_ttft_s"))
+        rows = rows.drop_nulls(["predicted_gain", "measured_gain"])
+    else:
+        rows = plans.filter((pl.col(f"predicted_{quantity}") > 0) & (pl.col(f"measured_{quantity}") > 0))
     for strategy in sorted(rows["strategy"].unique().sort(), key=lambda s: STRATEGIES.index(s) if s in STRATEGIES else 99):
         of, (colour, marker, _) = rows.filter(pl.col("strategy") == strategy), LOOKS.get(strategy, (INK, "D", "-."))
         marker = {"ip_tt": "D", "ip_m": "v"}.get(strategy, marker)
@@ -106,13 +116,13 @@ def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft"
             )
         axes.set_xlim(*ends)
         axes.set_ylim(*ends)
-    name = "Loss MSE" if what == "loss" else "TTFT"
+    name = {"loss": "Loss MSE", "ttft": "TTFT", "gain": "Time gain"}[what]
     axes.set_xlabel(f"{name}, predicted ({unit})")
     axes.set_ylabel(f"{name}, measured ({unit})")
     if what == "loss":
-        _log(axes, "x")
-        _log(axes, "y")
-    _legend(axes)
+        log_axis(axes, "x")
+        log_axis(axes, "y")
+    legend(axes)
     return figure
 
 
@@ -133,45 +143,67 @@ def format_map(plans: pl.DataFrame, groups: pl.DataFrame, strategy: str, base: s
     `plans` and `groups` are the tables so called; ops in `base` are pale, ops that the plan does not decide left out.
     """
     rows = plans.filter(pl.col("strategy") == strategy)
+    panels = [
+        (f"τ = {tau:g}", dict(rows.filter(pl.col("tau") == tau).select("op", "format").iter_rows()))
+        for tau in sorted(rows["tau"].unique())
+    ]
+    return draw_formats([[panel] for panel in panels], groups, base)
+
+
+def draw_formats(panels: Sequence[Sequence[tuple[str, dict[str, str]]]], groups: pl.DataFrame, base: str) -> Figure:
+    """Maps of ops to formats as rows of panels, each with its title: a row for each role in a layer, a column for each layer.
+
+    Panels that are too wide to stand side by side stand below each other.
+    """
     order = dict(groups.select("op", "order").iter_rows())
-    ops = sorted(rows["op"].unique(maintain_order=True), key=lambda op: order.get(op, len(order)))
+    found = dict.fromkeys(op for line in panels for _, of in line for op in of)
+    ops = sorted(found, key=lambda op: order.get(op, len(order)))
     places = {op: place_of(op) for op in ops}
     layers = max((layer for layer, _ in places.values() if layer is not None), default=-1) + 1
     outside = any(layer is None for layer, _ in places.values())
     roles = list(
         dict.fromkeys(sorted((role for _, role in places.values()), key=lambda r: any(places[o] == (None, r) for o in ops)))
     )
-    taus = sorted(rows["tau"].unique())
     columns = layers + outside
-    figure, grid = _figure(max(4.8, 0.09 * columns + 1.2), max(1, len(taus)) * (0.15 * len(roles) + 0.28) + 0.75, len(taus) or 1)
-    for axes, tau in zip(grid, taus, strict=False):
-        of = dict(rows.filter(pl.col("tau") == tau).select("op", "format").iter_rows())
-        for name in sorted(set(of.values())):
-            cells = [_cell(places[op][0], roles.index(places[op][1]), layers) for op, f in of.items() if f == name]
-            colour = RULE if name == base else FORMAT_COLOURS.get(name, INK)
-            axes.add_patch(PathPatch(Path.make_compound_path(*cells), facecolor=colour, linewidth=0))
-        axes.set_xlim(0, columns)
-        axes.set_ylim(len(roles), 0)
-        axes.set_yticks([i + 0.5 for i in range(len(roles))], _short(roles), fontsize=7)
-        axes.set_title(f"τ = {tau:g}", fontsize=_SMALL, loc="left", color=INK, pad=2)
-        axes.tick_params(length=0)
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        step = max(1, math.ceil(layers / 16))
-        shown = [*range(0, layers, step)]
-        last = axes is grid[len(taus) - 1]
-        axes.set_xticks(
-            [*(i + 0.5 for i in shown), *([layers + 0.5] if outside else [])],
-            [*map(str, shown), *(["–"] if outside else [])] if last else [],
-        )
-    grid[-1].set_xlabel("Layer (number" + ("; –: outside the layers)" if outside else ")"))
-    used = sorted(set(rows["format"]), key=lambda f: (f != base, f))
+    across = max((len(line) for line in panels), default=1)
+    width = max(4.8 if across == 1 else 2.5, 0.09 * columns + 1.2)
+    if across > 1 and width * across > 11:
+        panels, across = [[panel] for line in panels for panel in line], 1
+    figure = Figure(figsize=(width * across, max(1, len(panels)) * (0.15 * len(roles) + 0.28) + 0.75), layout="constrained")
+    for down, line in enumerate(panels):
+        for right, (title, of) in enumerate(line):
+            axes = figure.add_subplot(len(panels), across, down * across + right + 1)
+            dress(axes)
+            _draw_map(axes, of, places, roles, layers, base)
+            axes.set_title(title, fontsize=SMALL, loc="left", color=INK, pad=2)
+            axes.set_yticks([i + 0.5 for i in range(len(roles))], _short(roles) if right == 0 else [], fontsize=7)
+            axes.set_xlim(0, columns)
+            shown, last = [*range(0, layers, max(1, math.ceil(layers / (16 if across == 1 else 8))))], down == len(panels) - 1
+            axes.set_xticks(
+                [*(i + 0.5 for i in shown), *([layers + 0.5] if outside else [])],
+                [*map(str, shown), *(["–"] if outside else [])] if last else [],
+            )
+    figure.supxlabel("Layer (number" + ("; –: outside the layers)" if outside else ")"), fontsize=9.5, color=INK)
+    used = sorted({f for line in panels for _, of in line for f in of.values()}, key=lambda f: (f != base, f))
     handles = [
         Patch(facecolor=RULE if f == base else FORMAT_COLOURS.get(f, INK), label=f"{f} (base)" if f == base else f) for f in used
     ]
     if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=_SMALL, labelcolor=INK)
+        figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=SMALL, labelcolor=INK)
     return figure
+
+
+def _draw_map(
+    axes: Axes, of: dict[str, str], places: dict[str, tuple[int | None, str]], roles: Sequence[str], layers: int, base: str
+) -> None:
+    for name in sorted(set(of.values())):
+        cells = [_cell(places[op][0], roles.index(places[op][1]), layers) for op, f in of.items() if f == name]
+        colour = RULE if name == base else FORMAT_COLOURS.get(name, INK)
+        axes.add_patch(PathPatch(Path.make_compound_path(*cells), facecolor=colour, linewidth=0))
+    axes.set_ylim(len(roles), 0)
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
 
 
 def _cell(layer: int | None, row: int, layers: int) -> Path:
@@ -193,7 +225,7 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
     }  # fmt: skip
     shown = list(boxes.items())[:8]
     tallest = max((of.height for _, of in shown), default=1)
-    figure, (axes,) = _figure(max(4.8, 1.2 * len(shown)), 0.34 * tallest + 0.75)
+    figure, (axes,) = new_figure(max(4.8, 1.2 * len(shown)), 0.34 * tallest + 0.75)
     for i, (group, of) in enumerate(shown):
         top = (tallest + of.height) / 2
         axes.add_patch(
@@ -207,13 +239,13 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
                 linewidth=1.2,
             )
         )
-        axes.text(i + 0.5, top + 0.12, f"group {group}", ha="center", va="bottom", fontsize=_SMALL, color=INK)
+        axes.text(i + 0.5, top + 0.12, f"group {group}", ha="center", va="bottom", fontsize=SMALL, color=INK)
         for j, (op, kind) in enumerate(of.select("op", "kind").iter_rows()):
             y, colour = top - j - 0.5, SKY if kind == "linear" else ORANGE
             axes.add_patch(
                 FancyBboxPatch((i + 0.13, y - 0.36), 0.74, 0.72, "round,pad=0,rounding_size=0.04", facecolor=colour, linewidth=0)
             )
-            axes.text(i + 0.5, y, op.rpartition(".")[2], ha="center", va="center", fontsize=_SMALL, color="#000000")
+            axes.text(i + 0.5, y, op.rpartition(".")[2], ha="center", va="center", fontsize=SMALL, color="#000000")
         if i + 1 < len(shown):
             axes.annotate(
                 "",
@@ -225,16 +257,18 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
     axes.set_ylim(-0.1, tallest + 0.6)
     axes.axis("off")
     handles = [Patch(facecolor=SKY, label="linear"), Patch(facecolor=ORANGE, label="BGEMM")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=_SMALL, labelcolor=INK)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=SMALL, labelcolor=INK)
     return figure
 
 
 def report_figures(tables: Tables, base: str) -> dict[str, list[tuple[str, str]]]:
-    """The report's figures as inline SVG: section → (caption, markup) of each. A section without numbers has none."""
-    results, each = results_table(tables), plan_results(tables)
-    plans, groups = table_of(tables, "plans"), table_of(tables, "groups")
+    """The report's figures besides the numbered ones, as inline SVG: section → (caption, markup) of each.
+
+    The frontier of each objective, TTFT predicted and measured, the integer programs' formats at every τ.
+    """
+    results, plans = results_table(tables), table_of(tables, "plans")
     measured = results.filter(pl.col("measured_loss_mse") > 0)
-    found: dict[str, list[tuple[str, str]]] = {"frontier": [], "predicted": [], "map": [], "groups": []}
+    found: dict[str, list[tuple[str, str]]] = {"frontier": [], "predicted": [], "map": []}
 
     def add(section: str, caption: str, figure: Figure) -> None:
         prefix = f"f{sum(map(len, found.values()))}-"
@@ -243,15 +277,13 @@ def report_figures(tables: Tables, base: str) -> dict[str, list[tuple[str, str]]
     for objective in OBJECTIVES:
         if objective in measured["objective"]:
             add("frontier", f"Loss MSE against {OBJECTIVES[objective].name} ({objective})", frontier(results, objective))
-    if measured.filter(pl.col("predicted_loss_mse") > 0).height:
-        add("predicted", "Loss MSE, predicted and measured, all plans", predicted_against_measured(each, "loss"))
     if results.drop_nulls(["predicted_ttft_s", "measured_ttft_s"]).height:
-        add("predicted", "TTFT, predicted and measured, all plans timed", predicted_against_measured(each, "ttft"))
+        add(
+            "predicted", "TTFT, predicted and measured, all plans timed", predicted_against_measured(plan_results(tables), "ttft")
+        )
     for strategy in STRATEGIES:
         if strategy.startswith("ip_") and strategy in plans["strategy"]:
-            add("map", f"{strategy}: the format of each op", format_map(plans, groups, strategy, base))
-    if not groups.is_empty():
-        add("groups", "The groups of one layer", layer_groups(groups))
+            add("map", f"{strategy}: the format of each op", format_map(plans, table_of(tables, "groups"), strategy, base))
     return found
 
 
@@ -262,89 +294,11 @@ def frontier_png(tables: Tables) -> bytes:
     figure = Figure(figsize=(4.8 * max(1, len(there)), 3.7), layout="constrained")
     for i, objective in enumerate(there):
         axes = figure.add_subplot(1, len(there), i + 1)
-        _dress(axes)
-        axes.set_title(_sentence(OBJECTIVES[objective].name), fontsize=10)
+        dress(axes)
+        axes.set_title(sentence(OBJECTIVES[objective].name), fontsize=10)
         _draw_frontier(axes, results, objective)
     if not there:
         figure.text(0.5, 0.5, "No plan was evaluated", ha="center", va="center")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150, facecolor="white")
     return out.getvalue()
-
-
-def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
-    """The figure as SVG to stand inside HTML: ids begin with `prefix`, colours follow the page, width at most its own."""
-    out = io.StringIO()
-    # text stays text (small, and read by screen readers); the setting is global to matplotlib, hence the lock
-    with _render, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mpq"}):
-        figure.savefig(
-            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|\sxmlns(:xlink)?=\"[^\"]*\"", "", svg, flags=re.S)
-    width = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
-    wide = 'class="wide" ' if width > 500 else ""
-    label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    svg = re.sub(
-        r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>",
-        rf'<svg \1 role="img" aria-label="{label}" {wide}style="max-width:{width * 4 / 3:.0f}px;min-width:{width * 0.7:.0f}px">',
-        svg,
-        count=1,
-    )
-    names = {old: f"{prefix}{i}" for i, old in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg)))}
-    svg = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{names[m[1]]}"', svg)
-    svg = re.sub(r"(xlink:href=\"|url\()#([^\")]+)", lambda m: f"{m[1].removeprefix('xlink:')}#{names.get(m[2], m[2])}", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    return svg.replace(INK, "currentColor").replace(RULE, "var(--rule)").replace(BLUE, "var(--blue)")
-
-
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `width` × `height` inches and its axes, below each other."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    every = [figure.add_subplot(panels, 1, i + 1) for i in range(panels)]
-    for axes in every:
-        _dress(axes)
-    return figure, every
-
-
-def _dress(axes: Axes) -> None:
-    axes.set_facecolor("none")
-    axes.grid(True, color=RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=_SMALL, which="both")
-    axes.spines[:].set_color(INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_color(INK)
-        axis.label.set_fontsize(9.5)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-
-
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=_SMALL, labelcolor=INK)
-
-
-def _log(axes: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic axis with labels such as 2·10⁻⁶: at 1, 2, 5 where it spans less than two decades, at powers of ten else."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    narrow = low > 0 and math.log10(high / low) < 2
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=12))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda v, _: _power(v)))
-
-
-def _power(value: float) -> str:
-    if value <= 0:
-        return "0"
-    exponent = math.floor(math.log10(value) + 1e-9)
-    digit = round(value / 10**exponent)
-    power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return power if digit == 1 else f"{digit}·{power}"
-
-
-def _sentence(words: str) -> str:
-    return words[:1].upper() + words[1:]

@@ -252,6 +252,7 @@ def _write(value: Any, style: str, spread: float | None = None) -> str:
         "ms": milliseconds,
         "share": lambda v: f"{v:.1%}",
         "number": lambda v: f"{v:.4g}",
+        "points": lambda v: f"{v:.3f}".replace("-", "−"),
         "count": lambda v: f"{v:,}",
         "": str,
     }
@@ -316,19 +317,24 @@ def write_report(tables: Tables, title: str, facts: Mapping[str, str]) -> str:
     `tables` are the run's tables by name (REPORTED), `facts` what is told of the run (model, device, versions).
     A missing or empty table leaves a sentence in its section. Raises MpqError for a table that lacks columns.
     """
-    from mpq.figures import report_figures  # matplotlib is slow to load, and who asks for results_table does not need it
+    from mpq.findings import find, rows_of
+    from mpq.paper_figures import page_figures, page_rows  # matplotlib is slow to load; results_table does not need it
 
     pages = Environment(
         loader=PackageLoader("mpq"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     pages.globals["write"] = _write
-    summary = summarize(tables)
+    summary, found, base = summarize(tables), find(tables), base_of(tables, facts)
+    summary.sentences.extend(found.sentences)
+    summary.warnings.extend(found.warnings)
+    figures, left_out = page_figures(tables, base)
     return pages.get_template("report.html.j2").render(
         title=title,
         facts=facts,
         missing=[name for name in REPORTED if table_of(tables, name).is_empty()],
         summary=summary,
-        rows=_rows(tables, summary),
+        rows={**_rows(tables, summary), **rows_of(found), **page_rows(tables, base)},
         sensitivity=_sensitivities(tables, facts.get("noise model", "")),
-        figures=report_figures(tables, base_of(tables, facts)),
+        figures=figures,
+        left_out=left_out,
     )

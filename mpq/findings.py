@@ -1,0 +1,229 @@
+"""What the numbers say, in sentences: who wins and whether that exceeds the standard error, and where an assumption breaks.
+
+The assumptions are those of the integer program: loss MSE adds up over ops, time gains over groups. Both are checked by the
+ratio of what was measured to what was predicted, over all plans.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import polars as pl
+
+from mpq.accuracy import AVERAGE, averages, differences, name_of_task, shared_taus, tasks_of
+from mpq.report import OBJECTIVES, RATIO_RANGE, Tables, plan_results, table_of
+
+TTFT_ERROR = 0.05  # a median |measured / predicted − 1| of TTFT above it breaks the additivity of time
+ENOUGH_PLANS = 50  # as many plans as the paper's kind of check should have
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """Measured over predicted of one quantity, over the plans that have both: quantiles 5, 50, 95 % and the median error."""
+
+    quantity: str
+    plans: int
+    low: float
+    median: float
+    high: float
+    error: float  # median |measured / predicted − 1|
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An objective's own strategy against another: the difference of means (own − other), averaged over τ, and its standard error.
+
+    The error is that of the two means, from repetitions: draws where a strategy has several, else seeds; None of one.
+    """
+
+    objective: str
+    own: str
+    other: str
+    quantity: str
+    difference: float
+    error: float | None
+    taus: int
+    better: int  # of those τ, at how many the own strategy is better
+    clearly: int  # and at how many by more than the standard error
+
+    @property
+    def clear(self) -> bool:
+        """Whether the difference exceeds its standard error."""
+        return self.error is not None and abs(self.difference) > self.error
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Sentences and warnings for the report, and the numbers behind them."""
+
+    additivity: list[Additivity] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def find(tables: Tables) -> Findings:
+    """Everything above, from the tables alone; what they do not hold is left out."""
+    found = Findings(additivity_of(tables), [*_on_loss(tables), *_on_accuracy(tables)])
+    _tell_accuracy(found)
+    _tell_loss(found)
+    _tell_additivity(found)
+    return found
+
+
+def additivity_of(tables: Tables) -> list[Additivity]:
+    """The ratio measured / predicted of loss MSE, TTFT and time gain over all plans that have both above zero."""
+    plans = plan_results(tables)
+    timed = plans.filter(pl.col("objective") == "et").with_columns(
+        measured_gain=pl.col("base_ttft_s") - pl.col("measured_ttft_s")
+    )
+    pairs = [
+        ("loss MSE", plans, "measured_loss_mse", "predicted_loss_mse"),
+        ("TTFT", timed, "measured_ttft_s", "predicted_ttft_s"),
+        ("time gain", timed, "measured_gain", "predicted_gain"),
+    ]
+    out = []
+    for name, frame, measured, predicted in pairs:
+        both = frame.filter((pl.col(predicted) > 0) & pl.col(measured).is_finite())
+        ratio = both.select(r=pl.col(measured) / pl.col(predicted))["r"]
+        if ratio.len():
+            low, median, high = (float(ratio.quantile(q, "linear") or 0) for q in (0.05, 0.5, 0.95))
+            out.append(Additivity(name, ratio.len(), low, median, high, float((ratio - 1).abs().median() or 0)))  # type: ignore[arg-type]
+    return out
+
+
+def _repeats(rows: pl.DataFrame) -> list[float]:
+    """Independent repetitions of one strategy at one τ: the draws' means where there are several, else the seeds' values."""
+    unit = "plan_seed" if rows["plan_seed"].n_unique() > 1 else "seed"
+    return rows.group_by(unit, maintain_order=True).agg(pl.col("difference").mean())["difference"].to_list()
+
+
+def _mean_error(values: list[float]) -> tuple[float, float | None]:
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def _compare(rows: pl.DataFrame, quantity: str, sign: int) -> list[Comparison]:
+    """Each objective's ip_ strategy against the others, on rows with KEYS, plan_seed, seed, difference; `sign` −1: less is better."""
+    out = []
+    for (objective,), of in shared_taus(rows).group_by(["objective"], maintain_order=True):
+        own = f"ip_{objective}"
+        others = [s for s in ("random", "prefix") if s in of["strategy"]]
+        for other in others if own in of["strategy"] else ():
+            gaps: list[tuple[float, float | None]] = []
+            for (_,), at in of.group_by(["tau"], maintain_order=True):
+                a, b = (_mean_error(_repeats(at.filter(pl.col("strategy") == s))) for s in (own, other))
+                gaps.append((a[0] - b[0], None if a[1] is None or b[1] is None else math.hypot(a[1], b[1])))
+            # over τ: the mean of each repetition over τ, so that what repetitions share across τ is not counted as independent
+            a, b = (_mean_error(_repeats(of.filter(pl.col("strategy") == s))) for s in (own, other))
+            error = None if a[1] is None or b[1] is None else math.hypot(a[1], b[1])
+            better = [d * sign > 0 for d, _ in gaps]
+            clearly = [d * sign > 0 and e is not None and abs(d) > e for d, e in gaps]
+            out.append(Comparison(str(objective), own, other, quantity, a[0] - b[0], error, len(gaps), sum(better), sum(clearly)))
+    return out
+
+
+def _on_accuracy(tables: Tables) -> list[Comparison]:
+    rows = differences(tables)
+    tasks = tasks_of(rows)
+    acc = rows.filter(pl.col("metric") == "acc")
+    out = _compare(averages(rows), AVERAGE, 1) if len(tasks) > 1 else []
+    for task in tasks:
+        out += _compare(acc.filter(pl.col("task") == task), task, 1)
+    return out
+
+
+def _on_loss(tables: Tables) -> list[Comparison]:
+    """Loss MSE in logarithms (base e): its scale runs over decades with τ, so that ratios are what averages over τ."""
+    rows = table_of(tables, "evaluation").filter(
+        (pl.col("metric") == "loss_mse") & (pl.col("task") == "loss") & (pl.col("value") > 0)
+    )
+    return _compare(rows.with_columns(difference=pl.col("value").log()), "loss_mse", -1)
+
+
+def _tell_accuracy(found: Findings) -> None:
+    on_tasks = [c for c in found.comparisons if c.quantity != "loss_mse"]
+    quantity = AVERAGE if any(c.quantity == AVERAGE for c in on_tasks) else next((c.quantity for c in on_tasks), None)
+    what = "averaged over tasks" if quantity == AVERAGE else f"on {name_of_task(quantity or '')}"
+
+    def words(c: Comparison) -> str:
+        return f"{abs(c.difference):.2f} points {'above' if c.difference > 0 else 'below'} {c.other}"
+
+    for objective in OBJECTIVES:
+        _tell_one(found, objective, [c for c in on_tasks if c.quantity == quantity], f"Accuracy {what} and τ", words, "points")
+
+
+def _tell_loss(found: Findings) -> None:
+    def words(c: Comparison) -> str:
+        ratio = math.exp(c.difference)
+        return f"{ratio:.2f} times that of {c.other}"
+
+    for objective in OBJECTIVES:
+        of = [c for c in found.comparisons if c.quantity == "loss_mse"]
+        _tell_one(found, objective, of, "Measured loss MSE at matched τ, geometric mean", words, "in the logarithm")
+    if any(c.quantity == "loss_mse" and c.difference > 0 for c in found.comparisons):
+        found.sentences.append(
+            "At one τ all strategies have the same bound on the loss MSE, and one that gains more may use more of it: "
+            "read the loss MSE together with the gain (figure 4)."
+        )
+
+
+def _tell_one(
+    found: Findings, objective: str, of: list[Comparison], what: str, words: Callable[[Comparison], str], unit: str
+) -> None:
+    parts = []
+    for c in of:
+        if c.objective != objective:
+            continue
+        if c.error is None:
+            verdict = "one repetition, so no standard error"
+        else:
+            verdict = f"{'more' if c.clear else 'not more'} than the standard error, {c.error:.2g} {unit}"
+        parts.append(
+            f"{words(c)} ({verdict}; better at {c.better} of {c.taus} τ, at {c.clearly} by more than the standard error)"
+        )
+    if parts:
+        own = next(c.own for c in of if c.objective == objective)
+        found.sentences.append(f"{what}, {OBJECTIVES[objective].name}: {own} is {' and '.join(parts)}.")
+
+
+def _tell_additivity(found: Findings) -> None:
+    for a in found.additivity:
+        found.sentences.append(
+            f"Additivity of {a.quantity}: measured is {a.median:.3g} times predicted in the median of {a.plans} plans "
+            f"(5 to 95 %: {a.low:.3g} to {a.high:.3g}; median error {a.error:.1%})."
+        )
+        if a.quantity == "loss MSE" and not RATIO_RANGE[0] <= a.median <= RATIO_RANGE[1]:
+            found.warnings.append(
+                f"The loss MSE does not add up over ops here: measured is {a.median:.2g} times predicted in the median of {a.plans} plans, "
+                f"outside {RATIO_RANGE[0]:g} to {RATIO_RANGE[1]:g}. The plans' bounds on the loss are not what they say."
+            )
+        if a.quantity == "TTFT" and a.error > TTFT_ERROR:
+            found.warnings.append(
+                f"The time gains do not add up over groups here: predicted TTFT is off by {a.error:.1%} in the median of {a.plans} plans, "
+                f"above {TTFT_ERROR:.0%}. Trust the measured times, not the predicted ones."
+            )
+    short = [a for a in found.additivity if a.quantity == "loss MSE" and a.plans < ENOUGH_PLANS]
+    if short:
+        found.sentences.append(f"{short[0].plans} plans are few to judge additivity by: {ENOUGH_PLANS} or more are advised.")
+
+
+def rows_of(found: Findings) -> dict[str, list[dict[str, Any]]]:
+    """The findings as rows of the page's tables."""
+    names = {"loss_mse": "loss MSE (log of the ratio)", AVERAGE: "accuracy, average (points)"}
+    return {
+        "additivity": [vars(a) for a in found.additivity],
+        "comparisons": [
+            {**vars(c), "quantity": names.get(c.quantity, f"accuracy, {name_of_task(c.quantity)} (points)"), "clear": _clear(c)}
+            for c in found.comparisons
+        ],
+    }
+
+
+def _clear(c: Comparison) -> str:
+    return "unknown" if c.error is None else "yes" if c.clear else "no"
