@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import random
 import re
 import statistics
 import subprocess
@@ -14,101 +12,14 @@ from typing import Any
 
 import polars as pl
 import pytest
+from synthetic import BASE, TAUS, make_groups, make_run
 
 from mpq import figures
 from mpq.errors import MpqError
 from mpq.report import REPORTED, plan_results, results_table, summarize, write_report
 from mpq.tables import SCHEMAS, table
 
-BASE, LOWER = "bf16", ("fp8_e4m3", "int8")
-TAUS = (0.0005, 0.001, 0.002, 0.004, 0.008)
-BASE_TTFT = 0.02
 FACTS = {"model": "examples/<demo> & co", "base": BASE, "device": "a test", "noise model": "ulp"}
-PARTS = (("q_proj", "k_proj", "v_proj", "qk_matmul", "av_matmul"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-
-
-def _groups(layers: int) -> pl.DataFrame:
-    rows: list[dict[str, object]] = []
-    names = [
-        (4 * k + j, f"model.layers.{k}.{'mlp' if j > 1 else 'self_attn'}.{op}", part)
-        for k in range(layers)
-        for j, part in enumerate(PARTS)
-        for op in part
-    ]
-    for group, name, part in [*names, (4 * layers, "lm_head", ("lm_head",))]:
-        kind = "bgemm" if name.endswith("matmul") else "linear"
-        rows.append({
-            "group": group, "order": len(rows), "op": name, "kind": kind, "signature": "+".join(part) + "-0a1b2c3d", "in_features": 512,
-            "out_features": 512, "macs": 8 * 256 * 512 * 512, "parameters": 512 * 512 if kind == "linear" else 0, "heads": 8, "kv_heads": 8,
-        })  # fmt: skip
-    return table("groups", rows)
-
-
-def make_run(layers: int = 16, seeds: int = 2) -> dict[str, pl.DataFrame]:
-    """A plausible run: three objectives, five τ, three strategies each, two draws of random."""
-    draw, groups, square = random.Random(1), _groups(layers), 6.25
-    ops = groups["op"].to_list()
-    tables: dict[str, list[dict[str, Any]]] = {name: [] for name in REPORTED if name != "groups"}
-    for op in ops:
-        scale = math.exp(draw.gauss(-16, 1.5))
-        for operand in ("lhs", "rhs") if op.endswith("matmul") else ("input", "weight"):
-            for noise in ("paper", "ulp"):
-                for f, factor in zip((BASE, *LOWER), (0.0, 1.0, 0.3), strict=True):
-                    tables["sensitivity"].append({
-                        "op": op, "operand": operand, "format": f, "noise_model": noise, "n_samples": 64,
-                        "loss_mse": scale * factor / (1 if noise == "ulp" else 0.54), "sensitivity": scale * 100,
-                    })  # fmt: skip
-    tables["loss"] = [{"n_samples": 64, "mean_square_loss": square, "mean_loss": 2.49}]
-    for part in {tuple(of["op"].str.split(".").list.last()) for _, of in groups.group_by("group", maintain_order=True)}:
-        for f in (BASE, *LOWER):
-            gain = 0.0 if f == BASE else 1e-4 * len(part)
-            tables["timing"].append({
-                "signature": "+".join(part) + "-0a1b2c3d", "group": 0, "configuration": [f] * len(part), "instances": layers, "repeats": 5,
-                "ttft_s": BASE_TTFT - layers * gain, "base_ttft_s": BASE_TTFT, "gain_s": gain, "gain_ci_low_s": gain * 0.9,
-                "gain_ci_high_s": gain * 1.1, "device": "cpu", "method": "alias", "batch": 8, "length": 256, "load_average": 1.0, "steal_share": 0.0,
-            })  # fmt: skip
-    for objective, scale in (("et", 0.008), ("tt", 3e9), ("m", 4e7)):
-        for strategy, worth, seed in ((f"ip_{objective}", 1.0, 0), ("random", 0.55, 0), ("random", 0.6, 1), ("prefix", 0.45, 0)):
-            for i, tau in enumerate(TAUS):
-                share = worth * (i + 1) / len(TAUS)
-                gain, predicted = scale * share, tau**2 * square * draw.uniform(0.8, 1)
-                who = {"strategy": strategy, "objective": objective, "tau": tau}
-                tables["solutions"].append({
-                    **who, "seed": seed, "predicted_loss_mse": predicted, "budget": tau**2 * square, "predicted_gain": gain, "bound": gain,
-                    "status": "optimal" if strategy.startswith("ip") else "heuristic", "solver": "highs" if strategy.startswith("ip") else "none",
-                    "seconds": 0.1, "note": "", "share_lowered": share, "predicted_ttft_s": BASE_TTFT - gain if objective == "et" else None,
-                    "base_ttft_s": BASE_TTFT if objective == "et" else None,
-                })  # fmt: skip
-                lowered = set(ops if share == 1 else draw.sample(ops, int(share * len(ops))))
-                tables["plans"] += [
-                    {**who, "seed": seed, "op": op, "format": LOWER[n % 2] if op in lowered else BASE} for n, op in enumerate(ops)
-                ]
-                for q in range(seeds):
-                    mse = predicted * draw.uniform(0.75, 1.2)
-                    for metric, value, base_value in (
-                        ("loss_mse", mse, square),
-                        ("perplexity", 12.1 + 40 * mse, 12.06),
-                        ("loss", 2.491, 2.49),
-                    ):
-                        tables["evaluation"].append(
-                            {
-                                **who,
-                                "plan_seed": seed,
-                                "seed": q,
-                                "task": "loss",
-                                "metric": metric,
-                                "value": value,
-                                "base_value": base_value,
-                            }
-                        )
-                if objective == "et":
-                    tables["evaluation"].append({
-                        **who, "plan_seed": seed, "seed": 0, "task": "loss", "metric": "ttft_s",
-                        "value": BASE_TTFT - gain * draw.uniform(0.85, 1.1), "base_value": BASE_TTFT * draw.uniform(0.99, 1.01),
-                    })  # fmt: skip
-    return {"groups": groups, **{name: table(name, rows) for name, rows in tables.items()}}
-
-
 RUN, SMALL = make_run(), make_run(layers=2, seeds=1)
 
 
@@ -169,9 +80,9 @@ class _Page(HTMLParser):
 def test_page_parses_and_has_every_section(html: str) -> None:
     """The page nests, names all its sections and escapes what it is told."""
     page = _Page(html)
-    starts = ["Summary", "Frontier", "Predicted", "Results", "Formats", "Groups", "Timing", "Sensitivity"]
+    starts = ["Summary", "Frontier", "Accuracy", "Predicted", "Results", "Formats", "Groups", "Timing", "Sensitivity"]
     assert [h.split(":")[0].split()[0] for h in page.headings] == starts
-    assert html.count("<svg") == 3 + 2 + 3 + 1
+    assert html.count("<svg") == (3 + 1) + 3 + (3 + 1) + 1  # frontier, predicted, map, groups; no tasks, no attention
     assert "A &lt;test&gt; run" in html
     assert "examples/&lt;demo&gt; &amp; co" in html
 
@@ -327,7 +238,7 @@ def test_axes_have_units() -> None:
 @pytest.mark.parametrize(("layers", "roles"), [(0, 1), (1, 10), (16, 10), (80, 10)])
 def test_map_has_a_cell_for_each_op(layers: int, roles: int) -> None:
     """The map of a model of any depth draws every op of every plan once, in its format's colour."""
-    groups = _groups(layers)
+    groups = make_groups(layers)
     ops = groups["op"].to_list()
     rows = [
         {"strategy": "ip_m", "objective": "m", "tau": tau, "seed": 0, "op": op, "format": "int8" if i % 3 else BASE}
