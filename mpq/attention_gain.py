@@ -62,10 +62,13 @@ def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 def draw_attention_gains(rows: pl.DataFrame) -> Figure:
     """Two panels: measured gain (ms, with its confidence interval) against the sum of per-op gains (ms), and against MACs gained."""
     figure = Figure(figsize=(8.6, 3.7), layout="constrained")
-    left, right = (figure.add_subplot(1, 2, i + 1) for i in range(2))
+    left = figure.add_subplot(1, 2, 1)
+    right = figure.add_subplot(1, 2, 2, sharey=left)
     _panel(left, rows, rows["sum_s"] * 1e3, "Sum of the gains of its ops one at a time (ms)", BLUE, "ms")
     _panel(right, rows, rows["macs"] * 1e-9, "MAC time gained (billion BF16 MACs)", RED, "ms per billion MACs")
     right.set_ylabel("")
+    bottom, top = left.get_ylim()
+    left.set_ylim(bottom, top + 0.28 * (top - bottom))  # room for the legends above the marks
     return figure
 
 
@@ -89,6 +92,4 @@ def _panel(axes: Axes, rows: pl.DataFrame, x: pl.Series, label: str, colour: str
     axes.set_xlabel(label)
     axes.set_ylabel("Gain of the configuration, measured (ms)")
     axes.margins(0.06)
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(bottom, top + 0.28 * (top - bottom))  # room for the legend above the marks
     axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK, loc="upper left")

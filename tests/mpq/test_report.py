@@ -80,9 +80,9 @@ class _Page(HTMLParser):
 def test_page_parses_and_has_every_section(html: str) -> None:
     """The page nests, names all its sections and escapes what it is told."""
     page = _Page(html)
-    starts = ["Summary", "Frontier", "Predicted", "Results", "Formats", "Groups", "Timing", "Sensitivity"]
+    starts = ["Summary", "Frontier", "Accuracy", "Predicted", "Results", "Formats", "Groups", "Timing", "Sensitivity"]
     assert [h.split(":")[0].split()[0] for h in page.headings] == starts
-    assert html.count("<svg") == 3 + 2 + 3 + 1
+    assert html.count("<svg") == (3 + 1) + 3 + (3 + 1) + 1  # frontier, predicted, map, groups; no tasks, no attention
     assert "A &lt;test&gt; run" in html
     assert "examples/&lt;demo&gt; &amp; co" in html
 
