@@ -33,6 +33,8 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 bench: $(VENV)/.installed
 	$(BIN)/python bench/sensitivity.py
 	$(BIN)/python bench/solver.py
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/timing.py
 
 docs: $(VENV)/.installed
 	TERMINAL_WIDTH=100 $(BIN)/typer mpq.cli utils docs --name mpq --output docs/cli.md
