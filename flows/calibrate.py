@@ -7,70 +7,128 @@ and evaluates, a new checkpoint of a known architecture re-uses partition and ti
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
+from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.outputs import publish, write_outputs
+from flows.place import placed
 from flows.stages import Call, Stages
 from mpq.spec import EvaluationSpec, RunSpec
 from mpq.store import Store, TableRef, code_version, content_key
 from tasks import calibration, evaluation, planning, timing
+from tasks.checkpoint import source_of
 from tasks.stage import References, read, read_json
 
 
+def run_name() -> str:
+    """What a run of a flow is called in Prefect: the spec's name, and the checkpoint where one is given."""
+    given = flow_run.parameters
+    spec, checkpoint = given["spec"], given.get("checkpoint")
+    name = spec["name"] if isinstance(spec, dict) and "name" in spec else getattr(spec, "name", "run")
+    return f"{name} {checkpoint.rstrip('/').rpartition('/')[2]}" if checkpoint else name
+
+
 # one worker: a machine's tasks share its device one at a time anyway, and each thread would get an OpenMP team of its own
-@flow(name="calibrate", flow_run_name="{spec.name}", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
-def calibrate(spec: RunSpec) -> dict[str, Any]:
+@flow(name="calibrate", flow_run_name=run_name, task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+def calibrate(spec: RunSpec, checkpoint: str | None = None) -> dict[str, Any]:
     """Calibrate one checkpoint: load, partition, sensitivity, timing, gains, solve, evaluate, report.
 
     Returns the references of every table, the paths of plans and report, and the stages' accounts.
+
+    Args:
+        spec: The run, as in a spec file.
+        checkpoint: Hub id, folder or fsspec URL of a checkpoint to calibrate in place of the spec's own.
     """
-    from mpq.kernels import check_native
-    from mpq.model import fetch, fingerprint
-
-    if "et" in spec.objectives:  # before hours of work, not after
-        check_native(spec.objectives["et"].formats, spec.model.device)
+    spec = aimed_at(spec, checkpoint)
     Store(spec.store).check()
-    folder = fetch(spec.model.path, spec.model.revision)
-    run = _Run(spec, Stages(spec.store), folder, fingerprint(folder))
-
-    loaded = run.load()
-    architecture = read_json(loaded["model"])["architecture"]
-    groups = run.partition(architecture)
-    sums = run.sensitivity(groups, loaded["calibration"])
-    timed = run.timing(groups, architecture) if "et" in spec.objectives else []
-    solved = run.plans(groups, sums, timed)
-    plans = [plan for s in solved for plan in read_json(s["plan_files"])]
-    evaluated = run.evaluate(groups, plans, loaded["evaluation_text"], architecture)
-    tables = {
-        "groups": [groups], "sensitivity": [sums["sensitivity"]], "loss": [sums["loss"]], "timing": timed,
-        "plans": [s["plans"] for s in solved], "solutions": [s["solutions"] for s in solved], "evaluation": [evaluated],
-    }  # fmt: skip
-    report, facts = run.report(tables)
-    out = write_outputs(spec, plans, report, tables, facts)
-    publish(spec, tables, out)
-    return {"tables": tables, "out": out, "stages": run.stages.done}
+    with placed(spec.runner, spec.model.device, "et" in spec.objectives) as place:
+        return Pipeline(spec, Stages(spec.store, place)).run()
 
 
-class _Run:
-    """One run's stages. Each method computes keys and inputs, and hands tasks to `Stages`."""
+def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
+    """The spec for another checkpoint of its kind, whose results go to a folder of their own; without one, the spec."""
+    if not checkpoint:
+        return spec
+    name = f"{spec.name}-{checkpoint.rstrip('/').rpartition('/')[2]}"
+    return spec.model_copy(update={"name": name, "model": spec.model.model_copy(update={"path": checkpoint, "revision": None})})
 
-    def __init__(self, spec: RunSpec, stages: Stages, folder: Path, fingerprint: str):
-        self.spec, self.stages, self.folder = spec, stages, str(folder)
-        self.fingerprint = fingerprint
-        self.model = {"folder": self.folder, "fingerprint": fingerprint, "base": spec.model.base, "device": spec.model.device}
-        self.content = {**self.model, "folder": ""}  # the same for keys: where the checkpoint lies does not matter
+
+class Pipeline:
+    """One run's stages. Each method computes keys and inputs, and hands tasks to `Stages`.
+
+    `solving` are the objectives to solve for, all of the spec's by default; with `evaluating` off, plans are solved only;
+    `measured` are the formats of the sensitivity table, where the spec names fewer.
+    """
+
+    def __init__(
+        self, spec: RunSpec, stages: Stages, solving: Sequence[str] = (), evaluating: bool = True, measured: Sequence[str] = ()
+    ):  # fmt: skip
+        from mpq.model import fetch
+
+        self.spec, self.stages, self.evaluating = spec, stages, evaluating
+        self.measured = measured or spec.formats
+        self.objectives = {k: v for k, v in spec.objectives.items() if not solving or k in solving}
+        self.folder = fetch(spec.model.path, spec.model.revision)
+        self.source = source_of(spec.model.path, spec.model.revision, self.folder, stages.place.shared)
+
+    def run(self) -> dict[str, Any]:
+        """Every stage in order; returns the tables' references, what was written, and the stages' accounts."""
+        from mpq.kernels import check_native
+
+        if "et" in self.objectives:  # before hours of work, not after
+            self.stages.place.ask(check_native, self.objectives["et"].formats, self.spec.model.device)
+        loaded = self.load()
+        architecture = read_json(loaded["model"])["architecture"]
+        groups = self.partition(architecture)
+        sums = self.sensitivity(groups, loaded["calibration"])
+        timed = self.timing(groups, architecture) if "et" in self.objectives else []
+        solved = self.plans(groups, sums, timed)
+        plans = [plan for s in solved for plan in read_json(s["plan_files"])]
+        tables = {
+            "groups": [groups], "sensitivity": [sums["sensitivity"]], "loss": [sums["loss"]], "timing": timed,
+            "plans": [s["plans"] for s in solved], "solutions": [s["solutions"] for s in solved],
+        }  # fmt: skip
+        if self.evaluating:
+            tables["evaluation"] = [self.evaluate(groups, plans, loaded["evaluation_text"], architecture)]
+        report, facts = self.report(tables)
+        out = write_outputs(self.spec, plans, report, tables, facts)
+        publish(self.spec, tables, out)
+        return {
+            "tables": tables, "out": out, "stages": self.stages.done, "architecture": architecture,
+            "fingerprint": self.fingerprint, "plan_files": [s["plan_files"] for s in solved],
+        }  # fmt: skip
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The checkpoint's content."""
+        from mpq.model import fingerprint
+
+        return fingerprint(self.folder)
 
     @property
+    def model(self) -> dict[str, str]:
+        """What a task needs to load the model."""
+        base, device = self.spec.model.base, self.spec.model.device
+        return {"folder": self.source, "fingerprint": self.fingerprint, "base": base, "device": device}
+
+    @property
+    def content(self) -> dict[str, str]:
+        """The model as keys have it: where the checkpoint lies does not matter."""
+        return {**self.model, "folder": ""}
+
+    @cached_property
     def device_name(self) -> str:
+        """The kind of device that tasks run on."""
         from mpq.kernels import device_name
 
-        return device_name(self.spec.model.device)
+        return str(self.stages.place.ask(device_name, self.spec.model.device))
 
     def load(self) -> References:
         """Facts of the model, calibration and evaluation blocks; keyed by tokenizer, configuration and texts."""
@@ -79,22 +137,22 @@ class _Run:
         spec = self.spec
         held_out = spec.evaluation or EvaluationSpec(**spec.calibration.model_dump(exclude={"shards", "checkpoint_activations"}))
         texts = [(t.model_dump(exclude={"source", "batch", "shards"}), source_key(t)) for t in (spec.calibration, held_out)]
-        tokenizer = fingerprint_of(Path(self.folder), ("config.json", "tokenizer*", "vocab*", "merges*", "*.model"))
+        tokenizer = fingerprint_of(self.folder, ("config.json", "tokenizer*", "vocab*", "merges*", "*.model"))
         key = content_key(tokenizer, texts, _code("model"))
-        inputs = {"folder": self.folder, "calibration": spec.calibration, "evaluation": held_out}
+        inputs = {"folder": str(self.folder), "calibration": spec.calibration, "evaluation": held_out}
         return self.stages.run_one("load model", (calibration.load_model, key, f"load {spec.name}", inputs))
 
     def partition(self, architecture: str) -> TableRef:
         """The groups table; keyed by the architecture, so a fine-tune costs nothing."""
         spec = self.spec
         key = content_key(architecture, spec.timing.batch, spec.timing.length, _code("graph", "partition", "tables"))
-        inputs = {"folder": self.folder, "batch": spec.timing.batch, "length": spec.timing.length}
+        inputs = {"folder": str(self.folder), "batch": spec.timing.batch, "length": spec.timing.length}
         return self.stages.run_one("partition", (calibration.partition, key, f"partition {spec.name}", inputs))["groups"]
 
     def sensitivity(self, groups: TableRef, blocks: TableRef) -> References:
         """Sensitivity and loss tables; a task per shard, keyed by weights and the shard's tokens."""
         spec, part = self.spec, self.spec.calibration
-        formats, code = sorted(spec.formats), _code("sensitivity", "attention", "quantize", "formats", "model", "tables")
+        formats, code = sorted(self.measured), _code("sensitivity", "attention", "quantize", "formats", "model", "tables")
         shards = calibration.blocks_of(blocks).shards(part.shards)
         results = self.stages.run("sensitivity", [
             (
@@ -107,7 +165,7 @@ class _Run:
                 },
             )
             for k, shard in enumerate(shards)
-        ])  # fmt: skip
+        ], "workers")  # fmt: skip
         sensitivities, losses = [r["sensitivity"] for r in results], [r["loss"] for r in results]
         key = content_key([r.sha256 for r in (*sensitivities, *losses)], code)
         inputs = {"sensitivities": sensitivities, "losses": losses}
@@ -123,7 +181,7 @@ class _Run:
 
         spec, part = self.spec, self.spec.timing.model_dump(exclude={"slice", "bound"})
         formats = {
-            k: [f for f in spec.objectives["et"].formats if f in native_formats(spec.model.device, k)]
+            k: [f for f in spec.objectives["et"].formats if f in self.stages.place.ask(native_formats, spec.model.device, k)]
             for k in ("linear", "bgemm")
         }
         made_with = (
@@ -143,16 +201,16 @@ class _Run:
                     content_key(architecture, signature, some, spec.model.base, part, made_with),
                     f"timing {signature} {at + 1}-{at + len(some)} of {len(every)}",
                     {
-                        "folder": self.folder, "base": spec.model.base, "device": spec.model.device, "groups": groups,
-                        "signature": signature, "configurations": some, "spec": spec.timing,
+                        "folder": self.source, "base": spec.model.base, "device": spec.model.device, "groups": groups,
+                        "signature": signature, "configurations": some, "spec": spec.timing, "made_on": self.device_name,
                     },
                 ))  # fmt: skip
-        return [r["timing"] for r in self.stages.run("timing", calls)]
+        return [r["timing"] for r in self.stages.run("timing", calls, "accelerator")]
 
     def plans(self, groups: TableRef, sums: References, timed: list[TableRef]) -> list[References]:
         """Gains, then plans, for each objective."""
         spec, base = self.spec, self.spec.model.base
-        parts = [(objective, part, timed if objective == "et" else []) for objective, part in spec.objectives.items()]
+        parts = [(objective, part, timed if objective == "et" else []) for objective, part in self.objectives.items()]
         gains = self.stages.run("gains", [
             (
                 planning.build_gains,
@@ -192,7 +250,7 @@ class _Run:
         base_losses = self.stages.run_one("evaluate base", (
             evaluation.evaluate_base, content_key(self.content, blocks.sha256, code), f"evaluate base {spec.name}",
             {"model": self.model, "blocks": blocks, "batch": part.batch},
-        ))["base_losses"]  # fmt: skip
+        ), "workers")["base_losses"]  # fmt: skip
         distinct = {content_key(p["formats"]): p["formats"] for p in plans}
         names = {content_key(p["formats"]): f"{p['strategy']} {p['objective']} τ={p['tau']:g}" for p in reversed(plans)}
         losses = self.stages.run("evaluate", [
@@ -204,10 +262,12 @@ class _Run:
                 },
             )
             for k, formats in distinct.items()
-        ])  # fmt: skip
+        ], "workers")  # fmt: skip
         kinds = dict(read(groups).select("op", "kind").iter_rows())
         where = (kinds, spec.model.base, spec.model.device)
-        native = {k: f for k, f in distinct.items() if "et" in spec.objectives and runs_natively(f, *where)}
+        native = {
+            k: f for k, f in distinct.items() if "et" in self.objectives and self.stages.place.ask(runs_natively, f, *where)
+        }
         ttft = self._time_plans(list(native.values()), part.ttft_repeats, architecture) if native else None
         place, timed_place = ({k: i for i, k in enumerate(keys)} for keys in (distinct, native))
         rows = [
@@ -230,13 +290,13 @@ class _Run:
             _code("timing", "apply", "attention", "kernels", "kernels.cpu"),
         )
         inputs = {
-            "folder": self.folder, "base": spec.model.base, "device": spec.model.device,
-            "plans": plans, "repeats": repeats, "spec": spec.timing,
+            "folder": self.source, "base": spec.model.base, "device": spec.model.device,
+            "plans": plans, "repeats": repeats, "spec": spec.timing, "made_on": self.device_name,
         }  # fmt: skip
         key = content_key(architecture, plans, spec.model.base, part, repeats, made_with)
-        return self.stages.run_one("TTFT of plans", (timing.time_plans, key, f"TTFT of {len(plans)} plans {spec.name}", inputs))[
-            "plan_ttft"
-        ]
+        return self.stages.run_one(
+            "TTFT of plans", (timing.time_plans, key, f"TTFT of {len(plans)} plans {spec.name}", inputs), "accelerator"
+        )["plan_ttft"]
 
     def report(self, tables: dict[str, list[TableRef]]) -> tuple[TableRef, dict[str, str]]:
         """The HTML report and the facts that it tells of the run."""

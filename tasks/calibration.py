@@ -12,6 +12,7 @@ import numpy as np
 
 from mpq.spec import CalibrationSpec, TextSpec
 from mpq.store import Store, TableRef
+from tasks.checkpoint import at_hand
 from tasks.device import exclusive
 from tasks.progress import tracked
 from tasks.stage import Output, read, stage
@@ -22,7 +23,7 @@ def model_of(folder: str, fingerprint: str, base: str, device: str) -> Any:
     """The loaded model, kept for the next task in this process that asks for the same content."""
     from mpq.model import load_model
 
-    return load_model(Path(folder), base, device)
+    return load_model(at_hand(folder, fingerprint), base, device)
 
 
 def blocks_of(ref: TableRef) -> Any:
@@ -74,7 +75,7 @@ def sensitivity_shard(
     from mpq.sensitivity import measure_sensitivity
 
     part = blocks_of(blocks).shards(shards)[shard]
-    with exclusive(model["device"]), tracked(f"sensitivity {shard + 1}/{shards}") as progress:
+    with exclusive(model["device"], alone=False), tracked(f"sensitivity {shard + 1}/{shards}") as progress:
         sensitivity, loss = measure_sensitivity(
             model_of(**model), measured_ops(groups), part, formats=formats, base=model["base"], batch=batch,
             base_term=base_term, checkpoint_activations=checkpoint_activations, progress=progress,

@@ -27,6 +27,9 @@ References = dict[str, TableRef]
 Output = Mapping[str, "pl.DataFrame | tuple[bytes, str]"]
 
 
+_kinds: dict[str, tuple[str, ...]] = {}  # what each stage writes, by its name
+
+
 class ReferenceSerializer(Serializer):
     """References as JSON. Reading them back reads the entries: where one is gone or damaged that raises, which Prefect
     takes for a miss, and the stage is computed again."""
@@ -66,6 +69,7 @@ def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task
             return {kind: _write(where, kind, key, output[kind], upstream, label) for kind in kinds}
 
         del run.__wrapped__
+        _kinds[compute.__name__] = kinds
         return task(
             name=compute.__name__,
             task_run_name="{label}",
@@ -77,6 +81,11 @@ def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task
         )(run)
 
     return wrap
+
+
+def kinds_of(task: Task[..., References]) -> tuple[str, ...]:
+    """The kinds of table that a stage's task writes."""
+    return _kinds[task.name]
 
 
 def is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
@@ -122,4 +131,4 @@ def read_json(ref: TableRef) -> Any:
     return json.loads(Store(ref.store).read_bytes(ref))
 
 
-__all__ = ["Damaged", "Output", "References", "read", "read_json", "stage"]
+__all__ = ["Damaged", "Output", "References", "kinds_of", "read", "read_json", "stage"]
