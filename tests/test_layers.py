@@ -14,7 +14,7 @@ LAYERS = [
     ["errors"],
     ["formats", "solver", "presolve"],
     ["spec", "tables", "quantize"],
-    ["store", "graph", "plan", "model", "attention", "kernels", "kernels.cpu", "kernels.emulated"],
+    ["store", "graph", "plan", "model", "checkpoints", "changes", "attention", "kernels", "kernels.cpu", "kernels.emulated"],
     ["partition", "apply", "runs"],
     ["sensitivity", "timing", "gains", "evaluate"],
     ["strategies", "report", "figures"],
