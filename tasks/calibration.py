@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def load_model(folder: str, calibration: CalibrationSpec, evaluation: TextSpec) 
     }
 
 
+tracing = threading.RLock()  # torch.export is not made for two threads of one process
+
+
 @stage("groups")
 def partition(folder: str, batch: int, length: int) -> Output:
     """The groups table of the architecture; no weights are read."""
@@ -63,7 +67,9 @@ def partition(folder: str, batch: int, length: int) -> Output:
     from mpq.partition import groups_table
     from mpq.partition import partition as partition_graph
 
-    return {"groups": groups_table(partition_graph(trace(load_config(Path(folder)))), batch, length)}
+    with tracing:
+        graph = trace(load_config(Path(folder)))
+    return {"groups": groups_table(partition_graph(graph), batch, length)}
 
 
 @stage("sensitivity", "loss", retries=1)

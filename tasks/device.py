@@ -18,6 +18,7 @@ from pathlib import Path
 import mpq
 from mpq.errors import MpqError
 from mpq.store import content_key
+from tasks.stage import stop_if_stored
 
 
 @contextmanager
@@ -38,6 +39,7 @@ def exclusive(device: str, alone: bool = True) -> Iterator[None]:
                 break
             except BlockingIOError:
                 time.sleep(0.05)
+        stop_if_stored()  # the one that had it may have been another run, at the same thing
         yield
 
 
