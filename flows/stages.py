@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from prefect import Task
-from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
-from tasks.stage import References
+from flows.place import On, Place
+from mpq.errors import MpqError
+from mpq.store import Store
+from tasks.stage import References, kinds_of
 
 Call = tuple[Task[..., References], str, str, dict[str, Any]]  # task, key, label, inputs
 Listener = Callable[[str, int, int, float], None]  # stage, tasks, cached, seconds
@@ -33,27 +35,53 @@ def listening(listener: Listener) -> Iterator[None]:
 
 @dataclass
 class Stages:
-    """Submits the calls of one stage after the other to the flow's task runner, against one store."""
+    """Submits the calls of one stage after the other to where they belong, against one store.
+
+    With `only`, stages of other names must be in the store already: asked to compute one, `run` raises MpqError.
+    """
 
     store: str
+    place: Place = field(default_factory=Place)
+    only: frozenset[str] | None = None
     done: list[tuple[str, int, int, float]] = field(default_factory=list)
 
-    def run(self, name: str, calls: Iterable[Call]) -> list[References]:
+    def run(self, name: str, calls: Iterable[Call], on: On = "flow") -> list[References]:
         """Run a stage and wait for all of it; a failure is raised once the others have ended, so their work is kept."""
-        start = time.perf_counter()
-        futures: list[PrefectFuture[References]] = [
-            task.submit(key=key, store=self.store, label=label, inputs=inputs) for task, key, label, inputs in calls
+        start, calls = time.perf_counter(), list(calls)
+        if self.only is not None and name not in self.only:
+            return self._stored(name, calls, start)
+        futures = [
+            self.place.submit(task, {"key": key, "store": self.store, "label": label, "inputs": inputs}, on)
+            for task, key, label, inputs in calls
         ]
         for future in futures:
             future.wait()
-        cached = sum(future.state.name == "Cached" for future in futures)
-        account = (name, len(futures), cached, time.perf_counter() - start)
-        get_run_logger().info("%s: %d of %d tasks cached, %.1f s", name, cached, len(futures), account[3])
+        results = [self.place.result(future) for future in futures]
+        failed = next((r for r in results if isinstance(r, BaseException)), None)
+        cached = sum(future.state.name == "Cached" for future, r in zip(futures, results, strict=True) if isinstance(r, dict))
+        self._account(name, len(futures), cached, start)
+        if failed:
+            raise failed
+        return cast(list[References], results)
+
+    def run_one(self, name: str, call: Call, on: On = "flow") -> References:
+        """Run a stage of one task."""
+        return self.run(name, [call], on)[0]
+
+    def _stored(self, name: str, calls: list[Call], start: float) -> list[References]:
+        store = Store(self.store)
+        found = [{kind: store.find(kind, key) for kind in kinds_of(task)} for task, key, _, _ in calls]
+        if missing := [call[2] for call, refs in zip(calls, found, strict=True) if not all(refs.values())]:
+            raise MpqError(
+                f"The store {self.store} has no table for {missing[0]} ({len(missing)} of {len(calls)} {name} tasks are missing): "
+                "run calibrate with this spec first."
+            )
+        self._account(name, len(calls), len(calls), start)
+        return cast(list[References], found)
+
+    def _account(self, name: str, tasks: int, cached: int, start: float) -> None:
+        account = (name, tasks, cached, time.perf_counter() - start)
+        get_run_logger().info("%s: %d of %d tasks cached, %.1f s", name, cached, tasks, account[3])
         self.done.append(account)
         if _listener:
             _listener(*account)
-        return [future.result() for future in futures]
-
-    def run_one(self, name: str, call: Call) -> References:
-        """Run a stage of one task."""
-        return self.run(name, [call])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -110,6 +111,21 @@ class EvaluationSpec(TextSpec):
     task_limit: int | None = Field(None, ge=1, description="First documents of each task that evaluate; else all")
 
 
+class RunnerSpec(_Strict):
+    """Where the long tasks of a run go: the machine of the flow, or the workers of a cluster."""
+
+    kind: Literal["local", "dask"] = Field("local", description="local: beside the flow, one at a time; dask: a Dask cluster")
+    address: str | None = Field(None, description="The Dask scheduler, such as tcp://scheduler:8786")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> RunnerSpec:
+        if self.kind == "dask" and not re.fullmatch(r"(tcp|tls|ucx|ws|wss)://.+:\d+", self.address or ""):
+            raise ValueError(f"the dask runner needs the scheduler's address, such as tcp://scheduler:8786, not {self.address}")
+        if self.kind == "local" and self.address:
+            raise ValueError("the local runner has no address: set kind to dask, or leave the address out")
+        return self
+
+
 class RunSpec(_Strict):
     """A whole run: model → plans under each τ for each objective, evaluated and reported."""
 
@@ -124,6 +140,7 @@ class RunSpec(_Strict):
     base_term: bool = Field(True, description="Subtract the base format's own noise (method.md); False is the paper's form")
     solver: Literal["auto", "highs", "gurobi"] = "auto"
     store: Url = Field(".work/store", description="fsspec URL of the tables")
+    runner: RunnerSpec = Field(RunnerSpec(), description="Where sensitivity, timing and evaluation run")
     out: str = Field(".work/runs", description="Local folder for plans and the report")
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from mpq.spec import CalibrationSpec, TextSpec
 from mpq.store import Store, TableRef
+from tasks.checkpoint import at_hand
 from tasks.device import exclusive
 from tasks.progress import tracked
 from tasks.stage import Output, read, stage
@@ -22,7 +24,7 @@ def model_of(folder: str, fingerprint: str, base: str, device: str) -> Any:
     """The loaded model, kept for the next task in this process that asks for the same content."""
     from mpq.model import load_model
 
-    return load_model(Path(folder), base, device)
+    return load_model(at_hand(folder, fingerprint), base, device)
 
 
 def blocks_of(ref: TableRef) -> Any:
@@ -54,6 +56,9 @@ def load_model(folder: str, calibration: CalibrationSpec, evaluation: TextSpec) 
     }
 
 
+tracing = threading.RLock()  # torch.export is not made for two threads of one process
+
+
 @stage("groups")
 def partition(folder: str, batch: int, length: int) -> Output:
     """The groups table of the architecture; no weights are read."""
@@ -62,7 +67,9 @@ def partition(folder: str, batch: int, length: int) -> Output:
     from mpq.partition import groups_table
     from mpq.partition import partition as partition_graph
 
-    return {"groups": groups_table(partition_graph(trace(load_config(Path(folder)))), batch, length)}
+    with tracing:
+        graph = trace(load_config(Path(folder)))
+    return {"groups": groups_table(partition_graph(graph), batch, length)}
 
 
 @stage("sensitivity", "loss", retries=1)
@@ -74,7 +81,7 @@ def sensitivity_shard(
     from mpq.sensitivity import measure_sensitivity
 
     part = blocks_of(blocks).shards(shards)[shard]
-    with exclusive(model["device"]), tracked(f"sensitivity {shard + 1}/{shards}") as progress:
+    with exclusive(model["device"], alone=False), tracked(f"sensitivity {shard + 1}/{shards}") as progress:
         sensitivity, loss = measure_sensitivity(
             model_of(**model), measured_ops(groups), part, formats=formats, base=model["base"], batch=batch,
             base_term=base_term, checkpoint_activations=checkpoint_activations, progress=progress,

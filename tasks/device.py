@@ -1,28 +1,64 @@
-"""One accelerator runs one thing at a time, whatever process it belongs to."""
+"""Devices: one runs one measurement at a time, whatever process it belongs to; what kind it is, and which code runs there."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import platform
+import re
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
+
+import mpq
+from mpq.errors import MpqError
+from mpq.store import content_key
+from tasks.stage import stop_if_stored
 
 
 @contextmanager
-def exclusive(device: str) -> Iterator[None]:
+def exclusive(device: str, alone: bool = True) -> Iterator[None]:
     """Hold `device` of this machine; wait while another task has it. The lock goes when its holder dies.
 
+    What is not timed need not be `alone` on a CPU: such tasks run beside each other, never beside a timing.
     Non-blocking attempts, so that a waiting task can still be cancelled.
     """
-    path = Path(tempfile.gettempdir()) / f"mpq-{os.getuid()}-{device.replace(':', '-')}.lock"
+    # two workers may each call their own card `cuda`
+    which = f"{device}-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}" if device.startswith("cuda") else device
+    path = Path(tempfile.gettempdir()) / f"mpq-{os.getuid()}-{re.sub(r'[^A-Za-z0-9]+', '-', which).strip('-')}.lock"
+    how = fcntl.LOCK_EX if alone or device != "cpu" else fcntl.LOCK_SH
     with path.open("a") as file:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, how | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(0.05)
+        stop_if_stored()  # the one that had it may have been another run, at the same thing
         yield
+
+
+def check_device(device: str, name: str) -> None:
+    """Raise MpqError unless `device` is of the kind that its timing will be kept under."""
+    from mpq.kernels import device_name
+
+    if (here := device_name(device)) != name:
+        raise MpqError(f"{device} of {platform.node()} is {here}, the timing is for {name}: give each kind a cluster of its own.")
+
+
+def identity(device: str | None = None) -> str:
+    """The device's name, or without one the versions of mpq's code and torch: equal where tables are interchangeable."""
+    from mpq.kernels import device_name
+
+    return device_name(device) if device else f"mpq {_code()[:12]}, torch {version('torch')}"
+
+
+def _code() -> str:
+    folders = [Path(str(m.__file__)).parent for m in (mpq, import_module("tasks"))]
+    sources = sorted(f for folder in folders for f in folder.rglob("*.py"))
+    return content_key([hashlib.sha256(f.read_bytes()).hexdigest() for f in sources])

@@ -20,7 +20,7 @@ def evaluate_base(model: dict[str, str], blocks: TableRef, batch: int) -> Output
     """The base model's loss of each evaluation sample."""
     from mpq.evaluate import losses
 
-    with exclusive(model["device"]):
+    with exclusive(model["device"], alone=False):
         return {"base_losses": pl.DataFrame({"loss": losses(model_of(**model), blocks_of(blocks), batch)})}
 
 
@@ -31,7 +31,7 @@ def evaluate_plan(
     """Loss MSE, drift and perplexity under one plan, for each seed."""
     from mpq.evaluate import evaluate_loss
 
-    with exclusive(model["device"]), tracked(f"evaluate {what}") as progress:
+    with exclusive(model["device"], alone=False), tracked(f"evaluate {what}") as progress:
         frame = evaluate_loss(
             model_of(**model), formats, blocks_of(blocks), read(base_losses)["loss"].to_numpy(), base=model["base"],
             seeds=range(seeds), batch=batch, progress=progress,

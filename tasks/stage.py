@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +27,36 @@ from mpq.store import Damaged, Store, TableRef, content_key
 
 References = dict[str, TableRef]
 Output = Mapping[str, "pl.DataFrame | tuple[bytes, str]"]
+
+
+_kinds: dict[str, tuple[str, ...]] = {}  # what each stage writes, by its name
+
+
+class _Stored(Exception):
+    """The stage that is running is in the store already."""
+
+    def __init__(self, found: dict[str, TableRef | None]):
+        super().__init__("stored")
+        self.found = found
+
+
+_ask: ContextVar[Callable[[], None] | None] = ContextVar("ask", default=None)
+
+
+@contextmanager
+def _asking(ask: Callable[[], None]) -> Iterator[None]:
+    # a function, since tasks go to workers by value and a context variable cannot
+    token = _ask.set(ask)
+    try:
+        yield
+    finally:
+        _ask.reset(token)
+
+
+def stop_if_stored() -> None:
+    """Inside a stage that has waited: end it here if another run has stored its tables meanwhile."""
+    if ask := _ask.get():
+        ask()
 
 
 class ReferenceSerializer(Serializer):
@@ -56,16 +88,26 @@ def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task
         @functools.wraps(compute, assigned=("__name__", "__qualname__", "__doc__", "__module__"), updated=())
         def run(key: str, store: str, label: str, inputs: dict[str, Any]) -> Any:
             where, log = Store(store), get_run_logger()
-            found = {kind: where.find(kind, key) for kind in kinds}
-            if all(found.values()):
+
+            def stop_if_stored() -> None:
+                found = {kind: where.find(kind, key) for kind in kinds}
+                if all(found.values()):
+                    raise _Stored(found)
+
+            try:
+                stop_if_stored()
+                log.info("%s: computing", label)
+                with _asking(stop_if_stored):
+                    output = compute(**inputs)
+                stop_if_stored()  # of two runs that measured the same thing, both go on with what was stored first
+            except _Stored as stored:
                 log.info("%s: reused from %s", label, store)
-                return Completed(name="Cached", message="Reused from the store", data=found)
-            log.info("%s: computing", label)
-            output = compute(**inputs)
+                return Completed(name="Cached", message="Reused from the store", data=stored.found)
             upstream = tuple(dict.fromkeys(ref.key for ref in _references(inputs)))
             return {kind: _write(where, kind, key, output[kind], upstream, label) for kind in kinds}
 
         del run.__wrapped__
+        _kinds[compute.__name__] = kinds
         return task(
             name=compute.__name__,
             task_run_name="{label}",
@@ -77,6 +119,11 @@ def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task
         )(run)
 
     return wrap
+
+
+def kinds_of(task: Task[..., References]) -> tuple[str, ...]:
+    """The kinds of table that a stage's task writes."""
+    return _kinds[task.name]
 
 
 def is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
@@ -122,4 +169,4 @@ def read_json(ref: TableRef) -> Any:
     return json.loads(Store(ref.store).read_bytes(ref))
 
 
-__all__ = ["Damaged", "Output", "References", "read", "read_json", "stage"]
+__all__ = ["Damaged", "Output", "References", "kinds_of", "read", "read_json", "stage", "stop_if_stored"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from mpq.spec import TimingSpec
 from mpq.store import TableRef
-from tasks.device import exclusive
+from tasks.checkpoint import at_hand
+from tasks.device import check_device, exclusive
 from tasks.progress import tracked
 from tasks.stage import Output, read, stage
 
@@ -19,16 +19,24 @@ def _random_model(folder: str, base: str) -> Any:
     from mpq.model import load_config
     from mpq.timing import timing_model
 
-    return timing_model(load_config(Path(folder)), base)
+    return timing_model(load_config(at_hand(folder)), base)
 
 
 @stage("timing", retries=1)
 def time_configurations(
-    folder: str, base: str, device: str, groups: TableRef, signature: str, configurations: list[list[str]], spec: TimingSpec
+    folder: str,
+    base: str,
+    device: str,
+    groups: TableRef,
+    signature: str,
+    configurations: list[list[str]],
+    spec: TimingSpec,
+    made_on: str,
 ) -> Output:
     """Time gains of some configurations of one signature."""
     from mpq.timing import measure
 
+    check_device(device, made_on)
     with exclusive(device), tracked(f"timing {signature.rpartition('-')[0] or signature}") as progress:
         model = _random_model(folder, base).to(device)
         requests = [(signature, [tuple(c) for c in configurations])]
@@ -41,10 +49,13 @@ def time_configurations(
 
 
 @stage("plan_ttft", retries=1)
-def time_plans(folder: str, base: str, device: str, plans: list[dict[str, str]], repeats: int, spec: TimingSpec) -> Output:
+def time_plans(
+    folder: str, base: str, device: str, plans: list[dict[str, str]], repeats: int, spec: TimingSpec, made_on: str
+) -> Output:
     """TTFT of whole plans beside base; a row a plan, in the order given."""
     from mpq.timing import measure_ttft
 
+    check_device(device, made_on)
     with exclusive(device), tracked("TTFT of the plans") as progress:
         model = _random_model(folder, base).to(device)
         frame = measure_ttft(

@@ -1,0 +1,177 @@
+"""A team's machines on one machine: server, worker, Dask cluster and S3 as processes on loopback, and an end to all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).parent.parent
+POOL = "mpq"
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on just now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def until(what: str, ask: Callable[[], Any], seconds: float = 120.0, every: float = 0.25) -> Any:
+    """Ask until the answer is true; returns it. Raises TimeoutError that says what was waited for."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if answer := ask():
+                return answer
+        except httpx.TransportError:  # not up yet
+            pass
+        time.sleep(every)
+    raise TimeoutError(f"waited {seconds:g} s for {what}")
+
+
+class Services:
+    """Processes under one folder, each with its log there. Used with `with`: at the end none of them is left."""
+
+    def __init__(self, home: Path, more: Mapping[str, str] | None = None):
+        self.home = home
+        home.mkdir(parents=True, exist_ok=True)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "AWS_", "DASK_", "PYTEST_"))}
+        self.environment = {
+            **kept, "PREFECT_HOME": str(home / "prefect"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1",
+            "MPQ_CACHE": str(home / "cache"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5", "PREFECT_WORKER_QUERY_SECONDS": "2", **(more or {}),
+        }  # fmt: skip
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.api = ""
+
+    def __enter__(self) -> Services:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop everything, the last started first: politely, then for good, children included."""
+        for process in reversed(self.processes.values()):
+            everyone = [process.pid]
+            if psutil.pid_exists(process.pid):
+                everyone += [c.pid for c in psutil.Process(process.pid).children(recursive=True)]
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            for pid in everyone:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+    def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        """Start a process; its output goes to NAME.log."""
+        with (self.home / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.processes[name] = process
+        return process
+
+    def log(self, name: str) -> str:
+        """What a process has printed."""
+        return (self.home / f"{name}.log").read_text(errors="replace")
+
+    def prefect(self, *arguments: str) -> str:
+        """Run a command of Prefect's CLI to its end. Raises RuntimeError with its output where it fails."""
+        command = [sys.executable, "-m", "prefect", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=180)
+        if done.returncode:
+            raise RuntimeError(f"prefect {' '.join(arguments)}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def server(self) -> str:
+        """A Prefect server with a database of its own; returns the URL of its API."""
+        port = str(free_port())
+        self.environment |= {"PREFECT_SERVER_API_HOST": "127.0.0.1", "PREFECT_SERVER_API_PORT": port}
+        self.api = self.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+        self.start("server", sys.executable, "-m", "prefect", "server", "start")
+        until("the Prefect server", lambda: httpx.get(f"{self.api}/health").is_success)
+        return self.api
+
+    def worker(self) -> None:
+        """A worker of the process pool that the deployments name."""
+        self.start("worker", sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "one")
+
+    def s3(self, bucket: str) -> str:
+        """An S3 server with a bucket, found by everything started from here on; returns its address."""
+        port = free_port()
+        address = f"http://127.0.0.1:{port}"
+        self.environment |= {
+            "AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1",
+        }  # fmt: skip
+        self.start("s3", str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port))
+        until("the S3 server", lambda: httpx.get(address).status_code)
+        httpx.put(f"{address}/{bucket}").raise_for_status()
+        return address
+
+    def dask(self, workers: int = 2, resources: str = "accel=1") -> str:
+        """A Dask scheduler and its workers, one thread and one accelerator each; returns the scheduler's address."""
+        port = free_port()
+        address = f"tcp://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "dask"]
+        self.start("scheduler", *command, "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
+        until("the Dask scheduler", lambda: "Scheduler at" in self.log("scheduler"))
+        for k in range(workers):
+            self.dask_worker(address, f"dask-{k}", resources)
+        for k in range(workers):
+            until(f"Dask worker {k}", lambda name=f"dask-{k}": "Starting established connection" in self.log(name))
+        return address
+
+    def dask_worker(self, address: str, name: str, resources: str = "accel=1") -> None:
+        """One more worker, without a nanny: killed, it is gone."""
+        some = ["--resources", resources] if resources else []
+        self.start(
+            name, sys.executable, "-m", "dask", "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard",
+            "--host", "127.0.0.1", "--name", name, "--local-directory", str(self.home / name), *some,
+        )  # fmt: skip
+
+    def kill(self, name: str) -> None:
+        """kill -9."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+
+    def post(self, path: str, body: Any) -> Any:
+        """Ask the API."""
+        answer = httpx.post(f"{self.api}/{path}", json=body, timeout=30)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def get(self, path: str) -> Any:
+        """Ask the API."""
+        answer = httpx.get(f"{self.api}/{path}", timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+    def runs(self, deployment: str, *states: str) -> list[dict[str, Any]]:
+        """The deployment's flow runs in some state (their types, such as COMPLETED), the oldest first."""
+        body = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 50}
+        every: list[dict[str, Any]] = self.post("flow_runs/filter", body)
+        return [run for run in every if not states or run["state_type"] in states]
+
+    def ended(self, deployment: str, seconds: float = 240, number: int = 1) -> dict[str, Any]:
+        """Wait for the deployment's n-th run to end; returns it."""
+        over = "COMPLETED", "FAILED", "CRASHED", "CANCELLED"
+        runs = until(f"the end of {deployment}", lambda: (r := self.runs(deployment, *over))[number - 1 :] and r, seconds, 1.0)
+        return dict(runs[number - 1])
+
+    def emit(self, event: str, resource: str, payload: Mapping[str, Any]) -> None:
+        """Emit an event, as `prefect event emit` does."""
+        now = datetime.now(UTC).isoformat()
+        told = {"id": str(uuid.uuid4()), "occurred": now, "event": event, "payload": dict(payload)}
+        self.post("events", [{**told, "resource": {"prefect.resource.id": resource}}])

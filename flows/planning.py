@@ -1,0 +1,248 @@
+"""The stages from a checkpoint to plans. Each method computes keys and inputs, and hands tasks to `Stages`. Wiring only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.metadata import version
+
+import polars as pl
+
+from flows.stages import Call, Stages
+from mpq.kernels import Kind
+from mpq.spec import EvaluationSpec, Objective, RunSpec
+from mpq.store import TableRef, code_version, content_key
+from tasks import calibration, planning, timing
+from tasks.checkpoint import source_of
+from tasks.stage import References, read, read_json
+
+KINDS: tuple[Kind, ...] = ("linear", "bgemm")
+
+
+class Planning:
+    """One run's stages. Each method computes keys and inputs, and hands tasks to `Stages`.
+
+    `solving` are the objectives to solve for, all of the spec's by default; with `evaluating` off, plans are solved only;
+    `measured` are the formats of the sensitivity table, where the spec names fewer.
+    """
+
+    def __init__(
+        self, spec: RunSpec, stages: Stages, solving: Sequence[str] = (), evaluating: bool = True, measured: Sequence[str] = ()
+    ):  # fmt: skip
+        from mpq.model import fetch
+
+        self.spec, self.stages, self.evaluating = spec, stages, evaluating
+        self.measured = measured or spec.formats
+        self.objectives = {k: v for k, v in spec.objectives.items() if not solving or k in solving}
+        self.folder = fetch(spec.model.path, spec.model.revision)
+        self.source = source_of(spec.model.path, spec.model.revision, self.folder, stages.place.shared)
+
+    @property
+    def held_out(self) -> EvaluationSpec:
+        """How plans are evaluated; on the calibration text where the spec does not say."""
+        part = self.spec.calibration.model_dump(exclude={"shards", "checkpoint_activations"})
+        return self.spec.evaluation or EvaluationSpec(**part)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The checkpoint's content."""
+        from mpq.model import fingerprint
+
+        return fingerprint(self.folder)
+
+    @property
+    def model(self) -> dict[str, str]:
+        """What a task needs to load the model."""
+        base, device = self.spec.model.base, self.spec.model.device
+        return {"folder": self.source, "fingerprint": self.fingerprint, "base": base, "device": device}
+
+    @property
+    def content(self) -> dict[str, str]:
+        """The model as keys have it: where the checkpoint lies does not matter."""
+        return {**self.model, "folder": ""}
+
+    @cached_property
+    def device_name(self) -> str:
+        """The kind of device that tasks run on."""
+        from mpq.kernels import device_name
+
+        return str(self.stages.place.ask(device_name, self.spec.model.device))
+
+    def load(self) -> References:
+        """Facts of the model, calibration and evaluation blocks; keyed by tokenizer, configuration and texts."""
+        from mpq.model import fingerprint_of, source_key
+
+        spec = self.spec
+        held_out = self.held_out
+        texts = [(t.model_dump(exclude={"source", "batch", "shards"}), source_key(t)) for t in (spec.calibration, held_out)]
+        tokenizer = fingerprint_of(self.folder, ("config.json", "tokenizer*", "vocab*", "merges*", "*.model"))
+        key = content_key(tokenizer, texts, code_of("model"))
+        inputs = {"folder": str(self.folder), "calibration": spec.calibration, "evaluation": held_out}
+        return self.stages.run_one("load model", (calibration.load_model, key, f"load {spec.name}", inputs))
+
+    def partition(self, architecture: str) -> TableRef:
+        """The groups table; keyed by the architecture, so a fine-tune costs nothing."""
+        spec = self.spec
+        key = content_key(architecture, spec.timing.batch, spec.timing.length, code_of("graph", "partition", "tables"))
+        inputs = {"folder": str(self.folder), "batch": spec.timing.batch, "length": spec.timing.length}
+        return self.stages.run_one("partition", (calibration.partition, key, f"partition {spec.name}", inputs))["groups"]
+
+    def sensitivity(self, groups: TableRef, blocks: TableRef) -> References:
+        """Sensitivity and loss tables; a task per shard, keyed by weights and the shard's tokens."""
+        spec, part = self.spec, self.spec.calibration
+        formats, code = sorted(self.measured), code_of("sensitivity", "attention", "quantize", "formats", "model", "tables")
+        shards = calibration.blocks_of(blocks).shards(part.shards)
+        results = self.stages.run("sensitivity", [
+            (
+                calibration.sensitivity_shard,
+                content_key(self.content, shard.key, groups.sha256, formats, spec.base_term, code),
+                f"sensitivity {spec.name} shard {k + 1}/{len(shards)}",
+                {
+                    "model": self.model, "groups": groups, "blocks": blocks, "shard": k, "shards": len(shards), "formats": formats,
+                    "batch": part.batch, "base_term": spec.base_term, "checkpoint_activations": part.checkpoint_activations,
+                },
+            )
+            for k, shard in enumerate(shards)
+        ], "workers")  # fmt: skip
+        sensitivities, losses = [r["sensitivity"] for r in results], [r["loss"] for r in results]
+        key = content_key([r.sha256 for r in (*sensitivities, *losses)], code)
+        inputs = {"sensitivities": sensitivities, "losses": losses}
+        return self.stages.run_one("merge shards", (calibration.merge_shards, key, f"merge {spec.name}", inputs))
+
+    def timing(self, groups: TableRef, architecture: str) -> list[TableRef]:
+        """Timing tables; a task per signature and slice of configurations.
+
+        Keyed by the whole architecture, not by the signature's shapes alone: a row carries the model's own TTFT.
+        """
+        from mpq.design import design
+
+        part = self.spec.timing
+        wanted = [
+            (signature, c) for signature, choices in self._choices(groups).items() for c in design(choices, part.limit, part.seed)
+        ]
+        return self._measured("timing", groups, architecture, wanted)
+
+    def _choices(self, groups: TableRef) -> dict[str, list[tuple[str, ...]]]:
+        """For each signature, in the model's order, the formats that its ops may take."""
+        from mpq.design import choices_of
+        from mpq.kernels import native_formats
+
+        spec = self.spec
+        native = {kind: self.stages.place.ask(native_formats, spec.model.device, kind) for kind in KINDS}
+        formats: dict[str, list[str]] = {k: [f for f in spec.objectives["et"].formats if f in native[k]] for k in KINDS}
+        frame = read(groups)
+        found: dict[str, list[tuple[str, ...]]] = {}
+        for (signature, _), rows in frame.sort("order").group_by(["signature", "group"], maintain_order=True):
+            found.setdefault(str(signature), choices_of(rows, formats, spec.model.base))
+        return found
+
+    def _measured(
+        self, stage: str, groups: TableRef, architecture: str, wanted: Sequence[tuple[str, tuple[str, ...]]]
+    ) -> list[TableRef]:
+        spec, part = self.spec, self.spec.timing.model_dump(exclude={"slice", "bound", "limit", "rounds"})
+        made_with = (
+            self.device_name,
+            version("torch"),
+            version("transformers"),
+            code_of("timing", "pairs", "apply", "attention", "kernels", "kernels.cpu", "kernels.rows"),
+        )
+        calls: list[Call] = []
+        for signature in dict.fromkeys(s for s, _ in wanted):
+            every = [list(c) for s, c in wanted if s == signature]
+            for at in range(0, len(every), spec.timing.slice):
+                some = every[at : at + spec.timing.slice]
+                calls.append((
+                    timing.time_configurations,
+                    content_key(architecture, signature, some, spec.model.base, part, made_with),
+                    f"timing {signature} {at + 1}-{at + len(some)} of {len(every)}",
+                    {
+                        "folder": self.source, "base": spec.model.base, "device": spec.model.device, "groups": groups,
+                        "signature": signature, "configurations": some, "spec": spec.timing, "made_on": self.device_name,
+                    },
+                ))  # fmt: skip
+        return [r["timing"] for r in self.stages.run(stage, calls, "accelerator")]
+
+    def plans(
+        self, groups: TableRef, sums: References, timed: list[TableRef], architecture: str
+    ) -> tuple[list[References], list[TableRef]]:
+        """Plans for each objective, and the timing tables that they rest on: for measured time it solves, measures what was
+        chosen and not yet measured, and solves again."""
+        from mpq.design import fastest, unmeasured
+
+        spec, objectives = self.spec, list(self.objectives)
+        for _ in range(spec.timing.rounds if timed else 0):
+            gains = self._gains(["et"], groups, sums, timed)
+            solved = self._solve(["et"], groups, sums, timed, gains)
+            plans = [p["formats"] for p in read_json(solved[0]["plan_files"]) if p["strategy"] == "ip_et"]
+            wanted = unmeasured(pl.concat([read(t) for t in timed]), read(groups), plans, spec.model.base)
+            if not wanted:
+                break
+            timed = [*timed, *self._measured("timing of chosen", groups, architecture, wanted)]
+        gains = self._gains(objectives, groups, sums, timed)
+        anchor = None
+        if timed:
+            best = fastest(read(groups), read(gains[objectives.index("et")]["gains"]))
+            anchor = self.time_plans([best], self.held_out.ttft_repeats, architecture, "TTFT of fastest")
+        return self._solve(objectives, groups, sums, timed, gains, anchor), timed
+
+    def _gains(
+        self, objectives: Sequence[Objective], groups: TableRef, sums: References, timed: list[TableRef]
+    ) -> list[References]:
+        spec, base = self.spec, self.spec.model.base
+        calls: list[Call] = []
+        for objective in objectives:
+            formats, of = spec.objectives[objective].formats, timed if objective == "et" else []
+            choices = self._choices(groups) if objective == "et" else {}
+            key = content_key(
+                objective, groups.sha256, sums["sensitivity"].sha256, [t.sha256 for t in of], formats, base, spec.noise_model,
+                spec.timing.bound, code_of("gains", "design", "formats", "tables"),
+            )  # fmt: skip
+            inputs = {
+                "objective": objective, "groups": groups, "sensitivity": sums["sensitivity"], "timing": of, "formats": list(formats),
+                "base": base, "noise_model": spec.noise_model, "bound": spec.timing.bound, "choices": choices,
+            }  # fmt: skip
+            calls.append((planning.build_gains, key, f"gains {objective} {spec.name}", inputs))
+        return self.stages.run("gains", calls)
+
+    def _solve(
+        self, objectives: Sequence[Objective], groups: TableRef, sums: References, timed: list[TableRef],
+        gains: Sequence[References], anchor: TableRef | None = None,
+    ) -> list[References]:  # fmt: skip
+        spec, base = self.spec, self.spec.model.base
+        versions = {name: version(name) for name in ("mpq", "torch", "transformers", "highspy", "gurobipy")}
+        keys = {"sensitivity": sums["sensitivity"].key, "loss": sums["loss"].key}
+        calls: list[Call] = []
+        for objective, built in zip(objectives, gains, strict=True):
+            part, of = spec.objectives[objective], timed if objective == "et" else []
+            taus, fastest_ttft = list(part.taus or spec.taus), anchor if objective == "et" else None
+            key = content_key(
+                objective, part, groups.sha256, built["gains"].sha256, sums["loss"].sha256, taus, base, spec.solver, self.fingerprint,
+                fastest_ttft and fastest_ttft.sha256, code_of("solver", "presolve", "strategies", "design", "plan", "tables"),
+            )  # fmt: skip
+            inputs = {
+                "objective": objective, "part": part, "groups": groups, "gains": built["gains"], "loss": sums["loss"], "timing": of,
+                "taus": taus, "base": base, "solver": spec.solver, "fingerprint": self.fingerprint, "anchor": fastest_ttft,
+                "provenance": {"gains": built["gains"].key, **keys, "versions": versions},
+            }  # fmt: skip
+            calls.append((planning.solve, key, f"solve {objective} {spec.name}", inputs))
+        return self.stages.run("solve", calls)
+
+    def time_plans(self, plans: list[dict[str, str]], repeats: int, architecture: str, stage: str = "TTFT of plans") -> TableRef:
+        spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed"})
+        made_with = (
+            self.device_name,
+            version("torch"),
+            version("transformers"),
+            code_of("timing", "pairs", "apply", "attention", "kernels", "kernels.cpu", "kernels.rows"),
+        )
+        inputs = {
+            "folder": self.source, "base": spec.model.base, "device": spec.model.device,
+            "plans": plans, "repeats": repeats, "spec": spec.timing, "made_on": self.device_name,
+        }  # fmt: skip
+        key = content_key(architecture, plans, spec.model.base, part, repeats, made_with)
+        call = (timing.time_plans, key, f"{stage} {spec.name}", inputs)
+        return self.stages.run_one(stage, call, "accelerator")["plan_ttft"]
+
+
+def code_of(*modules: str) -> str:
+    return code_version(*(f"mpq.{m}" for m in modules))

@@ -1,0 +1,76 @@
+"""Another τ, objective or choice of formats on tables that are there: seconds, no measurement."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from flows.calibrate import Pipeline
+from flows.place import placed
+from flows.stages import Stages
+from mpq.errors import MpqError
+from mpq.spec import Objective, ObjectiveSpec, RunSpec, parse_spec
+from mpq.store import Store
+
+Taus = Annotated[list[float] | None, Field(description="Bounds on the normalised RMSE of the loss; the spec's own by default")]
+Chosen = Annotated[Objective | None, Field(description="et, tt or m; every objective of the spec by default")]
+Lowered = Annotated[list[str] | None, Field(description="Formats that the objective may choose, of those measured")]
+Evaluate = Annotated[bool, Field(description="Run the new plans on the evaluation text too: minutes, not seconds")]
+
+SOLVING = frozenset({"gains", "solve", "report"})
+EVALUATING = frozenset({"evaluate base", "evaluate", "TTFT of plans", "collect"})
+
+
+@flow(name="retune", flow_run_name="retune {spec.name}", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+def retune(
+    spec: RunSpec, taus: Taus = None, objective: Chosen = None, formats: Lowered = None, evaluate: Evaluate = False
+) -> dict[str, Any]:
+    """Solve again on the tables of an earlier calibrate with this spec; what it did not measure is a mistake told at once.
+
+    Results go to a folder of their own beside the spec's. Returns what calibrate does.
+
+    Args:
+        spec: The spec that was calibrated.
+        taus: Bounds on the normalised RMSE of the loss; the spec's own by default.
+        objective: et, tt or m, also one that the spec has not; every objective of the spec by default.
+        formats: Formats that the objective may choose, of those measured.
+        evaluate: Run the new plans on the evaluation text too.
+    """
+    Store(spec.store).check()
+    tuned = retuned(spec, taus, objective, formats)
+    only = SOLVING | EVALUATING if evaluate else SOLVING
+    with placed(tuned.runner, tuned.model.device, evaluate and "et" in tuned.objectives) as place:
+        return Pipeline(tuned, Stages(spec.store, place, only), [objective] if objective else [], evaluate, spec.formats).run()
+
+
+def retuned(spec: RunSpec, taus: list[float] | None, objective: Objective | None, formats: list[str] | None) -> RunSpec:
+    """The spec with other bounds and choices, whose measurements are those of `spec`.
+
+    Raises MpqError for formats without an objective, and for what was not measured.
+    """
+    if formats and not objective:
+        raise MpqError("retune was given formats without an objective: say for which of et, tt and m they are.")
+    if formats and (unknown := [f for f in formats if f not in spec.formats]):
+        raise MpqError(
+            f"{unknown[0]} was not measured under this spec, which has {', '.join(spec.formats)}: calibrate with it first."
+        )
+    data = spec.model_dump(mode="json")
+    if taus:
+        data["taus"] = taus
+    for name, part in data["objectives"].items():
+        if taus and (objective in (None, name)):
+            part["taus"] = None
+    if objective == "et" and "et" not in spec.objectives:
+        raise MpqError("The spec has no objective et, so nothing was timed: calibrate with it first.")
+    if objective and objective not in spec.objectives:
+        data["objectives"][objective] = ObjectiveSpec(formats=spec.formats).model_dump(mode="json")
+    if formats and objective:
+        if objective == "et" and set(formats) != set(spec.objectives["et"].formats):
+            raise MpqError(
+                "Times are measured for the et formats together: calibrate with the formats that it shall choose from."
+            )
+        data["objectives"][objective]["formats"] = formats
+    return parse_spec({**data, "name": f"{spec.name}-retuned"}, "retune")

@@ -1,0 +1,62 @@
+"""Other bounds on the same tables, and times without a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from models import write_checkpoint
+from test_calibrate import change, computed
+
+from flows.calibrate import calibrate
+from flows.campaign import campaign
+from flows.retune import retune
+from mpq.errors import MpqError
+from mpq.runs import join_tables
+from mpq.spec import ModelSpec, RunSpec
+
+
+def test_a_new_bound_only_solves(spec: RunSpec) -> None:
+    """Nothing is measured for another τ or objective; with `evaluate` the plans are run; the first run's files stay."""
+    first = calibrate(spec)
+    tuned = retune(spec, taus=[0.5, 1.0])
+    assert computed(tuned) <= {"gains", "solve", "report"}
+    assert {name for name, *_ in tuned["stages"]} & {"evaluate", "TTFT of plans"} == set()
+    tables = join_tables(tuned["tables"])
+    assert set(tables["solutions"]["tau"]) == {0.5, 1.0}
+    assert "evaluation" not in tables
+    assert tuned["out"]["plans"] != first["out"]["plans"]
+    one = retune(spec, objective="tt", formats=["fp8_e4m3"])
+    assert computed(one) == {"gains", "solve", "report"}
+    assert set(join_tables(one["tables"])["solutions"]["objective"]) == {"tt"}
+    run = retune(spec, taus=[0.5], objective="et", evaluate=True)
+    assert "evaluation" in run["tables"]
+
+
+def test_what_was_not_measured_is_told(spec: RunSpec) -> None:
+    """An empty store, formats without an objective, a format that nobody measured, times that nobody took."""
+    with pytest.raises(MpqError, match="run calibrate with this spec first"):
+        retune(spec, taus=[0.5])
+    with pytest.raises(MpqError, match="without an objective"):
+        retune(spec, formats=["bf16"])
+    with pytest.raises(MpqError, match="int8 was not measured"):
+        retune(spec, objective="m", formats=["int8"])
+    with pytest.raises(MpqError, match="nothing was timed"):
+        retune(spec.model_copy(update={"objectives": {"m": spec.objectives["m"]}}), objective="et")
+
+
+def test_a_campaign_times_for_runs_to_come(spec: RunSpec, tmp_path: Path) -> None:
+    """From a configuration alone; a checkpoint that comes later finds partition and timing done."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(Path(spec.model.path) / "config.json", bare)
+    model = ModelSpec(path=str(bare), base="fp32")
+    done = campaign(model, ["bf16"], spec.timing, spec.store)
+    assert computed(done) == {"partition", "timing"}
+    write_checkpoint(Path(spec.model.path), seed=3)
+    assert not computed(calibrate(change(spec, name="later"))) & {"partition", "timing"}
+    with pytest.raises(MpqError, match="the campaign is for TPU-of-tomorrow"):
+        campaign(model, ["bf16"], spec.timing, spec.store, device_kind="TPU-of-tomorrow")
+    with pytest.raises(MpqError, match="native"):
+        campaign(model, ["fp8_e4m3"], spec.timing, spec.store)
