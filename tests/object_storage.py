@@ -64,7 +64,7 @@ def s3_server(folder: Path) -> Iterator[int]:
 def azure_server(folder: Path) -> Iterator[int]:
     """An Azure Blob server (Azurite) in its own process. Skips the test where neither it nor npm is there."""
     command, port = _azurite(folder), free_port()
-    more = ["--silent", "--skipApiVersionCheck", "--inMemoryPersistence", "--disableTelemetry", "--location", str(folder)]
+    more = ["--silent", "--skipApiVersionCheck", "--inMemoryPersistence", "--disableTelemetry"]
     with _serving([command, "--blobHost", "127.0.0.1", "--blobPort", str(port), *more], port, folder / "azurite.log"):
         yield port
 
