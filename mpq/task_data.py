@@ -71,7 +71,6 @@ def open_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> Iter
         yield opened
 
 
-@functools.cache
 def data_key(names: Sequence[str], data_dir: str | Path | None) -> str:
     """A hash of the local datasets' content, or of the tasks' names where they come from the hub (whose revisions the harness fixes)."""
     digest = hashlib.sha256(repr(sorted(names)).encode())
@@ -81,6 +80,7 @@ def data_key(names: Sequence[str], data_dir: str | Path | None) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
 def _manager() -> Any:
     try:
         with quiet():
