@@ -131,21 +131,21 @@ class Pipeline(Planning):
 
     def _tasks(self, distinct: dict[str, dict[str, str]], names: dict[str, str], part: EvaluationSpec) -> list[TableRef]:
         """Scores of plans on the harness's tasks, in the order of `distinct`; keyed by the datasets' content where they are local."""
-        from mpq.task_data import data_key
+        from mpq.task_data import data_key, harness_version
 
         what = part.model_dump(include={"tasks", "task_limit", "seeds"})
         code = code_of("harness", "task_data", "apply", "attention", "quantize", "kernels.emulated", "model")
-        key = (self.content, what, data_key(part.tasks, part.data_dir), version("lm_eval"), code)
+        key = (self.content, what, data_key(part.tasks, part.data_dir), harness_version(), code)
         base = self.stages.run_one("tasks base", (
             evaluation.evaluate_base_tasks, content_key("base", *key), f"tasks base {self.spec.name}", {"model": self.model, "spec": part},
-        ))["task_scores"]  # fmt: skip
+        ), "workers")["task_scores"]  # fmt: skip
         results = self.stages.run("tasks", [
             (
                 evaluation.evaluate_plan_tasks, content_key(formats, *key), f"tasks {names[k]}",
                 {"model": self.model, "formats": formats, "spec": part, "base_scores": base, "what": names[k]},
             )
             for k, formats in distinct.items()
-        ])  # fmt: skip
+        ], "workers")  # fmt: skip
         return [r["plan_tasks"] for r in results]
 
     def report(self, tables: dict[str, list[TableRef]]) -> tuple[TableRef, dict[str, str]]:

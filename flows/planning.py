@@ -228,6 +228,7 @@ class Planning:
         return self.stages.run("solve", calls)
 
     def time_plans(self, plans: list[dict[str, str]], repeats: int, architecture: str, stage: str = "TTFT of plans") -> TableRef:
+        """TTFT of whole plans (op → format), base interleaved; keyed without weights, so a fine-tune re-uses it."""
         spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed"})
         made_with = (
             self.device_name,
@@ -245,4 +246,5 @@ class Planning:
 
 
 def code_of(*modules: str) -> str:
+    """The version of the named modules of mpq, for keys."""
     return code_version(*(f"mpq.{m}" for m in modules))

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ def data_key(names: Sequence[str], data_dir: str | Path | None) -> str:
         for path in sorted((Path(str(data_dir)) / name).glob("*")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def harness_version() -> str:
+    """lm-evaluation-harness's version, part of a score's key. Raises MpqError where it is not installed."""
+    try:
+        return version("lm_eval")
+    except PackageNotFoundError:
+        raise MpqError("Harness tasks need lm-evaluation-harness, which is not installed: pip install 'mpq[eval]'.") from None
 
 
 @functools.cache

@@ -6,10 +6,12 @@ from typing import Any
 
 import polars as pl
 
+from mpq.errors import MpqError
 from mpq.spec import EvaluationSpec
 from mpq.store import Store, TableRef
 from mpq.tables import table
 from tasks.calibration import blocks_of, model_of
+from tasks.checkpoint import at_hand
 from tasks.device import exclusive
 from tasks.progress import tracked
 from tasks.stage import Output, read, stage
@@ -68,7 +70,14 @@ def evaluate_plan_tasks(
 def _tokenizer(model: dict[str, str]) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model["folder"])
+    folder = at_hand(model["folder"], model["fingerprint"])
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise MpqError(
+            f"{folder} has no tokenizer that can be read ({reason}): harness tasks need one; leave `tasks` out."
+        ) from None
 
 
 @stage("evaluation")

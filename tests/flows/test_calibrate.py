@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from models import small_model, write_checkpoint
+from models import DEMO, ROOT, small_model, write_checkpoint
 
 from flows.calibrate import calibrate
 from mpq.errors import MpqError
@@ -118,6 +118,28 @@ def test_a_store_in_memory(spec: RunSpec) -> None:
     kept = change(spec, store="memory://a-run", objectives={"et": {"formats": ["bf16"], "strategies": ["ip"]}})
     assert computed(calibrate(kept)) >= ALWAYS - {"TTFT of plans"}  # which may be those of the fastest plan
     assert computed(calibrate(kept)) == set()
+
+
+def test_harness_tasks_beside_the_loss(spec: RunSpec) -> None:
+    """Tasks named in the spec are scored for base and each plan, cached; a model without a tokenizer is told."""
+    held_out = {
+        "source": str(DEMO / "heldout.txt"),
+        "tasks": ["piqa"],
+        "data_dir": str(ROOT / "examples" / "tasks"),
+        "task_limit": 4,
+    }
+    parts = {"objectives": {"m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]}}, "taus": [0.01], "evaluation": held_out}
+    data = {**spec.model_dump(mode="json"), **{k: v for k, v in parts.items() if k != "evaluation"}}
+    data["evaluation"] = {**data["evaluation"], **held_out}
+    with pytest.raises(MpqError, match="tokenizer"):
+        calibrate(RunSpec.model_validate({**data, "evaluation": {**data["evaluation"], "source": spec.calibration.source}}))
+    text = {**data["calibration"], "source": str(DEMO / "calibration.txt")}
+    with_tokenizer = RunSpec.model_validate({**data, "model": {**data["model"], "path": str(DEMO)}, "calibration": text})
+    outcome = calibrate(with_tokenizer)
+    rows = join_tables(outcome["tables"])["evaluation"].filter(pl.col("task") == "piqa")
+    assert set(rows["metric"]) >= {"acc", "acc_diff", "acc_diff_stderr"}
+    assert {"tasks base", "tasks"} <= computed(outcome)
+    assert computed(calibrate(with_tokenizer)) == set()
 
 
 def test_broken_weights_are_told(spec: RunSpec) -> None:
