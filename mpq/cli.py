@@ -12,7 +12,7 @@ import polars as pl
 import typer
 
 from mpq import __version__
-from mpq.console import bar, emit, log, read_frame, results_for_people, write_frame
+from mpq.console import bar, emit, log, read_frame, results_for_people, write_file, write_frame
 from mpq.errors import MpqError
 from mpq.store_cli import store_app
 
@@ -262,10 +262,10 @@ def report(
     elif out and out.suffix == ".png":
         from mpq.figures import frontier_png
 
-        out.write_bytes(frontier_png(tables))
+        write_file(out, frontier_png(tables))
     else:
         out = out or run / "report.html"
-        out.write_text(write_report(tables, record["name"], record["facts"]), encoding="utf-8")
+        write_file(out, write_report(tables, record["name"], record["facts"]).encode())
     extra: dict[str, object] = {"written": str(out)}
     if figures:
         from mpq.paper_figures import write_figures

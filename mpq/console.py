@@ -88,6 +88,14 @@ def write_frame(frame: pl.DataFrame, out: Path) -> None:
         raise MpqError(f"--out {out} cannot be written ({error}).") from None
 
 
+def write_file(out: Path, content: bytes) -> None:
+    """Write a file. Raises MpqError for a folder that is not there or cannot be written."""
+    try:
+        out.write_bytes(content)
+    except OSError as error:
+        raise MpqError(f"--out {out} cannot be written ({error}).") from None
+
+
 def read_frame(path: str) -> pl.DataFrame:
     """A table from a Parquet, JSON or CSV file or fsspec URL. Raises MpqError where it is none."""
     import fsspec
