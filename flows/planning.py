@@ -144,7 +144,7 @@ class Planning:
             self.device_name,
             version("torch"),
             version("transformers"),
-            code_of("timing", "pairs", "apply", "attention", "kernels", "kernels.cpu", "kernels.rows"),
+            code_of("timing", "prefill", "pairs", "apply", "attention", "kernels", "kernels.cpu", "kernels.rows"),
         )
         calls: list[Call] = []
         for signature in dict.fromkeys(s for s, _ in wanted):
@@ -229,12 +229,12 @@ class Planning:
 
     def time_plans(self, plans: list[dict[str, str]], repeats: int, architecture: str, stage: str = "TTFT of plans") -> TableRef:
         """TTFT of whole plans (op → format), base interleaved; keyed without weights, so a fine-tune re-uses it."""
-        spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed"})
+        spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed", "compile", "graph"})
         made_with = (
             self.device_name,
             version("torch"),
             version("transformers"),
-            code_of("timing", "pairs", "apply", "attention", "kernels", "kernels.cpu", "kernels.rows"),
+            code_of("timing", "prefill", "pairs", "apply", "attention", "kernels", "kernels.cpu", "kernels.rows"),
         )
         inputs = {
             "folder": self.source, "base": spec.model.base, "device": spec.model.device,

@@ -69,9 +69,11 @@ class _Interception:
     handler: AttentionHandler
     implementation: str  # what the model is configured with
     eager: AttentionFunction
+    products: _Products
 
 
-_ACTIVE: dict[nn.Module, _Interception] = {}
+# where a module keeps its interception: on itself, so that torch.compile's guards look at that of the module they are for
+_ACTIVE = "_mpq_interception"
 
 
 @contextmanager
@@ -87,19 +89,19 @@ def intercept(model: nn.Module, handlers: Mapping[str, AttentionHandler]) -> Ite
     try:
         for name, interception in prepared.items():
             module = model.get_submodule(name)
-            undo.append((module, module.config, _ACTIVE.get(module)))
+            undo.append((module, module.config, module.__dict__.get(_ACTIVE)))
             config = copy.copy(module.config)
             # not the public attribute: its setter would reach into the sub-configurations, which are shared
             config._attn_implementation_internal = NAME  # type: ignore[union-attr]
-            module.config, _ACTIVE[module] = config, interception
+            module.config, module.__dict__[_ACTIVE] = config, interception
         yield model
     finally:
         for module, config, outer in reversed(undo):
             module.config = config
             if outer is None:
-                del _ACTIVE[module]
+                del module.__dict__[_ACTIVE]
             else:
-                _ACTIVE[module] = outer
+                module.__dict__[_ACTIVE] = outer
 
 
 def _interception(model: nn.Module, name: str, handler: AttentionHandler) -> _Interception:
@@ -107,9 +109,9 @@ def _interception(model: nn.Module, name: str, handler: AttentionHandler) -> _In
         module = model.get_submodule(name)
     except AttributeError:
         raise MpqError(f"The model has no module {name!r}: expected the name of one of its attention modules.") from None
-    outer = _ACTIVE.get(module)
+    outer: _Interception | None = module.__dict__.get(_ACTIVE)
     if outer is not None:
-        return _Interception(handler, outer.implementation, outer.eager)
+        return _Interception(handler, outer.implementation, outer.eager, _Products(handler))
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
     eager = next(
         (f for cls in type(module).__mro__ if (f := getattr(sys.modules[cls.__module__], "eager_attention_forward", None))),
@@ -122,7 +124,7 @@ def _interception(model: nn.Module, name: str, handler: AttentionHandler) -> _In
             f"{name} runs the attention {implementation!r}, mpq needs one of {', '.join(SUPPORTED)}: "
             "load the model with attn_implementation='sdpa'."
         )
-    return _Interception(handler, implementation, eager)
+    return _Interception(handler, implementation, eager, _Products(handler))
 
 
 class _Products(TorchFunctionMode):
@@ -149,7 +151,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function registered as `mpq`."""
-    interception = _ACTIVE[module]
+    interception: _Interception = module._mpq_interception  # type: ignore[assignment]
     handler = interception.handler
     if handler.dtype is not None:
         return _attend_in(handler.dtype, interception, module, query, key, value, attention_mask, kwargs)
@@ -158,7 +160,9 @@ def _attend(
         attention_mask = additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        with _Products(handler) as products:
+        products = interception.products
+        products.count = 0
+        with products:
             result = interception.eager(module, query, key, value, mask, **kwargs)
         if products.count != 2:
             raise MpqError(f"The attention of {type(module).__name__} makes {products.count} matrix products, mpq expects 2.")

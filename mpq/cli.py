@@ -144,6 +144,7 @@ def time(
     length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 256,
     repeats: Annotated[int, typer.Option(min=2, help="Interleaved pairs of base and configuration.")] = 5,
     method: Annotated[Literal["signature", "group"], typer.Option(help="signature: all groups of a signature at once; group: one group (the paper).")] = "signature",
+    compile: Annotated[bool, typer.Option("--compile", help="Time the model's blocks through torch.compile, once for each configuration of a signature.")] = False,
     seed: int = 0, revision: Revision = None, json_: AsJson = False, out: Out = None,
 ) -> None:  # fmt: skip
     """Measure the time to first token gained by each configuration of each group, on this device's native kernels."""
@@ -167,7 +168,7 @@ def time(
     with bar("timing") as progress:
         frame = measure(
             timing_model(config, base).to(device), groups, requests, base=base, batch=batch, length=length, repeats=repeats,
-            method=method, seed=seed, progress=progress,
+            method=method, seed=seed, compiled=compile, progress=progress,
         )  # fmt: skip
     emit(frame, json_, out, "timing")
 

@@ -10,7 +10,6 @@ import ctypes
 import gc
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-Run: TypeAlias = Callable[[], None]
+Timed: TypeAlias = Callable[[], float]  # one run; returns its seconds
 RESAMPLES = 2000
 SLOWEST = 1.05  # a run is disturbed when it takes this many medians and lies SPREADS deviations above
 SPREADS = 6.0
@@ -68,20 +67,13 @@ def undisturbed(base_s: np.ndarray, config_s: np.ndarray, stolen: np.ndarray) ->
 
 
 def interleave(
-    switch: Callable[[int], None],
-    run: Run,
-    repeats: int,
-    seed: int = 0,
-    *,
-    target: float | None = None,
-    cap: int | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Pairs:
-    """Time `repeats` pairs of `run`, in base (after `switch(0)`) and in what is compared with it (after `switch(1)`).
+    base: Timed, config: Timed, repeats: int, seed: int = 0, *, target: float | None = None, cap: int | None = None
+) -> Pairs:  # fmt: skip
+    """Time `repeats` pairs of runs, one of `base` and one of what is compared with it.
 
-    The order within each two pairs, one of each order, is drawn from `seed`; switching is not timed. Disturbed pairs are
-    measured again, up to `cap` pairs in all (default 2 x repeats). With a `target`, pairs go on until the interval of the
-    gain is at most 2 x target of base's median wide, or there are `cap` pairs (default 4 x repeats).
+    The order within each two pairs, one of each order, is drawn from `seed`. Disturbed pairs are measured again, up to
+    `cap` pairs in all (default 2 x repeats). With a `target`, pairs go on until the interval of the gain is at most
+    2 x target of base's median wide, or there are `cap` pairs (default 4 x repeats).
     """
     rng, order = np.random.default_rng(seed), np.arange(2)
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -93,10 +85,7 @@ def interleave(
             # each second pair mirrors the one before, so that steady drift favours neither side
             order = order[::-1] if len(stolen) % 2 else rng.permutation(2)
             for which in order:
-                switch(int(which))
-                start = clock()
-                run()
-                seconds[which].append(clock() - start)
+                seconds[which].append((base, config)[which]())
             after = _cpu_ticks()
             stolen.append((after[0] - before[0]) / max(1, after[1] - before[1]))
             before = after

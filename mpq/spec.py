@@ -98,6 +98,8 @@ class TimingSpec(_Strict):
     )
     target: float | None = Field(None, gt=0, lt=1, description="Repeat until gains are known to ± this share of TTFT")
     cap: int | None = Field(None, ge=2, description="Pairs at most; 2 x repeats, or 4 x with a target, if left out")
+    compile: bool = Field(False, description="Time the model's blocks through torch.compile, base and configurations alike")
+    graph: bool = Field(True, description="On CUDA, replay captured graphs, so that launches do not hide gains")
     seed: int = Field(0, description="Seed of order, tokens and bootstrap")
 
 

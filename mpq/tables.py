@@ -27,7 +27,7 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "repeats": pl.Int64, "ttft_s": pl.Float64, "base_ttft_s": pl.Float64, "gain_s": pl.Float64,
         "gain_ci_low_s": pl.Float64, "gain_ci_high_s": pl.Float64, "device": pl.String, "method": pl.String,
         "batch": pl.Int64, "length": pl.Int64, "load_average": pl.Float64, "steal_share": pl.Float64,
-        "disturbed": pl.Int64, "measured": pl.Int64, "significant": pl.Boolean,
+        "disturbed": pl.Int64, "measured": pl.Int64, "significant": pl.Boolean, "mode": pl.String,
     },
     "gains": {
         "objective": pl.String, "group": pl.Int64, "configuration": CONFIGURATION, "gain": pl.Float64,

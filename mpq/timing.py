@@ -1,8 +1,7 @@
 """Time to first token of a model, in base and in other configurations, on the device's native kernels.
 
-TTFT is one prefill forward of the whole model over (batch, length) random tokens, without a cache, and with logits for
-the last position of each row alone where the model can be asked for that, as engines do: the head works on `batch`
-tokens, not on batch x length. Weights may be random: their values do not decide the time.
+What one forward is and how it runs (eager, compiled, as a CUDA graph) is prefill.py's. Weights may be random: their values
+do not decide the time.
 
 Base and configuration run in pairs, one beside the other in balanced random order (pairs.py), so that what the machine does
 meanwhile meets both; a gain is the median of the differences within pairs, its interval a bootstrap over pairs.
@@ -11,17 +10,17 @@ meanwhile meets both; a gain is the median of the differences within pairs, its 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.initialization import no_init_weights
 
 from mpq.apply import Mixed
@@ -29,7 +28,8 @@ from mpq.errors import MpqError
 from mpq.formats import get_format
 from mpq.graph import build_on_meta
 from mpq.kernels import check_native, device_name
-from mpq.pairs import Pairs, Run, gain_statistics, interleave, keep_memory
+from mpq.pairs import Pairs, gain_statistics, interleave, keep_memory
+from mpq.prefill import Prefill, Timed, compiled_blocks
 from mpq.tables import table
 
 Configuration: TypeAlias = tuple[str, ...]
@@ -66,6 +66,8 @@ def measure(
     seed: int = 0,
     target: float | None = None,
     cap: int | None = None,
+    compiled: bool = False,
+    graph: bool = True,
     progress: Progress | None = None,
 ) -> pl.DataFrame:
     """Time gains of configurations, as the table `timing`: a row a configuration, in the order asked for.
@@ -75,8 +77,8 @@ def measure(
 
     `requests` pairs a signature of the table `groups` with configurations, formats in op order. With method `signature` all groups of the
     signature are switched at once and the gain divided by their number; with `group` (the paper's) its first group alone.
-    The configuration that is all base has gain 0 by definition. `target` and `cap`: see interleave.
-    Raises MpqError before anything is measured where a format is not native, a signature is unknown, or a configuration
+    The configuration that is all base has gain 0 by definition. `target` and `cap`: see interleave;
+    `compiled` and `graph`: see prefill.py. Raises MpqError before anything is measured where a format is not native, a signature is unknown, or a configuration
     does not fit its group.
     """
     if method not in ("signature", "group"):
@@ -88,20 +90,17 @@ def measure(
     wanted = [(s, tuple(get_format(f).name for f in c)) for s, configurations in requests for c in configurations]
     for signature, configuration in wanted:
         _check(signature, configuration, members[signature], base, device.type)
-    prefill = _prefill(model, _tokens(model, batch, length, seed))
+    prefill = Prefill(model, batch, length, seed=seed, compiled=compiled, graph=graph)
     rows: dict[int, dict[str, object]] = {}
     base_pairs: dict[str, Pairs] = {}
-    mixed, current = Mixed(model, base=base, backend="native"), ""
-    session = _Session(mixed, prefill, repeats, target, cap)
-    keep_memory()
-    try:
-        prefill()
+    current = ""
+    session = _Session(model, base, prefill, repeats, target, cap)
+    with session.open(compiled):
         for done, place in enumerate(_measuring_order(wanted, seed)):
             signature, configuration = wanted[place]
             if signature != current:  # prepared weights of one signature at a time
-                mixed.clear()
-                mixed, current = Mixed(model, base=base, backend="native"), signature
-                session.mixed = mixed
+                current = signature
+                session.forget()
             ops = members[signature]
             formats = {op: f for group in ops for (op, _), f in zip(group, configuration, strict=True)}
             all_base = set(configuration) == {base}
@@ -119,13 +118,11 @@ def measure(
                     "gain_s": gain / len(ops), "gain_ci_low_s": low / len(ops), "gain_ci_high_s": high / len(ops),
                     "device": device_name(str(device)), "method": method, "batch": batch, "length": length,
                     "load_average": pairs.load_average, "steal_share": pairs.steal_share, "disturbed": pairs.disturbed,
-                    "measured": done, "significant": bool(low > 0 or high < 0),
+                    "measured": done, "significant": bool(low > 0 or high < 0), "mode": prefill.mode,
                 }
             )  # fmt: skip
             if progress:
                 progress(done + 1, len(wanted))
-    finally:
-        mixed.clear()
     return table("timing", [rows[place] for place in range(len(wanted))])
 
 
@@ -149,35 +146,34 @@ def measure_ttft(
     length: int,
     repeats: int = 11,
     seed: int = 0,
+    compiled: bool = False,
+    graph: bool = True,
     progress: Progress | None = None,
 ) -> pl.DataFrame:
     """TTFT of whole plans (op → format), base interleaved; a row a plan, in the order given.
 
     Columns: ttft_s, base_ttft_s (medians), gain_s, gain_ci_low_s, gain_ci_high_s, repeats, device, batch, length,
-    load_average, steal_share. Raises MpqError where the model lacks an op or the device a kernel.
+    load_average, steal_share, disturbed, mode. Raises MpqError where the model lacks an op or the device a kernel.
     """
     device = str(next(model.parameters()).device)
-    prefill = _prefill(model, _tokens(model, batch, length, seed))
-    keep_memory()
-    session = _Session(Mixed(model, base=base, backend="native"), prefill, repeats)
+    prefill = Prefill(model, batch, length, seed=seed, compiled=compiled, graph=graph)
+    session = _Session(model, base, prefill, repeats)
     rows: list[dict[str, object]] = []
-    for done, formats in enumerate(plans):
-        session.mixed = Mixed(model, base=base, backend="native")
-        try:
+    with session.open(compiled):
+        for done, formats in enumerate(plans):
+            session.forget()
             pairs = session.compare(formats, seed + TRIES * done)
-        finally:
-            session.mixed.clear()
-        gain, low, high = gain_statistics(pairs.base_s, pairs.config_s, seed)
-        rows.append(
-            {
-                "ttft_s": float(np.median(pairs.config_s)), "base_ttft_s": float(np.median(pairs.base_s)), "gain_s": gain,
-                "gain_ci_low_s": low, "gain_ci_high_s": high, "repeats": len(pairs.base_s), "device": device_name(device),
-                "batch": batch, "length": length, "load_average": pairs.load_average, "steal_share": pairs.steal_share,
-                "disturbed": pairs.disturbed,
-            }
-        )  # fmt: skip
-        if progress:
-            progress(done + 1, len(plans))
+            gain, low, high = gain_statistics(pairs.base_s, pairs.config_s, seed)
+            rows.append(
+                {
+                    "ttft_s": float(np.median(pairs.config_s)), "base_ttft_s": float(np.median(pairs.base_s)), "gain_s": gain,
+                    "gain_ci_low_s": low, "gain_ci_high_s": high, "repeats": len(pairs.base_s), "device": device_name(device),
+                    "batch": batch, "length": length, "load_average": pairs.load_average, "steal_share": pairs.steal_share,
+                    "disturbed": pairs.disturbed, "mode": prefill.mode,
+                }
+            )  # fmt: skip
+            if progress:
+                progress(done + 1, len(plans))
     return pl.DataFrame(rows)
 
 
@@ -186,52 +182,46 @@ class _Session:
     machine is busy with something else, and the comparison is made again after a pause, TRIES times at most. Pauses
     together take no longer than the measuring has."""
 
-    def __init__(self, mixed: Mixed, prefill: Run, repeats: int, target: float | None = None, cap: int | None = None):
-        self.mixed, self.prefill, self.repeats, self.target, self.cap = mixed, prefill, repeats, target, cap
-        self.fastest, self.patience_s = math.inf, 0.0
+    def __init__(
+        self, model: nn.Module, base: str, prefill: Prefill, repeats: int, target: float | None = None, cap: int | None = None
+    ):  # fmt: skip
+        self._model, self._base_format, self._prefill = model, base, prefill
+        self._repeats, self._target, self._cap = repeats, target, cap
+        self._fastest, self._patience_s = math.inf, 0.0
+        self._base: Timed | None = None
+        self._mixed = Mixed(model, base=base, backend="native")
+
+    @contextmanager
+    def open(self, compiled: bool) -> Iterator[None]:
+        """The model ready to be timed inside the context, as it was before outside."""
+        keep_memory()
+        with compiled_blocks(self._model, compiled):
+            try:
+                yield
+            finally:
+                self._mixed.clear()
+
+    def forget(self) -> None:
+        """Drop the kernels prepared so far: their rounded weights take as much memory as the model."""
+        self._mixed.clear()
+        self._mixed, self._base = Mixed(self._model, base=self._base_format, backend="native"), None
 
     def compare(self, formats: Mapping[str, str], seed: int) -> Pairs:
         """Pairs of base and `formats`; a first run of each, which prepares and compiles kernels, is not timed."""
-        for warm in ({}, formats):
-            self.mixed.set(warm)
-            self.prefill()
-
-        def switch(which: int) -> None:
-            self.mixed.set(formats if which else {})
-
+        if self._base is None:
+            self._base = self._prefill.ready(self._mixed, {})
+        config = self._prefill.ready(self._mixed, formats)
         for attempt in range(TRIES):
             start = time.monotonic()
-            pairs = interleave(switch, self.prefill, self.repeats, seed + attempt, target=self.target, cap=self.cap)
-            self.patience_s += time.monotonic() - start
+            pairs = interleave(self._base, config, self._repeats, seed + attempt, target=self._target, cap=self._cap)
+            self._patience_s += time.monotonic() - start
             base_s, pause_s = float(np.median(pairs.base_s)), PAUSE_S * (attempt + 1)
-            self.fastest = min(self.fastest, base_s)
-            if base_s <= BUSY * self.fastest or pause_s > self.patience_s:
+            self._fastest = min(self._fastest, base_s)
+            if base_s <= BUSY * self._fastest or pause_s > self._patience_s:
                 break
-            self.patience_s -= pause_s
+            self._patience_s -= pause_s
             time.sleep(pause_s)
         return pairs
-
-
-def _prefill(model: nn.Module, tokens: Tensor) -> Run:
-    """One prefill forward that has ended when it returns."""
-    accepted = inspect.signature(model.forward).parameters
-    options = {k: v for k, v in (("use_cache", False), ("logits_to_keep", 1)) if k in accepted}
-    cuda = tokens.device.type == "cuda"
-
-    @torch.inference_mode()
-    def prefill() -> None:
-        model(tokens, **options)
-        if cuda:  # kernels run behind the program
-            torch.cuda.synchronize(tokens.device)
-
-    return prefill
-
-
-def _tokens(model: nn.Module, batch: int, length: int, seed: int) -> Tensor:
-    config = getattr(model, "config", None)
-    vocabulary = config.get_text_config().vocab_size if config is not None else 2
-    tokens = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
-    return tokens.to(next(model.parameters()).device)
 
 
 def _members(groups: pl.DataFrame, signature: str, method: Method) -> list[list[tuple[str, str]]]:

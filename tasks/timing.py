@@ -43,7 +43,8 @@ def time_configurations(
         return {
             "timing": measure(
                 model, read(groups), requests, base=base, batch=spec.batch, length=spec.length,
-                repeats=spec.repeats, method=spec.method, seed=spec.seed, target=spec.target, cap=spec.cap, progress=progress,
+                repeats=spec.repeats, method=spec.method, seed=spec.seed, target=spec.target, cap=spec.cap,
+                compiled=spec.compile, graph=spec.graph, progress=progress,
             )
         }  # fmt: skip
 
@@ -59,6 +60,7 @@ def time_plans(
     with exclusive(device), tracked("TTFT of the plans") as progress:
         model = _random_model(folder, base).to(device)
         frame = measure_ttft(
-            model, plans, base=base, batch=spec.batch, length=spec.length, repeats=repeats, seed=spec.seed, progress=progress
-        )
+            model, plans, base=base, batch=spec.batch, length=spec.length, repeats=repeats, seed=spec.seed, compiled=spec.compile,
+            graph=spec.graph, progress=progress,
+        )  # fmt: skip
     return {"plan_ttft": frame.with_columns(pl.Series("plan", range(len(plans)), dtype=pl.Int64))}

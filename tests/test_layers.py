@@ -17,6 +17,7 @@ LAYERS = [
     ["store", "graph", "plan", "model", "attention", "kernels", "kernels.cpu", "kernels.emulated", "design"],
     ["task_data", "checkpoints", "changes"],
     ["partition", "apply", "runs", "inventory"],
+    ["prefill"],
     ["sensitivity", "timing", "gains", "evaluate", "harness"],
     ["strategies", "report", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"],
     ["console"],

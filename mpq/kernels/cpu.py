@@ -79,7 +79,8 @@ def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: floa
     cast_bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(x: Tensor) -> Tensor:
-        lowered = x if x.dtype == dtype else _last.get(x, dtype, lambda: x.to(dtype))
+        compiling = torch.compiler.is_compiling()  # then inductor shares casts, and fuses them with what surrounds them
+        lowered = x.to(dtype) if compiling or x.dtype == dtype else _last.get(x, dtype, lambda: x.to(dtype))
         return torch.nn.functional.linear(lowered, cast, cast_bias).to(x.dtype)
 
     return forward
@@ -106,6 +107,21 @@ def has_quantized_linear() -> bool:
     return False
 
 
+def _onednn_product(codes: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
+        codes, 1.0, rows.ZERO_POINT, packed, scale, zero, None, 1.0, 0, dtype, "none", [], ""
+    )  # fmt: skip
+
+
+# inductor's own lowering of oneDNN's operator wants the weight to be a constant of the graph, which would compile every block anew
+_product = torch.library.custom_op("mpq::int8_product", _onednn_product, mutates_args=())
+
+
+@_product.register_fake
+def _(codes: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty((codes.shape[0], scale.shape[0]), dtype=dtype)
+
+
 def _onednn_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float, perturb_weight: float) -> Linear:
     scale = scale_of(weight, fmt, "row") * perturb_weight
     packed = torch.ops.onednn.qlinear_prepack(quantize(weight, fmt, scale).contiguous(), None)
@@ -114,11 +130,14 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_inp
 
     def forward(x: Tensor) -> Tensor:
         dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32  # those that oneDNN writes
-        codes, row_scale = _last.get(x, perturb_input, lambda: rows.passes().quantize(_rows(x).to(dtype), perturb_input))
-        y = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, rows.ZERO_POINT, packed, scale, zero, None, 1.0, 0, dtype, "none", [], ""
-        )  # fmt: skip
-        return rows.passes().rescale(y, row_scale, bias).to(x.dtype).view(*x.shape[:-1], -1)
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            codes, row_scale = rows.TorchPasses().quantize(_rows(x), perturb_input)
+        else:
+            codes, row_scale = _last.get(x, perturb_input, lambda: rows.passes().quantize(_rows(x).to(dtype), perturb_input))
+        y = (_product if compiling else _onednn_product)(codes, packed, scale, zero, dtype)
+        passes = rows.TorchPasses() if compiling else rows.passes()
+        return passes.rescale(y, row_scale, bias).to(x.dtype).view(*x.shape[:-1], -1)
 
     return forward
 

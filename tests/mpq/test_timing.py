@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from mpq.apply import Mixed
 from mpq.errors import MpqError
-from mpq.pairs import gain_statistics, interleave, undisturbed
+from mpq.pairs import Timed, gain_statistics, interleave, undisturbed
+from mpq.prefill import Prefill
 from mpq.tables import SCHEMAS, table
 from mpq.timing import measure, measure_ttft, timing_model
 
@@ -46,32 +49,28 @@ def groups() -> pl.DataFrame:
 
 
 class Machine:
-    """A fake clock: a forward takes base or configured seconds, times a drift, plus a spike now and then."""
+    """A fake machine: a forward takes base or configured seconds, times a drift, plus a spike now and then."""
 
     def __init__(self, base_s: float, config_s: float, drift: float = 0.0, spike_every: int = 0):
         self.seconds, self.drift, self.spike_every = (base_s, config_s), drift, spike_every
-        self.now, self.which, self.order = 0.0, -1, list[int]()
+        self.order = list[int]()
 
-    def switch(self, which: int) -> None:
-        self.which = which
-        self.now += 1000.0  # switching is slow, and must not be timed
-
-    def run(self) -> None:
+    def run(self, which: int) -> float:
         assert not gc.isenabled()
-        self.order.append(self.which)
+        self.order.append(which)
         n = len(self.order)
-        self.now += self.seconds[self.which] * (1 + self.drift * n) + (
-            100.0 if self.spike_every and n % self.spike_every == 0 else 0.0
-        )
+        return self.seconds[which] * (1 + self.drift * n) + (100.0 if self.spike_every and n % self.spike_every == 0 else 0.0)
 
-    def clock(self) -> float:
-        return self.now
+    @property
+    def both(self) -> tuple[Timed, Timed]:
+        """Base and configuration, as interleave takes them."""
+        return partial(self.run, 0), partial(self.run, 1)
 
 
 def test_pairs_hold_one_of_each_in_random_order() -> None:
-    """Every pair has a base and a configuration, both orders equally often, the seed repeats them, and only the runs are timed."""
+    """Every pair has a base and a configuration, both orders equally often, and the seed repeats them."""
     machines = [Machine(3.0, 2.0) for _ in range(2)]
-    pairs = [interleave(m.switch, m.run, 20, seed=4, clock=m.clock) for m in machines]
+    pairs = [interleave(*m.both, 20, seed=4) for m in machines]
     order = np.array(machines[0].order).reshape(20, 2)
     assert (order.sum(1) == 1).all()
     assert order[:, 0].sum() == 10
@@ -86,12 +85,12 @@ def test_pairs_hold_one_of_each_in_random_order() -> None:
 def test_drift_and_spikes_leave_the_gain() -> None:
     """With base and configuration equal, a machine that slows down threefold and stalls every seventh run shows no gain."""
     machine = Machine(1.0, 1.0, drift=0.05, spike_every=7)
-    pairs = interleave(machine.switch, machine.run, 21, seed=0, clock=machine.clock)
+    pairs = interleave(*machine.both, 21, seed=0)
     gain, low, high = gain_statistics(pairs.base_s, pairs.config_s)
     assert abs(gain) <= 0.06
     assert low <= 0 <= high
     machine = Machine(1.0, 0.5, drift=0.01, spike_every=7)
-    pairs = interleave(machine.switch, machine.run, 21, seed=0, clock=machine.clock)
+    pairs = interleave(*machine.both, 21, seed=0)
     gain, low, high = gain_statistics(pairs.base_s, pairs.config_s)
     assert 0.5 < gain < 0.72
     assert low > 0
@@ -100,21 +99,21 @@ def test_drift_and_spikes_leave_the_gain() -> None:
 def test_a_target_stops_early_or_at_the_cap() -> None:
     """Steady timings stop at the repeats asked for; timings that never settle stop at the cap."""
     steady = Machine(1.0, 0.9)
-    assert len(interleave(steady.switch, steady.run, 5, target=0.01, clock=steady.clock).base_s) == 5
+    assert len(interleave(*steady.both, 5, target=0.01).base_s) == 5
     wild = Machine(1.0, 0.9, spike_every=3)
-    pairs = interleave(wild.switch, wild.run, 5, target=0.01, cap=12, clock=wild.clock)
+    pairs = interleave(*wild.both, 5, target=0.01, cap=12)
     assert len(pairs.base_s) + pairs.disturbed == 12
 
 
 def test_disturbed_pairs_are_measured_again() -> None:
     """A stall now and then is left out and made up for; a gain of half the time, on a drifting machine, is no disturbance."""
     machine = Machine(1.0, 0.5, drift=0.0005, spike_every=9)
-    pairs = interleave(machine.switch, machine.run, 15, clock=machine.clock)
+    pairs = interleave(*machine.both, 15)
     assert len(pairs.base_s) == 15
     assert pairs.disturbed >= 2
     assert max(pairs.base_s.max(), pairs.config_s.max()) < 2
     steady = Machine(1.0, 0.5)
-    assert interleave(steady.switch, steady.run, 15, clock=steady.clock).disturbed == 0
+    assert interleave(*steady.both, 15).disturbed == 0
 
 
 def test_stolen_time_disturbs_and_half_is_always_kept() -> None:
@@ -171,18 +170,11 @@ def test_all_groups_of_a_signature_are_switched_and_the_gain_divided(monkeypatch
     """With forwards that gain 1 s for each lowered op, a signature of two groups of one op gains 1 s an instance, by either method."""
     import mpq.timing as timing
 
-    machine = {"now": 0.0}
+    class FakePrefill(Prefill):
+        def ready(self, mixed: Mixed, formats: Mapping[str, str]) -> Timed:
+            return lambda: 10.0 - len(formats)
 
-    def prefill(model: Any, tokens: Any) -> Callable[[], None]:
-        def run() -> None:
-            lowered = sum("forward" in m.__dict__ for m in model.modules())
-            machine["now"] += 10.0 - lowered
-
-        return run
-
-    original = timing.interleave
-    monkeypatch.setattr(timing, "_prefill", prefill)
-    monkeypatch.setattr(timing, "interleave", lambda *a, **k: original(*a, **{**k, "clock": lambda: machine["now"]}))
+    monkeypatch.setattr(timing, "Prefill", FakePrefill)
     for method, ttft in (("signature", 8.0), ("group", 9.0)):
         row = measure(
             timing_model(CONFIG, "fp32"), groups(), [("o", [("bf16",)])], base="fp32", batch=1, length=4, repeats=3, method=method
