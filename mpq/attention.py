@@ -34,6 +34,22 @@ SUPPORTED = ("eager", "sdpa")  # the implementations whose masks are understood 
 AttentionFunction: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
 
 
+@dataclass(frozen=True)
+class PlainAttention:
+    """softmax(scaling · Q Kᵀ + mask) V, as SDPA computes it: query (B, H, T, D), key and value with H_kv heads.
+
+    `mask` (broadcastable to (B, H, T, S)) is boolean, True where attended, or additive; without one, `causal` attention
+    is aligned upper left.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool
+    scaling: float
+
+
 class AttentionHandler:
     """What to do in one attention module. This one does nothing: override what is needed.
 
@@ -46,6 +62,11 @@ class AttentionHandler:
     dtype: torch.dtype | None = None
     #: keep no (B, H, T, S) tensor for the backward pass: the products are computed again there, as fused attention does
     recompute = False
+
+    def fused(self, attention: PlainAttention) -> Tensor | None:
+        """The whole attention by a kernel of the handler's own, (B, T, H, D_v); None where it has none, then what follows
+        is called. Asked only where the model is configured with SDPA, which knows no soft caps and no sinks."""
+        return None
 
     def operands(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The operands as they shall enter the products, before heads are repeated."""
@@ -155,9 +176,15 @@ def _attend(
     handler = interception.handler
     if handler.dtype is not None:
         return _attend_in(handler.dtype, interception, module, query, key, value, attention_mask, kwargs)
+    if interception.implementation == "sdpa":
+        causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        output = handler.fused(PlainAttention(query, key, value, attention_mask, causal, scaling))
+        if output is not None:
+            return output, None
     query, key, value = handler.operands(query, key, value)
     if interception.implementation != "eager":
-        attention_mask = additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
+        attention_mask = additive_mask(query, key, attention_mask, _is_causal(module, kwargs))
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         products = interception.products
@@ -199,17 +226,20 @@ def _attend_in(
     return output.to(query.dtype), weights
 
 
-def additive_mask(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None = None
-) -> Tensor | None:
+def _is_causal(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether no mask means causal attention: the rule of SDPA's implementation."""
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def additive_mask(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
     """SDPA's mask as the additive one of eager attention: 0 where attended, the dtype's lowest value elsewhere.
 
-    No mask stands for plain causal attention (aligned upper left) or, where the module is not causal or a single token
-    asks, for full attention: the rule by which SDPA's implementation reads it.
+    No mask stands for plain `causal` attention (aligned upper left) or, where it is not or a single token asks, for full
+    attention: the rule by which SDPA's implementation reads it.
     """
     lowest = torch.finfo(query.dtype).min
     if mask is None:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         length, total = query.shape[-2], key.shape[-2]
         if not causal or length == 1:
             return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from mpq.attention import AttentionHandler, intercept
+from mpq.attention import AttentionHandler, PlainAttention, intercept
 from mpq.errors import MpqError
 
 SMALL: dict[str, Any] = {
@@ -80,6 +80,32 @@ def test_idle_handlers_equal_eager_bit_for_bit(name: str, padded: bool) -> None:
         assert torch.equal(got[real], want[real])
         torch.testing.assert_close(got[real], before[real], rtol=1e-4, atol=1e-5)
         assert torch.equal(output(model, inputs), before)
+
+
+class Whole(AttentionHandler):
+    """The whole attention in float64, from its definition."""
+
+    def fused(self, attention: PlainAttention) -> Tensor:
+        a, heads = attention, attention.query.shape[1] // attention.key.shape[1]
+        key, value = (t.double().repeat_interleave(heads, 1) for t in (a.key, a.value))
+        scores = a.scaling * a.query.double() @ key.transpose(-1, -2)
+        if a.mask is not None:
+            scores = scores.masked_fill(~a.mask, -1e30) if a.mask.dtype == torch.bool else scores + a.mask
+        if a.causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        return (scores.softmax(-1) @ value).transpose(1, 2).to(a.query.dtype)
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n not in SINGLE])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_fused_kernel_is_told_all_of_the_attention(name: str, padded: bool) -> None:
+    """Attention computed from its definition alone, with the mask and scale that a handler is given, is what SDPA computes."""
+    inputs = batch() if padded else {"input_ids": batch()["input_ids"]}
+    real = inputs["attention_mask"].bool() if padded else torch.ones(2, 12, dtype=torch.bool)
+    model = small_model(name, "sdpa")
+    want = output(model, inputs)
+    with intercept(model, {n: Whole() for n in attention_names(model)}):
+        torch.testing.assert_close(output(model, inputs)[real], want[real], rtol=1e-4, atol=1e-5)
 
 
 class Recorder(AttentionHandler):
