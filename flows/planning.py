@@ -144,7 +144,17 @@ class Planning:
             self.device_name,
             version("torch"),
             version("transformers"),
-            code_of("timing", "prefill", "pairs", "apply", "attention", "kernels", "kernels.cpu", "kernels.rows"),
+            code_of(
+                "timing",
+                "prefill",
+                "pairs",
+                "apply",
+                "attention",
+                "kernels",
+                "kernels.cpu",
+                "kernels.rows",
+                "kernels.int8_attention",
+            ),
         )
         calls: list[Call] = []
         for signature in dict.fromkeys(s for s, _ in wanted):
@@ -234,7 +244,17 @@ class Planning:
             self.device_name,
             version("torch"),
             version("transformers"),
-            code_of("timing", "prefill", "pairs", "apply", "attention", "kernels", "kernels.cpu", "kernels.rows"),
+            code_of(
+                "timing",
+                "prefill",
+                "pairs",
+                "apply",
+                "attention",
+                "kernels",
+                "kernels.cpu",
+                "kernels.rows",
+                "kernels.int8_attention",
+            ),
         )
         inputs = {
             "folder": self.source, "base": spec.model.base, "device": spec.model.device,

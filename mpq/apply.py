@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mpq.attention import AttentionHandler, intercept
+from mpq.attention import AttentionHandler, PlainAttention, intercept
 from mpq.errors import MpqError
 from mpq.formats import Format, get_format
-from mpq.kernels import check_native, cpu, emulated
+from mpq.kernels import check_native, cpu, emulated, int8_attention
 from mpq.quantize import fake_quantize
 
 Backend: TypeAlias = Literal["native", "emulated"]
@@ -168,12 +168,19 @@ class EmulatedAttention(AttentionHandler):
 
 
 class NativeAttention(AttentionHandler):
-    """Attention with native products; with one format for both, the model's configured (fused) attention in it."""
+    """Attention with native products. With one format for both it stays fused: the model's configured attention in a
+    16-bit format, a kernel of our own in INT8."""
 
     def __init__(self, name: str, qk: Format | None, av: Format | None, seed: int | None = None):
         self._qk = cpu.bgemm(qk) if qk else torch.matmul
         self._av = cpu.bgemm(av) if av else torch.matmul
-        self.dtype = getattr(torch, qk.dtype) if qk is not None and qk == av else None
+        both = qk if qk == av else None
+        self.dtype = getattr(torch, both.dtype) if both is not None and both.kind == "float" else None
+        self._int8 = both is not None and both.kind == "int"
+
+    def fused(self, attention: PlainAttention) -> Tensor | None:
+        a = attention
+        return int8_attention.attention(a.query, a.key, a.value, a.mask, a.causal, a.scaling) if self._int8 else None
 
     def qk(self, query: Tensor, key_t: Tensor) -> Tensor:
         return self._qk(query, key_t)

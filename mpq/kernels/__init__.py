@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from mpq.errors import MpqError
+from mpq.kernels import int8_attention
 
 Kind: TypeAlias = Literal["linear", "bgemm"]
 
@@ -21,7 +22,8 @@ _FEATURES = {"amx_bf16": "amx_bf16", "amx_int8": "amx_int8", "avx512_bf16": "avx
 
 def native_formats(device: str = "cpu", kind: Kind = "linear") -> tuple[str, ...]:
     """The formats in which `device` (cpu, cuda, cuda:0, ...) has a kernel for linears or for attention's BGEMMs."""
-    return _NATIVE.get(device.split(":")[0], {}).get(kind, ())
+    found = _NATIVE.get(device.split(":")[0], {}).get(kind, ())
+    return (*found, "int8") if device == "cpu" and kind == "bgemm" and int8_attention.available() else found
 
 
 def check_native(formats: Iterable[str], device: str = "cpu", kind: Kind = "linear") -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from mpq.formats import Format
-from mpq.kernels import rows
+from mpq.kernels import int8_attention, rows
 from mpq.kernels.emulated import Linear, Product
 from mpq.quantize import quantize, scale_of
 
@@ -87,7 +87,9 @@ def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: floa
 
 
 def bgemm(fmt: Format) -> Product:
-    """`a (..., T, K) x b (..., K, N)` computed in `fmt` (a float), the output in a's dtype."""
+    """`a (..., T, K) x b (..., K, N)` computed in `fmt`, the output in a's dtype."""
+    if fmt.kind == "int":
+        return int8_attention.bgemm
     dtype = getattr(torch, fmt.dtype)
 
     def product(a: Tensor, b: Tensor) -> Tensor:

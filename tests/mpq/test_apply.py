@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpq.apply import Mixed, applied, perturbation
 from mpq.errors import MpqError
+from mpq.kernels import int8_attention
 from mpq.formats import get_format
 
 LLAMA: dict[str, Any] = {
@@ -166,6 +167,20 @@ def test_perturbation_depends_on_its_op_alone_and_never_clips() -> None:
     assert perturbation(3, "a", "input", fp8) != perturbation(3, "b", "input", fp8)
 
 
+@pytest.mark.skipif(not int8_attention.available(), reason="this CPU has no AVX512-VNNI, or there is no C++ compiler")
+@pytest.mark.parametrize("products", [("qk_matmul",), ("av_matmul",), ("qk_matmul", "av_matmul")])
+def test_native_int8_attention_is_the_emulated_one(products: tuple[str, ...]) -> None:
+    """One product in INT8 (beside eager attention) or both (a fused kernel): the logits are those that emulation predicts."""
+    model = small()
+    plan = {f"model.layers.{i}.self_attn.{product}": "int8" for i in range(2) for product in products}
+    got = {}
+    for backend in ("native", "emulated"):
+        with applied(model, plan, base="fp32", backend=backend):  # type: ignore[arg-type]
+            got[backend] = logits(model)
+    away = (got["emulated"] - logits(model)).norm()
+    assert 0 < (got["native"] - got["emulated"]).norm() < 0.05 * away
+
+
 def test_a_plan_for_another_model_is_refused() -> None:
     """Unknown ops, modules that are no linears and formats without a kernel are MpqErrors that change nothing."""
     model = small()
@@ -175,7 +190,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
         ({"model.norm": "int8"}, "emulated", r"no op model\.norm"),
         ({f"{ATTENTION}.qq_matmul": "int8"}, "emulated", "no op"),
         ({"lm_head": "fp8_e4m3"}, "native", "fp32, bf16, int8"),
-        ({f"{ATTENTION}.qk_matmul": "int8"}, "native", "can run fp32, bf16"),
+        ({f"{ATTENTION}.qk_matmul": "fp8_e5m2"}, "native", "can run fp32, bf16"),
         ({"lm_head": "int9"}, "emulated", "Unknown format"),
         ({"model.layers.0.mlp.bmm": "int8"}, "emulated", "no op"),
         ({"model.layers.9.mlp.bmm": "fp32"}, "emulated", "no op"),

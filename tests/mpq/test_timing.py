@@ -206,7 +206,7 @@ def test_what_cannot_be_timed_is_refused_before_anything_runs() -> None:
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
     for requests, message in (
         ([("o", [("bf16",)]), ("o", [("fp8_e4m3",)])], "can run fp32, bf16, int8"),
-        ([("qkv", [("fp32", "fp32", "fp32", "int8", "fp32")])], "native bgemm in int8"),
+        ([("qkv", [("fp32", "fp32", "fp32", "fp8_e4m3", "fp32")])], "native bgemm in fp8_e4m3"),
         ([("mlp", [("bf16",)])], "No group has the signature 'mlp'"),
         ([("o", [("bf16", "bf16")])], "2 formats"),
         ([("o", [("int9",)])], "Unknown format"),

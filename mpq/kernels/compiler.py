@@ -1,0 +1,39 @@
+"""C++ beside a module, compiled once with the machine's own compiler into a temporary folder of the user's."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+
+
+def compiled(source: Path) -> ctypes.CDLL:
+    """The library of one C++ file. Raises OSError or subprocess.SubprocessError where it cannot be compiled or loaded."""
+    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
+    if not compiler:
+        raise OSError("no C++ compiler (g++, clang++ or $CXX)")
+    # -march=native: the library of one machine is not the next one's, even under a home folder that they share
+    made_with = (source.read_bytes(), compiler.encode(), *(f.encode() for f in _FLAGS), torch.__config__.show().encode(), *_cpu())
+    folder = Path(tempfile.gettempdir()) / f"mpq-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to someone else")
+    library = folder / f"{source.stem}-{hashlib.sha256(b'/'.join(made_with)).hexdigest()[:16]}.so"
+    if not library.exists():
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as new:
+            subprocess.run([compiler, *_FLAGS, str(source), "-o", new.name], check=True, capture_output=True, timeout=120)
+        os.replace(new.name, library)
+    return ctypes.CDLL(str(library))
+
+
+def _cpu() -> list[bytes]:
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return [repr(sorted(features.items())).encode()]
