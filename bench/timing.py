@@ -116,7 +116,7 @@ def main() -> None:
         for f in ("bf16", "int8")
     ]
     plans = [fastest(groups, gains), *whole, *(random_plan(groups, (i + 1) / PLANS, rng) for i in range(PLANS))]
-    seconds = measure_ttft(model, plans, repeats=REPEATS + 2, **shape)
+    seconds = measure_ttft(model, plans, groups=groups, repeats=REPEATS + 2, **shape)
     total = [
         sum(
             by_group[g, tuple(p.get(op, BASE) for op in rows["op"])]

@@ -116,7 +116,7 @@ class Pipeline(Planning):
         native = {
             k: f for k, f in distinct.items() if "et" in self.objectives and self.stages.place.ask(runs_natively, f, *where)
         }
-        ttft = self.time_plans(list(native.values()), part.ttft_repeats, architecture) if native else None
+        ttft = self.time_plans(groups, list(native.values()), part.ttft_repeats, architecture) if native else None
         place, timed_place = ({k: i for i, k in enumerate(keys)} for keys in (distinct, native))
         rows = [
             {**{c: p[c] for c in ("strategy", "objective", "tau", "seed")}, "losses": place[k], "ttft": timed_place.get(k)}

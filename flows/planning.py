@@ -192,7 +192,7 @@ class Planning:
         anchor = None
         if timed:
             best = fastest(read(groups), read(gains[objectives.index("et")]["gains"]))
-            anchor = self.time_plans([best], self.held_out.ttft_repeats, architecture, "TTFT of fastest")
+            anchor = self.time_plans(groups, [best], self.held_out.ttft_repeats, architecture, "TTFT of fastest")
         return self._solve(objectives, groups, sums, timed, gains, anchor), timed
 
     def _gains(
@@ -237,7 +237,9 @@ class Planning:
             calls.append((planning.solve, key, f"solve {objective} {spec.name}", inputs))
         return self.stages.run("solve", calls)
 
-    def time_plans(self, plans: list[dict[str, str]], repeats: int, architecture: str, stage: str = "TTFT of plans") -> TableRef:
+    def time_plans(
+        self, groups: TableRef, plans: list[dict[str, str]], repeats: int, architecture: str, stage: str = "TTFT of plans"
+    ) -> TableRef:
         """TTFT of whole plans (op → format), base interleaved; keyed without weights, so a fine-tune re-uses it."""
         spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed", "compile", "graph"})
         made_with = (
@@ -257,10 +259,10 @@ class Planning:
             ),
         )
         inputs = {
-            "folder": self.source, "base": spec.model.base, "device": spec.model.device,
+            "folder": self.source, "base": spec.model.base, "device": spec.model.device, "groups": groups,
             "plans": plans, "repeats": repeats, "spec": spec.timing, "made_on": self.device_name,
         }  # fmt: skip
-        key = content_key(architecture, plans, spec.model.base, part, repeats, made_with)
+        key = content_key(architecture, groups.sha256, plans, spec.model.base, part, repeats, made_with)
         call = (timing.time_plans, key, f"{stage} {spec.name}", inputs)
         return self.stages.run_one(stage, call, "accelerator")["plan_ttft"]
 

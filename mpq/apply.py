@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -32,7 +33,7 @@ from mpq.kernels import check_native, cpu, emulated, int8_attention
 from mpq.quantize import fake_quantize
 
 Backend: TypeAlias = Literal["native", "emulated"]
-Forward: TypeAlias = Callable[[Tensor], Tensor]
+Forward: TypeAlias = Callable[..., Tensor]
 PRODUCTS = ("qk_matmul", "av_matmul")
 
 
@@ -49,10 +50,14 @@ class Mixed:
 
     `base` is the format of the ops that no plan lowers: they run untouched, in the dtype of the weights. Kernels are
     prepared once for each (op, format) and kept, so switching back and forth costs no quantization; the memory of the
-    rounded weights is the price. The native backend asks for weights in the base format's dtype.
+    rounded weights is the price. The native backend asks for weights in the base format's dtype. There an op in a 16-bit
+    format leaves its output in it where all that read it are lowered, which `feeds` tells (partition.feeds_of).
     """
 
-    def __init__(self, model: nn.Module, *, base: str, backend: Backend = "emulated", seed: int | None = None):
+    def __init__(
+        self, model: nn.Module, *, base: str, backend: Backend = "emulated", seed: int | None = None,
+        feeds: Mapping[str, tuple[str, ...]] | None = None,
+    ):  # fmt: skip
         self.model = model
         self.base = get_format(base).name
         self.backend = backend
@@ -62,7 +67,8 @@ class Mixed:
         self._attention = ExitStack()
         self._formats: dict[str, str] = {}
         weight = next(model.parameters())
-        self._device = weight.device.type
+        self._device, self._dtype = weight.device.type, weight.dtype
+        self._feeds = dict(feeds or {}) if backend == "native" and weight.dtype == torch.float32 else {}
         if backend == "native" and weight.dtype != getattr(torch, get_format(base).dtype):
             raise MpqError(f"The model's weights are {weight.dtype}, the base format is {base}: load the model in {base}.")
 
@@ -86,8 +92,11 @@ class Mixed:
         if self.backend == "native":
             check_native((f for op, f in lowered.items() if not _is_product(op)), self._device, "linear")
             check_native((f for op, f in lowered.items() if _is_product(op)), self._device, "bgemm")
+        kept = self._kept(lowered)
         kernels = {op: self._linear(op, f) for op, f in lowered.items() if not _is_product(op)}
-        handlers = self._handlers({op: f for op, f in lowered.items() if _is_product(op)})
+        for op in kernels.keys() & {*kept, *(reader for producer in kept for reader in self._feeds[producer])}:
+            kernels[op] = partial(kernels[op], out=kept.get(op, self._dtype))
+        handlers = self._handlers({op: f for op, f in lowered.items() if _is_product(op)}, kept)
         self.clear()
         if handlers:
             self._attention.enter_context(intercept(self.model, handlers))
@@ -105,6 +114,17 @@ class Mixed:
             if forward is not None:
                 module.forward = forward
         self._linears, self._formats = {}, {}
+
+    def _kept(self, lowered: Mapping[str, str]) -> dict[str, torch.dtype]:
+        """The ops whose output stays in their 16-bit format: it is read as it is, and by lowered ops alone."""
+        kept: dict[str, torch.dtype] = {}
+        for op, readers in self._feeds.items():
+            fmt = get_format(lowered.get(op, self.base))
+            narrow = fmt.name != self.base and fmt.kind == "float" and fmt.bits == 16
+            fused = not _is_product(op) or _both(op, lowered) == fmt.name
+            if narrow and fused and all(_both(r, lowered) == fmt.name if _is_product(r) else r in lowered for r in readers):
+                kept[op] = getattr(torch, fmt.dtype)
+        return kept
 
     def _exists(self, op: str) -> bool:
         owner, _, product = op.rpartition(".")
@@ -135,13 +155,19 @@ class Mixed:
             self._kernels[op, name] = make(weight, module.bias, fmt, **noise)
         return self._kernels[op, name]
 
-    def _handlers(self, lowered: Mapping[str, str]) -> dict[str, AttentionHandler]:
+    def _handlers(self, lowered: Mapping[str, str], kept: Mapping[str, torch.dtype]) -> dict[str, AttentionHandler]:
         chosen: dict[str, dict[str, Format]] = {}
         for op, name in lowered.items():
             owner, _, product = op.rpartition(".")
             chosen.setdefault(owner, {})[product] = get_format(name)
-        kind = EmulatedAttention if self.backend == "emulated" else NativeAttention
-        return {owner: kind(owner, f.get("qk_matmul"), f.get("av_matmul"), self.seed) for owner, f in chosen.items()}
+        handlers: dict[str, AttentionHandler] = {}
+        for owner, formats in chosen.items():
+            qk, av = formats.get("qk_matmul"), formats.get("av_matmul")
+            if self.backend == "emulated":
+                handlers[owner] = EmulatedAttention(owner, qk, av, self.seed)
+            else:
+                handlers[owner] = NativeAttention(qk, av, kept.get(f"{owner}.av_matmul", self._dtype))
+        return handlers
 
 
 class EmulatedAttention(AttentionHandler):
@@ -168,10 +194,11 @@ class EmulatedAttention(AttentionHandler):
 
 
 class NativeAttention(AttentionHandler):
-    """Attention with native products. With one format for both it stays fused: the model's configured attention in a
-    16-bit format, a kernel of our own in INT8."""
+    """Attention with native products, its output in `out`. With one format for both it stays fused: the model's configured
+    attention in a 16-bit format, a kernel of our own in INT8."""
 
-    def __init__(self, name: str, qk: Format | None, av: Format | None, seed: int | None = None):
+    def __init__(self, qk: Format | None, av: Format | None, out: torch.dtype):
+        self.out = out
         self._qk = cpu.bgemm(qk) if qk else torch.matmul
         self._av = cpu.bgemm(av) if av else torch.matmul
         both = qk if qk == av else None
@@ -193,15 +220,22 @@ def _is_product(op: str) -> bool:
     return op.rpartition(".")[2] in PRODUCTS
 
 
+def _both(op: str, lowered: Mapping[str, str]) -> str | None:
+    """The format of both products of the attention that `op` is one of, if they have the same."""
+    one, other = (lowered.get(f"{op.rpartition('.')[0]}.{product}") for product in PRODUCTS)
+    return one if one == other else None
+
+
 @contextmanager
 def applied(
-    model: nn.Module, formats: Mapping[str, str], *, base: str, backend: Backend = "emulated", seed: int | None = None
-) -> Iterator[nn.Module]:
+    model: nn.Module, formats: Mapping[str, str], *, base: str, backend: Backend = "emulated", seed: int | None = None,
+    feeds: Mapping[str, tuple[str, ...]] | None = None,
+) -> Iterator[nn.Module]:  # fmt: skip
     """`model` running in `formats` (op → format; a Plan's `formats`) inside the context, as before outside.
 
     Raises MpqError where the model lacks an op of the plan, or the device a native kernel.
     """
-    mixed = Mixed(model, base=base, backend=backend, seed=seed)
+    mixed = Mixed(model, base=base, backend=backend, seed=seed, feeds=feeds)
     try:
         mixed.set(formats)
         yield model

@@ -60,6 +60,8 @@ class AttentionHandler:
     #: run the whole attention in this dtype, by the implementation that the model is configured with (fused SDPA where
     #: it has that); then nothing else here is called
     dtype: torch.dtype | None = None
+    #: with `dtype`, the dtype of the output; the query's if left out
+    out: torch.dtype | None = None
     #: keep no (B, H, T, S) tensor for the backward pass: the products are computed again there, as fused attention does
     recompute = False
 
@@ -175,7 +177,7 @@ def _attend(
     interception: _Interception = module._mpq_interception  # type: ignore[assignment]
     handler = interception.handler
     if handler.dtype is not None:
-        return _attend_in(handler.dtype, interception, module, query, key, value, attention_mask, kwargs)
+        return _attend_in(interception, module, query, key, value, attention_mask, kwargs)
     if interception.implementation == "sdpa":
         causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -208,7 +210,6 @@ def _attend(
 
 
 def _attend_in(
-    dtype: torch.dtype,
     interception: _Interception,
     module: nn.Module,
     query: Tensor,
@@ -217,13 +218,15 @@ def _attend_in(
     mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The configured attention with its operands cast to `dtype`, the output cast back."""
+    """The configured attention with its operands cast to the handler's dtype, the output cast back."""
+    dtype = interception.handler.dtype
+    assert dtype is not None  # the caller has seen to it
     if mask is not None and mask.is_floating_point():
         # the smallest FP32 becomes -inf in BF16, and a row that is masked entirely would turn into NaN
         mask = mask.clamp(min=torch.finfo(dtype).min).to(dtype)
     function: AttentionFunction = ALL_ATTENTION_FUNCTIONS.get_interface(interception.implementation, interception.eager)
     output, weights = function(module, query.to(dtype), key.to(dtype), value.to(dtype), mask, **kwargs)
-    return output.to(query.dtype), weights
+    return output.to(interception.handler.out or query.dtype), weights
 
 
 def _is_causal(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:

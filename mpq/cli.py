@@ -223,7 +223,8 @@ def evaluate(
         raise MpqError("The plan does not say which model and text it belongs to: give --model and --text.")
     folder = fetch(model)
     chosen.check_model(fingerprint(folder))
-    vocabulary = load_config(folder).get_text_config().vocab_size
+    config = load_config(folder)
+    vocabulary = config.get_text_config().vocab_size
     blocks = read_blocks(TextSpec(source=text, samples=samples, length=length, batch=batch), folder, vocabulary)
     loaded = load_model(folder, chosen.base, device)
     with bar("evaluation") as progress:
@@ -234,13 +235,18 @@ def evaluate(
     extra: dict[str, object] = {"predicted_loss_mse": chosen.predicted_loss_mse}
     kinds = {op: "bgemm" if op.endswith(("qk_matmul", "av_matmul")) else "linear" for op in chosen.formats}
     if ttft_repeats and runs_natively(chosen.formats, kinds, chosen.base, device):
+        from mpq.graph import trace
+        from mpq.partition import groups_table
+        from mpq.partition import partition as partition_graph
         from mpq.timing import measure_ttft
 
         rows, tokens = chosen.provenance.get("prefill") or (4, 256)
+        groups = groups_table(partition_graph(trace(config)), rows, tokens)
         with bar("TTFT") as progress:
             seconds = measure_ttft(
-                loaded, [chosen.formats], base=chosen.base, batch=rows, length=tokens, repeats=ttft_repeats, progress=progress
-            )
+                loaded, [chosen.formats], base=chosen.base, batch=rows, length=tokens, groups=groups, repeats=ttft_repeats,
+                progress=progress,
+            )  # fmt: skip
         timed = {"seed": 0, "metric": "ttft_s", "value": seconds["ttft_s"][0], "base_value": seconds["base_ttft_s"][0]}
         frame = pl.concat([frame, pl.DataFrame([timed], schema=frame.schema)])
         extra |= {"predicted_ttft_s": chosen.predicted_ttft_s, "prefill": f"{rows} × {tokens} tokens"}

@@ -38,6 +38,7 @@ class Op:
     kv_heads: int = 0  # heads of K and V before repetition
     parameters: int = 0
     window: int = 0  # tokens that a sliding attention sees; 0 where it sees all
+    feeds: tuple[str, ...] = ()  # the ops that read the output as it is, if nothing else reads it
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ _MATMUL = {
     "aten.linear.default",
     "aten.addmm.default",
 }
+# what moves values without changing them
+_MOVES = {
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "transpose", "permute", "t", "contiguous", "clone", "unsqueeze", "squeeze",
+    "expand", "slice", "select", "split", "split_with_sizes", "chunk", "getitem", "alias", "detach",
+}  # fmt: skip
 _OTHER = ("conv", "einsum", "grouped_mm", "tensordot", "bilinear", "addbmm")
 _DRIVES_NOTHING = ("_assert", "sym_size", "sym_constrain")
 
@@ -136,6 +142,7 @@ def _graph(program: Any, model: nn.Module, length: int) -> tuple[Graph, list[str
     useful = nx.ancestors(dag, sink) | {sink}
     lost = [op.name for i, op in ops.items() if i not in useful]
     ops = _told_apart({i: op for i, op in ops.items() if i in useful}, {number[n]: n for n in nodes}, length)
+    ops = {i: replace(op, feeds=_feeds(nodes[i], ops, number)) for i, op in ops.items()}
     return Graph(dag.subgraph(useful).copy(), ops, number[source], sink), lost
 
 
@@ -160,6 +167,25 @@ def _told_apart(ops: dict[int, Op], nodes: dict[int, Any], length: int) -> dict[
             label = f"{name}.matmul{number}" if products else f"{name}.call{number}"
             told[i] = replace(ops[i], name=label, kind="other")
     return told
+
+
+def _feeds(node: Any, ops: dict[int, Op], number: dict[Any, int]) -> tuple[str, ...]:
+    """The ops that the node's output reaches through moves alone; none where anything else reads it."""
+    found, behind = dict[str, None](), list(node.users)
+    while behind:
+        user = behind.pop()
+        if number[user] in ops:
+            found[ops[number[user]].name] = None
+        elif user.op == "call_function" and _operation(user) in _MOVES:
+            behind += user.users
+        else:
+            return ()
+    return tuple(sorted(found))
+
+
+def _operation(node: Any) -> str:
+    """`view` of `aten.view.default`, `getitem` of Python's own."""
+    return getattr(node.target, "__name__", str(node.target)).partition(".")[0]
 
 
 def _operands(node: Any) -> list[Any]:

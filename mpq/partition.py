@@ -47,7 +47,7 @@ def partition(graph: Graph) -> tuple[Group, ...]:
 
 
 def _signature(ops: tuple[Op, ...]) -> str:
-    shape = [{**asdict(op), "name": _role(op.name)} for op in ops]
+    shape = [{**asdict(op), "name": _role(op.name), "feeds": [_role(name) for name in op.feeds]} for op in ops]
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:8]
     return "+".join(dict.fromkeys(op.name.rpartition(".")[2] for op in ops)) + "-" + digest
 
@@ -64,11 +64,11 @@ def macs(op: Op, batch: int, length: int) -> int:
 
 
 def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataFrame:
-    """The `groups` table."""
+    """The `groups` table, and a column `feeds`: the ops that read an op's output as it is, where nothing else does."""
     rows: list[dict[str, object]] = []
     for group in groups:
         for op in group.ops:
-            fields = {k: v for k, v in asdict(op).items() if k not in ("name", "window")}
+            fields = {k: v for k, v in asdict(op).items() if k not in ("name", "window", "feeds")}
             rows.append(
                 {
                     "group": group.index,
@@ -79,7 +79,15 @@ def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataF
                     **fields,
                 }
             )
-    return table("groups", rows)
+    feeds = pl.Series("feeds", [list(op.feeds) for group in groups for op in group.ops], dtype=pl.List(pl.String))
+    return table("groups", rows).with_columns(feeds)
+
+
+def feeds_of(groups: pl.DataFrame) -> dict[str, tuple[str, ...]]:
+    """Op → the ops that read its output as it is, from a groups table; none where the table does not say."""
+    if "feeds" not in groups.columns:
+        return {}
+    return {op: tuple(readers) for op, readers in groups.select("op", "feeds").iter_rows() if readers}
 
 
 def architecture_key(config: Any) -> str:

@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -29,6 +30,7 @@ from mpq.formats import get_format
 from mpq.graph import build_on_meta
 from mpq.kernels import check_native, device_name
 from mpq.pairs import Pairs, gain_statistics, interleave, keep_memory
+from mpq.partition import feeds_of
 from mpq.prefill import Prefill, Timed, compiled_blocks
 from mpq.tables import table
 
@@ -94,7 +96,7 @@ def measure(
     rows: dict[int, dict[str, object]] = {}
     base_pairs: dict[str, Pairs] = {}
     current = ""
-    session = _Session(model, base, prefill, repeats, target, cap)
+    session = _Session(model, base, feeds_of(groups), prefill, repeats, target, cap)
     with session.open(compiled):
         for done, place in enumerate(_measuring_order(wanted, seed)):
             signature, configuration = wanted[place]
@@ -144,6 +146,7 @@ def measure_ttft(
     base: str,
     batch: int,
     length: int,
+    groups: pl.DataFrame | None = None,
     repeats: int = 11,
     seed: int = 0,
     compiled: bool = False,
@@ -152,12 +155,13 @@ def measure_ttft(
 ) -> pl.DataFrame:
     """TTFT of whole plans (op → format), base interleaved; a row a plan, in the order given.
 
+    The table `groups` tells who reads whose output: neighbours in BF16 then run without casts in between, as in measure.
     Columns: ttft_s, base_ttft_s (medians), gain_s, gain_ci_low_s, gain_ci_high_s, repeats, device, batch, length,
     load_average, steal_share, disturbed, mode. Raises MpqError where the model lacks an op or the device a kernel.
     """
     device = str(next(model.parameters()).device)
     prefill = Prefill(model, batch, length, seed=seed, compiled=compiled, graph=graph)
-    session = _Session(model, base, prefill, repeats)
+    session = _Session(model, base, {} if groups is None else feeds_of(groups), prefill, repeats)
     rows: list[dict[str, object]] = []
     with session.open(compiled):
         for done, formats in enumerate(plans):
@@ -183,13 +187,15 @@ class _Session:
     together take no longer than the measuring has."""
 
     def __init__(
-        self, model: nn.Module, base: str, prefill: Prefill, repeats: int, target: float | None = None, cap: int | None = None
+        self, model: nn.Module, base: str, feeds: Mapping[str, tuple[str, ...]], prefill: Prefill, repeats: int,
+        target: float | None = None, cap: int | None = None,
     ):  # fmt: skip
-        self._model, self._base_format, self._prefill = model, base, prefill
+        self._new = partial(Mixed, model, base=base, backend="native", feeds=feeds)
+        self._model, self._prefill = model, prefill
         self._repeats, self._target, self._cap = repeats, target, cap
         self._fastest, self._patience_s = math.inf, 0.0
         self._base: Timed | None = None
-        self._mixed = Mixed(model, base=base, backend="native")
+        self._mixed = self._new()
 
     @contextmanager
     def open(self, compiled: bool) -> Iterator[None]:
@@ -204,7 +210,7 @@ class _Session:
     def forget(self) -> None:
         """Drop the kernels prepared so far: their rounded weights take as much memory as the model."""
         self._mixed.clear()
-        self._mixed, self._base = Mixed(self._model, base=self._base_format, backend="native"), None
+        self._mixed, self._base = self._new(), None
 
     def compare(self, formats: Mapping[str, str], seed: int) -> Pairs:
         """Pairs of base and `formats`; a first run of each, which prepares and compiles kernels, is not timed."""

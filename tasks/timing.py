@@ -51,7 +51,14 @@ def time_configurations(
 
 @stage("plan_ttft", retries=1)
 def time_plans(
-    folder: str, base: str, device: str, plans: list[dict[str, str]], repeats: int, spec: TimingSpec, made_on: str
+    folder: str,
+    base: str,
+    device: str,
+    groups: TableRef,
+    plans: list[dict[str, str]],
+    repeats: int,
+    spec: TimingSpec,
+    made_on: str,
 ) -> Output:
     """TTFT of whole plans beside base; a row a plan, in the order given."""
     from mpq.timing import measure_ttft
@@ -60,7 +67,7 @@ def time_plans(
     with exclusive(device), tracked("TTFT of the plans") as progress:
         model = _random_model(folder, base).to(device)
         frame = measure_ttft(
-            model, plans, base=base, batch=spec.batch, length=spec.length, repeats=repeats, seed=spec.seed, compiled=spec.compile,
+            model, plans, base=base, batch=spec.batch, length=spec.length, groups=read(groups), repeats=repeats, seed=spec.seed, compiled=spec.compile,
             graph=spec.graph, progress=progress,
         )  # fmt: skip
     return {"plan_ttft": frame.with_columns(pl.Series("plan", range(len(plans)), dtype=pl.Int64))}

@@ -11,6 +11,9 @@ codes give the same numbers from oneDNN's reference loop where there is no AMX (
 oneDNN takes one scale for all tokens at most, hence the third pass. A scale per tensor would save it, but one outlying
 token then costs all others their precision (bench/kernels.py measures both).
 
+Between neighbours in 16 bits inside an FP32 model nothing is cast: a linear may be asked to leave its output in BF16, or to
+return to FP32 (apply.Mixed knows who reads it).
+
 Linears that read the same activations (q, k and v; gate and up) share their cast or their codes: a gain that only a
 group measured together shows.
 """
@@ -35,6 +38,7 @@ from mpq.quantize import quantize, scale_of
 log = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
+_FAST = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}  # what oneDNN writes, and the passes read
 
 
 class _LastInput:
@@ -67,7 +71,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float = 1.0, perturb_weight: float = 1.0) -> Linear:
-    """`x (..., K) -> (..., C)` computed in `fmt`, the output in x's dtype; `weight` (C, K) is converted once.
+    """`x (..., K) -> (..., C)` computed in `fmt`; `weight` (C, K) is converted once. What is returned takes the output's dtype
+    as a second argument, x's if left out.
 
     `perturb_*` multiply the scales of INT8; the other formats have none.
     """
@@ -78,10 +83,10 @@ def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: floa
     cast = weight.detach().to(dtype)
     cast_bias = None if bias is None else bias.detach().to(dtype)
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, out: torch.dtype | None = None) -> Tensor:
         compiling = torch.compiler.is_compiling()  # then inductor shares casts, and fuses them with what surrounds them
         lowered = x.to(dtype) if compiling or x.dtype == dtype else _last.get(x, dtype, lambda: x.to(dtype))
-        return torch.nn.functional.linear(lowered, cast, cast_bias).to(x.dtype)
+        return torch.nn.functional.linear(lowered, cast, cast_bias).to(out or x.dtype)
 
     return forward
 
@@ -130,16 +135,17 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_inp
     scale, zero = scale.flatten(), torch.zeros(weight.shape[0], dtype=torch.int32)
     bias = None if bias is None else bias.float().contiguous()
 
-    def forward(x: Tensor) -> Tensor:
-        dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32  # those that oneDNN writes
+    def forward(x: Tensor, out: torch.dtype | None = None) -> Tensor:
+        read, wanted = _FAST.get(x.dtype, torch.float32), out or x.dtype
+        written = _FAST.get(wanted, torch.float32)
         compiling = torch.compiler.is_compiling()
         if compiling:
             codes, row_scale = rows.TorchPasses().quantize(_rows(x), perturb_input)
         else:
-            codes, row_scale = _last.get(x, perturb_input, lambda: rows.passes().quantize(_rows(x).to(dtype), perturb_input))
-        y = (_product if compiling else _onednn_product)(codes, packed, scale, zero, dtype)
+            codes, row_scale = _last.get(x, perturb_input, lambda: rows.passes().quantize(_rows(x).to(read), perturb_input))
+        y = (_product if compiling else _onednn_product)(codes, packed, scale, zero, written)
         passes = rows.TorchPasses() if compiling else rows.passes()
-        return passes.rescale(y, row_scale, bias).to(x.dtype).view(*x.shape[:-1], -1)
+        return passes.rescale(y, row_scale, bias).to(wanted).view(*x.shape[:-1], -1)
 
     return forward
 
@@ -148,10 +154,10 @@ def _int_mm_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_inp
     scale = scale_of(weight, fmt, "row") * perturb_weight
     codes, scale = quantize(weight, fmt, scale).t(), scale.flatten()
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, out: torch.dtype | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         row_scale = scale_of(rows, fmt, "row") * perturb_input
         product = torch._int_mm(quantize(rows, fmt, row_scale), codes).float() * row_scale * scale
-        return (product if bias is None else product + bias).to(x.dtype).view(*x.shape[:-1], -1)
+        return (product if bias is None else product + bias).to(out or x.dtype).view(*x.shape[:-1], -1)
 
     return forward

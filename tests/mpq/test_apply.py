@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpq.apply import Mixed, applied, perturbation
 from mpq.errors import MpqError
-from mpq.kernels import int8_attention
 from mpq.formats import get_format
+from mpq.kernels import int8_attention
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -179,6 +179,37 @@ def test_native_int8_attention_is_the_emulated_one(products: tuple[str, ...]) ->
             got[backend] = logits(model)
     away = (got["emulated"] - logits(model)).norm()
     assert 0 < (got["native"] - got["emulated"]).norm() < 0.05 * away
+
+
+def dtypes(model: nn.Module, plan: dict[str, str], feeds: dict[str, tuple[str, ...]]) -> tuple[Tensor, list[torch.dtype]]:
+    """Logits under a native plan, and what the first layer's v_proj and o_proj return and o_proj reads."""
+    seen: list[torch.dtype] = []
+    names = (f"{ATTENTION}.v_proj", f"{ATTENTION}.o_proj")
+    hooks = [model.get_submodule(n).register_forward_hook(lambda _, a, out: seen.extend([a[0].dtype, out.dtype])) for n in names]
+    with applied(model, plan, base="fp32", backend="native", feeds=feeds):
+        result = logits(model)
+    for hook in hooks:
+        hook.remove()
+    return result, seen[1:]
+
+
+@pytest.mark.parametrize("o_proj", ["bf16", "int8"])
+def test_neighbours_in_bf16_are_not_cast_in_between(o_proj: str) -> None:
+    """V goes to the attention and its output to the next linear in BF16, the same numbers as with casts; where a reader is
+    not lowered, FP32 comes back."""
+    model = small()
+    feeds = {f"{ATTENTION}.v_proj": (f"{ATTENTION}.av_matmul",), f"{ATTENTION}.av_matmul": (f"{ATTENTION}.o_proj",)}
+    full, half = torch.float32, torch.bfloat16
+    plan = {f"{ATTENTION}.{op}": "bf16" for op in ("v_proj", "qk_matmul", "av_matmul")}
+    for lowered, expected in (
+        ({**plan, f"{ATTENTION}.o_proj": o_proj}, [half, half, full]),
+        (plan, [half, full, full]),
+        ({op: f for op, f in plan.items() if "qk" not in op} | {f"{ATTENTION}.o_proj": o_proj}, [full, full, full]),
+    ):
+        want, _ = dtypes(model, lowered, {})
+        got, seen = dtypes(model, lowered, feeds)
+        assert seen == expected
+        assert torch.equal(got, want)
 
 
 def test_a_plan_for_another_model_is_refused() -> None:

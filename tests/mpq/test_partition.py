@@ -14,7 +14,7 @@ from models import ROOT, small_config
 
 from mpq.errors import MpqError
 from mpq.graph import Graph, Op, trace
-from mpq.partition import architecture_key, groups_table, partition
+from mpq.partition import architecture_key, feeds_of, groups_table, partition
 
 GQA = {"num_key_value_heads": 2, "head_dim": 8}
 ATTENTION = ["self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.qk_matmul self_attn.av_matmul", "self_attn.o_proj"]
@@ -225,3 +225,22 @@ def test_what_cannot_be_traced_is_told() -> None:
     """A configuration of something that is no language model is one sentence."""
     with pytest.raises(MpqError, match=r"cannot be traced .*\.$"):
         trace(small_config("vit"))
+
+
+FEEDS = {
+    "llama": {"self_attn.v_proj": ["self_attn.av_matmul"], "self_attn.av_matmul": ["self_attn.o_proj"]},
+    "gpt2": {"attn.c_attn": ["attn.av_matmul", "attn.qk_matmul"], "attn.av_matmul": ["attn.c_proj"]},
+    "gpt_neox": {"attention.av_matmul": ["attention.dense"]},
+}
+
+
+@pytest.mark.parametrize("name", FEEDS)
+def test_who_reads_an_output_as_it_is(name: str) -> None:
+    """What is only moved about between two products is told, by hand; rotated queries, activations and residuals are not."""
+    further, (layers, _, _) = BY_HAND[name]
+    groups = groups_table(partition(trace(small_config(name, **further))), 1, 8)
+    for i in range(2):
+        prefix = f"{layers}.{i}."
+        found = {op: readers for op, readers in feeds_of(groups).items() if op.startswith(prefix)}
+        assert found == {prefix + op: tuple(prefix + r for r in readers) for op, readers in FEEDS[name].items()}
+    assert feeds_of(groups.drop("feeds")) == {}
