@@ -30,11 +30,11 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-bench: $(VENV)/.installed
-	$(BIN)/python bench/sensitivity.py
-	$(BIN)/python bench/solver.py
-	$(BIN)/python bench/kernels.py
-	$(BIN)/python bench/timing.py
+# one measurement alone: make bench-kernels, bench-timing, …; its result goes to bench/results/<device>/
+bench: bench-sensitivity bench-solver bench-kernels bench-timing
+
+bench-%: $(VENV)/.installed
+	$(BIN)/python bench/$*.py
 
 docs: $(VENV)/.installed
 	TERMINAL_WIDTH=100 $(BIN)/typer mpq.cli utils docs --name mpq --output docs/cli.md

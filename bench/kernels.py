@@ -1,14 +1,18 @@
-"""The CPU's native linears beside torch's own BF16 linear, interleaved: `python bench/kernels.py`.
+"""The CPU's native linears and attention beside torch's own, interleaved: `python bench/kernels.py`.
 
 Square weights of each width, BF16 activations (what a BF16 model hands over). INT8 includes the quantization of the activations,
 per token (what runs in a plan) and per tensor (no third pass; one outlying token costs all others their precision: the error column).
-Ratios are medians over pairs of torch's BF16 seconds to ours, with their range; above 1 is faster than BF16. Last line: JSON.
+Attention is causal, heads in groups of four, in FP32 (what an FP32 model hands over): torch's fused SDPA in FP32 is the base, SDPA
+in BF16 with its casts, and INT8 in both products. Ratios are medians over pairs of the base's seconds to ours, with their
+range; above 1 is faster than the base. Errors are relative to the float64 product. Last line: JSON.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,11 +20,13 @@ from record import record
 from torch import Tensor
 
 from mpq.formats import get_format
-from mpq.kernels import cpu, rows
+from mpq.kernels import cpu, int8_attention, rows
 from mpq.pairs import keep_memory
 from mpq.quantize import quantize, scale_of
 
 TOKENS, WIDTHS, PAIRS = (512, 2048, 4096), (512, 1024, 2048, 4096), 7
+Inputs: TypeAlias = tuple[Tensor, ...]
+Run: TypeAlias = Callable[..., Tensor]
 
 
 def per_tensor(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -45,11 +51,25 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt())
 
 
-@torch.inference_mode()
-def main() -> None:
-    keep_memory()
-    torch.manual_seed(0)
-    table = []
+def compare(base: Run, kernels: dict[str, Run], want: Tensor, make: Callable[[], Inputs]) -> dict[str, dict[str, object]]:
+    """For each kernel: base's seconds over its own, median and range of PAIRS pairs, and its error."""
+    ratios: dict[str, list[float]] = {name: [] for name in kernels}
+    for _ in range(PAIRS + 1):  # the first compiles and prepares
+        for name, kernel in kernels.items():
+            fresh = make()  # other tensors: nothing made of the last ones is re-used
+            start = time.perf_counter()
+            base(*fresh)
+            middle = time.perf_counter()
+            kernel(*fresh)
+            ratios[name].append((middle - start) / (time.perf_counter() - middle))
+    return {
+        name: {"ratio": float(np.median(r[1:])), "range": [min(r[1:]), max(r[1:])], "error": error(kernels[name](*make()), want)}
+        for name, r in ratios.items()
+    }
+
+
+def linears() -> Iterator[dict[str, object]]:
+    """Square BF16 linears."""
     for width in WIDTHS:
         weight = torch.randn(width, width, dtype=torch.bfloat16)
         kernels = {
@@ -60,26 +80,50 @@ def main() -> None:
         for tokens in TOKENS:
             x = torch.randn(tokens, width, dtype=torch.bfloat16) * torch.logspace(-1, 1, tokens)[:, None].to(torch.bfloat16)
             want = x.double() @ weight.double().T
-            ratios: dict[str, list[float]] = {name: [] for name in kernels}
-            for _ in range(PAIRS + 1):  # the first compiles and prepares
-                for name, kernel in kernels.items():
-                    fresh = x.clone()  # another tensor: nothing made of the last one is re-used
-                    start = time.perf_counter()
-                    torch.nn.functional.linear(fresh, weight)
-                    middle = time.perf_counter()
-                    kernel(fresh)
-                    ratios[name].append((middle - start) / (time.perf_counter() - middle))
-            row = {
-                name: {
-                    "ratio": float(np.median(r[1:])),
-                    "range": [min(r[1:]), max(r[1:])],
-                    "error": error(kernels[name](x), want),
-                }
-                for name, r in ratios.items()
-            }
-            table.append({"tokens": tokens, "width": width, **row})
-            print(tokens, width, {name: f"{r['ratio']:.2f} (error {r['error']:.1e})" for name, r in row.items()}, flush=True)
-    record("kernels", table)
+            torch_own = partial(torch.nn.functional.linear, weight=weight)
+            found = compare(torch_own, kernels, want, lambda x=x: (x.clone(),))
+            yield {"tokens": tokens, "width": width, **found}
+
+
+def attention_in(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's fused causal attention in `dtype`, in q's dtype."""
+    q16, k16, v16 = (t.to(dtype) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q16, k16, v16, is_causal=True, enable_gqa=True).to(q.dtype)
+
+
+def int8_attention_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Ours, as (B, H, T, D)."""
+    return int8_attention.attention(q, k, v, None, True, q.shape[-1] ** -0.5).transpose(1, 2)
+
+
+def attentions() -> Iterator[dict[str, object]]:
+    """Causal attention in an FP32 model."""
+    kernels = {
+        "bf16": partial(attention_in, torch.bfloat16),
+        **({"int8": int8_attention_of} if int8_attention.available() else {}),
+    }
+    for tokens in TOKENS[:-1]:
+        for heads, size in ((8, 64), (16, 128)):
+            shapes = ((1, tokens, n, size) for n in (heads, heads // 4, heads // 4))
+            q, k, v = (torch.randn(shape).transpose(1, 2) for shape in shapes)
+            want = attention_in(torch.float64, q.double(), k.double(), v.double())
+            found = compare(
+                partial(attention_in, torch.float32), kernels, want, lambda qkv=(q, k, v): tuple(t.clone() for t in qkv)
+            )
+            yield {"tokens": tokens, "heads": heads, "head_size": size, **found}
+
+
+@torch.inference_mode()
+def main() -> None:
+    keep_memory()
+    torch.manual_seed(0)
+    result: dict[str, list[dict[str, object]]] = {"linear": [], "attention": []}
+    for name, rows_of in (("linear", linears), ("attention", attentions)):
+        for row in rows_of():
+            result[name].append(row)
+            told = {n: f"{r['ratio']:.2f} (error {r['error']:.1e})" if isinstance(r, dict) else r for n, r in row.items()}
+            print(name, told, flush=True)
+    record("kernels", result)
 
 
 if __name__ == "__main__":

@@ -144,11 +144,12 @@ def time(
     length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 256,
     repeats: Annotated[int, typer.Option(min=2, help="Interleaved pairs of base and configuration.")] = 5,
     method: Annotated[Literal["signature", "group"], typer.Option(help="signature: all groups of a signature at once; group: one group (the paper).")] = "signature",
+    limit: Annotated[int, typer.Option(min=8, help="Configurations of a signature to measure: all where it has no more, else each change of one op and random ones.")] = 64,
     compile: Annotated[bool, typer.Option("--compile", help="Time the model's blocks through torch.compile, once for each configuration of a signature.")] = False,
     seed: int = 0, revision: Revision = None, json_: AsJson = False, out: Out = None,
 ) -> None:  # fmt: skip
     """Measure the time to first token gained by each configuration of each group, on this device's native kernels."""
-    from mpq.gains import configurations
+    from mpq.design import choices_of, design
     from mpq.graph import trace
     from mpq.kernels import check_native, native_formats
     from mpq.model import fetch, load_config
@@ -164,7 +165,7 @@ def time(
     requests = []
     for (signature,), rows in groups.sort("order").group_by(["signature"], maintain_order=True):
         first = rows.filter(pl.col("group") == rows["group"].min())
-        requests.append((signature, configurations(first, native, base)))
+        requests.append((signature, design(choices_of(first, native, base), limit, seed)))
     with bar("timing") as progress:
         frame = measure(
             timing_model(config, base).to(device), groups, requests, base=base, batch=batch, length=length, repeats=repeats,

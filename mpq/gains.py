@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
@@ -15,13 +14,6 @@ from mpq.solver import Solution, SolverName, solve
 from mpq.tables import table
 
 Losses = dict[tuple[str, str], float]  # (op, format) → loss MSE, nats²
-
-
-def configurations(group: pl.DataFrame, formats: Mapping[str, Sequence[str]], base: str) -> list[tuple[str, ...]]:
-    """Every configuration of a group's rows of the groups table, all-base first; `formats` says what each kind may take."""
-    rows = group.sort("order").iter_rows(named=True)
-    choices = [tuple(dict.fromkeys((base, *formats.get(row["kind"], ())))) for row in rows]
-    return list(itertools.product(*choices))
 
 
 def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import polars as pl
 import pytest
 from models import small_config
 
+from mpq.design import choices_of
 from mpq.errors import MpqError
-from mpq.gains import configurations, gains_et, gains_m, gains_tt
+from mpq.gains import gains_et, gains_m, gains_tt
 from mpq.graph import trace
 from mpq.partition import groups_table, partition
 from mpq.strategies import choose
@@ -33,7 +35,7 @@ def timing() -> pl.DataFrame:
     rows = []
     for (signature,), part in GROUPS.group_by(["signature"], maintain_order=True):
         first = part.filter(pl.col("group") == part["group"].min())
-        for c in configurations(first, {"linear": FORMATS, "bgemm": ["bf16"]}, "fp32"):
+        for c in itertools.product(*choices_of(first, {"linear": FORMATS, "bgemm": ["bf16"]}, "fp32")):
             gain = math.sqrt(sum({"fp32": 0, "bf16": 1, "fp8_e4m3": 2}[f] for f in c)) * 1e-4 - 1e-5 * (c[-1] == "bf16")
             rows.append({"signature": signature, "group": part["group"].min(), "configuration": list(c), "gain_s": gain, "gain_ci_low_s": gain - 1e-5,
                          "gain_ci_high_s": gain + 1e-5, "instances": 2, "repeats": 3, "ttft_s": 0.1, "base_ttft_s": 0.1, "device": "d",
