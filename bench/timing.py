@@ -20,16 +20,19 @@ from matplotlib.figure import Figure
 from record import folder_of, record
 from transformers import LlamaConfig
 
-from mpq.design import choices_of, complete, design, fastest, interaction
+from mpq.design import anchors, choices_of, complete, design, interaction, sums
 from mpq.formats import get_format
 from mpq.gains import gains_et
 from mpq.graph import trace
+from mpq.kernels import Kind, native_formats
 from mpq.model import load_config
 from mpq.partition import groups_table, partition
 from mpq.tables import table
 from mpq.timing import measure, measure_ttft, timing_model
 
-BASE, FORMATS = "fp32", {"linear": ("bf16", "int8"), "bgemm": ("bf16",)}
+BASE = "fp32"
+KINDS: tuple[Kind, ...] = ("linear", "bgemm")
+FORMATS = {kind: tuple(f for f in ("bf16", "int8") if f in native_formats("cpu", kind)) for kind in KINDS}
 BATCH, LENGTH, REPEATS, LIMIT, PLANS = 4, 256, 9, 64, 24
 LLAMA_1B = LlamaConfig(  # Llama-3.2-1B's published config.json
     vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
@@ -109,27 +112,17 @@ def main() -> None:
         for op in groups["op"] for f in ("bf16", "int8")
     ])  # fmt: skip
     gains = gains_et(groups, complete(timing, choices, BASE), no_loss, BASE, "ulp")
-    by_group = {(r["group"], tuple(r["configuration"])): r["gain"] for r in gains.iter_rows(named=True)}
     rng = random.Random(0)
-    whole = [
-        {op: (f if kind == "linear" else "bf16") for op, kind in groups.select("op", "kind").iter_rows()}
-        for f in ("bf16", "int8")
-    ]
-    plans = [fastest(groups, gains), *whole, *(random_plan(groups, (i + 1) / PLANS, rng) for i in range(PLANS))]
+    whole = anchors(groups, gains, BASE)
+    plans = [*whole, *(random_plan(groups, (i + 1) / PLANS, rng) for i in range(PLANS))]
     seconds = measure_ttft(model, plans, groups=groups, repeats=REPEATS + 2, **shape)
-    total = [
-        sum(
-            by_group[g, tuple(p.get(op, BASE) for op in rows["op"])]
-            for (g,), rows in groups.sort("order").group_by(["group"], maintain_order=True)
-        )
-        for p in plans
-    ]
-    term = interaction(gains, seconds["gain_s"][0])
+    total = sums(groups, gains, plans, BASE)
+    term = interaction(total[: len(whole)], seconds["gain_s"][: len(whole)].to_list())
     base_s = seconds["base_ttft_s"]
     result = seconds.with_columns(
         (base_s - pl.Series(total)).alias("additive_ttft_s"), (base_s - pl.Series([s * (1 + term * s) for s in total])).alias("predicted_ttft_s"),
     )  # fmt: skip
-    tested = result[1:]  # the first one anchors the interaction term
+    tested = result[len(whole) :]  # the first ones anchor the interaction term
     errors = {name: (tested[f"{name}_ttft_s"] / tested["ttft_s"] - 1).abs() for name in ("additive", "predicted")}
     measured_gain, predicted_gain = tested["gain_s"].to_numpy(), (tested["base_ttft_s"] - tested["predicted_ttft_s"]).to_numpy()
     ours = sum(len(design(c, 10**9)) for c in _choices_1b().values())

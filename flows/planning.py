@@ -177,7 +177,7 @@ class Planning:
     ) -> tuple[list[References], list[TableRef]]:
         """Plans for each objective, and the timing tables that they rest on: for measured time it solves, measures what was
         chosen and not yet measured, and solves again."""
-        from mpq.design import fastest, unmeasured
+        from mpq.design import anchors, unmeasured
 
         spec, objectives = self.spec, list(self.objectives)
         for _ in range(spec.timing.rounds if timed else 0):
@@ -191,8 +191,10 @@ class Planning:
         gains = self._gains(objectives, groups, sums, timed)
         anchor = None
         if timed:
-            best = fastest(read(groups), read(gains[objectives.index("et")]["gains"]))
-            anchor = self.time_plans(groups, [best], self.held_out.ttft_repeats, architecture, "TTFT of fastest")
+            whole = anchors(read(groups), read(gains[objectives.index("et")]["gains"]), spec.model.base)
+            anchor = (
+                self.time_plans(groups, whole, self.held_out.ttft_repeats, architecture, "TTFT of anchors") if whole else None
+            )
         return self._solve(objectives, groups, sums, timed, gains, anchor), timed
 
     def _gains(
@@ -224,14 +226,14 @@ class Planning:
         calls: list[Call] = []
         for objective, built in zip(objectives, gains, strict=True):
             part, of = spec.objectives[objective], timed if objective == "et" else []
-            taus, fastest_ttft = list(part.taus or spec.taus), anchor if objective == "et" else None
+            taus, anchored = list(part.taus or spec.taus), anchor if objective == "et" else None
             key = content_key(
                 objective, part, groups.sha256, built["gains"].sha256, sums["loss"].sha256, taus, base, spec.solver, self.fingerprint,
-                fastest_ttft and fastest_ttft.sha256, code_of("solver", "presolve", "strategies", "design", "plan", "tables"),
+                anchored and anchored.sha256, code_of("solver", "presolve", "strategies", "design", "plan", "tables"),
             )  # fmt: skip
             inputs = {
                 "objective": objective, "part": part, "groups": groups, "gains": built["gains"], "loss": sums["loss"], "timing": of,
-                "taus": taus, "base": base, "solver": spec.solver, "fingerprint": self.fingerprint, "anchor": fastest_ttft,
+                "taus": taus, "base": base, "solver": spec.solver, "fingerprint": self.fingerprint, "anchor": anchored,
                 "provenance": {"gains": built["gains"].key, **keys, "versions": versions},
             }  # fmt: skip
             calls.append((planning.solve, key, f"solve {objective} {spec.name}", inputs))

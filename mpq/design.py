@@ -139,18 +139,36 @@ def refine(
     return timing, rounds
 
 
-def interaction(gains: pl.DataFrame, measured_gain_s: float) -> float:
-    """How groups help each other (1/s): with every group in its best configuration the whole gains S (1 + interaction · S), S the sum of gains.
+def anchors(groups: pl.DataFrame, gains: pl.DataFrame, base: str) -> list[dict[str, str]]:
+    """The whole plans (op → format) whose TTFT tells how groups help each other, whatever they do to the loss: every group
+    in the configuration that gains most, and for each format as many ops in it as some configuration has."""
+    rows = gains.sort("gain").select("group", "configuration", "gain").rows()
+    fastest = {g: tuple(c) for g, c, _ in rows}
+    chosen = [fastest]
+    for name in sorted({f for _, c, _ in rows for f in c if f != base}):
+        ranked = sorted(rows, key=lambda row: (row[1].count(name), row[1].count(base)))
+        chosen.append({g: tuple(c) for g, c, _ in ranked})
+    members = list(groups.sort("order").group_by(["group"], maintain_order=True).agg("op").iter_rows())
+    plans = [{op: f for g, ops in members if g in best for op, f in zip(ops, best[g], strict=True)} for best in chosen]
+    lowered = [plan for plan in plans if any(f != base for f in plan.values())]
+    return [plan for i, plan in enumerate(lowered) if plan not in lowered[:i]]
 
-    An FP32 product leaves the caches cold for its neighbours, so lowering both gains more than lowering each. The program's optimum
-    does not move by a correction that grows with S; the predicted TTFT does.
+
+def sums(groups: pl.DataFrame, gains: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str) -> list[float]:
+    """For each plan the sum of its groups' gains. Raises KeyError for a configuration that the gains table lacks."""
+    gain: dict[Any, float] = {(g, tuple(c)): v for g, c, v in gains.select("group", "configuration", "gain").iter_rows()}
+    members = (
+        groups.filter(pl.col("group").is_in(gains["group"].implode())).sort("order").group_by(["group"], maintain_order=True)
+    )
+    ops_of = list(members.agg("op").iter_rows())
+    return [math.fsum(gain[g, tuple(plan.get(op, base) for op in ops)] for g, ops in ops_of) for plan in plans]
+
+
+def interaction(sums_s: Sequence[float], measured_s: Sequence[float]) -> float:
+    """How groups help each other (1/s): a plan gains S (1 + interaction · S), S the sum of its groups' gains. Least squares.
+
+    A base product leaves the caches cold for its neighbours, so lowering both gains more than lowering each. The program's
+    optimum does not move by a correction that grows with S; the predicted TTFT does. 0 where nothing was measured.
     """
-    total = float(gains.group_by("group").agg(pl.col("gain").max().clip(0.0))["gain"].sum())
-    return (measured_gain_s - total) / total**2 if total > 0 else 0.0
-
-
-def fastest(groups: pl.DataFrame, gains: pl.DataFrame) -> dict[str, str]:
-    """Every group in the configuration that gains most, whatever it does to the loss: op → format."""
-    best: dict[Any, Any] = {r["group"]: r["configuration"] for r in gains.sort("gain").iter_rows(named=True)}
-    members = groups.sort("order").group_by(["group"], maintain_order=True)
-    return {op: f for (g,), rows in members if g in best for op, f in zip(rows["op"], best[g], strict=True)}
+    s, excess = np.asarray(sums_s), np.asarray(measured_s) - np.asarray(sums_s)
+    return float(excess @ s**2 / (s**2 @ s**2)) if s.any() else 0.0

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from mpq.design import GainModel, candidates, choices_of, complete, design, fastest, interaction, refine, unmeasured
+from mpq.design import GainModel, anchors, candidates, choices_of, complete, design, interaction, refine, sums, unmeasured
 from mpq.gains import gains_et
 from mpq.strategies import choose
 from mpq.tables import table
@@ -126,12 +126,24 @@ def test_the_loop_ends_with_everything_chosen_measured(share: float) -> None:
     assert len(set(device.asked)) < 3**N / 20
 
 
-def test_interaction_explains_the_fastest_plan() -> None:
-    """S (1 + interaction S) is what was measured of the plan with every group at its best."""
+def test_anchors_are_the_fastest_plan_and_everything_in_each_format() -> None:
+    """Each group at its best; then as many ops as possible in each format, base elsewhere; none twice."""
     gains = gains_et(groups(), Device().measure([("block", c) for c in design(CHOICES["block"], 60)]), sensitivity(), BASE, "ulp")
-    total = gains.group_by("group").agg(pl.col("gain").max())["gain"].sum()
-    term = interaction(gains, 1.2 * total)
-    assert total * (1 + term * total) == pytest.approx(1.2 * total)
-    plan = fastest(groups(), gains)
-    assert len(plan) == N * GROUPS
-    assert all(plan[f"l.0.op{i}"] == plan[f"l.2.op{i}"] for i in range(N))
+    plans = anchors(groups(), gains, BASE)
+    totals = sums(groups(), gains, plans, BASE)
+    assert totals[0] == pytest.approx(gains.group_by("group").agg(pl.col("gain").max())["gain"].sum())
+    assert all(len(plan) == N * GROUPS for plan in plans)
+    assert all(plan[f"l.0.op{i}"] == plan[f"l.2.op{i}"] for plan in plans for i in range(N))
+    formats = sorted({f for c in CHOICES["block"] for f in c} - {BASE})
+    assert [set(plan.values()) for plan in plans if len(set(plan.values())) == 1] == [{f} for f in formats]
+    nothing = gains.filter(pl.col("configuration").list.eval(pl.element() == BASE).list.all())
+    assert anchors(groups(), nothing, BASE) == []
+
+
+def test_interaction_explains_what_was_measured() -> None:
+    """Of plans that gain S (1 + 2 S) it is 2; of one plan it explains that one; noise averages out; of nothing it is 0."""
+    totals = np.array([0.01, 0.02, 0.05])
+    assert interaction(totals, totals * (1 + 2 * totals)) == pytest.approx(2)
+    assert interaction([0.05], [0.06]) * 0.05 == pytest.approx(0.2)
+    assert interaction(totals, totals * (1 + 2 * totals) + [1e-4, -1e-4, 1e-5]) == pytest.approx(2, rel=0.05)
+    assert interaction([], []) == 0.0
