@@ -242,7 +242,8 @@ class Planning:
     def time_plans(
         self, groups: TableRef, plans: list[dict[str, str]], repeats: int, architecture: str, stage: str = "TTFT of plans"
     ) -> TableRef:
-        """TTFT of whole plans (op → format), base interleaved; keyed without weights, so a fine-tune re-uses it."""
+        """TTFT of whole plans (op → format), base interleaved; keyed without weights, so a fine-tune re-uses it, but by stage:
+        what a prediction rests on is not what it is held against."""
         spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed", "compile", "graph"})
         made_with = (
             self.device_name,
@@ -264,7 +265,7 @@ class Planning:
             "folder": self.source, "base": spec.model.base, "device": spec.model.device, "groups": groups,
             "plans": plans, "repeats": repeats, "spec": spec.timing, "made_on": self.device_name,
         }  # fmt: skip
-        key = content_key(architecture, groups.sha256, plans, spec.model.base, part, repeats, made_with)
+        key = content_key(stage, architecture, groups.sha256, plans, spec.model.base, part, repeats, made_with)
         call = (timing.time_plans, key, f"{stage} {spec.name}", inputs)
         return self.stages.run_one(stage, call, "accelerator")["plan_ttft"]
 

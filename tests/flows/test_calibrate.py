@@ -116,7 +116,7 @@ def test_mistakes_stop_the_flow_at_once(spec: RunSpec) -> None:
 def test_a_store_in_memory(spec: RunSpec) -> None:
     """Any fsspec URL serves as store, one that lives with the process too."""
     kept = change(spec, store="memory://a-run", objectives={"et": {"formats": ["bf16"], "strategies": ["ip"]}})
-    assert computed(calibrate(kept)) >= ALWAYS - {"TTFT of plans"}  # which may be those of the anchors
+    assert computed(calibrate(kept)) >= ALWAYS
     assert computed(calibrate(kept)) == set()
 
 
