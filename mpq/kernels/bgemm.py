@@ -1,0 +1,59 @@
+"""Attention's products as batched FP8 matrix products, in Triton, for attentions that no fused kernel can express.
+
+    a (B, H, T, K) x b (B, H_kv, N, K)ᵀ -> (B, H, T, N)
+
+Both operands have the summed dimension contiguous and a scale for each row. With grouped-query attention the H / H_kv heads
+that share a head of `b` are rows of one taller matrix, (H / H_kv) T x K: nothing is repeated, in memory or in traffic.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mpq.kernels.fp8 import DTYPES, cast, dot
+
+PADDING = 64  # of the summed dimension, so that the loop over it needs no masks
+GROUP = 8  # rows of tiles that walk along together and meet the same columns in the L2 cache
+
+
+@triton.jit
+def _product_kernel(
+    a, b, out, a_scale, b_scale, m, n, k,
+    OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(1).to(tl.int64)
+    across, down = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
+    group, within = tl.program_id(0) // (GROUP * across), tl.program_id(0) % (GROUP * across)
+    height = min(down - group * GROUP, GROUP)
+    row = (group * GROUP + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    step = tl.arange(0, BLOCK_K)
+    # rows past the end are read as others and never written
+    from_a, from_b = matrix * m + row % m, matrix * n + column % n
+    a += from_a[:, None] * k + step[None, :]
+    b += from_b[None, :] * k + step[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        # added apart: within one call Hopper's FP8 sums keep some 14 bits, too few for a sum over a long sequence
+        total += dot(tl.load(a + start), tl.load(b + start))
+    total *= tl.load(a_scale + from_a)[:, None] * tl.load(b_scale + from_b)[None, :]
+    place = out + (matrix * m + row)[:, None] * n + column[None, :]
+    tl.store(place, cast(total, OUT), mask=(row < m)[:, None] & (column < n)[None, :])
+
+
+def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """(B, H, T, N) in `dtype`. Each operand is its codes and the scales of its rows, as fp8.py gives them, with K padded to a
+    multiple of PADDING: a (B, H, T, K) and (B, H, T), b (B, H_kv, N, K) and (B, H_kv, N)."""
+    (batch, heads, length, k), (_, kv_heads, n, _) = a[0].shape, b[0].shape
+    out = torch.empty(batch, heads, length, n, dtype=dtype, device=a[0].device)
+    m = heads // kv_heads * length
+    block_m, block_n = (128, 128) if n > 64 else (128, 64)
+    grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n), batch * kv_heads)
+    _product_kernel[grid](
+        a[0], b[0], out, a[1], b[1], m, n, k, OUT=DTYPES[dtype], BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_K=PADDING if k % (2 * PADDING) else 2 * PADDING, GROUP=GROUP, num_warps=8, num_stages=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,85 @@
+"""What mpq's Triton kernels compile to for Hopper, on a machine without a GPU: `TRITON_INTERPRET=0 python tests/hopper.py`.
+
+The kernels' own Python runs as it would there, with its specialisations, down to the launch, which compiles for compute
+capability 9.0 and stops. Prints one JSON object a line: kernel, formats, matrix instructions, registers and stack (spills)
+of a thread, shared memory of a block.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED = 227 * 1024  # bytes of shared memory that a block may have there (CUDA programming guide, compute capability 9.0)
+
+
+class Hopper:
+    """Triton's idea of a GPU of which only the name is needed."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+compiled: list[Any] = []
+_run = JITFunction.run
+
+
+def _compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    compiled.append(_run(self, *args, grid=grid, warmup=True, **kwargs))
+
+
+def told(kernel: Any) -> dict[str, Any]:
+    """The compiled kernel's instructions and resources."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name.lower(): int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    matrix = sorted(set(re.findall(r"(?:wgmma\.mma_async|mma)\.sync\S*", kernel.asm["ptx"])))
+    return {"kernel": kernel.name, "matrix": matrix, **found, "shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+
+
+def main() -> None:
+    driver.set_active(Hopper())
+    JITFunction.run = _compile_only
+    from mpq.formats import get_format
+    from mpq.kernels import bgemm, flash, fp8
+
+    e4m3 = get_format("fp8_e4m3")
+
+    def tell(**about: object) -> None:
+        while compiled:
+            print(json.dumps(told(compiled.pop()) | about), flush=True)
+
+    for width in (2048, 8192, 14336):
+        fp8.quantize_rows(torch.empty(1024, width, dtype=torch.bfloat16), e4m3)
+        tell(width=width)
+    for dim in (64, 128, 256):
+        q, k, v = (torch.empty(2, h, 512, dim, dtype=torch.bfloat16) for h in (32, 8, 8))
+        for qk, av in ((e4m3, e4m3), (e4m3, None), (None, e4m3)):
+            flash.attention(q, k, v, qk, av, scaling=dim**-0.5, causal=True)
+            tell(head_dim=dim, qk=qk and qk.name, av=av and av.name)
+    a, b = fp8.quantize_rows(q, e4m3, bgemm.PADDING), fp8.quantize_rows(k, e4m3, bgemm.PADDING)
+    bgemm.product(a, b, torch.bfloat16)
+    tell()
+
+
+if __name__ == "__main__":
+    main()
