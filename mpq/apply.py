@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from mpq.attention import AttentionHandler, PlainAttention, intercept
 from mpq.errors import MpqError
 from mpq.formats import Format, get_format
-from mpq.kernels import check_native, cpu, emulated, int8_attention
+from mpq.kernels import check_native, cpu, emulated, int8_attention, native_kernels
 from mpq.quantize import fake_quantize
 
 Backend: TypeAlias = Literal["native", "emulated"]
@@ -150,7 +150,7 @@ class Mixed:
             assert isinstance(module, (nn.Linear, Conv1D))  # _exists has seen to it
             weight = module.weight.t() if isinstance(module, Conv1D) else module.weight  # (C, K), as nn.Linear keeps it
             fmt = get_format(name)
-            make = emulated.linear if self.backend == "emulated" else cpu.linear
+            make = emulated.linear if self.backend == "emulated" else native_kernels(self._device).linear
             noise = {f"perturb_{operand}": perturbation(self.seed, op, operand, fmt) for operand in ("input", "weight")}
             self._kernels[op, name] = make(weight, module.bias, fmt, **noise)
         return self._kernels[op, name]
@@ -163,10 +163,15 @@ class Mixed:
         handlers: dict[str, AttentionHandler] = {}
         for owner, formats in chosen.items():
             qk, av = formats.get("qk_matmul"), formats.get("av_matmul")
+            out = kept.get(f"{owner}.av_matmul", self._dtype)
             if self.backend == "emulated":
                 handlers[owner] = EmulatedAttention(owner, qk, av, self.seed)
+            elif self._device == "cpu":
+                handlers[owner] = NativeAttention(qk, av, out)
             else:
-                handlers[owner] = NativeAttention(qk, av, kept.get(f"{owner}.av_matmul", self._dtype))
+                operands = [(f, p, o) for f, p in zip((qk, av), PRODUCTS, strict=True) for o in ("lhs", "rhs")]
+                noise = [1.0 if f is None else perturbation(self.seed, f"{owner}.{p}", o, f) for f, p, o in operands]
+                handlers[owner] = native_kernels(self._device).Attention(qk, av, out, noise)
         return handlers
 
 
@@ -178,8 +183,9 @@ class EmulatedAttention(AttentionHandler):
 
     def _round(self, x: Tensor, fmt: Format, product: str, operand: str) -> Tensor:
         value = product == "av_matmul" and operand == "rhs"
-        granularity = emulated.value_granularity(fmt) if value else "row"
-        return fake_quantize(x, fmt, granularity, perturbation(self.seed, f"{self.name}.{product}", operand, fmt))
+        return fake_quantize(
+            x, fmt, "column" if value else "row", perturbation(self.seed, f"{self.name}.{product}", operand, fmt)
+        )
 
     def operands(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qk_format is not None:

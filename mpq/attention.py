@@ -64,6 +64,8 @@ class AttentionHandler:
     out: torch.dtype | None = None
     #: keep no (B, H, T, S) tensor for the backward pass: the products are computed again there, as fused attention does
     recompute = False
+    #: leave the heads of the second operands as they are, (B, H_kv, D, S) and (B, H_kv, S, D_v), where the model would repeat them
+    grouped = False
 
     def fused(self, attention: PlainAttention) -> Tensor | None:
         """The whole attention by a kernel of the handler's own, (B, T, H, D_v); None where it has none, then what follows
@@ -178,7 +180,7 @@ def _attend(
     handler = interception.handler
     if handler.dtype is not None:
         return _attend_in(interception, module, query, key, value, attention_mask, kwargs)
-    if interception.implementation == "sdpa":
+    if interception.implementation == "sdpa" and kwargs.get("position_bias") is None:
         causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         output = handler.fused(PlainAttention(query, key, value, attention_mask, causal, scaling))
@@ -191,7 +193,7 @@ def _attend(
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         products = interception.products
         products.count = 0
-        with products:
+        with products, _unrepeated(module, handler.grouped):
             result = interception.eager(module, query, key, value, mask, **kwargs)
         if products.count != 2:
             raise MpqError(f"The attention of {type(module).__name__} makes {products.count} matrix products, mpq expects 2.")
@@ -207,6 +209,20 @@ def _attend(
         rows.append(checkpoint(lambda *a: attend(*a)[0], *operands, mask, use_reentrant=False))
     output = torch.cat(rows)
     return output, None
+
+
+@contextmanager
+def _unrepeated(module: nn.Module, wanted: bool) -> Iterator[None]:
+    """Within, if `wanted`, the module's eager function repeats no heads: it asks the module how often."""
+    groups = module.__dict__.get("num_key_value_groups")
+    if not wanted or groups is None:
+        yield
+        return
+    module.__dict__["num_key_value_groups"] = 1
+    try:
+        yield
+    finally:
+        module.__dict__["num_key_value_groups"] = groups
 
 
 def _attend_in(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -13,8 +14,12 @@ from mpq.kernels import int8_attention
 Kind: TypeAlias = Literal["linear", "bgemm"]
 
 # BF16 runs on every CPU, fast where there is AMX or AVX512-BF16; INT8 through oneDNN (kernels/cpu.py)
-_NATIVE: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {"linear": ("fp32", "bf16", "int8"), "bgemm": ("fp32", "bf16")},
+_CPU: dict[Kind, tuple[str, ...]] = {"linear": ("fp32", "bf16", "int8"), "bgemm": ("fp32", "bf16")}
+# the compute capability from which a GPU has matrix instructions for a format (CUDA programming guide, arithmetic throughput);
+# E5M2 stands for activations beside E4M3 weights, which attention has none of (kernels/cuda.py)
+_CUDA: dict[Kind, dict[str, tuple[int, int]]] = {
+    "linear": {"fp32": (0, 0), "fp16": (7, 0), "bf16": (8, 0), "fp8_e4m3": (8, 9), "fp8_e5m2": (8, 9)},
+    "bgemm": {"fp32": (0, 0), "fp16": (7, 0), "bf16": (8, 0), "fp8_e4m3": (8, 9)},
 }
 # the CPU features that decide how fast BF16 and INT8 are, by torch's names and as the kernel prints them
 _FEATURES = {"amx_bf16": "amx_bf16", "amx_int8": "amx_int8", "avx512_bf16": "avx512_bf16", "avx512_vnni": "avx512_vnni"}
@@ -22,8 +27,12 @@ _FEATURES = {"amx_bf16": "amx_bf16", "amx_int8": "amx_int8", "avx512_bf16": "avx
 
 def native_formats(device: str = "cpu", kind: Kind = "linear") -> tuple[str, ...]:
     """The formats in which `device` (cpu, cuda, cuda:0, ...) has a kernel for linears or for attention's BGEMMs."""
-    found = _NATIVE.get(device.split(":")[0], {}).get(kind, ())
-    return (*found, "int8") if device == "cpu" and kind == "bgemm" and int8_attention.available() else found
+    if device == "cpu":
+        return (*_CPU[kind], "int8") if kind == "bgemm" and int8_attention.available() else _CPU[kind]
+    if device.split(":")[0] != "cuda" or not torch.cuda.is_available():
+        return ()
+    capability = torch.cuda.get_device_capability(device)
+    return tuple(name for name, since in _CUDA[kind].items() if capability >= since)
 
 
 def check_native(formats: Iterable[str], device: str = "cpu", kind: Kind = "linear") -> None:
@@ -39,6 +48,12 @@ def runs_natively(formats: Mapping[str, str], kinds: Mapping[str, str], base: st
     """Whether `device` has a kernel for every op (op → format, op → kind) that is not left in base."""
     lowered = {op: f for op, f in formats.items() if f != base}
     return all(f in native_formats(device, kinds[op]) for op, f in lowered.items() if kinds[op] != "other")  # type: ignore[arg-type]
+
+
+def native_kernels(device: str) -> Any:
+    """The module with the kernels of a kind of device, `cpu` or `cuda`. Loaded when asked for: CUDA's needs Triton, which comes
+    with torch where there is CUDA, and nowhere else."""
+    return importlib.import_module(f"mpq.kernels.{device}")
 
 
 def device_name(device: str = "cpu") -> str:

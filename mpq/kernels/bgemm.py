@@ -1,8 +1,8 @@
 """Attention's products as batched FP8 matrix products, in Triton, for attentions that no fused kernel can express.
 
-    a (B, H, T, K) x b (B, H_kv, N, K)ᵀ -> (B, H, T, N)
+    a (B, H, T, K) x b (B, H_kv, K, N) -> (B, H, T, N)
 
-Both operands have the summed dimension contiguous and a scale for each row. With grouped-query attention the H / H_kv heads
+Codes of both have the summed dimension contiguous, with a scale for each row of `a` and each column of `b`. With grouped-query attention the H / H_kv heads
 that share a head of `b` are rows of one taller matrix, (H / H_kv) T x K: nothing is repeated, in memory or in traffic.
 """
 
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpq.kernels.fp8 import DTYPES, cast, dot
+from mpq.formats import Format
+from mpq.kernels.fp8 import DTYPES, cast, dot, quantize_columns, quantize_rows
 
 PADDING = 64  # of the summed dimension, so that the loop over it needs no masks
 GROUP = 8  # rows of tiles that walk along together and meet the same columns in the L2 cache
@@ -57,3 +58,13 @@ def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dty
         BLOCK_K=PADDING if k % (2 * PADDING) else 2 * PADDING, GROUP=GROUP, num_warps=8, num_stages=4,
     )  # fmt: skip
     return out
+
+
+def matmul(a: Tensor, b: Tensor, fmt: Format, perturb_a: float = 1.0, perturb_b: float = 1.0) -> Tensor:
+    """a (B, H, T, K) x b (B, H_kv, K, N) -> (B, H, T, N) in a's dtype, computed in an FP8 format with a scale for each row of
+    `a` and each column of `b`, which `perturb_*` multiply."""
+    rows = quantize_rows(a, fmt, PADDING, perturb_a)
+    # Kᵀ is K's memory, whose rows are there already; V's columns have to be written out
+    lies_ready = b.stride(-2) == 1
+    columns = quantize_rows(b.mT, fmt, PADDING, perturb_b) if lies_ready else quantize_columns(b, fmt, PADDING, perturb_b)
+    return product(rows, columns, a.dtype)

@@ -41,7 +41,7 @@ Made = TypeVar("Made")
 _FAST = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}  # what oneDNN writes, and the passes read
 
 
-class _LastInput:
+class LastInput:
     """What was made of the last activations, for the next linear that reads the same tensor.
 
     The tensor is held weakly, what was made of it until the next one comes: at most one activation's memory. A tensor
@@ -63,7 +63,7 @@ class _LastInput:
         return made
 
 
-_last = _LastInput()
+_last = LastInput()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 For accuracy only: an emulated product is slower than the one that it stands for. Weights are rounded once, activations
 at every call. Granularity is what native kernels use: a scale for each token of the activations and each output
-channel of the weight; in attention one for each row of Q, K and P, and for V one for each row, or for integers each
-column, since an integer kernel can only take scales out of the sum that do not run along it.
+channel of the weight; in attention one for each row of Q, K and P and each column of V: a kernel can only take scales out
+of a sum that do not run along it, and P V sums over V's rows.
 """
 
 from __future__ import annotations
@@ -19,11 +19,6 @@ from mpq.quantize import Granularity, fake_quantize
 
 Linear: TypeAlias = Callable[[Tensor], Tensor]
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-
-
-def value_granularity(fmt: Format) -> Granularity:
-    """The granularity of V, (..., S, D), in P V: the sum runs over S."""
-    return "column" if fmt.kind == "int" else "row"
 
 
 def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float = 1.0, perturb_weight: float = 1.0) -> Linear:

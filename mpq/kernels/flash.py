@@ -20,6 +20,7 @@ Not here: soft caps, sinks, dropout, windows given otherwise than as a mask, hea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,7 +32,7 @@ from mpq.kernels.fp8 import DTYPES, cast, dot, quantize_columns, quantize_rows, 
 
 MAX_HEAD_DIM = 256
 #: (rows of Q, keys, warps, stages) of a tile for a head dimension up to the key; bench/gpu_campaign.py measures others
-TILES = {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)}
+TILES = {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -144,7 +145,7 @@ def _attention_kernel(
         total, weight, peak, q_tile, factor, k, v, k_scale, mask, row, bounded, end, keys, stride_ks, stride_vs, stride_vd,
         stride_ms, lift, True, CAUSAL, MASK, QK, AV, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N,
     )  # fmt: skip
-    total *= tl.where(weight > 0.0, 1.0 / weight, 0.0)[:, None]
+    total *= (1.0 / tl.where(weight > 0.0, weight, 1.0))[:, None]
     inside = values < VALUE_DIM
     if AV.primitive_bitwidth == 8:
         scale = tl.load(v_scale + (batch * kv_heads + kv_head) * VALUE_DIM + values, mask=inside, other=0.0)
@@ -155,7 +156,7 @@ def _attention_kernel(
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, qk: Format | None, av: Format | None, *, scaling: float, causal: bool,
-    mask: Tensor | None = None, perturb: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0),
+    mask: Tensor | None = None, perturb: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
 ) -> Tensor:  # fmt: skip
     """Attention (B, T, H, D_v) in query's dtype from query (B, H, T, D), key (B, H_kv, S, D), value (B, H_kv, S, D_v).
 

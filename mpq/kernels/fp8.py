@@ -35,13 +35,12 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """FP32 `x` in `dtype`, to nearest, ties to even; |x| is at most the format's maximum."""
-    if INTERPRETED:
-        if dtype != tl.float32:
-            # adding and subtracting 1.5 · 2^(23 - m) binades leaves m mantissa bits; no binade is smaller than that of subnormals
-            binade = (x.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-            binade = tl.maximum(binade, 2.0 ** (1 - dtype.exponent_bias))
-            shift = binade * (1.5 * 2.0 ** (23 - dtype.fp_mantissa_width))
-            x = (x + shift) - shift
+    if INTERPRETED and dtype != tl.float32:
+        # adding and subtracting 1.5 · 2^(23 - m) binades leaves m mantissa bits; no binade is smaller than that of subnormals
+        binade = (x.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        binade = tl.maximum(binade, 2.0 ** (1 - dtype.exponent_bias))
+        shift = binade * (1.5 * 2.0 ** (23 - dtype.fp_mantissa_width))
+        x = (x + shift) - shift
     return x.to(dtype)
 
 
@@ -71,7 +70,7 @@ def _rows_kernel(
     start = x + row // (heads * length) * stride_b + row // length % heads * stride_h + row % length * stride_s
     inside = there[:, None] & (column < width)[None, :]
     values = tl.load(start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if GIVEN:
+    if GIVEN:  # noqa: SIM108
         scale = tl.zeros([ROWS], tl.float32) + tl.load(given)
     else:
         scale = scale_of(tl.max(tl.abs(values), 1), maximum, perturb)
