@@ -8,6 +8,9 @@ position of each row alone where the model can be asked for that, as engines do:
   compiled for each configuration of a signature, however many there are. What lies around the blocks stays eager.
 - graph (CUDA): the launches are captured once and replayed between two events, so that the time of a short kernel is its
   own and not that of the Python which launches it. Graphs share one memory pool: they never run beside each other.
+
+While a graph is captured transformers cannot look at the positions to see that no sequences are packed into one row, takes it
+that there may be, and makes a mask. With a mask SDPA leaves FlashAttention, and base would not be what users run; so it is told.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from mpq.apply import Mixed
 from mpq.errors import MpqError
@@ -67,9 +71,13 @@ class Prefill:
     @torch.inference_mode()
     def _forward(self) -> None:
         """One forward that has ended when this returns."""
-        self._model(self._tokens, **self._options)
+        self._launch()
         if self._cuda:  # kernels run behind the program
             torch.cuda.synchronize(self._tokens.device)
+
+    def _launch(self) -> None:
+        with _one_sequence_a_row():
+            self._model(self._tokens, **self._options)
 
     @torch.inference_mode()
     def _captured(self) -> Timed:
@@ -77,16 +85,20 @@ class Prefill:
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):  # what is allocated or tuned at first use happens before the capture, not in it
             for _ in range(2):
-                self._model(self._tokens, **self._options)
+                self._launch()
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
-                self._model(self._tokens, **self._options)
+                self._launch()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise MpqError(
                 f"The forward cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): time it with graph off."
             ) from error
+        graph.replay()  # the first one also uploads the graph
+        torch.cuda.synchronize(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def timed() -> float:
@@ -97,6 +109,16 @@ class Prefill:
             return float(start.elapsed_time(end)) / 1e3
 
         return timed
+
+
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    found = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from transformers.initialization import no_init_weights
 from mpq.apply import Mixed
 from mpq.errors import MpqError
 from mpq.formats import get_format
+from mpq.gpu_state import gpu_state
 from mpq.graph import build_on_meta
 from mpq.kernels import check_native, device_name
 from mpq.pairs import Pairs, gain_statistics, interleave, keep_memory
@@ -79,6 +80,7 @@ def measure(
 
     `requests` pairs a signature of the table `groups` with configurations, formats in op order. With method `signature` all groups of the
     signature are switched at once and the gain divided by their number; with `group` (the paper's) its first group alone.
+    On a GPU further columns tell its clocks, temperature, power and throttling (gpu_state.py) after each comparison.
     The configuration that is all base has gain 0 by definition. `target` and `cap`: see interleave;
     `compiled` and `graph`: see prefill.py. Raises MpqError before anything is measured where a format is not native, a signature is unknown, or a configuration
     does not fit its group.
@@ -94,6 +96,7 @@ def measure(
         _check(signature, configuration, members[signature], base, device.type)
     prefill = Prefill(model, batch, length, seed=seed, compiled=compiled, graph=graph)
     rows: dict[int, dict[str, object]] = {}
+    states: dict[int, dict[str, object]] = {}
     base_pairs: dict[str, Pairs] = {}
     current = ""
     session = _Session(model, base, feeds_of(groups), prefill, repeats, target, cap)
@@ -109,6 +112,7 @@ def measure(
             if not (all_base and signature in base_pairs):
                 pairs = session.compare({} if all_base else formats, seed + TRIES * done)
                 base_pairs[signature] = pairs
+            states[place] = gpu_state(device)
             pairs = base_pairs[signature]
             gain, low, high = (0.0, 0.0, 0.0) if all_base else gain_statistics(pairs.base_s, pairs.config_s, seed)
             base_ttft_s = float(np.median(pairs.base_s))
@@ -125,7 +129,11 @@ def measure(
             )  # fmt: skip
             if progress:
                 progress(done + 1, len(wanted))
-    return table("timing", [rows[place] for place in range(len(wanted))])
+    order = range(len(wanted))
+    return pl.concat(
+        [table("timing", [rows[i] for i in order]), pl.DataFrame([states[i] for i in order], infer_schema_length=None)],
+        how="horizontal",
+    )
 
 
 def _measuring_order(wanted: Sequence[tuple[str, Configuration]], seed: int) -> list[int]:
@@ -173,7 +181,7 @@ def measure_ttft(
                     "ttft_s": float(np.median(pairs.config_s)), "base_ttft_s": float(np.median(pairs.base_s)), "gain_s": gain,
                     "gain_ci_low_s": low, "gain_ci_high_s": high, "repeats": len(pairs.base_s), "device": device_name(device),
                     "batch": batch, "length": length, "load_average": pairs.load_average, "steal_share": pairs.steal_share,
-                    "disturbed": pairs.disturbed, "mode": prefill.mode,
+                    "disturbed": pairs.disturbed, "mode": prefill.mode, **gpu_state(device),
                 }
             )  # fmt: skip
             if progress:

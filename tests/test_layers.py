@@ -13,7 +13,7 @@ from models import ROOT
 LAYERS = [
     ["redaction", "errors"],
     ["formats", "solver", "presolve"],
-    ["spec", "tables", "quantize", "pairs", "kernels.compiler", "kernels.fp8", "transport"],
+    ["spec", "tables", "quantize", "pairs", "kernels.compiler", "kernels.fp8", "gpu_state", "transport"],
     ["kernels.bgemm", "kernels.flash"],
     ["store", "graph", "plan", "model", "attention", "design"],
     ["kernels", "kernels.cpu", "kernels.cuda", "kernels.emulated", "kernels.rows", "kernels.int8_attention"],

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import AutoConfig
+from transformers.utils import import_utils
 
 from mpq.apply import Mixed
 from mpq.errors import MpqError
@@ -78,3 +79,21 @@ def test_blocks_are_the_outermost_lists() -> None:
     assert len(blocks(timing_model(CONFIG, "fp32"))) == 3
     nested = nn.Sequential(nn.ModuleList([nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])]))
     assert len(blocks(nested)) == 1
+
+
+def test_a_captured_base_attends_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a CUDA graph is captured, as while eager, SDPA gets no mask: that of a causal model keeps it from FlashAttention."""
+    model = timing_model(CONFIG, "fp32")
+    masks: list[object] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda *args, attn_mask=None, **more: masks.append(attn_mask) or attend(*args, attn_mask=attn_mask, **more),
+    )  # fmt: skip
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+    Prefill(model, 2, 24).ready(Mixed(model, base="fp32", backend="native"), {})()
+    assert masks == [None] * 2 * len(model.model.layers)
+    masks.clear()
+    with torch.inference_mode():
+        model(torch.arange(24)[None] % 101, use_cache=False)
+    assert masks[0] is not None  # what it would be otherwise
