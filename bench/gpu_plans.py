@@ -1,0 +1,153 @@
+"""How the plans of a campaign fare: part `plans` of gpu_campaign.py. Predicted and measured TTFT of every strategy under ten budgets."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+from torch import nn
+
+from mpq.design import fastest, interaction
+from mpq.gains import gains_et, gains_tt
+from mpq.strategies import choose
+from mpq.tables import table
+from mpq.timing import measure_ttft
+
+if TYPE_CHECKING:
+    from gpu_campaign import Campaign
+
+BUDGETS = tuple(float(b) for b in np.geomspace(0.02, 1.0, 10))  # of the loss MSE of everything lowered
+STRATEGIES = ("ip_et", "ip_tt", "random", "prefix")
+LOSS, TAU_OF_EVERYTHING = 2.5, 0.01  # made up: nats, and the τ that everything lowered just keeps
+
+
+def sensitivities(c: Campaign, groups: pl.DataFrame) -> pl.DataFrame:
+    """A table of sensitivities, made up: lognormal over ops, four times as large in the last layer as in the first, the same for
+    each format; everything lowered keeps TAU_OF_EVERYTHING just so."""
+    rng = np.random.default_rng(0)
+    size = np.exp(rng.normal(size=groups.height)) * np.linspace(1.0, 4.0, groups.height)
+    size *= (TAU_OF_EVERYTHING * LOSS) ** 2 / size.sum()
+    return table("sensitivity", [
+        {"op": op, "operand": "input", "format": f, "noise_model": "ulp", "n_samples": 1, "loss_mse": s, "sensitivity": s}
+        for op, s in zip(groups.sort("order")["op"], size.tolist(), strict=True) for f in {f for names in c.formats.values() for f in names}
+    ])  # fmt: skip
+
+
+def plans(c: Campaign, model: nn.Module, groups: pl.DataFrame, timed: pl.DataFrame) -> pl.DataFrame:
+    """Part `plans`: predicted and measured TTFT of each strategy's plan under each budget, of everything lowered, and of base."""
+    sensitivity = sensitivities(c, groups)
+    measured = {s for s, f in timed.select("signature", "configuration").iter_rows() if set(f) == {c.base}}
+    missing = set(groups["signature"]) - measured
+    if missing:
+        c.say(f"nothing measured of {len(missing)} signatures: no plans yet, call again with --resume")
+        return pl.DataFrame()
+    gains = {"et": gains_et(groups, timed, sensitivity, c.base, "ulp")}
+    gains["tt"] = gains_tt(groups, sensitivity, c.formats["linear"], c.base, "ulp")
+    base_s, loss = float(timed["base_ttft_s"].median()), LOSS**2  # type: ignore[arg-type]
+    wanted: list[tuple[str, float, dict[str, str]]] = [("all base", 0.0, {})]
+    lowest = {op: c.formats[kind][0] for op, kind in groups.select("op", "kind").iter_rows() if c.formats.get(kind)}
+    wanted.append(("all lowered", TAU_OF_EVERYTHING, lowest))
+    for share in BUDGETS:
+        for strategy in STRATEGIES:
+            tau, objective = TAU_OF_EVERYTHING * math.sqrt(share), "tt" if strategy == "ip_tt" else "et"
+            plan, _ = choose(strategy, objective, groups, gains[objective], tau=tau, mean_square_loss=loss, base=c.base)
+            chosen = {op: f if f == c.base else lowest[op] for op, f in plan.formats.items() if op in lowest}
+            wanted.append((strategy, tau, {op: f for op, f in chosen.items() if f != c.base}))
+    predicted = Predicted(groups, gains["et"], c.base)
+    best = fastest(groups, gains["et"])
+    run: dict[Any, Any] = {
+        "base": c.base,
+        "batch": c.batch,
+        "length": c.length,
+        "compiled": c.compiled,
+        "repeats": c.repeats,
+        "groups": groups,
+    }
+    whole = measure_ttft(model, [best], **run)["gain_s"][0]
+    term = interaction(gains["et"], whole)
+    c.say(f"every group at its best gains {1e3 * whole:.2f} ms of {1e3 * base_s:.1f}; interaction {term:.3g} / s")
+    rows: list[dict[str, Any]] = []
+    known: dict[frozenset[tuple[str, str]], dict[str, Any]] = {}
+    slowest, frame = 0.0, pl.DataFrame()
+    for strategy, tau, formats in wanted:
+        key, start = frozenset(formats.items()), time.monotonic()
+        if key not in known:
+            if c.late(slowest):
+                continue
+            known[key] = measure_ttft(model, [formats], **run).row(0, named=True)
+            slowest = max(slowest, time.monotonic() - start)
+        got, gain = known[key], predicted.gain(formats)
+        rows.append({
+            "strategy": strategy, "tau": tau, "loss_mse": predicted.loss(formats, sensitivity), "share_lowered": len(formats) / groups.height,
+            "additive_ttft_s": got["base_ttft_s"] - gain, "predicted_ttft_s": got["base_ttft_s"] - gain * (1 + term * gain), **got,
+            "formats": json.dumps(formats),
+        })  # fmt: skip
+        frame = pl.DataFrame(rows, infer_schema_length=None)
+        frame.write_parquet(c.path("plans.parquet"))
+        c.say(f"{strategy:12} τ {tau:.4f}: predicted {1e3 * rows[-1]['predicted_ttft_s']:8.2f} ms, measured {1e3 * got['ttft_s']:8.2f}, "
+              f"base {1e3 * got['base_ttft_s']:8.2f}, {100 * rows[-1]['share_lowered']:3.0f} % lowered")  # fmt: skip
+    if len(rows) < len(wanted):
+        c.say(f"out of time with {len(wanted) - len(rows)} plans unmeasured: call again with --resume --parts plans")
+    return frame
+
+
+class Predicted:
+    """The sum of the gains, and of the loss MSEs, of a plan's groups."""
+
+    def __init__(self, groups: pl.DataFrame, gains: pl.DataFrame, base: str):
+        self._gain = {(r["group"], tuple(r["configuration"])): r["gain"] for r in gains.iter_rows(named=True)}
+        self._members = {g: rows["op"].to_list() for (g,), rows in groups.sort("order").group_by(["group"], maintain_order=True)}
+        self._base = base
+
+    def gain(self, formats: dict[str, str]) -> float:
+        """Seconds; NaN where a configuration was not measured."""
+        chosen = ((g, tuple(formats.get(op, self._base) for op in ops)) for g, ops in self._members.items())
+        return math.fsum(self._gain.get(c, math.nan) for c in chosen)
+
+    def loss(self, formats: dict[str, str], sensitivity: pl.DataFrame) -> float:
+        """Nats²."""
+        of = {(op, f): loss for op, f, loss in sensitivity.select("op", "format", "loss_mse").iter_rows()}
+        return math.fsum(of[item] for item in formats.items())
+
+
+def figure(frame: pl.DataFrame, title: str) -> Figure:
+    """Predicted against measured TTFT, and what each strategy makes of a bound on the loss."""
+    picture = Figure(figsize=(9, 4), layout="constrained")
+    left, right = picture.subplots(1, 2)
+    colors = {"ip_et": "#d55e00", "ip_tt": "#0072b2", "random": "#009e73", "prefix": "#cc79a7"}
+    for (strategy,), rows in frame.group_by(["strategy"], maintain_order=True):
+        color = colors.get(str(strategy), "#444444")
+        left.plot(rows["predicted_ttft_s"] * 1e3, rows["ttft_s"] * 1e3, "o", color=color, markerfacecolor="none", label=strategy)
+        style = "o-" if strategy in colors else "s"
+        right.plot(rows["loss_mse"], rows["ttft_s"] * 1e3, style, color=color, markerfacecolor="none", label=strategy)
+    ends = [float(frame["ttft_s"].min() * 1e3) * 0.97, float(frame["ttft_s"].max() * 1e3) * 1.03]  # type: ignore[operator]
+    left.plot(ends, ends, color="#444444", linewidth=1)
+    left.set(xlabel="TTFT, predicted (ms)", ylabel="TTFT, measured (ms)", title=title)
+    right.set(xlabel="loss MSE, predicted from made-up sensitivities (nats²)", ylabel="TTFT, measured (ms)")
+    right.legend(frameon=False, fontsize=8)
+    return picture
+
+
+def summary(timed: pl.DataFrame | None, frame: pl.DataFrame) -> dict[str, Any]:
+    """The errors of predicted TTFT over the plans whose groups were all measured, R² of their gains, and by strategy the best TTFT."""
+    found: dict[str, Any] = {} if timed is None else {
+        "configurations_measured": timed.height, "base_ttft_ms": 1e3 * float(timed["base_ttft_s"].median()),  # type: ignore[arg-type]
+        "disturbed_pairs": int(timed["disturbed"].sum()),
+    }  # fmt: skip
+    if frame.is_empty():
+        return found
+    some = frame.filter(pl.col("predicted_ttft_s").is_finite(), pl.col("share_lowered") > 0).unique("formats")
+    errors = {n: (some[f"{n}_ttft_s"] / some["ttft_s"] - 1).abs() for n in ("additive", "predicted")}
+    gain, guess = some["gain_s"].to_numpy(), (some["base_ttft_s"] - some["predicted_ttft_s"]).to_numpy()
+    spread = ((gain - gain.mean()) ** 2).sum()
+    return found | {
+        "plans": frame.height, "distinct_plans": some.height,
+        "ttft_error_median": errors["predicted"].median(), "ttft_error_90": errors["predicted"].quantile(0.9),
+        "additive_ttft_error_median": errors["additive"].median(), "r2_gain": float(1 - ((gain - guess) ** 2).sum() / spread) if spread else None,
+        "ttft_ms": {s: 1e3 * float(rows["ttft_s"].min()) for (s,), rows in frame.group_by(["strategy"], maintain_order=True)},  # type: ignore[arg-type]
+    }  # fmt: skip
