@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 
 export DO_NOT_TRACK = 1
 
-.PHONY: demo test check install bench docs clean
+.PHONY: demo test check install bench bench-gpu docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mpq run examples/demo.yaml
@@ -34,6 +34,11 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 # one measurement alone: make bench-kernels, bench-timing, …; its result goes to bench/results/<device>/
 bench: bench-sensitivity bench-solver bench-kernels bench-timing
+
+# on a machine with an NVIDIA GPU, by its own python3: needs no installation (bench/gpu_campaign.py says what it lacks)
+bench-gpu:
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" PYTHONUNBUFFERED=1 $(PYTHON) bench/gpu_campaign.py 1b
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" PYTHONUNBUFFERED=1 $(PYTHON) bench/gpu_campaign.py 8b
 
 bench-%: $(VENV)/.installed
 	$(BIN)/python bench/$*.py

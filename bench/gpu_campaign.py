@@ -7,7 +7,8 @@
 Needs no Prefect, no network and no weights: weights are random, whose values decide no time. *Sensitivities are made up* (a
 lognormal spread over ops, growing with depth, by seed): they decide which plans are tried, and nothing of what is reported of a plan's
 time. The paper names no length: 1024 tokens here. Plans: IP-ET, IP-TT, Random, Prefix under ten budgets, everything in FP8,
-everything in base; predicted TTFT is the base's less the sum of the gains, with design.interaction from one whole plan.
+everything in base; predicted TTFT is the base's less the sum of the gains, with design.interaction from whole plans
+(design.anchors).
 
 A machine that has torch, Triton, transformers, numpy, networkx and matplotlib lacks three packages. Where it has pip and no network,
 fetch them elsewhere (44 MB) and carry the folder:

@@ -12,7 +12,7 @@ import polars as pl
 from matplotlib.figure import Figure
 from torch import nn
 
-from mpq.design import fastest, interaction
+from mpq.design import anchors, interaction, sums
 from mpq.gains import gains_et, gains_tt
 from mpq.strategies import choose
 from mpq.tables import table
@@ -58,19 +58,17 @@ def plans(c: Campaign, model: nn.Module, groups: pl.DataFrame, timed: pl.DataFra
             plan, _ = choose(strategy, objective, groups, gains[objective], tau=tau, mean_square_loss=loss, base=c.base)
             chosen = {op: f if f == c.base else lowest[op] for op, f in plan.formats.items() if op in lowest}
             wanted.append((strategy, tau, {op: f for op, f in chosen.items() if f != c.base}))
-    predicted = Predicted(groups, gains["et"], c.base)
-    best = fastest(groups, gains["et"])
-    run: dict[Any, Any] = {
-        "base": c.base,
-        "batch": c.batch,
-        "length": c.length,
-        "compiled": c.compiled,
-        "repeats": c.repeats,
-        "groups": groups,
-    }
-    whole = measure_ttft(model, [best], **run)["gain_s"][0]
-    term = interaction(gains["et"], whole)
-    c.say(f"every group at its best gains {1e3 * whole:.2f} ms of {1e3 * base_s:.1f}; interaction {term:.3g} / s")
+    of_op = {(op, f): loss for op, f, loss in sensitivity.select("op", "format", "loss_mse").iter_rows()}
+    run: dict[str, Any] = {
+        "base": c.base, "batch": c.batch, "length": c.length, "compiled": c.compiled, "repeats": c.repeats, "groups": groups,
+    }  # fmt: skip
+    whole = anchors(groups, gains["et"], c.base)
+    gained = measure_ttft(model, whole, **run)["gain_s"].to_list()
+    term = interaction(sums(groups, gains["et"], whole, c.base), gained)
+    c.say(
+        f"{len(whole)} whole plans gain {', '.join(f'{1e3 * g:.2f}' for g in gained)} ms of {1e3 * base_s:.1f}; interaction {term:.3g} / s"
+    )
+    anchored = {frozenset((op, f) for op, f in plan.items() if f != c.base) for plan in whole}
     rows: list[dict[str, Any]] = []
     known: dict[frozenset[tuple[str, str]], dict[str, Any]] = {}
     slowest, frame = 0.0, pl.DataFrame()
@@ -81,11 +79,11 @@ def plans(c: Campaign, model: nn.Module, groups: pl.DataFrame, timed: pl.DataFra
                 continue
             known[key] = measure_ttft(model, [formats], **run).row(0, named=True)
             slowest = max(slowest, time.monotonic() - start)
-        got, gain = known[key], predicted.gain(formats)
+        got, gain = known[key], summed(groups, gains["et"], formats, c.base)
         rows.append({
-            "strategy": strategy, "tau": tau, "loss_mse": predicted.loss(formats, sensitivity), "share_lowered": len(formats) / groups.height,
+            "strategy": strategy, "tau": tau, "loss_mse": math.fsum(of_op[item] for item in formats.items()), "share_lowered": len(formats) / groups.height,
             "additive_ttft_s": got["base_ttft_s"] - gain, "predicted_ttft_s": got["base_ttft_s"] - gain * (1 + term * gain), **got,
-            "formats": json.dumps(formats),
+            "formats": json.dumps(formats), "anchor": key in anchored,
         })  # fmt: skip
         frame = pl.DataFrame(rows, infer_schema_length=None)
         frame.write_parquet(c.path("plans.parquet"))
@@ -96,23 +94,12 @@ def plans(c: Campaign, model: nn.Module, groups: pl.DataFrame, timed: pl.DataFra
     return frame
 
 
-class Predicted:
-    """The sum of the gains, and of the loss MSEs, of a plan's groups."""
-
-    def __init__(self, groups: pl.DataFrame, gains: pl.DataFrame, base: str):
-        self._gain = {(r["group"], tuple(r["configuration"])): r["gain"] for r in gains.iter_rows(named=True)}
-        self._members = {g: rows["op"].to_list() for (g,), rows in groups.sort("order").group_by(["group"], maintain_order=True)}
-        self._base = base
-
-    def gain(self, formats: dict[str, str]) -> float:
-        """Seconds; NaN where a configuration was not measured."""
-        chosen = ((g, tuple(formats.get(op, self._base) for op in ops)) for g, ops in self._members.items())
-        return math.fsum(self._gain.get(c, math.nan) for c in chosen)
-
-    def loss(self, formats: dict[str, str], sensitivity: pl.DataFrame) -> float:
-        """Nats²."""
-        of = {(op, f): loss for op, f, loss in sensitivity.select("op", "format", "loss_mse").iter_rows()}
-        return math.fsum(of[item] for item in formats.items())
+def summed(groups: pl.DataFrame, gains: pl.DataFrame, formats: dict[str, str], base: str) -> float:
+    """The sum of the gains of a plan's groups, in seconds; NaN where one of them was not measured."""
+    try:
+        return sums(groups, gains, [formats], base)[0]
+    except KeyError:
+        return math.nan
 
 
 def figure(frame: pl.DataFrame, title: str) -> Figure:
@@ -134,14 +121,15 @@ def figure(frame: pl.DataFrame, title: str) -> Figure:
 
 
 def summary(timed: pl.DataFrame | None, frame: pl.DataFrame) -> dict[str, Any]:
-    """The errors of predicted TTFT over the plans whose groups were all measured, R² of their gains, and by strategy the best TTFT."""
+    """The errors of predicted TTFT over the plans whose groups were all measured and that the interaction term does not rest on,
+    R² of their gains, and by strategy the best TTFT."""
     found: dict[str, Any] = {} if timed is None else {
         "configurations_measured": timed.height, "base_ttft_ms": 1e3 * float(timed["base_ttft_s"].median()),  # type: ignore[arg-type]
         "disturbed_pairs": int(timed["disturbed"].sum()),
     }  # fmt: skip
     if frame.is_empty():
         return found
-    some = frame.filter(pl.col("predicted_ttft_s").is_finite(), pl.col("share_lowered") > 0).unique("formats")
+    some = frame.filter(pl.col("predicted_ttft_s").is_finite(), pl.col("share_lowered") > 0, ~pl.col("anchor")).unique("formats")
     errors = {n: (some[f"{n}_ttft_s"] / some["ttft_s"] - 1).abs() for n in ("additive", "predicted")}
     gain, guess = some["gain_s"].to_numpy(), (some["base_ttft_s"] - some["predicted_ttft_s"]).to_numpy()
     spread = ((gain - gain.mean()) ** 2).sum()
