@@ -9,8 +9,9 @@ position of each row alone where the model can be asked for that, as engines do:
 - graph (CUDA): the launches are captured once and replayed between two events, so that the time of a short kernel is its
   own and not that of the Python which launches it. Graphs share one memory pool: they never run beside each other.
 
-While a graph is captured transformers cannot look at the positions to see that no sequences are packed into one row, takes it
-that there may be, and makes a mask. With a mask SDPA leaves FlashAttention, and base would not be what users run; so it is told.
+While a graph is captured transformers does not look whether it can do without a mask (whether sequences are packed into a row is
+in the positions' values), and makes one. With a mask SDPA leaves FlashAttention, and base would not be what users run: so
+it is told that no row is packed, and that it may look, for without padding there is nothing else to look at.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Prefill:
             torch.cuda.synchronize(self._tokens.device)
 
     def _launch(self) -> None:
-        with _one_sequence_a_row():
+        with _masks_as_uncaptured():
             self._model(self._tokens, **self._options)
 
     @torch.inference_mode()
@@ -112,13 +113,13 @@ class Prefill:
 
 
 @contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
-    found = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+def _masks_as_uncaptured() -> Iterator[None]:
+    found = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
+    masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = (lambda *_: None), (lambda *_: False)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = found
+        masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = found
 
 
 @contextmanager

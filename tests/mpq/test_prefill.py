@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import AutoConfig
+from transformers import AutoConfig, masking_utils
 from transformers.utils import import_utils
 
 from mpq.apply import Mixed
@@ -97,3 +97,5 @@ def test_a_captured_base_attends_without_a_mask(monkeypatch: pytest.MonkeyPatch)
     with torch.inference_mode():
         model(torch.arange(24)[None] % 101, use_cache=False)
     assert masks[0] is not None  # what it would be otherwise
+    found = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
+    assert [f.__module__ for f in found] == ["transformers.masking_utils", "transformers.utils.import_utils"]
