@@ -11,13 +11,19 @@ everything in base; predicted TTFT is the base's less the sum of the gains, with
 (design.anchors).
 
 A machine that has torch, Triton, transformers, numpy, networkx and matplotlib lacks three packages. Where it has pip and no network,
-fetch them elsewhere (44 MB) and carry the folder:
+fetch them elsewhere and carry the folder (58 MB; the second command makes 36 of them, which pip reads all the same):
 
     python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 \\
         --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl \\
         polars==2.1.0 polars-runtime-32==2.1.0 highspy==1.16.0
-    python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/site .whl/*.whl && export PYTHONPATH=/tmp/site:$PWD
-    PYTHONUNBUFFERED=1 python3 bench/gpu_campaign.py 1b
+    for w in .whl/*.whl; do python3 -c "import sys, zipfile as z; a = z.ZipFile(sys.argv[1]); b = z.ZipFile('new', 'w', z.ZIP_LZMA); \\
+        [b.writestr(n, a.read(n)) for n in a.namelist()]; b.close()" $w && mv new $w; done
+
+and on that machine, in the checkout:
+
+    python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/site .whl/*.whl
+    PYTHONUNBUFFERED=1 PYTHONPATH=/tmp/site:$PWD python3 bench/gpu_campaign.py 1b
+    PYTHONUNBUFFERED=1 PYTHONPATH=/tmp/site:$PWD python3 bench/gpu_campaign.py 8b
 
 A command takes less than ten minutes (`--minutes`): it stops measuring in time and keeps what it has in bench/results/<device>/ (and in
 $OUT, if that is set); with --resume it goes on from there. `--parts` selects from kernels, timing and plans.

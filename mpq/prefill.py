@@ -20,7 +20,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -114,12 +114,13 @@ class Prefill:
 
 @contextmanager
 def _masks_as_uncaptured() -> Iterator[None]:
-    found = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
-    masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = (lambda *_: None), (lambda *_: False)
+    module: Any = masking_utils
+    found = module.find_packed_sequence_indices, module.is_tracing
+    module.find_packed_sequence_indices, module.is_tracing = (lambda *_: None), (lambda *_: False)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices, masking_utils.is_tracing = found
+        module.find_packed_sequence_indices, module.is_tracing = found
 
 
 @contextmanager

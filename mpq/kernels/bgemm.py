@@ -25,9 +25,9 @@ def _product_kernel(
     a, b, out, a_scale, b_scale, m, n, k,
     OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    matrix = tl.program_id(1).to(tl.int64)
     across, down = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
-    group, within = tl.program_id(0) // (GROUP * across), tl.program_id(0) % (GROUP * across)
+    matrix, tile = (tl.program_id(0) // (across * down)).to(tl.int64), tl.program_id(0) % (across * down)
+    group, within = tile // (GROUP * across), tile % (GROUP * across)
     height = min(down - group * GROUP, GROUP)
     row = (group * GROUP + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -52,7 +52,7 @@ def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dty
     out = torch.empty(batch, heads, length, n, dtype=dtype, device=a[0].device)
     m = heads // kv_heads * length
     block_m, block_n = (128, 128) if n > 64 else (128, 64)
-    grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n), batch * kv_heads)
+    grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n) * batch * kv_heads,)
     _product_kernel[grid](
         a[0], b[0], out, a[1], b[1], m, n, k, OUT=DTYPES[dtype], BLOCK_M=block_m, BLOCK_N=block_n,
         BLOCK_K=PADDING if k % (2 * PADDING) else 2 * PADDING, GROUP=GROUP, num_warps=8, num_stages=4,

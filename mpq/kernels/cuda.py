@@ -87,8 +87,11 @@ def linear(
 
 
 def _any_output(device: torch.device) -> bool:
-    """Whether scaled products come in any dtype: by cuBLAS, so far on Hopper alone, or on a CPU. CUTLASS writes BF16."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether scaled products come in any dtype: cuBLAS's, on Hopper from CUDA 12.9 on, and a CPU's. CUTLASS writes BF16."""
+    if device.type != "cuda":
+        return True
+    version = tuple(int(n) for n in (torch.version.cuda or "0.0").split(".")[:2])
+    return torch.cuda.get_device_capability(device) == (9, 0) and version >= (12, 9)
 
 
 def _tensor_scale(x: Tensor, fmt: Format, perturb: float) -> Tensor:

@@ -102,10 +102,11 @@ def _attention_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    tiles = tl.cdiv(queries, BLOCK_M)
+    tile, matrix = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     if CAUSAL:  # the longest first, so that none of them is left to run alone at the end
-        tile = tl.num_programs(0) - 1 - tile
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+        tile = tiles - 1 - tile
+    batch, head = matrix // heads, matrix % heads
     kv_head = head // shared_by
     kv_heads = heads // shared_by
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -182,7 +183,7 @@ def attention(
     given = out.new_zeros(()) if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     block_d, block_v = (max(32, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
     block_m, block_n, warps, stages = TILES[max(64, block_d, block_v)]
-    _attention_kernel[(triton.cdiv(queries, block_m), batch * heads)](
+    _attention_kernel[(triton.cdiv(queries, block_m) * batch * heads,)](
         query, key, value, out, k_scale, v_scale, given, heads, heads // kv_heads, queries, keys, scaling, maximum, perturb[0], lift,
         *query.stride()[:3], *key.stride()[:3], *v_strides, *given.expand(shape).stride(),
         CAUSAL=causal, MASK="none" if mask is None else "boolean" if mask.dtype == torch.bool else "additive",

@@ -16,6 +16,7 @@ import pytest
 import torch
 from models import ROOT
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
 pytest.importorskip("triton", reason="Triton comes for Linux on x86-64 alone")
@@ -24,6 +25,7 @@ from mpq.apply import Mixed, applied
 from mpq.attention import PlainAttention, intercept
 from mpq.formats import get_format
 from mpq.kernels import bgemm, cuda, emulated, flash, fp8, native_formats
+from mpq.prefill import blocks
 from mpq.quantize import fake_quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -276,8 +278,8 @@ def small(name: str, implementation: str, **more: Any) -> torch.nn.Module:
     """A model of one layer with grouped-query attention."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        name, hidden_size=64, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=97, head_dim=16, **more,
+        name, hidden_size=64, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97, head_dim=16, **{"num_hidden_layers": 1, **more},
     )  # fmt: skip
     model: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).to(DEVICE).eval()
     for parameter in model.parameters():
@@ -356,6 +358,32 @@ def test_a_plan_on_cuda_is_what_emulation_says(monkeypatch: pytest.MonkeyPatch) 
             native.clear()
         # one value that falls to the other side of a rounding point moves what is rounded after it
         assert error(got, want) < 0.35 * error(want, base)
+
+
+def test_blocks_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks with FP8 linears and attention are one graph, without a break, as they are in base."""
+    model = small("llama", "sdpa", num_hidden_layers=3)
+    ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ops = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "self_attn.qk_matmul", "self_attn.av_matmul")
+    mixed = Mixed(model, base="fp32", backend="native")
+    mixed._device = "cuda"
+    with monkeypatch.context() as a_gpu:
+        a_gpu.setattr(torch.cuda, "is_available", lambda: True)
+        a_gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        mixed.set({f"model.layers.{i}.{op}": "fp8_e4m3" for i in range(3) for op in ops})
+    torch.compiler.reset()
+    counters.clear()
+    try:
+        with torch.inference_mode():
+            want = model(ids, use_cache=False).logits
+            for block in blocks(model):
+                block.compile(backend="aot_eager", dynamic=False)
+            assert error(model(ids, use_cache=False).logits, want) < 1e-2
+    finally:
+        mixed.clear()
+        torch.compiler.reset()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_soft_caps_run_as_products() -> None:
