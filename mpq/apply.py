@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -30,7 +31,7 @@ from mpq.attention import AttentionHandler, PlainAttention, intercept
 from mpq.errors import MpqError
 from mpq.formats import Format, get_format
 from mpq.kernels import check_native, cpu, emulated, int8_attention
-from mpq.quantize import fake_quantize
+from mpq.kernels.rounding import rounded
 
 Backend: TypeAlias = Literal["native", "emulated"]
 Forward: TypeAlias = Callable[..., Tensor]
@@ -179,7 +180,12 @@ class EmulatedAttention(AttentionHandler):
     def _round(self, x: Tensor, fmt: Format, product: str, operand: str) -> Tensor:
         value = product == "av_matmul" and operand == "rhs"
         granularity = emulated.value_granularity(fmt) if value else "row"
-        return fake_quantize(x, fmt, granularity, perturbation(self.seed, f"{self.name}.{product}", operand, fmt))
+        return rounded(x, fmt, granularity, perturbation(self.seed, f"{self.name}.{product}", operand, fmt))
+
+    def fused(self, attention: PlainAttention) -> Tensor:
+        query, key, value = self.operands(attention.query, attention.key, attention.value)
+        operands = replace(attention, query=query, key=key, value=value)
+        return emulated.attention(operands, None if self.av_format is None else self.probabilities)
 
     def operands(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qk_format is not None:

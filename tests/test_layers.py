@@ -24,6 +24,7 @@ LAYERS = [
         "kernels.cpu",
         "kernels.emulated",
         "kernels.rows",
+        "kernels.rounding",
         "kernels.int8_attention",
         "design",
     ],

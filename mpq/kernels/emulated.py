@@ -14,11 +14,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from mpq.attention import PlainAttention, additive_mask
 from mpq.formats import Format
-from mpq.quantize import Granularity, fake_quantize
+from mpq.kernels.rounding import rounded
+from mpq.quantize import Granularity
 
 Linear: TypeAlias = Callable[[Tensor], Tensor]
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Rounding: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def value_granularity(fmt: Format) -> Granularity:
@@ -31,22 +34,31 @@ def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: floa
 
     `perturb_*` multiply the scales before rounding (quantize.fake_quantize).
     """
-    rounded = fake_quantize(weight.detach(), fmt, "row", perturb_weight)
+    lowered = rounded(weight.detach(), fmt, "row", perturb_weight)
 
     def forward(x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(fake_quantize(x, fmt, "row", perturb_input), rounded, bias)
+        return torch.nn.functional.linear(rounded(x, fmt, "row", perturb_input), lowered, bias)
 
     return forward
 
 
-def bgemm(fmt: Format, rhs_granularity: Granularity = "column", perturb_lhs: float = 1.0, perturb_rhs: float = 1.0) -> Product:
-    """`a (..., T, K) x b (..., K, N) -> (..., T, N)` with both operands rounded to `fmt`, a scale for each row of `a`.
+def attention(a: PlainAttention, probabilities: Rounding | None) -> Tensor:
+    """Attention over operands that are rounded already, (B, T, H, D_v), with P rounded by `probabilities` before P V.
 
-    Kᵀ as the second operand of Q Kᵀ has one scale for each of its columns, the rows of K.
+    Without `probabilities` torch's fused attention runs, as it does in base: only a P that is rounded has to exist.
     """
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        lhs = fake_quantize(a, fmt, "row", perturb_lhs)
-        return torch.matmul(lhs, fake_quantize(b, fmt, rhs_granularity, perturb_rhs))
-
-    return product
+    batch, heads, length, _ = a.query.shape
+    shared = heads // a.key.shape[1]  # query heads that read one head of K and V
+    if probabilities is None:
+        key, value = (x if shared == 1 else x.repeat_interleave(shared, 1) for x in (a.key, a.value))
+        fused = torch.nn.functional.scaled_dot_product_attention
+        return fused(a.query, key, value, a.mask, is_causal=a.causal, scale=a.scaling).transpose(1, 2).contiguous()
+    # the rows of all query heads that share a head of K make one product with it: K and V are not repeated
+    together = (batch, heads // shared, shared * length, -1)
+    scores = torch.matmul(a.query.reshape(together), a.key.transpose(2, 3)).mul_(a.scaling).view(batch, heads, length, -1)
+    mask = additive_mask(a.query, a.key, a.mask, a.causal)
+    if mask is not None:
+        scores.add_(mask)
+    p = probabilities(torch.softmax(scores, -1, dtype=torch.float32).to(scores.dtype))
+    output = torch.matmul(p.reshape(together), a.value)
+    return output.view(batch, heads, length, -1).transpose(1, 2).contiguous()

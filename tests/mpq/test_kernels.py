@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mpq.attention import PlainAttention
 from mpq.errors import MpqError
 from mpq.formats import FORMATS, get_format
 from mpq.kernels import check_native, cpu, device_name, emulated, int8_attention, native_formats, rows
@@ -171,12 +172,30 @@ def test_linears_keep_leading_dimensions_and_strides() -> None:
         torch.testing.assert_close(kernel(strided), want, rtol=1e-2, atol=0.5)  # BF16 rounds once more where it adds a bias apart
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_emulated_bgemm_against_float64(name: str) -> None:
-    """Rows of the first operand and columns of the second are rounded by numpy, the product is float64's."""
-    a, b = seeded(2, 3, 5, 11), seeded(2, 3, 11, 7)
-    lhs, rhs = rounded(a, name), rounded(b, name, axis=-2)
-    close(emulated.bgemm(get_format(name))(a, b), lhs @ rhs, lhs, rhs, 1e-3)
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "additive"])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_emulated_attention_against_float64(dtype: torch.dtype, share: float, mask: str) -> None:
+    """P of each mask, the product of a P changed on the way with V, and fused attention without: written out in float64,
+    two query heads to a head of K."""
+    query, key, value = (seeded(2, heads, 5, width).to(dtype) for heads, width in ((4, 16), (2, 16), (2, 8)))
+    blocked = torch.zeros(2, 1, 5, 5, dtype=torch.bool) if mask == "none" else torch.ones(2, 1, 5, 5, dtype=torch.bool).triu(1)
+    if mask in ("boolean", "additive"):
+        blocked[1, :, 1:, 0] = True
+    given = {"boolean": ~blocked, "additive": torch.zeros(2, 1, 5, 5, dtype=dtype).masked_fill(blocked, -1e30)}.get(mask)
+    a = PlainAttention(query, key, value, given, mask == "causal", 0.3)
+    scores = 0.3 * query.double() @ key.double().repeat_interleave(2, 1).transpose(2, 3)
+    p, v = scores.masked_fill(blocked, -torch.inf).softmax(-1), value.double().repeat_interleave(2, 1)
+    seen: list[Tensor] = []
+
+    def change(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x * torch.arange(5)
+
+    got, plain = emulated.attention(a, change), emulated.attention(a, None)
+    assert seen[0].dtype == got.dtype == plain.dtype == dtype
+    torch.testing.assert_close(seen[0].double(), p, rtol=share, atol=share / 10)
+    torch.testing.assert_close(got.double(), (p * torch.arange(5) @ v).transpose(1, 2), rtol=share, atol=share)
+    torch.testing.assert_close(plain.double(), (p @ v).transpose(1, 2), rtol=share, atol=share)
 
 
 def test_native_bgemm_in_bf16_against_float64() -> None:
