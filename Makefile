@@ -31,7 +31,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	touch $@
 
 # one measurement alone: make bench-kernels, bench-timing, …; its result goes to bench/results/<device>/
-bench: bench-sensitivity bench-solver bench-kernels bench-timing
+bench: bench-sensitivity bench-solver bench-kernels bench-timing bench-evaluation
 
 bench-%: $(VENV)/.installed
 	$(BIN)/python bench/$*.py

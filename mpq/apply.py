@@ -19,7 +19,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -183,9 +182,10 @@ class EmulatedAttention(AttentionHandler):
         return rounded(x, fmt, granularity, perturbation(self.seed, f"{self.name}.{product}", operand, fmt))
 
     def fused(self, attention: PlainAttention) -> Tensor:
-        query, key, value = self.operands(attention.query, attention.key, attention.value)
-        operands = replace(attention, query=query, key=key, value=value)
-        return emulated.attention(operands, None if self.av_format is None else self.probabilities)
+        a = attention
+        operands = self.operands(a.query, a.key, a.value)
+        probabilities = None if self.av_format is None else self.probabilities
+        return emulated.attention(*operands, a.mask, a.causal, a.scaling, probabilities)
 
     def operands(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qk_format is not None:

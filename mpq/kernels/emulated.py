@@ -14,7 +14,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mpq.attention import PlainAttention, additive_mask
 from mpq.formats import Format
 from mpq.kernels.rounding import rounded
 from mpq.quantize import Granularity
@@ -42,23 +41,32 @@ def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: floa
     return forward
 
 
-def attention(a: PlainAttention, probabilities: Rounding | None) -> Tensor:
-    """Attention over operands that are rounded already, (B, T, H, D_v), with P rounded by `probabilities` before P V.
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float,
+    probabilities: Rounding | None = None,
+) -> Tensor:
+    """softmax(scaling · Q Kᵀ + mask) V, (B, T, H, D_v), of operands that are rounded already; P goes through `probabilities`.
 
-    Without `probabilities` torch's fused attention runs, as it does in base: only a P that is rounded has to exist.
+    query (B, H, T, D), key (B, H_kv, S, D), value (B, H_kv, S, D_v); mask and `causal` are SDPA's. Without `probabilities`
+    torch's fused attention runs, as it does in base: only a P that is rounded has to exist.
     """
-    batch, heads, length, _ = a.query.shape
-    shared = heads // a.key.shape[1]  # query heads that read one head of K and V
+    batch, heads, length, _ = query.shape
+    shared = heads // key.shape[1]  # query heads that read one head of K and V
     if probabilities is None:
-        key, value = (x if shared == 1 else x.repeat_interleave(shared, 1) for x in (a.key, a.value))
+        key, value = (x if shared == 1 else x.repeat_interleave(shared, 1) for x in (key, value))
         fused = torch.nn.functional.scaled_dot_product_attention
-        return fused(a.query, key, value, a.mask, is_causal=a.causal, scale=a.scaling).transpose(1, 2).contiguous()
+        return fused(query, key, value, mask, is_causal=causal, scale=scaling).transpose(1, 2).contiguous()
     # the rows of all query heads that share a head of K make one product with it: K and V are not repeated
     together = (batch, heads // shared, shared * length, -1)
-    scores = torch.matmul(a.query.reshape(together), a.key.transpose(2, 3)).mul_(a.scaling).view(batch, heads, length, -1)
-    mask = additive_mask(a.query, a.key, a.mask, a.causal)
-    if mask is not None:
-        scores.add_(mask)
+    scores = torch.matmul(query.reshape(together), key.transpose(2, 3)).mul_(scaling).view(batch, heads, length, -1)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:  # where all is masked P is even, as eager attention has it: the lowest number, not -inf
+        scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores.add_(mask)
     p = probabilities(torch.softmax(scores, -1, dtype=torch.float32).to(scores.dtype))
-    output = torch.matmul(p.reshape(together), a.value)
-    return output.view(batch, heads, length, -1).transpose(1, 2).contiguous()
+    return torch.matmul(p.reshape(together), value).view(batch, heads, length, -1).transpose(1, 2).contiguous()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpq.attention import PlainAttention
 from mpq.errors import MpqError
 from mpq.formats import FORMATS, get_format
 from mpq.kernels import check_native, cpu, device_name, emulated, int8_attention, native_formats, rows
@@ -182,7 +181,7 @@ def test_emulated_attention_against_float64(dtype: torch.dtype, share: float, ma
     if mask in ("boolean", "additive"):
         blocked[1, :, 1:, 0] = True
     given = {"boolean": ~blocked, "additive": torch.zeros(2, 1, 5, 5, dtype=dtype).masked_fill(blocked, -1e30)}.get(mask)
-    a = PlainAttention(query, key, value, given, mask == "causal", 0.3)
+    arguments = (query, key, value, given, mask == "causal", 0.3)
     scores = 0.3 * query.double() @ key.double().repeat_interleave(2, 1).transpose(2, 3)
     p, v = scores.masked_fill(blocked, -torch.inf).softmax(-1), value.double().repeat_interleave(2, 1)
     seen: list[Tensor] = []
@@ -191,7 +190,7 @@ def test_emulated_attention_against_float64(dtype: torch.dtype, share: float, ma
         seen.append(x)
         return x * torch.arange(5)
 
-    got, plain = emulated.attention(a, change), emulated.attention(a, None)
+    got, plain = emulated.attention(*arguments, change), emulated.attention(*arguments)
     assert seen[0].dtype == got.dtype == plain.dtype == dtype
     torch.testing.assert_close(seen[0].double(), p, rtol=share, atol=share / 10)
     torch.testing.assert_close(got.double(), (p * torch.arange(5) @ v).transpose(1, 2), rtol=share, atol=share)
