@@ -24,6 +24,9 @@ from mpq.store import Store, TableRef, content_key
 from tasks import evaluation
 from tasks.stage import read, read_json
 
+# the modules of mpq by which a model runs under an emulated plan
+EMULATION = ("apply", "attention", "formats", "quantize", "kernels.emulated", "kernels.rounding", "kernels.compiler")
+
 
 def run_name() -> str:
     """What a run of a flow is called in Prefect: the spec's name, and the checkpoint where one is given."""
@@ -93,7 +96,7 @@ class Pipeline(Planning):
         from mpq.kernels import runs_natively
 
         spec, part = self.spec, self.held_out
-        code = code_of("evaluate", "apply", "attention", "quantize", "kernels.emulated", "model")
+        code = code_of("evaluate", *EMULATION, "model")
         base_losses = self.stages.run_one("evaluate base", (
             evaluation.evaluate_base, content_key(self.content, blocks.sha256, code), f"evaluate base {spec.name}",
             {"model": self.model, "blocks": blocks, "batch": part.batch},
@@ -134,7 +137,7 @@ class Pipeline(Planning):
         from mpq.task_data import data_key, harness_version
 
         what = part.model_dump(include={"tasks", "task_limit", "seeds"})
-        code = code_of("harness", "task_data", "apply", "attention", "quantize", "kernels.emulated", "model")
+        code = code_of("harness", "task_data", *EMULATION, "model")
         key = (self.content, what, data_key(part.tasks, part.data_dir), harness_version(), code)
         base = self.stages.run_one("tasks base", (
             evaluation.evaluate_base_tasks, content_key("base", *key), f"tasks base {self.spec.name}", {"model": self.model, "spec": part},

@@ -30,7 +30,7 @@ from mpq.attention import AttentionHandler, PlainAttention, intercept
 from mpq.errors import MpqError
 from mpq.formats import Format, get_format
 from mpq.kernels import check_native, cpu, emulated, int8_attention, native_kernels
-from mpq.quantize import fake_quantize
+from mpq.kernels.rounding import rounded
 
 Backend: TypeAlias = Literal["native", "emulated"]
 Forward: TypeAlias = Callable[..., Tensor]
@@ -183,9 +183,13 @@ class EmulatedAttention(AttentionHandler):
 
     def _round(self, x: Tensor, fmt: Format, product: str, operand: str) -> Tensor:
         value = product == "av_matmul" and operand == "rhs"
-        return fake_quantize(
-            x, fmt, "column" if value else "row", perturbation(self.seed, f"{self.name}.{product}", operand, fmt)
-        )
+        return rounded(x, fmt, "column" if value else "row", perturbation(self.seed, f"{self.name}.{product}", operand, fmt))
+
+    def fused(self, attention: PlainAttention) -> Tensor:
+        a = attention
+        operands = self.operands(a.query, a.key, a.value)
+        probabilities = None if self.av_format is None else self.probabilities
+        return emulated.attention(*operands, a.mask, a.causal, a.scaling, probabilities)
 
     def operands(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qk_format is not None:

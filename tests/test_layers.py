@@ -16,7 +16,7 @@ LAYERS = [
     ["spec", "tables", "quantize", "pairs", "kernels.compiler", "kernels.fp8", "gpu_state", "transport"],
     ["kernels.bgemm", "kernels.flash"],
     ["store", "graph", "plan", "model", "attention", "design"],
-    ["kernels", "kernels.cpu", "kernels.cuda", "kernels.emulated", "kernels.rows", "kernels.int8_attention"],
+    ["kernels", "kernels.cpu", "kernels.cuda", "kernels.emulated", "kernels.rows", "kernels.rounding", "kernels.int8_attention"],
     ["task_data", "checkpoints", "changes"],
     ["partition", "apply", "runs", "inventory"],
     ["prefill"],

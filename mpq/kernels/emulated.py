@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from mpq.formats import Format
-from mpq.quantize import Granularity, fake_quantize
+from mpq.kernels.rounding import rounded
 
 Linear: TypeAlias = Callable[[Tensor], Tensor]
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Rounding: TypeAlias = Callable[[Tensor], Tensor]
+BLOCK = 2**17  # scores at a time on a CPU: with P and what P is rounded to they stay in its cache
 
 
 def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float = 1.0, perturb_weight: float = 1.0) -> Linear:
@@ -26,22 +28,54 @@ def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: floa
 
     `perturb_*` multiply the scales before rounding (quantize.fake_quantize).
     """
-    rounded = fake_quantize(weight.detach(), fmt, "row", perturb_weight)
+    lowered = rounded(weight.detach(), fmt, "row", perturb_weight)
 
     def forward(x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(fake_quantize(x, fmt, "row", perturb_input), rounded, bias)
+        return torch.nn.functional.linear(rounded(x, fmt, "row", perturb_input), lowered, bias)
 
     return forward
 
 
-def bgemm(fmt: Format, rhs_granularity: Granularity = "column", perturb_lhs: float = 1.0, perturb_rhs: float = 1.0) -> Product:
-    """`a (..., T, K) x b (..., K, N) -> (..., T, N)` with both operands rounded to `fmt`, a scale for each row of `a`.
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float,
+    probabilities: Rounding | None = None,
+) -> Tensor:
+    """softmax(scaling · Q Kᵀ + mask) V, (B, T, H, D_v), of operands that are rounded already; P goes through `probabilities`.
 
-    Kᵀ as the second operand of Q Kᵀ has one scale for each of its columns, the rows of K.
+    query (B, H, T, D), key (B, H_kv, S, D), value (B, H_kv, S, D_v); mask and `causal` are SDPA's. Without `probabilities`
+    torch's fused attention runs, as it does in base: only a P that is rounded has to exist.
     """
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        lhs = fake_quantize(a, fmt, "row", perturb_lhs)
-        return torch.matmul(lhs, fake_quantize(b, fmt, rhs_granularity, perturb_rhs))
-
-    return product
+    (batch, heads, length, width), (kv_heads, total) = query.shape, key.shape[1:3]
+    shared = heads // kv_heads  # query heads that read one head of K and V
+    if probabilities is None:
+        grouped = mask is None  # as Transformers has it: with a mask CUDA has no fused kernel for heads that are shared
+        if not grouped:
+            key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
+        fused = torch.nn.functional.scaled_dot_product_attention
+        output = fused(query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped and shared > 1)
+        return output.transpose(1, 2).contiguous()
+    if mask is not None and mask.dtype == torch.bool:  # where all is masked P is even, as in eager attention: not -inf
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+    query, key = query.unflatten(1, (kv_heads, shared)), key.transpose(2, 3)
+    output = query.new_empty(batch, length, kv_heads, shared, value.shape[-1])
+    rows = length if query.device.type != "cpu" else max(16, BLOCK // (batch * heads * total))
+    for start in range(0, length, rows):
+        tokens = slice(start, min(start + rows, length))
+        keys = slice(0, tokens.stop if causal else total)  # what no token of the block attends to is left out
+        # the rows of all query heads that share a head of K make one product with it: K and V are not repeated
+        block = query[:, :, :, tokens].reshape(batch, kv_heads, -1, width)
+        scores = torch.matmul(block, key[..., keys]).mul_(scaling).view(batch, heads, -1, keys.stop)
+        if causal:
+            later = torch.ones(scores.shape[-2], scores.shape[-2], dtype=torch.bool, device=scores.device).triu(1)
+            scores[..., tokens].masked_fill_(later, -torch.inf)
+        elif mask is not None:
+            scores.add_(mask if mask.shape[-2] == 1 else mask[..., tokens, :])
+        p = probabilities(torch.softmax(scores, -1, dtype=torch.float32).to(scores.dtype))
+        product = torch.matmul(p.view(batch, kv_heads, -1, keys.stop), value[..., keys, :])
+        output[:, tokens] = product.unflatten(2, (shared, -1)).permute(0, 3, 1, 2, 4)
+    return output.flatten(2, 3)

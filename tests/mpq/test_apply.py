@@ -118,6 +118,23 @@ def test_a_lowered_product_is_the_rounded_attention() -> None:
     torch.testing.assert_close(seen["out"].double(), want, rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("lowered", [("qk_matmul",), ("av_matmul",), ("qk_matmul", "av_matmul")])
+def test_fused_attention_is_emulated_as_eager_attention(lowered: tuple[str, ...]) -> None:
+    """A model on SDPA and one on its own eager attention, every attention lowered: logits equal up to the order of sums, far
+    closer than the plan moves them; twice the same bits."""
+    model = small()
+    formats = {f"model.layers.{i}.self_attn.{product}": "fp8_e5m2" for i in range(2) for product in lowered}
+    before = logits(model)
+    results = []
+    for implementation in ("sdpa", "sdpa", "eager"):
+        model.set_attn_implementation(implementation)  # type: ignore[operator]
+        with applied(model, formats, base="fp32", seed=0):
+            results.append(logits(model))
+    fused, again, eager = results
+    assert torch.equal(fused, again)
+    assert (fused - eager).norm() < 0.1 * (eager - before).norm()
+
+
 def test_switching_keeps_kernels_and_forgets_plans() -> None:
     """Mixed gives the same logits for a plan before and after another, from the same prepared kernel; base is base."""
     model = small()

@@ -171,12 +171,37 @@ def test_linears_keep_leading_dimensions_and_strides() -> None:
         torch.testing.assert_close(kernel(strided), want, rtol=1e-2, atol=0.5)  # BF16 rounds once more where it adds a bias apart
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_emulated_bgemm_against_float64(name: str) -> None:
-    """Rows of the first operand and columns of the second are rounded by numpy, the product is float64's."""
-    a, b = seeded(2, 3, 5, 11), seeded(2, 3, 11, 7)
-    lhs, rhs = rounded(a, name), rounded(b, name, axis=-2)
-    close(emulated.bgemm(get_format(name))(a, b), lhs @ rhs, lhs, rhs, 1e-3)
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "additive"])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_emulated_attention_against_float64(dtype: torch.dtype, share: float, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P of each mask, a P changed on the way times V, and fused attention without: written out in float64, two query heads to
+    a head of K, all tokens at once and in blocks."""
+    t = 37
+    query, key, value = (seeded(2, heads, t, width).to(dtype) for heads, width in ((4, 16), (2, 16), (2, 8)))
+    blocked = torch.zeros(2, 1, t, t, dtype=torch.bool) if mask == "none" else torch.ones(2, 1, t, t, dtype=torch.bool).triu(1)
+    if mask in ("boolean", "additive"):
+        blocked[1, :, 1:, 0] = True
+    given = {"boolean": ~blocked, "additive": torch.zeros(2, 1, t, t, dtype=dtype).masked_fill(blocked, -1e30)}.get(mask)
+    arguments = (query, key, value, given, mask == "causal", 0.3)
+    scores = 0.3 * query.double() @ key.double().repeat_interleave(2, 1).transpose(2, 3)
+    p, v = scores.masked_fill(blocked, -torch.inf).softmax(-1), value.double().repeat_interleave(2, 1)
+    weights = torch.arange(t) % 5
+
+    def change(x: Tensor) -> Tensor:
+        seen.append(torch.nn.functional.pad(x, (0, t - x.shape[-1])))
+        return (x * weights[: x.shape[-1]]).to(dtype)
+
+    for block, blocks in ((emulated.BLOCK, 1), (1, 3)):
+        monkeypatch.setattr(emulated, "BLOCK", block)
+        seen: list[Tensor] = []
+        got = emulated.attention(*arguments, change)
+        assert len(seen) == blocks
+        assert seen[0].dtype == got.dtype == dtype
+        torch.testing.assert_close(torch.cat(seen, 2).double(), p, rtol=share, atol=share / 10)
+        torch.testing.assert_close(got.view(2, t, 4, 8).double(), (p * weights @ v).transpose(1, 2), rtol=share, atol=share)
+    plain = emulated.attention(*arguments)
+    assert plain.dtype == dtype
+    torch.testing.assert_close(plain.view(2, t, 4, 8).double(), (p @ v).transpose(1, 2), rtol=share, atol=share)
 
 
 def test_native_bgemm_in_bf16_against_float64() -> None:

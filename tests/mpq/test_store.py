@@ -114,6 +114,19 @@ def test_code_version_is_the_source() -> None:
     assert len(code_version("mpq.solver", "mpq.gains")) == 64
 
 
+def test_code_version_sees_the_cpp_beside_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed kernel.cpp changes the key of what kernel.py computes, as a changed kernel.py does."""
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = []
+    for python, native in (("x = 1", "int x;"), ("x = 1", "int y;"), ("x = 2", "int y;")):
+        (tmp_path / "kernel_of_test.py").write_text(python)
+        (tmp_path / "kernel_of_test.cpp").write_text(native)
+        code_version.cache_clear()
+        versions.append(code_version("kernel_of_test"))
+    code_version.cache_clear()
+    assert len(set(versions)) == 3
+
+
 def test_meta_holds_no_store_url(tmp_path: Path) -> None:
     """Where a table lies is no part of it: credentials in a URL cannot leak into metadata."""
     store = Store(tmp_path.as_uri())

@@ -1,0 +1,147 @@
+// Round trips of numbers through a format, in one sweep over rows that stay in cache: what quantize.fake_quantize does in a
+// dozen, bit for bit. Called through ctypes (rounding.py).
+//
+// A float with m mantissa bits has the step 2^(e - m) where 2^e <= |v| < 2^(e + 1). The last bit of 1.5 * 2^(e + 23 - m) in
+// FP32 is worth that step: adding it lets FP32's own addition round v to nearest, ties to even, and taking it away again is
+// exact. Subnormals have the step of the smallest normals. Integers have one step everywhere, no NaN and one zero.
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr float kTiny = 1.17549435e-38f;  // the smallest normal FP32: a neighbourhood below it has scale 1
+constexpr uint32_t kSign = 0x80000000u, kExponent = 0x7f800000u, kHalf = 0x00400000u;
+constexpr int64_t kFew = 16384;  // elements that one thread rounds sooner than two
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint32_t size_bits(float x) { return bits_of(x) & ~kSign; }  // order as magnitudes do, NaN above all
+
+inline uint32_t to_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
+  const uint32_t bits = bits_of(x);
+  return x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+inline float to_float(float x) { return x; }
+inline float to_float(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }  // BF16 is the upper half of FP32
+inline void store(float* at, float x) { *at = x; }
+inline void store(uint16_t* at, float x) { *at = static_cast<uint16_t>(to_bf16(x)); }
+
+inline float clamped(float v, float limit) {  // NaN stays NaN
+  v = v < -limit ? -limit : v;
+  return v > limit ? limit : v;
+}
+
+template <bool kInteger>
+struct Grid {
+  float maximum;
+  uint32_t lift, lowest;  // 23 - m and the smallest normal's exponent, both in the exponent's place
+
+  Grid(int32_t mantissa_bits, int32_t min_exponent, float largest)
+      : maximum(largest),
+        lift(static_cast<uint32_t>(23 - mantissa_bits) << 23),
+        lowest(static_cast<uint32_t>(127 + min_exponent) << 23) {}
+
+  inline float nearest(float v) const {
+    const uint32_t exponent = bits_of(v) & kExponent;
+    const float magic = from_bits(((exponent > lowest ? exponent : lowest) + lift) | kHalf);
+    const float rounded = (v + magic) - magic;
+    if (kInteger) return v != v ? 0.0f : rounded;
+    return from_bits(bits_of(rounded) | (bits_of(v) & kSign));
+  }
+  inline float saturated(float v) const { return nearest(clamped(v, maximum)); }
+  inline float overflowing(float v) const {
+    const float rounded = nearest(clamped(v, 2 * maximum));
+    return size_bits(rounded) > bits_of(maximum) && v == v ? from_bits(kExponent | (bits_of(v) & kSign)) : rounded;
+  }
+  inline float scale(uint32_t largest, float perturb) const {  // of a neighbourhood whose largest magnitude has these bits
+    const float scale = from_bits(largest) / maximum;
+    return (scale > kTiny ? scale : 1.0f) * perturb;
+  }
+};
+
+template <typename T, bool kInteger>
+inline void round_row(const T* __restrict x, T* __restrict y, int64_t k, const Grid<kInteger> grid, float perturb) {
+  uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < k; ++i) {
+    const uint32_t size = size_bits(to_float(x[i]));
+    largest = size > largest ? size : largest;
+  }
+  const float scale = grid.scale(largest, perturb);
+#pragma omp simd
+  for (int64_t i = 0; i < k; ++i) store(y + i, grid.saturated(to_float(x[i]) / scale) * scale);
+}
+
+// x (rows, k), a scale for each row
+template <typename T, bool kInteger>
+void by_row(const T* x, T* y, int64_t rows, int64_t k, const Grid<kInteger> grid, float perturb) {
+#pragma omp parallel for if (rows * k > kFew) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) round_row(x + r * k, y + r * k, k, grid, perturb);
+}
+
+// x (n, rows, k), a scale for each column of each matrix
+template <typename T, bool kInteger>
+void by_column(const T* x, T* y, int64_t n, int64_t rows, int64_t k, const Grid<kInteger> grid, float perturb) {
+#pragma omp parallel for if (n * rows * k > kFew) schedule(static)
+  for (int64_t m = 0; m < n; ++m) {
+    const T* from = x + m * rows * k;
+    T* to = y + m * rows * k;
+    std::vector<uint32_t> largest(k, 0);
+    std::vector<float> scale(k);
+    for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+      for (int64_t i = 0; i < k; ++i) {
+        const uint32_t size = size_bits(to_float(from[r * k + i]));
+        largest[i] = size > largest[i] ? size : largest[i];
+      }
+    }
+    for (int64_t i = 0; i < k; ++i) scale[i] = grid.scale(largest[i], perturb);
+    for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+      for (int64_t i = 0; i < k; ++i) store(to + r * k + i, grid.saturated(to_float(from[r * k + i]) / scale[i]) * scale[i]);
+    }
+  }
+}
+
+// formats of 16 bits take no scale, and overflow to infinity
+template <typename T>
+void unscaled(const T* x, T* y, int64_t count, const Grid<false> grid) {
+#pragma omp parallel for simd if (parallel : count > kFew) schedule(static)
+  for (int64_t i = 0; i < count; ++i) store(y + i, grid.overflowing(to_float(x[i])));
+}
+
+}  // namespace
+
+#define MPQ_ENTRIES(name, T, kInteger)                                                                                     \
+  void row_##name(const T* x, T* y, int64_t rows, int64_t k, int32_t m, int32_t e, float maximum, float perturb) {         \
+    by_row(x, y, rows, k, Grid<kInteger>(m, e, maximum), perturb);                                                         \
+  }                                                                                                                        \
+  void column_##name(const T* x, T* y, int64_t n, int64_t rows, int64_t k, int32_t m, int32_t e, float maximum, float perturb) { \
+    by_column(x, y, n, rows, k, Grid<kInteger>(m, e, maximum), perturb);                                                   \
+  }
+#define MPQ_UNSCALED(name, T)                                                                                              \
+  void unscaled_##name(const T* x, T* y, int64_t count, int32_t m, int32_t e, float maximum) {                             \
+    unscaled(x, y, count, Grid<false>(m, e, maximum));                                                                     \
+  }
+
+extern "C" {
+MPQ_ENTRIES(float_f32, float, false)
+MPQ_ENTRIES(float_bf16, uint16_t, false)
+MPQ_ENTRIES(int_f32, float, true)
+MPQ_ENTRIES(int_bf16, uint16_t, true)
+MPQ_UNSCALED(float_f32, float)
+MPQ_UNSCALED(float_bf16, uint16_t)
+void bf16_f32(const float* x, float* y, int64_t count) {  // BF16 ends where FP32 does: no room above for the trick
+#pragma omp parallel for simd if (parallel : count > kFew) schedule(static)
+  for (int64_t i = 0; i < count; ++i) y[i] = to_float(static_cast<uint16_t>(to_bf16(x[i])));
+}
+}
