@@ -15,8 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import httpx
 import psutil
+import yaml
 
 ROOT = Path(__file__).parent.parent
 POOL = "mpq"
@@ -72,6 +74,8 @@ class Services:
             for pid in everyone:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # what it left behind when it was killed before
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
@@ -105,8 +109,24 @@ class Services:
         return self.api
 
     def worker(self) -> None:
-        """A worker of the process pool that the deployments name."""
+        """A worker of the process pool that the deployments name, up and known to the server."""
         self.start("worker", sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "one")
+        until("the worker", lambda: self.post(f"work_pools/{POOL}/workers/filter", {}))
+
+    def deploy(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Deploy everything in prefect.yaml, with parts of some deployments replaced: by name, such as `parameters`."""
+        data = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
+        for deployment in data["deployments"]:
+            deployment.update(changes.get(deployment["name"], {}))
+        file = self.home / "prefect.yaml"
+        file.write_text(yaml.safe_dump(data), encoding="utf-8")
+        self.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(file))
+
+    def keep_results(self, url: str) -> None:
+        """Prefect's own results under `url`, by a block, for every flow that is started from here on."""
+        code = f"from prefect.filesystems import RemoteFileSystem as R; R(basepath={url!r}).save('results', overwrite=True)"
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=self.environment, check=True, capture_output=True, timeout=120)
+        self.environment["PREFECT_DEFAULT_RESULT_STORAGE_BLOCK"] = "remote-file-system/results"
 
     def s3(self, bucket: str) -> str:
         """An S3 server with a bucket, found by everything started from here on; returns its address."""
@@ -119,6 +139,14 @@ class Services:
         until("the S3 server", lambda: httpx.get(address).status_code)
         httpx.put(f"{address}/{bucket}").raise_for_status()
         return address
+
+    def bucket(self) -> Any:
+        """The S3 server as an fsspec file system, for this process."""
+        environment = self.environment
+        return fsspec.filesystem(
+            "s3", key=environment["AWS_ACCESS_KEY_ID"], secret=environment["AWS_SECRET_ACCESS_KEY"],
+            client_kwargs={"endpoint_url": environment["AWS_ENDPOINT_URL"]}, skip_instance_cache=True, use_listings_cache=False,
+        )  # fmt: skip
 
     def dask(self, workers: int = 2, resources: str = "accel=1") -> str:
         """A Dask scheduler and its workers, one thread and one accelerator each; returns the scheduler's address."""
