@@ -39,10 +39,11 @@ def test_a_night(spec: RunSpec, tmp_path: Path) -> None:
         seen["watches"] = services.runs("watch", "COMPLETED")
         seen["stored"] = {path.split("/")[1] for path in services.bucket().find("team")}
 
-    spec = change(spec, timing={"slice": 1, "repeats": 5, "rounds": 0})
+    few = {"et": {"formats": ["bf16"], "strategies": ["ip"]}, "m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]}}
+    spec = change(spec, timing={"slice": 4, "limit": 8, "repeats": 5, "rounds": 0}, objectives=few, taus=[0.01])
     checkpoint = write_checkpoint(tmp_path / "model")
-    first, second = demonstrate(tmp_path / "night", checkpoint, spec, console, cron="* * * * * */15", before_the_end=look)
-    assert not any(reused for _, reused in first.values())
+    first, second = demonstrate(tmp_path / "night", checkpoint, spec, console, cron="* * * * * */20", before_the_end=look)
+    assert not any(first[stage][1] for stage in ("load_model", "partition", "sensitivity_shard", "time_configurations"))
     for stage in ("load_model", "partition", "time_configurations"):
         tasks, reused = second[stage]
         assert tasks == reused, stage
