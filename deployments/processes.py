@@ -109,8 +109,8 @@ class Services:
         return self.api
 
     def worker(self) -> None:
-        """A worker of the process pool that the deployments name, up and known to the server."""
-        self.start("worker", sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "one")
+        """A worker of the process pool that the deployments name, up and known to the server; two flow runs at a time."""
+        self.start("worker", sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "one", "--limit", "2")
         until("the worker", lambda: self.post(f"work_pools/{POOL}/workers/filter", {}))
 
     def deploy(self, changes: Mapping[str, Mapping[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from browser import CHROMIUM, Browser
+from deployments.browser import CHROMIUM, Browser
 from synthetic import BASE, add_accuracy, add_attention, make_run
 
 from mpq.paper_figures import write_figures

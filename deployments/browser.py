@@ -15,7 +15,7 @@ from websockets.sync.client import connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--headless", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--disable-dev-shm-usage", "--remote-debugging-port=0",
 )  # fmt: skip
 
@@ -80,9 +80,11 @@ class Browser:
         """The parameters of the events so called since the page was opened."""
         return [e["params"] for e in self.events if e["method"] in methods]
 
-    def picture(self, path: Path) -> None:
-        """A PNG of the whole page."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+    def picture(self, path: Path, height: int = 0) -> None:
+        """A PNG of the whole page, or of its upper part of this height in CSS pixels."""
+        width = self.run("document.documentElement.clientWidth")
+        part = {"clip": {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}} if height else {}
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True, **part)["data"]))
 
     def close(self) -> None:
         """Ends Chromium."""
