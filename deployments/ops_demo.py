@@ -72,7 +72,8 @@ class Night:
 
         def new() -> dict[str, Any] | None:
             runs = self.services.post("flow_runs/filter", body)
-            return next((r for r in runs if r["id"] not in self.shown and r["state_type"] != "SCHEDULED"), None)
+            fresh = (r for r in runs if r["id"] not in self.shown)
+            return next((r for r in fresh if r["name"].startswith(self.spec.name)), None)  # it has its name once it runs
 
         run: dict[str, Any] = until("a scheduled calibration", new, 300)
         self.shown.add(run["id"])

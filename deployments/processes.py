@@ -54,6 +54,7 @@ class Services:
         self.environment = {
             **kept, "PREFECT_HOME": str(home / "prefect"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1",
             "MPQ_CACHE": str(home / "cache"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5", "PREFECT_WORKER_QUERY_SECONDS": "2", **(more or {}),
         }  # fmt: skip
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -174,17 +175,24 @@ class Services:
         self.processes[name].kill()
         self.processes[name].wait()
 
-    def post(self, path: str, body: Any) -> Any:
-        """Ask the API."""
-        answer = httpx.post(f"{self.api}/{path}", json=body, timeout=30)
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """Ask the API; again where it answers 503, as it does while its database is busy."""
+
+        def answered() -> httpx.Response | None:
+            answer = httpx.request(method, f"{self.api}/{path}", json=body, timeout=30)
+            return None if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE else answer
+
+        answer: httpx.Response = until(f"an answer to {method} {path}", answered, 60, 0.5)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
+    def post(self, path: str, body: Any) -> Any:
+        """POST to the API."""
+        return self.ask("POST", path, body)
+
     def get(self, path: str) -> Any:
-        """Ask the API."""
-        answer = httpx.get(f"{self.api}/{path}", timeout=30)
-        answer.raise_for_status()
-        return answer.json()
+        """GET from the API."""
+        return self.ask("GET", path)
 
     def runs(self, deployment: str, *states: str) -> list[dict[str, Any]]:
         """The deployment's flow runs in some state (their types, such as COMPLETED), the oldest first."""

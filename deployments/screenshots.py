@@ -16,6 +16,7 @@ from deployments.processes import Services, until
 
 WIDTH = 1280
 DONE = (33, 157, 75)  # the green in which the graph draws what is completed
+BELOW_GRAPH = 510
 KINDS = ("results", "solutions", "evaluation", "groups", "frontier", "report", "plan")
 
 
@@ -88,9 +89,9 @@ def take(services: Services, run: dict[str, Any], folder: Path) -> list[Path]:
         browser = Browser(Path(profile))
         eyes = Eyes(browser, services.api.removesuffix("/api"))
 
-        def keep(name: str, height: int = 0) -> None:
+        def keep(name: str, height: int, top: int = 0) -> None:
             paths.append(folder / f"ui-{name}.png")
-            browser.picture(paths[-1], height)
+            browser.picture(paths[-1], height, top)
 
         try:
             eyes.look(f"runs/flow-run/{run['id']}", run["name"], "Completed", "partition: 1 of 1 tasks cached")
@@ -101,14 +102,18 @@ def take(services: Services, run: dict[str, Any], folder: Path) -> list[Path]:
             eyes.press("document.querySelector('button[aria-label=\"Task run sort order\"]') ?? " + _button("Newest to oldest"))
             eyes.press("[...document.querySelectorAll('[role=option]')].find(e => e.innerText.trim() === 'Oldest to newest')")
             eyes.wait(f"partition {run['name']}", "Cached")
-            keep("tasks", 1500)
+            keep("tasks", 1000, BELOW_GRAPH)
             eyes.tab("Artifacts")
             eyes.wait(*KINDS, "PROGRESS")
-            keep("artifacts", 1200)
+            keep("artifacts", 1100, BELOW_GRAPH)
             eyes.look(f"artifacts/artifact/{ids['results']}", "predicted_loss_mse", "ip_et")
             keep("results", 620)
             eyes.look(f"artifacts/artifact/{ids['frontier']}", "frontier")
-            until("the picture", lambda: browser.run("[...document.images].some(i => i.src.startsWith('data:') && i.naturalWidth > 300)"), 30)
+            until(
+                "the picture",
+                lambda: browser.run("[...document.images].some(i => i.src.startsWith('data:') && i.naturalWidth > 300)"),
+                30,
+            )
             keep("frontier", 620)
             eyes.look(f"deployments/deployment/{deployment}/run", "Tokens per block", "Bounds on the normalised RMSE of the loss")
             keep("form", 1000)
