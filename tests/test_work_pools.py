@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +49,20 @@ def test_pools_are_created_with_them(services: Services, tmp_path: Path) -> None
         (tmp_path / "broken.json").write_text(json.dumps(broken))
         with pytest.raises(RuntimeError, match="image"):
             services.prefect(*create, str(tmp_path / "broken.json"), "broken")
+
+
+def test_compose_sets_itself_up(services: Services) -> None:
+    """The command of compose.yaml's `setup` makes bucket, pool and deployments, and does no harm when it runs again."""
+    services.s3("another")
+    command = yaml.safe_load((FILES / "compose.yaml").read_text())["services"]["setup"]["command"]
+    path = f"{Path(sys.executable).parent}:{services.environment['PATH']}"
+    for _ in range(2):
+        ran = shlex.split(command)
+        done = subprocess.run(ran, cwd=FILES.parent, env={**services.environment, "PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "mpq" in services.bucket().ls("")
+    assert services.get("work_pools/mpq")["type"] == "process"
+    assert {d["name"] for d in services.post("deployments/filter", {})} == {"calibrate", "watch", "retune", "campaign"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,11 +111,11 @@ def test_the_docker_worker_takes_it(services: Services) -> None:
     worker = pytest.importorskip("prefect_docker.worker", reason="prefect-docker is not installed: pip install 'mpq[docker]'")
     made = asyncio.run(worker.DockerWorkerJobConfiguration.from_template_and_values(template("docker"), {}))
     assert made.image == "mpq:cpu"
-    assert made.volumes == ["mpq_runs:/opt/mpq/.work/runs"]
+    assert made.volumes == ["mpq_runs:/opt/mpq/.work/runs", "/etc/mpq/aws:/root/.aws:ro"]
     assert made.networks == ["mpq_default"]
 
 
-def test_dask_workers_are_a_job_that_kubernetes_knows() -> None:
-    """Kubernetes' client knows every field of the manifests of the Dask workers."""
-    for manifest in yaml.safe_load_all((FILES / "kubernetes-job.yaml").read_text(encoding="utf-8")):
+def test_manifests_that_kubernetes_knows() -> None:
+    """Kubernetes' client knows every field of the manifests beside it."""
+    for manifest in yaml.safe_load_all((FILES / "kubernetes.yaml").read_text(encoding="utf-8")):
         assert as_kubernetes_reads(f"V1{manifest['kind']}", manifest) == manifest
