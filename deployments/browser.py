@@ -80,11 +80,10 @@ class Browser:
         """The parameters of the events so called since the page was opened."""
         return [e["params"] for e in self.events if e["method"] in methods]
 
-    def picture(self, path: Path, height: int = 0, top: int = 0) -> None:
-        """A PNG of the whole page, or of a part of this height from `top` on, in CSS pixels."""
-        width = self.run("document.documentElement.clientWidth")
-        part = {"clip": {"x": 0, "y": top, "width": width, "height": height, "scale": 1}} if height else {}
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True, **part)["data"]))
+    def picture(self, path: Path, part: tuple[int, int, int, int] | None = None) -> None:
+        """A PNG of the whole page, or of a part of it: left, top, width and height in CSS pixels."""
+        clip = {"clip": dict(zip(("x", "y", "width", "height"), part, strict=True), scale=1)} if part else {}
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True, **clip)["data"]))
 
     def close(self) -> None:
         """Ends Chromium."""

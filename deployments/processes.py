@@ -9,9 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +203,3 @@ class Services:
         over = "COMPLETED", "FAILED", "CRASHED", "CANCELLED"
         runs = until(f"the end of {deployment}", lambda: (r := self.runs(deployment, *over))[number - 1 :] and r, seconds, 1.0)
         return dict(runs[number - 1])
-
-    def emit(self, event: str, resource: str, payload: Mapping[str, Any]) -> None:
-        """Emit an event, as `prefect event emit` does."""
-        now = datetime.now(UTC).isoformat()
-        told = {"id": str(uuid.uuid4()), "occurred": now, "event": event, "payload": dict(payload)}
-        self.post("events", [{**told, "resource": {"prefect.resource.id": resource}}])

@@ -16,7 +16,10 @@ from deployments.processes import Services, until
 
 WIDTH = 1280
 DONE = (33, 157, 75)  # the green in which the graph draws what is completed
-BELOW_GRAPH = 510
+SIDE, BELOW_GRAPH = 256, 510  # where the menu ends, and the graph
+# the first button on the graph shows all of it
+CENTRE = """(canvas => canvas && [...document.querySelectorAll('button')].find(b => canvas.compareDocumentPosition(b) & 4))
+    (document.querySelector('canvas'))"""
 KINDS = ("results", "solutions", "evaluation", "groups", "frontier", "report", "plan")
 
 
@@ -63,16 +66,17 @@ class Eyes:
 
     def graph(self, size: int) -> None:
         """Wait until the graph, which is drawn and not text, shows bars of completed tasks of `size` pixels together."""
+        self.press(CENTRE)  # it follows the time that goes on
         with tempfile.NamedTemporaryFile(suffix=".png") as file:
 
             def drawn() -> bool:
-                self.browser.picture(Path(file.name), 900)
+                self.browser.picture(Path(file.name), (SIDE, 0, WIDTH - SIDE, 500))
                 pixels = imread(io.BytesIO(Path(file.name).read_bytes()))[..., :3] * 255
-                green = (np.abs(pixels - DONE).max(axis=-1) < 4)[:, 260:]
+                green = np.abs(pixels - DONE).max(axis=-1) < 4
                 green[np.count_nonzero(green, axis=1) > 250] = False  # the line of the whole run at the bottom
                 return int(green.sum()) > size
 
-            until("the graph of tasks", drawn, 60, 1.0)
+            until("the graph of tasks", drawn, 60, 2.0)
 
 
 def take(services: Services, run: dict[str, Any], folder: Path) -> list[Path]:
@@ -89,38 +93,35 @@ def take(services: Services, run: dict[str, Any], folder: Path) -> list[Path]:
         browser = Browser(Path(profile))
         eyes = Eyes(browser, services.api.removesuffix("/api"))
 
-        def keep(name: str, height: int, top: int = 0) -> None:
+        def keep(name: str, height: int, left: int = 0, top: int = 0) -> None:
             paths.append(folder / f"ui-{name}.png")
-            browser.picture(paths[-1], height, top)
+            browser.picture(paths[-1], (left, top, WIDTH - left, height))
 
         try:
             eyes.look(f"runs/flow-run/{run['id']}", run["name"], "Completed", "partition: 1 of 1 tasks cached")
             eyes.graph(200)
             keep("run", 1000)
             eyes.tab("Task Runs")
-            eyes.wait("Cached)")  # in the sum at the top
-            eyes.press("document.querySelector('button[aria-label=\"Task run sort order\"]') ?? " + _button("Newest to oldest"))
+            eyes.press("[...document.querySelectorAll('button')].find(e => e.innerText.trim() === 'Newest to oldest')")
             eyes.press("[...document.querySelectorAll('[role=option]')].find(e => e.innerText.trim() === 'Oldest to newest')")
             eyes.wait(f"partition {run['name']}", "Cached")
-            keep("tasks", 1000, BELOW_GRAPH)
+            keep("tasks", 1000, SIDE, BELOW_GRAPH)
             eyes.tab("Artifacts")
             eyes.wait(*KINDS, "PROGRESS")
-            keep("artifacts", 1100, BELOW_GRAPH)
-            eyes.look(f"artifacts/artifact/{ids['results']}", "predicted_loss_mse", "ip_et")
-            keep("results", 620)
-            eyes.look(f"artifacts/artifact/{ids['frontier']}", "frontier")
+            keep("artifacts", 1100, SIDE, BELOW_GRAPH)
+            eyes.look(
+                f"artifacts/artifact/{ids['results']}", "predicted_loss_mse", "ip_et", "Predicted and measured", run["name"]
+            )
+            keep("results", 620, SIDE)
+            eyes.look(f"artifacts/artifact/{ids['frontier']}", "Frontier: ", run["name"])
             until(
                 "the picture",
                 lambda: browser.run("[...document.images].some(i => i.src.startsWith('data:') && i.naturalWidth > 300)"),
                 30,
             )
-            keep("frontier", 620)
+            keep("frontier", 620, SIDE)
             eyes.look(f"deployments/deployment/{deployment}/run", "Tokens per block", "Bounds on the normalised RMSE of the loss")
             keep("form", 1000)
         finally:
             browser.close()
     return paths
-
-
-def _button(text: str) -> str:
-    return f"[...document.querySelectorAll('button')].find(e => e.innerText.trim() === {json.dumps(text)})"

@@ -72,7 +72,8 @@ def test_a_worker_executes_scheduled_and_triggered_runs(services: Services, spec
     assert run["state_type"] == "COMPLETED", services.log("worker")
     assert run["auto_scheduled"]
 
-    services.emit("checkpoint.created", "checkpoint.tiny", {"checkpoint": spec.model.path})
+    told = json.dumps({"checkpoint": spec.model.path})
+    services.prefect("event", "emit", "checkpoint.created", "--resource-id", "checkpoint.tiny", "--payload", told)
     run = services.ended("calibrate")
     assert run["state_type"] == "COMPLETED", services.log("worker")
     assert run["parameters"]["checkpoint"] == spec.model.path
