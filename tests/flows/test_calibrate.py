@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,6 +16,7 @@ import torch
 from models import DEMO, ROOT, small_model, write_checkpoint
 
 from flows.calibrate import calibrate
+from mpq import sensitivity
 from mpq.errors import MpqError
 from mpq.model import read_blocks
 from mpq.plan import Plan
@@ -182,6 +184,32 @@ def test_a_failing_shard_leaves_the_others(spec: RunSpec, caplog: pytest.LogCapt
     assert ("sensitivity", 2, 1) in [stage[:3] for stage in outcome["stages"]]
     assert "sensitivity: 1 of 2 tasks cached" in caplog.text
     assert "Finished in state Cached" in caplog.text
+
+
+def test_what_is_tried_again(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard whose device fails once is measured again; a mistake of the user's is told at once."""
+    measure, tried = sensitivity.measure_sensitivity, []
+
+    def once(*args: Any, **options: Any) -> Any:
+        tried.append(len(args[2].tokens))
+        if len(tried) == 1:
+            raise RuntimeError("the device went away")
+        return measure(*args, **options)
+
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", once)
+    outcome = calibrate(spec)
+    assert tried == [4, 4, 4]
+    assert ("sensitivity", 2, 0) in [stage[:3] for stage in outcome["stages"]]
+    tried.clear()
+
+    def mistaken(*args: Any, **options: Any) -> Any:
+        tried.append(0)
+        raise MpqError("No.")
+
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", mistaken)
+    with pytest.raises(MpqError, match="No"):
+        calibrate(change(spec, calibration={"seed": 3}))
+    assert len(tried) == 2, "once for each shard"
 
 
 def test_names_say_what_runs_on_what(spec: RunSpec, caplog: pytest.LogCaptureFixture) -> None:
