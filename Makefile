@@ -1,4 +1,5 @@
-# `make demo` does the main job on the demo checkpoint; `make test` passes all tests. Both install what they need.
+# `make demo` does the main job on the demo checkpoint, `make ops-demo` shows it run for a team, `make test` passes all tests.
+# Each installs what it needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -7,10 +8,14 @@ TORCH ?= torch==2.13.0
 
 export DO_NOT_TRACK = 1
 
-.PHONY: demo test check install bench bench-gpu docs clean
+.PHONY: demo ops-demo test check install bench bench-gpu docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mpq run examples/demo.yaml
+
+# a team's installation on loopback: scheduled recalibration of two checkpoints on S3, on a Dask cluster that loses a worker
+ops-demo: $(VENV)/.installed
+	$(BIN)/python -m deployments.ops_demo
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

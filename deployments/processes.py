@@ -9,14 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import httpx
 import psutil
+import yaml
 
 ROOT = Path(__file__).parent.parent
 POOL = "mpq"
@@ -52,6 +52,7 @@ class Services:
         self.environment = {
             **kept, "PREFECT_HOME": str(home / "prefect"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1",
             "MPQ_CACHE": str(home / "cache"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5", "PREFECT_WORKER_QUERY_SECONDS": "2", **(more or {}),
         }  # fmt: skip
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -72,6 +73,8 @@ class Services:
             for pid in everyone:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # what it left behind when it was killed before
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
@@ -105,8 +108,24 @@ class Services:
         return self.api
 
     def worker(self) -> None:
-        """A worker of the process pool that the deployments name."""
-        self.start("worker", sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "one")
+        """A worker of the process pool that the deployments name, up and known to the server; two flow runs at a time."""
+        self.start("worker", sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "one", "--limit", "2")
+        until("the worker", lambda: self.post(f"work_pools/{POOL}/workers/filter", {}))
+
+    def deploy(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Deploy everything in prefect.yaml, with parts of some deployments replaced: by name, such as `parameters`."""
+        data = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
+        for deployment in data["deployments"]:
+            deployment.update(changes.get(deployment["name"], {}))
+        file = self.home / "prefect.yaml"
+        file.write_text(yaml.safe_dump(data), encoding="utf-8")
+        self.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(file))
+
+    def keep_results(self, url: str) -> None:
+        """Prefect's own results under `url`, by a block, for every flow that is started from here on."""
+        code = f"from prefect.filesystems import RemoteFileSystem as R; R(basepath={url!r}).save('results', overwrite=True)"
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=self.environment, check=True, capture_output=True, timeout=120)
+        self.environment["PREFECT_DEFAULT_RESULT_STORAGE_BLOCK"] = "remote-file-system/results"
 
     def s3(self, bucket: str) -> str:
         """An S3 server with a bucket, found by everything started from here on; returns its address."""
@@ -119,6 +138,14 @@ class Services:
         until("the S3 server", lambda: httpx.get(address).status_code)
         httpx.put(f"{address}/{bucket}").raise_for_status()
         return address
+
+    def bucket(self) -> Any:
+        """The S3 server as an fsspec file system, for this process."""
+        environment = self.environment
+        return fsspec.filesystem(
+            "s3", key=environment["AWS_ACCESS_KEY_ID"], secret=environment["AWS_SECRET_ACCESS_KEY"],
+            client_kwargs={"endpoint_url": environment["AWS_ENDPOINT_URL"]}, skip_instance_cache=True, use_listings_cache=False,
+        )  # fmt: skip
 
     def dask(self, workers: int = 2, resources: str = "accel=1") -> str:
         """A Dask scheduler and its workers, one thread and one accelerator each; returns the scheduler's address."""
@@ -146,17 +173,24 @@ class Services:
         self.processes[name].kill()
         self.processes[name].wait()
 
-    def post(self, path: str, body: Any) -> Any:
-        """Ask the API."""
-        answer = httpx.post(f"{self.api}/{path}", json=body, timeout=30)
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """Ask the API; again where it answers 503, as it does while its database is busy."""
+
+        def answered() -> httpx.Response | None:
+            answer = httpx.request(method, f"{self.api}/{path}", json=body, timeout=30)
+            return None if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE else answer
+
+        answer: httpx.Response = until(f"an answer to {method} {path}", answered, 60, 0.5)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
+    def post(self, path: str, body: Any) -> Any:
+        """POST to the API."""
+        return self.ask("POST", path, body)
+
     def get(self, path: str) -> Any:
-        """Ask the API."""
-        answer = httpx.get(f"{self.api}/{path}", timeout=30)
-        answer.raise_for_status()
-        return answer.json()
+        """GET from the API."""
+        return self.ask("GET", path)
 
     def runs(self, deployment: str, *states: str) -> list[dict[str, Any]]:
         """The deployment's flow runs in some state (their types, such as COMPLETED), the oldest first."""
@@ -169,9 +203,3 @@ class Services:
         over = "COMPLETED", "FAILED", "CRASHED", "CANCELLED"
         runs = until(f"the end of {deployment}", lambda: (r := self.runs(deployment, *over))[number - 1 :] and r, seconds, 1.0)
         return dict(runs[number - 1])
-
-    def emit(self, event: str, resource: str, payload: Mapping[str, Any]) -> None:
-        """Emit an event, as `prefect event emit` does."""
-        now = datetime.now(UTC).isoformat()
-        told = {"id": str(uuid.uuid4()), "occurred": now, "event": event, "payload": dict(payload)}
-        self.post("events", [{**told, "resource": {"prefect.resource.id": resource}}])

@@ -29,11 +29,9 @@ EMULATION = ("apply", "attention", "formats", "quantize", "kernels.emulated", "k
 
 
 def run_name() -> str:
-    """What a run of a flow is called in Prefect: the spec's name, and the checkpoint where one is given."""
+    """What a run of the flow is called in Prefect: the spec's name, and the model's."""
     given = flow_run.parameters
-    spec, checkpoint = given["spec"], given.get("checkpoint")
-    name = spec["name"] if isinstance(spec, dict) and "name" in spec else getattr(spec, "name", "run")
-    return f"{name} {checkpoint.rstrip('/').rpartition('/')[2]}" if checkpoint else name
+    return aimed_at(RunSpec.model_validate(given["spec"]), given.get("checkpoint")).title
 
 
 # one worker: a machine's tasks share its device one at a time anyway, and each thread would get an OpenMP team of its own
@@ -50,7 +48,7 @@ def calibrate(spec: RunSpec, checkpoint: str | None = None) -> dict[str, Any]:
     spec = aimed_at(spec, checkpoint)
     Store(spec.store).check()
     with placed(spec.runner, spec.model.device, "et" in spec.objectives) as place:
-        return Pipeline(spec, Stages(spec.store, place)).run()
+        return Pipeline(spec, Stages(spec.store, place, timeout_s=spec.runner.timeout_s)).run()
 
 
 def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
@@ -85,7 +83,7 @@ class Pipeline(Planning):
             tables["evaluation"] = [self.evaluate(groups, plans, loaded["evaluation_text"], architecture)]
         report, facts = self.report(tables)
         out = write_outputs(self.spec, plans, report, tables, facts)
-        publish(self.spec, tables, out)
+        publish(self.spec, tables, report, out)
         return {
             "tables": tables, "out": out, "stages": self.stages.done, "architecture": architecture,
             "fingerprint": self.fingerprint, "plan_files": [s["plan_files"] for s in solved],
@@ -98,14 +96,14 @@ class Pipeline(Planning):
         spec, part = self.spec, self.held_out
         code = code_of("evaluate", *EMULATION, "model")
         base_losses = self.stages.run_one("evaluate base", (
-            evaluation.evaluate_base, content_key(self.content, blocks.sha256, code), f"evaluate base {spec.name}",
+            evaluation.evaluate_base, content_key(self.content, blocks.sha256, code), f"evaluate base {spec.title}",
             {"model": self.model, "blocks": blocks, "batch": part.batch},
         ), "workers")["base_losses"]  # fmt: skip
         distinct = {content_key(p["formats"]): p["formats"] for p in plans}
         names = {content_key(p["formats"]): f"{p['strategy']} {p['objective']} τ={p['tau']:g}" for p in reversed(plans)}
         losses = self.stages.run("evaluate", [
             (
-                evaluation.evaluate_plan, content_key(formats, self.content, blocks.sha256, part.seeds, code), f"evaluate {names[k]}",
+                evaluation.evaluate_plan, content_key(formats, self.content, blocks.sha256, part.seeds, code), f"evaluate {spec.title} {names[k]}",
                 {
                     "model": self.model, "formats": formats, "blocks": blocks, "base_losses": base_losses,
                     "seeds": part.seeds, "batch": part.batch, "what": names[k],
@@ -129,7 +127,7 @@ class Pipeline(Planning):
         refs = [r["plan_losses"] for r in losses]
         return self.stages.run_one("collect", (
             evaluation.collect_evaluation, content_key(rows, [r.sha256 for r in (*refs, *scores)], ttft and ttft.sha256, code_of("tables")),
-            f"collect {spec.name}", {"plans": rows, "losses": refs, "ttft": ttft, "scores": scores},
+            f"collect {spec.title}", {"plans": rows, "losses": refs, "ttft": ttft, "scores": scores},
         ))["evaluation"]  # fmt: skip
 
     def _tasks(self, distinct: dict[str, dict[str, str]], names: dict[str, str], part: EvaluationSpec) -> list[TableRef]:
@@ -140,11 +138,11 @@ class Pipeline(Planning):
         code = code_of("harness", "task_data", *EMULATION, "model")
         key = (self.content, what, data_key(part.tasks, part.data_dir), harness_version(), code)
         base = self.stages.run_one("tasks base", (
-            evaluation.evaluate_base_tasks, content_key("base", *key), f"tasks base {self.spec.name}", {"model": self.model, "spec": part},
+            evaluation.evaluate_base_tasks, content_key("base", *key), f"tasks base {self.spec.title}", {"model": self.model, "spec": part},
         ), "workers")["task_scores"]  # fmt: skip
         results = self.stages.run("tasks", [
             (
-                evaluation.evaluate_plan_tasks, content_key(formats, *key), f"tasks {names[k]}",
+                evaluation.evaluate_plan_tasks, content_key(formats, *key), f"tasks {self.spec.title} {names[k]}",
                 {"model": self.model, "formats": formats, "spec": part, "base_scores": base, "what": names[k]},
             )
             for k, formats in distinct.items()
@@ -168,4 +166,4 @@ class Pipeline(Planning):
             code_of("report", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"),
         )
         inputs = {"tables": tables, "title": spec.name, "facts": facts}
-        return self.stages.run_one("report", (evaluation.write_report, key, f"report {spec.name}", inputs))["report"], facts
+        return self.stages.run_one("report", (evaluation.write_report, key, f"report {spec.title}", inputs))["report"], facts

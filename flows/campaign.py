@@ -54,7 +54,7 @@ def campaign(
     spec = parse_spec({**data, "calibration": text, "objectives": {"et": {"formats": formats}}, "store": store}, "campaign")
     Store(store).check()
     with placed(runner, model.device) as place:
-        run = Pipeline(spec, Stages(store, place))
+        run = Pipeline(spec, Stages(store, place, timeout_s=runner.timeout_s))
         if device_kind and device_kind.lower() not in run.device_name.lower():
             raise MpqError(
                 f"The device is {run.device_name}, the campaign is for {device_kind}: run it on a worker that has one."

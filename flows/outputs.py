@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+import polars.selectors as cs
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from mpq.errors import MpqError
@@ -52,18 +54,29 @@ def write_outputs(
     return {"report": str(out / "report.html"), "plans": str(out / "plans"), "plan": best or str(path)}
 
 
-def publish(spec: RunSpec, tables: Tables, out: Mapping[str, str]) -> None:
-    """Artifacts for Prefect's UI: results and groups as tables, the frontier as a picture, a link to the report."""
+def publish(spec: RunSpec, tables: Tables, report: TableRef, out: Mapping[str, str]) -> None:
+    """Artifacts for Prefect's UI: tables, the frontier as a picture, links to report and plan."""
     from mpq.figures import frontier_png
     from mpq.report import results_table
 
     frames = join_tables(tables)
+    shown = {
+        "results": (results_table(frames), "Predicted and measured"), "groups": (frames["groups"], "Sequential groups"),
+        "solutions": (frames["solutions"], "Solutions of the program"), "evaluation": (frames.get("evaluation"), "Measured under each plan"),
+    }  # fmt: skip
+    for key, (frame, what) in shown.items():
+        if frame is not None:
+            create_table_artifact(rows_for_people(frame), key=key, description=f"{what}: {spec.name}")
     picture = base64.b64encode(frontier_png(frames)).decode()
-    create_table_artifact(
-        json.loads(results_table(frames).write_json()), key="results", description=f"Predicted and measured: {spec.name}"
-    )
-    create_table_artifact(json.loads(frames["groups"].write_json()), key="groups", description=f"Sequential groups: {spec.name}")
     create_markdown_artifact(
         f"![frontier](data:image/png;base64,{picture})", key="frontier", description=f"Frontier: {spec.name}"
     )
-    create_link_artifact(Path(out["report"]).absolute().as_uri(), key="report", description=f"Report: {spec.name}")
+    for key, stored in (("report", f"; in the store: {report.uri}"), ("plan", "")):
+        path = Path(out[key]).absolute()
+        create_link_artifact(path.as_uri(), str(path), key=key, description=f"{key.capitalize()}: {spec.name}{stored}")
+
+
+def rows_for_people(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table with four significant digits."""
+    rows: list[dict[str, Any]] = json.loads(frame.with_columns(cs.float().round_sig_figs(4)).write_json())
+    return rows

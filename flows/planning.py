@@ -78,14 +78,14 @@ class Planning:
         tokenizer = fingerprint_of(self.folder, ("config.json", "tokenizer*", "vocab*", "merges*", "*.model"))
         key = content_key(tokenizer, texts, code_of("model"))
         inputs = {"folder": str(self.folder), "calibration": spec.calibration, "evaluation": held_out}
-        return self.stages.run_one("load model", (calibration.load_model, key, f"load {spec.name}", inputs))
+        return self.stages.run_one("load model", (calibration.load_model, key, f"load {spec.title}", inputs))
 
     def partition(self, architecture: str) -> TableRef:
         """The groups table; keyed by the architecture, so a fine-tune costs nothing."""
         spec = self.spec
         key = content_key(architecture, spec.timing.batch, spec.timing.length, code_of("graph", "partition", "tables"))
         inputs = {"folder": str(self.folder), "batch": spec.timing.batch, "length": spec.timing.length}
-        return self.stages.run_one("partition", (calibration.partition, key, f"partition {spec.name}", inputs))["groups"]
+        return self.stages.run_one("partition", (calibration.partition, key, f"partition {spec.title}", inputs))["groups"]
 
     def sensitivity(self, groups: TableRef, blocks: TableRef) -> References:
         """Sensitivity and loss tables; a task per shard, keyed by weights and the shard's tokens."""
@@ -96,7 +96,7 @@ class Planning:
             (
                 calibration.sensitivity_shard,
                 content_key(self.content, shard.key, groups.sha256, formats, spec.base_term, code),
-                f"sensitivity {spec.name} shard {k + 1}/{len(shards)}",
+                f"sensitivity {spec.title} shard {k + 1}/{len(shards)}",
                 {
                     "model": self.model, "groups": groups, "blocks": blocks, "shard": k, "shards": len(shards), "formats": formats,
                     "batch": part.batch, "base_term": spec.base_term, "checkpoint_activations": part.checkpoint_activations,
@@ -107,7 +107,7 @@ class Planning:
         sensitivities, losses = [r["sensitivity"] for r in results], [r["loss"] for r in results]
         key = content_key([r.sha256 for r in (*sensitivities, *losses)], code)
         inputs = {"sensitivities": sensitivities, "losses": losses}
-        return self.stages.run_one("merge shards", (calibration.merge_shards, key, f"merge {spec.name}", inputs))
+        return self.stages.run_one("merge shards", (calibration.merge_shards, key, f"merge {spec.title}", inputs))
 
     def timing(self, groups: TableRef, architecture: str) -> list[TableRef]:
         """Timing tables; a task per signature and slice of configurations.
@@ -164,7 +164,7 @@ class Planning:
                 calls.append((
                     timing.time_configurations,
                     content_key(architecture, signature, some, spec.model.base, part, made_with),
-                    f"timing {signature} {at + 1}-{at + len(some)} of {len(every)}",
+                    f"timing {spec.title} {signature} {at + 1}-{at + len(some)} of {len(every)}",
                     {
                         "folder": self.source, "base": spec.model.base, "device": spec.model.device, "groups": groups,
                         "signature": signature, "configurations": some, "spec": spec.timing, "made_on": self.device_name,
@@ -213,7 +213,7 @@ class Planning:
                 "objective": objective, "groups": groups, "sensitivity": sums["sensitivity"], "timing": of, "formats": list(formats),
                 "base": base, "noise_model": spec.noise_model, "bound": spec.timing.bound, "choices": choices,
             }  # fmt: skip
-            calls.append((planning.build_gains, key, f"gains {objective} {spec.name}", inputs))
+            calls.append((planning.build_gains, key, f"gains {objective} {spec.title}", inputs))
         return self.stages.run("gains", calls)
 
     def _solve(
@@ -236,7 +236,7 @@ class Planning:
                 "taus": taus, "base": base, "solver": spec.solver, "fingerprint": self.fingerprint, "anchor": anchored,
                 "provenance": {"gains": built["gains"].key, **keys, "versions": versions},
             }  # fmt: skip
-            calls.append((planning.solve, key, f"solve {objective} {spec.name}", inputs))
+            calls.append((planning.solve, key, f"solve {objective} {spec.title}", inputs))
         return self.stages.run("solve", calls)
 
     def time_plans(
@@ -266,7 +266,7 @@ class Planning:
             "plans": plans, "repeats": repeats, "spec": spec.timing, "made_on": self.device_name,
         }  # fmt: skip
         key = content_key(stage, architecture, groups.sha256, plans, spec.model.base, part, repeats, made_with)
-        call = (timing.time_plans, key, f"{stage} {spec.name}", inputs)
+        call = (timing.time_plans, key, f"{stage} {spec.title}", inputs)
         return self.stages.run_one(stage, call, "accelerator")["plan_ttft"]
 
 

@@ -43,7 +43,8 @@ def retune(
     tuned = retuned(spec, taus, objective, formats)
     only = SOLVING | EVALUATING if evaluate else SOLVING
     with placed(tuned.runner, tuned.model.device, evaluate and "et" in tuned.objectives) as place:
-        return Pipeline(tuned, Stages(spec.store, place, only), [objective] if objective else [], evaluate, spec.formats).run()
+        stages = Stages(spec.store, place, only, spec.runner.timeout_s)
+        return Pipeline(tuned, stages, [objective] if objective else [], evaluate, spec.formats).run()
 
 
 def retuned(spec: RunSpec, taus: list[float] | None, objective: Objective | None, formats: list[str] | None) -> RunSpec:

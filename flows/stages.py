@@ -38,11 +38,13 @@ class Stages:
     """Submits the calls of one stage after the other to where they belong, against one store.
 
     With `only`, stages of other names must be in the store already: asked to compute one, `run` raises MpqError.
+    A task that takes longer than `timeout_s` is given up.
     """
 
     store: str
     place: Place = field(default_factory=Place)
     only: frozenset[str] | None = None
+    timeout_s: float | None = None
     done: list[tuple[str, int, int, float]] = field(default_factory=list)
 
     def run(self, name: str, calls: Iterable[Call], on: On = "flow") -> list[References]:
@@ -51,13 +53,15 @@ class Stages:
         if self.only is not None and name not in self.only:
             return self._stored(name, calls, start)
         futures = [
-            self.place.submit(task, {"key": key, "store": self.store, "label": label, "inputs": inputs}, on)
+            self.place.submit(self._timed(task), {"key": key, "store": self.store, "label": label, "inputs": inputs}, on)
             for task, key, label, inputs in calls
         ]
         for future in futures:
             future.wait()
         results = [self.place.result(future) for future in futures]
-        failed = next((r for r in results if isinstance(r, BaseException)), None)
+        failed = next(
+            (self._told(r, call[2]) for r, call in zip(results, calls, strict=True) if isinstance(r, BaseException)), None
+        )
         cached = sum(future.state.name == "Cached" for future, r in zip(futures, results, strict=True) if isinstance(r, dict))
         self._account(name, len(futures), cached, start)
         if failed:
@@ -67,6 +71,16 @@ class Stages:
     def run_one(self, name: str, call: Call, on: On = "flow") -> References:
         """Run a stage of one task."""
         return self.run(name, [call], on)[0]
+
+    def _timed(self, task: Task[..., References]) -> Task[..., References]:
+        return task.with_options(timeout_seconds=self.timeout_s) if self.timeout_s else task
+
+    def _told(self, error: BaseException, label: str) -> BaseException:
+        if type(error).__name__ != "TaskRunTimeoutError":
+            return error
+        return MpqError(
+            f"{label} took longer than {self.timeout_s:g} s: look at what the device is busy with, or raise runner.timeout_s in the spec."
+        )
 
     def _stored(self, name: str, calls: list[Call], start: float) -> list[References]:
         store = Store(self.store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import polars as pl
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
@@ -12,6 +13,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from flows.calibrate import aimed_at, calibrate
+from flows.outputs import rows_for_people
 from flows.records import Claim, Records
 from mpq.changes import Change, compare
 from mpq.checkpoints import settled
@@ -95,7 +97,9 @@ def _plans(references: list[TableRef]) -> list[Plan]:
 def publish_changes(changes: list[Change], title: str) -> None:
     """The changes as a table artifact, and the ops that moved as lines of the log."""
     log = get_run_logger()
-    create_table_artifact([c.row() for c in changes], key="changes", description=f"What changed: {title}")
+    create_table_artifact(
+        rows_for_people(pl.DataFrame([c.row() for c in changes])), key="changes", description=f"What changed: {title}"
+    )
     for change in changes:
         if change.strategy.startswith("ip_"):
             log.info(

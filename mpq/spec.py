@@ -116,6 +116,11 @@ class EvaluationSpec(TextSpec):
 class RunnerSpec(_Strict):
     """Where the long tasks of a run go: the machine of the flow, or the workers of a cluster."""
 
+    timeout_s: float | None = Field(
+        21600,
+        gt=0,
+        description="Seconds after which a task is given up, its wait for the device included; long stages try once more",
+    )
     kind: Literal["local", "dask"] = Field("local", description="local: beside the flow, one at a time; dask: a Dask cluster")
     address: str | None = Field(None, description="The Dask scheduler, such as tcp://scheduler:8786")
 
@@ -132,15 +137,23 @@ class RunSpec(_Strict):
     """A whole run: model → plans under each τ for each objective, evaluated and reported."""
 
     name: str = Field("run", description="Name in logs, reports and Prefect")
-    model: ModelSpec
-    calibration: CalibrationSpec
-    evaluation: EvaluationSpec | None = None
-    timing: TimingSpec = TimingSpec()
-    objectives: dict[Objective, ObjectiveSpec] = Field(min_length=1)
+    model: ModelSpec = Field(description="Which checkpoint, and the format it runs in when nothing is lowered")
+    calibration: CalibrationSpec = Field(description="Text on which sensitivity is measured")
+    evaluation: EvaluationSpec | None = Field(
+        None, description="Held-out text on which plans are measured; else the calibration text"
+    )
+    timing: TimingSpec = Field(TimingSpec(), description="How TTFT is measured")
+    objectives: dict[Objective, ObjectiveSpec] = Field(
+        min_length=1, description="What is gained: et, measured time; tt, MAC time; m, memory; and the formats to choose from"
+    )
     taus: Taus = Field((0.003, 0.01, 0.03), min_length=1, description="Bounds on the normalised RMSE of the loss")
-    noise_model: NoiseModel = "ulp"
+    noise_model: NoiseModel = Field(
+        "ulp", description="Variance of rounding: ulp, by the binade of each value; paper, by the value itself"
+    )
     base_term: bool = Field(True, description="Subtract the base format's own noise (method.md); False is the paper's form")
-    solver: Literal["auto", "highs", "gurobi"] = "auto"
+    solver: Literal["auto", "highs", "gurobi"] = Field(
+        "auto", description="What solves the integer program; auto: a solver only for what presolving leaves open"
+    )
     store: Url = Field(".work/store", description="fsspec URL of the tables")
     runner: RunnerSpec = Field(RunnerSpec(), description="Where sensitivity, timing and evaluation run")
     out: str = Field(".work/runs", description="Local folder for plans and the report")
@@ -151,6 +164,12 @@ class RunSpec(_Strict):
             if self.model.base in part.formats:
                 raise ValueError(f"objectives.{objective}.formats lists the base format {self.model.base}: list what to lower to")
         return self
+
+    @property
+    def title(self) -> str:
+        """What tasks and flow runs are called by: the name, and the model's where the name does not say it."""
+        model = self.model.path.rstrip("/").rpartition("/")[2]
+        return self.name if model in self.name else f"{self.name} {model}"
 
     @property
     def formats(self) -> tuple[str, ...]:

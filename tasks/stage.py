@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,6 +29,11 @@ from mpq.store import Damaged, Store, TableRef, content_key
 References = dict[str, TableRef]
 Output = Mapping[str, "pl.DataFrame | tuple[bytes, str]"]
 
+
+# Prefect warns at each task that a limit on its time cannot interrupt one blocking call: true, and ours are many short ones
+logging.getLogger("prefect.task_runs").addFilter(
+    lambda record: not str(record.msg).startswith("Timeout of %s seconds configured")
+)
 
 _kinds: dict[str, tuple[str, ...]] = {}  # what each stage writes, by its name
 

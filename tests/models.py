@@ -1,11 +1,14 @@
-"""Small models for the tests: real architectures from configurations, weights drawn by seed."""
+"""Small models for the tests, and a run of one: real architectures from configurations, weights drawn by seed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from mpq.spec import RunSpec, parse_spec
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo"
@@ -39,3 +42,20 @@ def write_checkpoint(folder: Path, seed: int = 0) -> Path:
     """A tiny Llama checkpoint, tied and with grouped-query attention, without a tokenizer."""
     small_model("llama", seed=seed, num_key_value_heads=2, tie_word_embeddings=True).save_pretrained(folder)
     return folder
+
+
+def small_spec(folder: Path) -> RunSpec:
+    """A run that takes seconds: two layers of hidden size 32, two shards, one native and one emulated format."""
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 97, (24, 16)))
+    text = {"source": str(folder / "tokens.npy"), "samples": 8, "length": 16, "batch": 4}
+    return parse_spec({
+        "name": "tiny",
+        "model": {"path": str(write_checkpoint(folder / "model")), "base": "fp32"},
+        "calibration": {**text, "shards": 2},
+        "evaluation": {**text, "seed": 1, "seeds": 1, "ttft_repeats": 3},
+        "timing": {"batch": 2, "length": 16, "repeats": 2, "slice": 20},
+        "objectives": {"et": {"formats": ["bf16"]}, "m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]}},
+        "taus": [0.001, 0.01],
+        "store": (folder / "store").as_uri(),
+        "out": str(folder / "out"),
+    })  # fmt: skip

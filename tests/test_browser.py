@@ -9,9 +9,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from browser import CHROMIUM, Browser
 from synthetic import BASE, add_accuracy, add_attention, make_run
 
+from deployments.browser import CHROMIUM, Browser
 from mpq.paper_figures import write_figures
 from mpq.report import write_report
 

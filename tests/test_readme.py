@@ -34,8 +34,8 @@ def test_every_command_is_told() -> None:
 
     for command in app.registered_commands:
         assert f"`mpq {command.name or command.callback.__name__}" in README
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-    assert set(re.findall(r"^\$ make (\w+)", README, re.M)) <= set(targets)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"^\$ make ([\w-]+)", README, re.M)) <= set(targets)
 
 
 def test_links_lead_somewhere() -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
+import torch
 from models import DEMO, ROOT, small_model, write_checkpoint
 
 from flows.calibrate import calibrate
+from mpq import sensitivity
 from mpq.errors import MpqError
+from mpq.model import read_blocks
 from mpq.plan import Plan
 from mpq.runs import join_tables
 from mpq.spec import RunSpec
@@ -153,6 +159,74 @@ def test_broken_weights_are_told(spec: RunSpec) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(MpqError, match="the checkpoint is damaged"):
         calibrate(spec)
+
+
+def test_a_failing_shard_leaves_the_others(spec: RunSpec, caplog: pytest.LogCaptureFixture) -> None:
+    """One shard meets a token whose weights are NaN: the other's table stays, and is reused once the text is mended."""
+    model = small_model("llama", num_key_value_heads=2, tie_word_embeddings=True)
+    model.get_submodule("model.embed_tokens").weight[96] = float("nan")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.nan_to_num(0.0), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(spec.model.path)
+    tokens = np.random.default_rng(0).integers(0, 96, (8, 16))
+    np.save(spec.calibration.source, tokens)
+    split = change(spec, calibration={"seed": 0})
+    blocks = read_blocks(split.calibration, Path(spec.model.path), 97).tokens
+    row = int((tokens == blocks[-1]).all(axis=1).argmax())
+    spoilt = tokens.copy()
+    spoilt[row, 3] = 96
+    np.save(spec.calibration.source, spoilt)
+    with pytest.raises(MpqError, match="is nan"):
+        calibrate(split)
+    np.save(spec.calibration.source, tokens)
+    with caplog.at_level(logging.INFO):
+        outcome = calibrate(split)
+    assert ("sensitivity", 2, 1) in [stage[:3] for stage in outcome["stages"]]
+    assert "sensitivity: 1 of 2 tasks cached" in caplog.text
+    assert "Finished in state Cached" in caplog.text
+
+
+def test_what_is_tried_again(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard whose device fails once is measured again; a mistake of the user's is told at once."""
+    measure, tried = sensitivity.measure_sensitivity, []
+
+    def once(*args: Any, **options: Any) -> Any:
+        tried.append(len(args[2].tokens))
+        if len(tried) == 1:
+            raise RuntimeError("the device went away")
+        return measure(*args, **options)
+
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", once)
+    outcome = calibrate(spec)
+    assert tried == [4, 4, 4]
+    assert ("sensitivity", 2, 0) in [stage[:3] for stage in outcome["stages"]]
+    tried.clear()
+
+    def mistaken(*args: Any, **options: Any) -> Any:
+        tried.append(0)
+        raise MpqError("No.")
+
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", mistaken)
+    with pytest.raises(MpqError, match="No"):
+        calibrate(change(spec, calibration={"seed": 3}))
+    assert len(tried) == 2, "once for each shard"
+
+
+def test_names_say_what_runs_on_what(spec: RunSpec, caplog: pytest.LogCaptureFixture) -> None:
+    """Flow run and tasks are called by model, stage, shard and signature; a name that says the model does not say it twice."""
+    with caplog.at_level(logging.INFO):
+        calibrate(spec)
+    assert "flow run 'tiny model'" in caplog.text
+    for name in ("partition tiny model", "sensitivity tiny model shard 2/2", "evaluate tiny model ip_m m τ=0.01"):
+        assert f"{name}: computing" in caplog.text
+    assert re.search(r"timing tiny model \S*down_proj-[0-9a-f]{8}", caplog.text)
+    assert change(spec, name="the-model").title == "the-model"
+
+
+def test_a_task_that_takes_too_long(spec: RunSpec) -> None:
+    """A stage that exceeds the spec's time is given up with a sentence that names it."""
+    with pytest.raises(MpqError, match=r"load tiny model took longer than 0.001 s: .*runner.timeout_s"):
+        calibrate(change(spec, runner={"timeout_s": 0.001}))
 
 
 def test_a_failure_inside_a_task_is_told(spec: RunSpec, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 from models import ROOT, write_checkpoint
@@ -39,10 +38,13 @@ def test_everything_deploys(services: Services) -> None:
     assert len(runs) >= 3
     form = deployed["calibrate"]["parameter_openapi_schema"]
     assert "timing" in form["definitions"]["RunSpec"]["properties"]
-    described = form["definitions"]["TimingSpec"]["properties"]
-    assert all(p.get("description") for p in described.values())
-    for name in DEPLOYMENTS:  # what prefect.yaml gives fits the form
-        assert set(deployed[name]["parameters"]) <= set(deployed[name]["parameter_openapi_schema"]["properties"])
+    for name in DEPLOYMENTS:
+        form = deployed[name]["parameter_openapi_schema"]
+        for part in (form, *form["definitions"].values()):
+            for field, shown in part["properties"].items():
+                assert shown.get("description"), f"{name}: {field}"
+                assert {"type", "anyOf", "allOf", "$ref", "enum"} & set(shown), f"{name}: {field}"
+        assert set(deployed[name]["parameters"]) <= set(form["properties"]), "what prefect.yaml gives fits the form"
     spec = deployed["calibrate"]["parameters"]["spec"]
     written = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
     assert RunSpec.model_validate(spec) == RunSpec.model_validate(written), "prefect.yaml and examples/demo.yaml differ"
@@ -50,29 +52,28 @@ def test_everything_deploys(services: Services) -> None:
 
 def test_a_worker_executes_scheduled_and_triggered_runs(services: Services, spec: RunSpec, tmp_path: Path) -> None:
     """watch starts by its schedule and calibrates what it finds; an event starts calibrate for what its payload names."""
-    data = yaml.safe_load((ROOT / "prefect.yaml").read_text())
     tiny = spec.model_dump(mode="json")
     write_checkpoint(tmp_path / "checkpoints" / "one", seed=1)
-    deployments = {d["name"]: d for d in data["deployments"]}
-    deployments["calibrate"]["parameters"] = {"spec": tiny}
-    deployments["watch"]["parameters"] = {"urls": [str(tmp_path / "checkpoints")], "spec": tiny, "settle_s": 0}
-    deployments["watch"]["schedules"] = [{"interval": 3600, "anchor_date": "2020-01-01T00:00:00Z", "active": False}]
-    file = tmp_path / "prefect.yaml"
-    file.write_text(yaml.safe_dump(data))
-    services.prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(file))
+    services.deploy({
+        "calibrate": {"parameters": {"spec": tiny}},
+        "watch": {
+            "parameters": {"urls": [str(tmp_path / "checkpoints")], "spec": tiny, "settle_s": 0},
+            "schedules": [{"interval": 3600, "anchor_date": "2020-01-01T00:00:00Z", "active": False}],
+        },
+    })  # fmt: skip
     services.worker()
-    until("the worker", lambda: services.post(f"work_pools/{POOL}/workers/filter", {}))
 
     watch = services.get("deployments/name/watch/watch")
     schedule = watch["schedules"][0]["id"]
     every = {"schedule": {"interval": 20, "anchor_date": "2020-01-01T00:00:00Z"}, "active": True}
-    httpx.patch(f"{services.api}/deployments/{watch['id']}/schedules/{schedule}", json=every).raise_for_status()
+    services.ask("PATCH", f"deployments/{watch['id']}/schedules/{schedule}", every)
     run = services.ended("watch")
-    httpx.patch(f"{services.api}/deployments/{watch['id']}/schedules/{schedule}", json={"active": False}).raise_for_status()
+    services.ask("PATCH", f"deployments/{watch['id']}/schedules/{schedule}", {"active": False})
     assert run["state_type"] == "COMPLETED", services.log("worker")
     assert run["auto_scheduled"]
 
-    services.emit("checkpoint.created", "checkpoint.tiny", {"checkpoint": spec.model.path})
+    told = json.dumps({"checkpoint": spec.model.path})
+    services.prefect("event", "emit", "checkpoint.created", "--resource-id", "checkpoint.tiny", "--payload", told)
     run = services.ended("calibrate")
     assert run["state_type"] == "COMPLETED", services.log("worker")
     assert run["parameters"]["checkpoint"] == spec.model.path
@@ -82,6 +83,6 @@ def test_a_worker_executes_scheduled_and_triggered_runs(services: Services, spec
     assert record["facts"]["model"] == spec.model.path
     body = {"flow_runs": {"id": {"any_": [run["id"]]}}}
     kinds = {a["key"] for a in services.post("artifacts/filter", body) if a["key"]}
-    assert {"results", "groups", "frontier", "report"} <= kinds
+    assert {"results", "groups", "solutions", "evaluation", "frontier", "report", "plan"} <= kinds
     states = {t["name"]: t["state_name"] for t in services.post("task_runs/filter", {**body, "limit": 200})}
     assert states["partition tiny-model"] == "Cached", "watch has partitioned this architecture before"

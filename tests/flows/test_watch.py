@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
 
 import pytest
-from models import small_model, write_checkpoint
+from models import ROOT, small_model, write_checkpoint
 
+from deployments.processes import until
 from flows.records import Claim, Records
 from flows.watch import watch
 from mpq.changes import compare, moves
 from mpq.checkpoints import checkpoints, settled
 from mpq.errors import MpqError
+from mpq.model import fingerprint
 from mpq.plan import Plan
 from mpq.spec import RunSpec
 
@@ -117,6 +123,34 @@ def test_overlapping_watches(folder: Path, spec: RunSpec) -> None:
     small_model("llama", hidden_size=48, num_key_value_heads=2).save_pretrained(folder / "other")
     rows = {Path(row["checkpoint"]).name: row for row in watch([str(folder)], spec, settle_s=0)}
     assert (rows["other"]["status"], rows["other"]["compared_with"]) == ("calibrated", "")
+
+
+def test_a_watch_that_was_killed(folder: Path, spec: RunSpec, tmp_path: Path) -> None:
+    """kill -9 in the middle of a calibration: the checkpoint is claimed until the lease ends, then calibrated from where it was."""
+    write_checkpoint(folder / "one")
+    code = (
+        "import sys; from flows.watch import watch; from mpq.spec import load_spec; "
+        "watch([sys.argv[1]], load_spec(sys.argv[2]), settle_s=0, lease_s=20)"
+    )
+    file = tmp_path / "spec.json"
+    file.write_text(spec.model_dump_json())
+    home = {"PREFECT_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    (tmp_path / "home").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), str(file)], cwd=ROOT, env={**plain, **home}, start_new_session=True
+    )
+    until("a shard's table", lambda: list((tmp_path / "store" / "sensitivity").glob("*/meta.json")), 240)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [row["status"] for row in watch([str(folder)], spec, settle_s=0, lease_s=20)] == ["in progress in another run"]
+    key = Records(spec).key(fingerprint(folder / "one"))
+    until("the lease's end", lambda: not Claim(spec.store, key, "me", 20)._other_is_alive(), 60)
+    (row,) = watch([str(folder)], spec, settle_s=0, lease_s=20)
+    assert row["status"] == "calibrated"
+    stages = {name: (tasks, hits) for name, tasks, hits, _ in row["stages"]}
+    assert stages["partition"] == (1, 1)
+    assert stages["sensitivity"][1] >= 1
 
 
 def test_claims(tmp_path: Path) -> None:

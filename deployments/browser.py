@@ -15,7 +15,7 @@ from websockets.sync.client import connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--headless", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--disable-dev-shm-usage", "--remote-debugging-port=0",
 )  # fmt: skip
 
@@ -80,9 +80,10 @@ class Browser:
         """The parameters of the events so called since the page was opened."""
         return [e["params"] for e in self.events if e["method"] in methods]
 
-    def picture(self, path: Path) -> None:
-        """A PNG of the whole page."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+    def picture(self, path: Path, part: tuple[int, int, int, int] | None = None) -> None:
+        """A PNG of the whole page, or of a part of it: left, top, width and height in CSS pixels."""
+        clip = {"clip": dict(zip(("x", "y", "width", "height"), part, strict=True), scale=1)} if part else {}
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True, **clip)["data"]))
 
     def close(self) -> None:
         """Ends Chromium."""

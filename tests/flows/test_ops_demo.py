@@ -1,0 +1,84 @@
+"""What `make ops-demo` shows, with a smaller checkpoint and a faster clock; and what a person sees of it in Prefect's UI."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from matplotlib.image import imread
+from models import small_spec, write_checkpoint
+from rich.console import Console
+from test_calibrate import change
+
+from deployments.browser import CHROMIUM
+from deployments.ops_demo import demonstrate
+from deployments.processes import Services
+
+
+def left(home: Path) -> list[str]:
+    """The processes that were started for what lies in a folder and still run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("PREFECT_HOME") == str(home / "prefect") and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            pass
+    return found
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One night, and what was to be seen of it while all was up."""
+    folder = tmp_path_factory.mktemp("ops")
+    home, console, seen = folder / "night", Console(file=io.StringIO(), width=110), dict[str, Any]()
+
+    def look(services: Services, run: dict[str, Any]) -> None:
+        seen["running"] = left(home)
+        seen["killed"] = [name for name, process in services.processes.items() if process.poll() == -9]
+        seen["watches"] = services.runs("watch", "COMPLETED")
+        seen["stored"] = {path.split("/")[1] for path in services.bucket().find("team")}
+        if CHROMIUM:
+            from deployments.screenshots import take
+
+            try:
+                seen["pictures"] = take(services, run, folder / "pictures")
+            except TimeoutError as error:  # told by the test that is about it
+                seen["pictures"] = error
+
+    few = {"et": {"formats": ["bf16"], "strategies": ["ip"]}, "m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]}}
+    timing = {"slice": 4, "limit": 8, "repeats": 5, "rounds": 0}
+    spec = change(small_spec(folder), timing=timing, objectives=few, taus=[0.01])
+    stages = demonstrate(home, write_checkpoint(folder / "model"), spec, console, cron="* * * * * */20", before_the_end=look)
+    return {**seen, "stages": stages, "said": console.file.getvalue(), "left": left(home)}
+
+
+def test_a_night(night: dict[str, Any]) -> None:
+    """Two checkpoints by schedule, a worker killed on the way, timing and partition reused for the second, nothing left running."""
+    first, second = night["stages"]
+    assert not any(first[stage][1] for stage in ("load_model", "partition", "sensitivity_shard", "time_configurations"))
+    for stage in ("load_model", "partition", "time_configurations"):
+        tasks, reused = second.get(stage, (0, 0))
+        assert tasks == reused, stage
+    assert second["sensitivity_shard"] == (2, 0)
+    assert len(night["killed"]) == 1
+    assert night["killed"][0] in ("dask-0", "dask-1")
+    assert all(run["auto_scheduled"] for run in night["watches"])
+    assert night["stored"] == {"checkpoints", "mpq", "prefect"}
+    for told in ("kill -9", "What the fine-tune changed", "ip_et", "stopped: server, s3"):
+        assert told in night["said"]
+    assert night["running"]
+    assert night["left"] == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: install Debian's package chromium")
+def test_the_ui_shows_it(night: dict[str, Any]) -> None:
+    """Flow run, task graph, cached states, artifacts and the form are on the pages, and in pictures of them."""
+    assert isinstance(night["pictures"], list), night["pictures"]
+    assert [p.stem for p in night["pictures"]] == [
+        f"ui-{n}" for n in ("run", "tasks", "artifacts", "results", "frontier", "form")
+    ]
+    assert all(imread(path).shape[1] in (1280, 1024) for path in night["pictures"])
