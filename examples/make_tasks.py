@@ -59,7 +59,7 @@ def hellaswag(lines: list[str], rng: random.Random) -> list[Row]:
         if not wrong:
             continue
         label = rng.randrange(4)
-        context = "\n".join([*lines[at - 8 : at], head]).strip("\n")
+        context = "\n".join([*lines[at - 4 : at], head]).strip("\n")
         endings = [*wrong[:label], end, *wrong[label:]]
         rows.append({"ind": at, "activity_label": "Python", "ctx_a": context, "ctx_b": "", "ctx": context, "endings": endings,
                      "source_id": f"heldout~{at}", "split": "", "split_type": "indomain", "label": str(label)})  # fmt: skip
