@@ -92,6 +92,15 @@ def _tokenizer(folder: str, fingerprint: str, base: str, device: str) -> Any:
         ) from None
 
 
+@stage("pace")
+def measure_pace(model: dict[str, str], formats: dict[str, str], batch: int, length: int) -> Output:
+    """Seconds per token of the model, in base and lowered."""
+    from mpq.pace import measure_pace as measure
+
+    with exclusive(model["device"]):
+        return {"pace": measure(model_of(**model), formats, base=model["base"], batch=batch, length=length)}
+
+
 @stage("evaluation")
 def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Output:
     """The evaluation table. `plans` say for each plan its identity, the tables measured of it, and its row of `ttft`."""

@@ -30,7 +30,7 @@ LAYERS = [
     ["task_data", "checkpoints", "changes"],
     ["partition", "apply", "runs", "inventory"],
     ["prefill"],
-    ["sensitivity", "timing", "gains", "evaluate", "harness", "draw"],
+    ["sensitivity", "timing", "gains", "evaluate", "harness", "draw", "pace"],
     ["strategies", "report", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"],
     ["console"],
     ["store_cli"],
