@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -98,12 +99,19 @@ class Sweep(Pipeline):
         return forecast(look.asked, self.spec, self.held_out, {**texts, **facts["request_tokens"]}, pace)
 
     def _pace(self, architecture: str) -> TableRef:
-        """Seconds per token; keyed by the kind of device, so it is measured once."""
+        """Seconds per token; keyed by the kind of device and the hour, since what else a machine does changes."""
         part, lowered = self.held_out, self.spec.formats[-1]
         groups = self.partition(architecture)
         formats = {op: lowered for op, _ in calibration.measured_ops(groups)}
         key = content_key(
-            architecture, self.device_name, self.spec.model.base, lowered, part.batch, part.length, code_of("pace", *MODELS)
+            architecture,
+            self.device_name,
+            self.spec.model.base,
+            lowered,
+            part.batch,
+            part.length,
+            int(time.time() // 3600),
+            code_of("pace", *MODELS),
         )
         inputs = {"model": self.model, "formats": formats, "batch": part.batch, "length": part.length}
         return self.stages.run_one("pace", (evaluation.measure_pace, key, f"pace {self.spec.name}", inputs), "workers")["pace"]
