@@ -7,10 +7,15 @@ TORCH ?= torch==2.13.0
 
 export DO_NOT_TRACK = 1
 
-.PHONY: demo test check install bench docs clean
+.PHONY: demo reproduce test check install bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mpq run examples/demo.yaml
+
+# figures 1 to 9, Table 1 and the numbers in docs/reproduction.md; cut off, it goes on where it was
+reproduce: $(VENV)/.installed
+	$(BIN)/mpq reproduce examples/reproduce.yaml
+	$(BIN)/python docs/reproduction.py .work/runs/reproduce
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
