@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=Path("examples/demo/heldout.txt"))
     parser.add_argument("--out", type=Path, default=Path("examples/tasks"))
-    parser.add_argument("--documents", type=int, default=125, help="of the evaluated split")
+    parser.add_argument("--documents", type=int, default=100, help="of the evaluated split")
     parser.add_argument("--train", type=int, default=30, help="of the training split, where the task has one")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
