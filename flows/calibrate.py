@@ -20,10 +20,11 @@ from flows.outputs import publish, write_outputs
 from flows.place import placed
 from flows.planning import code_of
 from flows.stages import Stages
+from mpq.draw import in_words
 from mpq.spec import RunSpec
 from mpq.store import Store, TableRef, content_key
 from tasks import evaluation
-from tasks.stage import read_json
+from tasks.stage import read, read_json
 
 
 def run_name() -> str:
@@ -101,7 +102,7 @@ class Pipeline(Evaluating):
         spec = self.spec
         facts = {
             "model": spec.model.path, "fingerprint": self.fingerprint[:16], "base": spec.model.base, "device": self.device_name,
-            "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens", "noise model": spec.noise_model,
+            **in_words(read(tables["drawn"][0])), "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens", "noise model": spec.noise_model,
             "mpq": version("mpq"), "torch": version("torch"), "transformers": version("transformers"), "python": platform.python_version(),
         }  # fmt: skip
         template = (files("mpq") / "templates" / "report.html.j2").read_text(encoding="utf-8")

@@ -82,7 +82,7 @@ def _passes(name: str, inputs: Mapping[str, Any], spec: RunSpec, tokens: Mapping
             return BACKWARD * base * tokens["calibration"] / inputs["shards"]
         case "timing" | "timing of chosen":
             return base * len(inputs["configurations"]) * spec.timing.repeats * prefill
-        case "TTFT of plans" | "TTFT of fastest":
+        case "TTFT of plans" | "TTFT of anchors":
             return base * len(inputs["plans"]) * inputs["repeats"] * prefill
         case "evaluate base" | "evaluate":
             return (base if name.endswith("base") else lowered) * tokens["evaluation"]
@@ -128,14 +128,17 @@ def told(works: list[Work], spec: RunSpec, held_out: EvaluationSpec) -> str:
     what += f" and {len(held_out.tasks)} tasks" if held_out.tasks else ""
     lines = [
         f"{spec.name}: {what}; plans with equal formats are evaluated once.",
-        f"evaluations: {'at most ' if bound else ''}{count}, {cached} of them cached, {duration(seconds)} for the others.",
+        f"evaluations: {'at most ' if bound else ''}{count}, {cached} of them cached, {duration(seconds)} for the others."
+        if cached < count
+        else f"evaluations: {count}, all of them cached.",
     ]
     rest = [w for w in works if w not in parts and w.seconds]
     if rest:
         lines.append(
             "; ".join(f"{w.stage}: {w.tasks - w.cached} of {w.tasks} tasks to do, {duration(w.seconds)}" for w in rest) + "."
         )
-    lines.append(f"in all {duration(every)}, estimated from one forward pass on this machine.")
+    if every:
+        lines.append(f"in all {duration(every)}, estimated from one forward pass on this machine.")
     return "\n".join(lines)
 
 

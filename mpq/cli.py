@@ -318,9 +318,10 @@ def reproduce(
     checked = _spec_for(spec, store)
     _prefect_environment(verbose)
     from flows.terminal import reproduce_in_terminal
+    from mpq.accuracy import for_people
 
     frame, where = reproduce_in_terminal(checked, log, dry_run)
-    emit(frame, json_, out, "forecast" if dry_run else "table_1", where)
+    emit(frame, json_, out, "forecast" if dry_run else "table_1", where, None if dry_run else for_people(frame))
 
 
 def _spec_for(path: Path, store: str | None) -> RunSpec:

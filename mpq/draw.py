@@ -80,6 +80,16 @@ def draw(folder: Path, vocabulary: int, calibration: CalibrationSpec, evaluation
     return Draw(found["calibration"], found["evaluation"], table("drawn", rows), tokens)
 
 
+def in_words(drawn: pl.DataFrame) -> dict[str, str]:
+    """What was drawn, for people: part → `20 of 100 documents of piqa, …`."""
+    names = {"calibration": "calibration", "evaluation": "loss evaluated on", "tasks": "tasks scored on"}
+    told: dict[str, list[str]] = {}
+    counted = drawn.group_by("part", "source", "unit", maintain_order=True).agg(pl.len(), pl.col("of").first())
+    for part, source, unit, count, of in counted.iter_rows():
+        told.setdefault(names[part], []).append(f"{count} of {of} {unit}s of {source}")
+    return {part: ", ".join(parts) for part, parts in told.items()}
+
+
 def draw_documents(
     tokenizer: Any, tasks: Tasks, *, length: int, seed: int, share: float = 0.2, samples: int | None = None, rest: bool = False
 ) -> TaskDraw:

@@ -163,6 +163,8 @@ def _tell_accuracy(found: Findings) -> None:
     what = "averaged over tasks" if quantity == AVERAGE else f"on {name_of_task(quantity or '')}"
 
     def words(c: Comparison) -> str:
+        if f"{abs(c.difference):.2f}" == "0.00":
+            return f"as accurate as {c.other}"
         return f"{abs(c.difference):.2f} points {'above' if c.difference > 0 else 'below'} {c.other}"
 
     for objective in OBJECTIVES:
