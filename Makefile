@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 
 export DO_NOT_TRACK = 1
 
-.PHONY: demo ops-demo test check install bench bench-gpu docs clean
+.PHONY: demo ops-demo reproduce test check install bench bench-gpu docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mpq run examples/demo.yaml
@@ -16,6 +16,11 @@ demo: $(VENV)/.installed
 # a team's installation on loopback: scheduled recalibration of two checkpoints on S3, on a Dask cluster that loses a worker
 ops-demo: $(VENV)/.installed
 	$(BIN)/python -m deployments.ops_demo
+
+# figures 1 to 9, Table 1 and the numbers in docs/reproduction.md; cut off, it goes on where it was
+reproduce: $(VENV)/.installed
+	$(BIN)/mpq reproduce examples/reproduce.yaml
+	$(BIN)/python docs/reproduction.py .work/runs/reproduce
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

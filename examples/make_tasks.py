@@ -59,7 +59,7 @@ def hellaswag(lines: list[str], rng: random.Random) -> list[Row]:
         if not wrong:
             continue
         label = rng.randrange(4)
-        context = "\n".join([*lines[at - 8 : at], head]).strip("\n")
+        context = "\n".join([*lines[at - 4 : at], head]).strip("\n")
         endings = [*wrong[:label], end, *wrong[label:]]
         rows.append({"ind": at, "activity_label": "Python", "ctx_a": context, "ctx_b": "", "ctx": context, "endings": endings,
                      "source_id": f"heldout~{at}", "split": "", "split_type": "indomain", "label": str(label)})  # fmt: skip
@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=Path("examples/demo/heldout.txt"))
     parser.add_argument("--out", type=Path, default=Path("examples/tasks"))
-    parser.add_argument("--documents", type=int, default=250, help="of the evaluated split")
+    parser.add_argument("--documents", type=int, default=100, help="of the evaluated split")
     parser.add_argument("--train", type=int, default=30, help="of the training split, where the task has one")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -10,7 +10,7 @@ import polars as pl
 
 from flows.stages import Call, Stages
 from mpq.kernels import Kind
-from mpq.spec import EvaluationSpec, Objective, RunSpec
+from mpq.spec import FROM_TASKS, EvaluationSpec, Objective, RunSpec
 from mpq.store import TableRef, code_version, content_key
 from tasks import calibration, planning, timing
 from tasks.checkpoint import source_of
@@ -40,7 +40,7 @@ class Planning:
     @property
     def held_out(self) -> EvaluationSpec:
         """How plans are evaluated; on the calibration text where the spec does not say."""
-        part = self.spec.calibration.model_dump(exclude={"shards", "checkpoint_activations"})
+        part = self.spec.calibration.model_dump(exclude={"shards", "share", "checkpoint_activations"})
         return self.spec.evaluation or EvaluationSpec(**part)
 
     @cached_property
@@ -69,14 +69,16 @@ class Planning:
         return str(self.stages.place.ask(device_name, self.spec.model.device))
 
     def load(self) -> References:
-        """Facts of the model, calibration and evaluation blocks; keyed by tokenizer, configuration and texts."""
+        """Facts of the model, calibration and evaluation blocks; keyed by tokenizer, configuration, texts and tasks."""
         from mpq.model import fingerprint_of, source_key
+        from mpq.task_data import data_key, harness_version
 
-        spec = self.spec
-        held_out = self.held_out
-        texts = [(t.model_dump(exclude={"source", "batch", "shards"}), source_key(t)) for t in (spec.calibration, held_out)]
+        spec, held_out = self.spec, self.held_out
+        elsewhere = {"source", "data_dir", "batch", "shards", "checkpoint_activations", "seeds", "ttft_repeats"}
+        texts = [(t.model_dump(exclude=elsewhere), t.source == FROM_TASKS or source_key(t)) for t in (spec.calibration, held_out)]
+        tasks = (data_key(held_out.tasks, held_out.data_dir), harness_version()) if held_out.tasks else None
         tokenizer = fingerprint_of(self.folder, ("config.json", "tokenizer*", "vocab*", "merges*", "*.model"))
-        key = content_key(tokenizer, texts, code_of("model"))
+        key = content_key(tokenizer, texts, tasks, code_of("model", "draw", "task_data", "tables"))
         inputs = {"folder": str(self.folder), "calibration": spec.calibration, "evaluation": held_out}
         return self.stages.run_one("load model", (calibration.load_model, key, f"load {spec.title}", inputs))
 

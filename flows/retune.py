@@ -21,7 +21,7 @@ Lowered = Annotated[list[str] | None, Field(description="Formats that the object
 Evaluate = Annotated[bool, Field(description="Run the new plans on the evaluation text too: minutes, not seconds")]
 
 SOLVING = frozenset({"gains", "solve", "report"})
-EVALUATING = frozenset({"evaluate base", "evaluate", "TTFT of plans", "collect"})
+EVALUATING = frozenset({"evaluate base", "evaluate", "tasks base", "tasks", "TTFT of plans", "collect"})
 
 
 @flow(name="retune", flow_run_name="retune {spec.name}", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,23 +14,33 @@ from prefect.logging import get_run_logger
 from flows.place import On, Place
 from mpq.errors import MpqError
 from mpq.store import Store
+from tasks.progress import tracked
 from tasks.stage import References, kinds_of
 
 Call = tuple[Task[..., References], str, str, dict[str, Any]]  # task, key, label, inputs
 Listener = Callable[[str, int, int, float], None]  # stage, tasks, cached, seconds
 
 _listener: Listener | None = None
+_reader: Callable[[str], None] | None = None
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Tell `listener` of each stage that ends in this process: flow parameters must be plain data, a callback is none."""
-    global _listener
-    _listener = listener
+def listening(listener: Listener, reader: Callable[[str], None]) -> Iterator[None]:
+    """Tell `listener` of each stage that ends in this process, `reader` what flows have to say: flow parameters must be
+    plain data, a callback is none."""
+    global _listener, _reader
+    _listener, _reader = listener, reader
     try:
         yield
     finally:
-        _listener = None
+        _listener = _reader = None
+
+
+def tell(text: str) -> None:
+    """Say something to whoever watches the flow: in its log, and on the terminal where it was started from one."""
+    get_run_logger().info(text)
+    if _reader:
+        _reader(text)
 
 
 @dataclass
@@ -56,8 +66,10 @@ class Stages:
             self.place.submit(self._timed(task), {"key": key, "store": self.store, "label": label, "inputs": inputs}, on)
             for task, key, label, inputs in calls
         ]
-        for future in futures:
-            future.wait()
+        with tracked(name) if len(futures) > 1 else nullcontext(_nowhere) as progress:
+            for done, future in enumerate(futures, 1):
+                future.wait()
+                progress(done, len(futures))
         results = [self.place.result(future) for future in futures]
         failed = next(
             (self._told(r, call[2]) for r, call in zip(results, calls, strict=True) if isinstance(r, BaseException)), None
@@ -99,3 +111,7 @@ class Stages:
         self.done.append(account)
         if _listener:
             _listener(*account)
+
+
+def _nowhere(done: int, total: int) -> None:
+    """Progress of a stage of one task, which shows its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -12,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flows.calibrate import calibrate
+from flows.reproduce import reproduce
 from flows.stages import listening
+from mpq.accuracy import table_1
 from mpq.errors import MpqError
 from mpq.report import results_table
 from mpq.runs import join_tables
@@ -20,8 +23,8 @@ from mpq.spec import RunSpec
 from tasks.progress import terminal
 
 
-def run_in_terminal(spec: RunSpec, console: Console) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Run the flow with its progress on `console`; returns the results table and the paths of what was written."""
+def in_terminal(spec: RunSpec, console: Console, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the flow that `run` calls returns, its progress on `console`."""
     start = time.perf_counter()
     bars = Progress(
         TextColumn("  {task.description}"),
@@ -38,14 +41,18 @@ def run_in_terminal(spec: RunSpec, console: Console) -> tuple[pl.DataFrame, dict
             f"  [green]✓[/] {name:<14} {tasks:>3} task{'s' if tasks != 1 else ' '}  {state:<16} {seconds:6.1f} s", highlight=False
         )
 
+    def on_text(text: str) -> None:
+        for line in text.splitlines():
+            bars.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
     console.print(
         f"[bold]{spec.name}[/]: {spec.model.path} in {spec.model.base} → {', '.join(spec.formats)}; store {spec.store}",
         highlight=False,
     )
     logging.getLogger("prefect").propagate = False
-    with terminal(bars), listening(on_stage):
+    with terminal(bars), listening(on_stage, on_text):
         try:
-            outcome: dict[str, Any] = calibrate(spec)
+            outcome = run()
         except (RuntimeError, httpx.ConnectError) as error:
             if "ephemeral" not in str(error) and not isinstance(error, httpx.ConnectError):
                 raise
@@ -54,4 +61,18 @@ def run_in_terminal(spec: RunSpec, console: Console) -> tuple[pl.DataFrame, dict
                 "then set PREFECT_API_URL to it, or unset PREFECT_API_URL to have one started for the run."
             ) from error
     console.print(f"[bold]done[/] in {time.perf_counter() - start:.1f} s", highlight=False)
+    return outcome
+
+
+def run_in_terminal(spec: RunSpec, console: Console) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Run the pipeline with its progress on `console`; returns the results table and the paths of what was written."""
+    outcome = in_terminal(spec, console, lambda: calibrate(spec))
     return results_table(join_tables(outcome["tables"])), outcome["out"]
+
+
+def reproduce_in_terminal(spec: RunSpec, console: Console, dry_run: bool) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Run the sweep with its cost and progress on `console`; returns Table 1, or the forecast of a dry run, and the paths."""
+    outcome = in_terminal(spec, console, lambda: reproduce(spec, dry_run=dry_run))
+    if dry_run:
+        return pl.DataFrame(outcome["forecast"], infer_schema_length=None), {}
+    return table_1(join_tables(outcome["tables"])), outcome["out"]

@@ -162,3 +162,19 @@ def how_averaged(table: pl.DataFrame) -> str:
         "perplexity in percent. The average is that of the tasks' means and of their standard deviations. The spread is that of the seeds "
         "alone: that a task has finitely many questions is not in it."
     )
+
+
+def for_people(table: pl.DataFrame) -> pl.DataFrame:
+    """Table 1 in columns that fit a terminal: `mean ± std` of each task's accuracy in points, perplexity in percent."""
+    names = {c: name_of_task(c.rsplit("_", 1)[0]) + (" ppl %" if c.endswith("_perplexity") else "") for c, _ in columns_of(table)}
+    rows = [
+        {"for": row["objective"], "strategy": row["strategy"], **{
+            name.removesuffix(" of the tasks"): _short(row[c], row[f"{c}_std"]) for c, name in names.items()
+        }}
+        for row in table.iter_rows(named=True)
+    ]  # fmt: skip
+    return pl.DataFrame(rows)
+
+
+def _short(mean: float | None, std: float | None) -> str:
+    return "–" if mean is None else f"{mean:.1f}{'' if std is None else f'±{std:.1f}'}".replace("-", "−")

@@ -72,6 +72,10 @@ def draw_attention_gains(rows: pl.DataFrame) -> Figure:
     return figure
 
 
+def _number(value: float) -> str:
+    return f"{value:.3g}".replace("-", "−")
+
+
 def _panel(axes: Axes, rows: pl.DataFrame, x: pl.Series, label: str, colour: str, unit: str) -> None:
     dress(axes)
     xs, ys = x.to_numpy(), rows["gain_s"].to_numpy() * 1e3
@@ -85,7 +89,7 @@ def _panel(axes: Axes, rows: pl.DataFrame, x: pl.Series, label: str, colour: str
     scale, bias, r2 = fit(xs, ys)
     ends = np.array([min(0.0, float(xs.min())), float(xs.max()) * 1.05])
     factor = "" if unit == "ms" else " ms/10⁹"
-    text = f"fit: {scale:.3g}{factor} · x {'+' if bias >= 0 else '−'} {abs(bias):.2g} ms, R² = {r2:.2f}"
+    text = f"fit: {_number(scale)}{factor} · x {'+' if bias >= 0 else '−'} {abs(bias):.2g} ms, R² = {r2:.2f}"
     axes.plot(ends, scale * ends + bias, color=INK, linewidth=1.2, label=text)
     if unit == "ms":
         axes.plot(ends, ends, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="equal")

@@ -14,6 +14,7 @@ import typer
 from mpq import __version__
 from mpq.console import bar, emit, log, read_frame, results_for_people, write_file, write_frame
 from mpq.errors import MpqError
+from mpq.spec import RunSpec
 from mpq.store_cli import store_app
 
 app = typer.Typer(
@@ -294,16 +295,41 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")] = False, json_: AsJson = False,
 ) -> None:  # fmt: skip
     """Do it all: a checkpoint in; plans, their evaluation and a report out. A second run re-uses what is done."""
-    from mpq.spec import load_spec, parse_spec
-
-    checked = load_spec(spec)
-    if store:
-        checked = parse_spec({**checked.model_dump(mode="json"), "store": store}, "--store")
+    checked = _spec_for(spec, store)
     _prefect_environment(verbose)
     from flows.terminal import run_in_terminal
 
     results, where = run_in_terminal(checked, log)
     emit(results, json_, out, "results", where, results_for_people(results))
+
+
+@app.command()
+def reproduce(
+    spec: Annotated[Path, typer.Argument(help="The sweep's YAML file: as for run, with draws of random, seeds and tasks (see examples/reproduce.yaml).")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many evaluations are to do and about how long they take, and stop.")] = False,
+    store: Annotated[str | None, typer.Option(help="Another store than the spec's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write Table 1 (with --dry-run: the forecast) to FILE as well.", metavar="FILE")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")] = False, json_: AsJson = False,
+) -> None:  # fmt: skip
+    """Repeat the paper's evaluation: every strategy, τ, seed and task; figures 1 to 9 and Table 1.
+
+    Says beforehand what it costs. Cut off and started again it goes on where it was.
+    """
+    checked = _spec_for(spec, store)
+    _prefect_environment(verbose)
+    from flows.terminal import reproduce_in_terminal
+    from mpq.accuracy import for_people
+
+    frame, where = reproduce_in_terminal(checked, log, dry_run)
+    emit(frame, json_, out, "forecast" if dry_run else "table_1", where, None if dry_run else for_people(frame))
+
+
+def _spec_for(path: Path, store: str | None) -> RunSpec:
+    """The checked spec, with another store where one is given."""
+    from mpq.spec import load_spec, parse_spec
+
+    checked = load_spec(path)
+    return parse_spec({**checked.model_dump(mode="json"), "store": store}, "--store") if store else checked
 
 
 def _prefect_environment(verbose: bool) -> None:

@@ -24,6 +24,7 @@ INK, RULE = "#010203", "#d3d3d5"
 BLUE, RED, GREEN, ORANGE, SKY, PINK, YELLOW = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#f0e442"
 LOOKS = dict.fromkeys(STRATEGIES, (BLUE, "o", "-")) | {"random": (RED, "s", "--"), "prefix": (GREEN, "^", ":")}
 FORMAT_COLOURS = {"fp32": YELLOW, "fp16": ORANGE, "bf16": SKY, "fp8_e4m3": RED, "fp8_e5m2": PINK, "int8": GREEN}
+FORMAT_HATCHES = {"fp8_e4m3": "//", "fp8_e5m2": "\\\\", "int8": "..", "fp16": "--"}  # told apart in grey print as well
 SMALL = 8.5
 _render = threading.Lock()
 
@@ -91,8 +92,12 @@ def dress(axes: Axes) -> None:
 
 
 def legend(axes: Axes) -> None:
+    """The legend above the axes, four entries a line: inside them it would lie on marks or error bars."""
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK)
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, frameon=False, fontsize=SMALL, labelcolor=INK, borderaxespad=0.2,
+            columnspacing=1.4, handlelength=2.4,
+        )  # fmt: skip
 
 
 def log_axis(axes: Axes, which: Literal["x", "y"]) -> None:

@@ -11,16 +11,18 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch, PathPatch
 from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
 
 from mpq.drawing import (
     FORMAT_COLOURS,
+    FORMAT_HATCHES,
     INK,
     LOOKS,
     ORANGE,
@@ -116,6 +118,7 @@ def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft"
             )
         axes.set_xlim(*ends)
         axes.set_ylim(*ends)
+        axes.yaxis.set_major_locator(MaxNLocator(6))  # as on the x axis
     name = {"loss": "Loss MSE", "ttft": "TTFT", "gain": "Time gain"}[what]
     axes.set_xlabel(f"{name}, predicted ({unit})")
     axes.set_ylabel(f"{name}, measured ({unit})")
@@ -185,9 +188,7 @@ def draw_formats(panels: Sequence[Sequence[tuple[str, dict[str, str]]]], groups:
             )
     figure.supxlabel("Layer (number" + ("; –: outside the layers)" if outside else ")"), fontsize=9.5, color=INK)
     used = sorted({f for line in panels for _, of in line for f in of.values()}, key=lambda f: (f != base, f))
-    handles = [
-        Patch(facecolor=RULE if f == base else FORMAT_COLOURS.get(f, INK), label=f"{f} (base)" if f == base else f) for f in used
-    ]
+    handles = [Patch(**_look(f, base), label=f"{f} (base)" if f == base else f) for f in used]
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=SMALL, labelcolor=INK)
     return figure
@@ -198,12 +199,25 @@ def _draw_map(
 ) -> None:
     for name in sorted(set(of.values())):
         cells = [_cell(places[op][0], roles.index(places[op][1]), layers) for op, f in of.items() if f == name]
-        colour = RULE if name == base else FORMAT_COLOURS.get(name, INK)
-        axes.add_patch(PathPatch(Path.make_compound_path(*cells), facecolor=colour, linewidth=0))
+        axes.add_patch(PathPatch(Path.make_compound_path(*cells), **_look(name, base)))
     axes.set_ylim(len(roles), 0)
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)
+
+
+def _look(name: str, base: str) -> dict[str, Any]:
+    """A format's colour and hatching; the base format is pale."""
+    if name == base:
+        return {"facecolor": RULE, "linewidth": 0}
+    hatch = FORMAT_HATCHES.get(name)
+    return {
+        "facecolor": FORMAT_COLOURS.get(name, INK),
+        "linewidth": 0,
+        "edgecolor": "#ffffff",
+        "hatch": hatch,
+        "hatch_linewidth": 0.7,
+    }
 
 
 def _cell(layer: int | None, row: int, layers: int) -> Path:
@@ -295,7 +309,7 @@ def frontier_png(tables: Tables) -> bytes:
     for i, objective in enumerate(there):
         axes = figure.add_subplot(1, len(there), i + 1)
         dress(axes)
-        axes.set_title(sentence(OBJECTIVES[objective].name), fontsize=10)
+        axes.set_title(sentence(OBJECTIVES[objective].name), fontsize=10, pad=24)
         _draw_frontier(axes, results, objective)
     if not there:
         figure.text(0.5, 0.5, "No plan was evaluated", ha="center", va="center")

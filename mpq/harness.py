@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from torch import nn
 
 from mpq.apply import applied
 from mpq.errors import MpqError
-from mpq.model import Blocks
 from mpq.task_data import Tasks, open_tasks, quiet
 
 SCHEMA = {"seed": pl.Int64, "task": pl.String, "metric": pl.String, "value": pl.Float64, "base_value": pl.Float64}
@@ -44,20 +43,11 @@ class Scores:
         return cls({(t, m): value for t, m, value, _ in rows}, {(t, m): each for t, m, _, each in rows})
 
 
-@dataclass(frozen=True)
-class CalibrationShare:
-    """The share of each task's documents that calibrates: indices into the evaluated split (ascending), texts, tokens."""
-
-    indices: Mapping[str, tuple[int, ...]]
-    texts: Mapping[str, tuple[str, ...]]
-    blocks: Blocks
-
-
 def evaluate_tasks(
     model: nn.Module,
     tokenizer: Any,
     formats: Mapping[str, str],
-    tasks: Sequence[str],
+    tasks: Sequence[str] | Tasks,
     *,
     base: str,
     seeds: Sequence[int],
@@ -70,11 +60,11 @@ def evaluate_tasks(
     """Metrics of a plan on harness tasks, a row for each seed, task and metric: seed, task, metric, value, base_value.
 
     Beside each metric m of the harness stand `m_diff`, plan minus base over the same documents, and `m_diff_stderr`, the
-    standard error of that paired difference (base_value 0 for both). `limit` takes the first documents only; without it
+    standard error of that paired difference (base_value 0 for both). `tasks` are names, or open already. `limit` takes the first documents only; without it
     the whole dataset evaluates. `base_scores` spares evaluating the base model again. Raises MpqError for unknown tasks,
     unusable datasets, plans of other models and log-likelihoods or metrics that are not finite.
     """
-    with open_tasks(tasks, data_dir) as opened:
+    with nullcontext(tasks) if isinstance(tasks, Tasks) else open_tasks(tasks, data_dir) as opened:
         steps = len(seeds) + (base_scores is None)
         if base_scores is None:
             base_scores = score(model, tokenizer, opened, limit=limit, batch=batch)
@@ -159,55 +149,3 @@ def paired_stderr(lowered: Sequence[Any], base: Sequence[Any], aggregation: Call
         left_out.append(aggregation([lowered[i] for i in rest]) - aggregation([base[i] for i in rest]))
     changes = np.array(left_out) - np.mean(left_out)
     return float(np.sqrt((len(groups) - 1) / len(groups) * np.square(changes).sum()))
-
-
-def draw_calibration(
-    tokenizer: Any, tasks: Tasks, *, length: int, seed: int, share: float = 0.2, samples: int | None = None
-) -> CalibrationShare:
-    """Draw `share` of every task's documents (rounded up), reproducibly by `seed` and the task's name alone.
-
-    A document's text is its prompt followed by the right answer, as the harness joins them. The texts of all tasks are
-    tokenized, joined by the end-of-text token and cut into blocks of `length` tokens, of which the first `samples` in an
-    order drawn by seed are kept (all where None). Raises MpqError where they fill no block.
-    """
-    indices = {name: _draw(name, tasks.documents(name), share, seed) for name in tasks.loaded}
-    texts = {name: tuple(_texts(task, indices[name])) for name, task in tasks.loaded.items()}
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    drawn = [text for name in texts for text in texts[name]]
-    ids = [np.array(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] + end, np.int64) for t in drawn]
-    stream = np.concatenate(ids)
-    whole = len(stream) // length
-    if whole < (samples or 1):
-        raise MpqError(
-            f"{share:.0%} of {', '.join(texts)} hold {whole} blocks of {length} tokens, {samples or 1} were asked for: "
-            "lower samples or length, or give more documents."
-        )
-    rows = stream[: whole * length].reshape(whole, length)
-    return CalibrationShare(indices, texts, Blocks(rows[np.random.default_rng(seed).permutation(whole)[:samples]]))
-
-
-def _draw(name: str, documents: int, share: float, seed: int) -> tuple[int, ...]:
-    order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(documents)
-    return tuple(sorted(int(i) for i in order[: math.ceil(share * documents)]))
-
-
-def _texts(task: Any, indices: tuple[int, ...]) -> Iterator[str]:
-    """Prompt and right answer of each document, taken from the requests that the harness would make."""
-    with quiet():
-        task.build_all_requests(samples=list(indices))
-    requests: dict[int, list[Any]] = {}
-    for instance in task.instances:
-        requests.setdefault(instance.doc_id, []).append(instance)
-    for of_document in requests.values():
-        of_document.sort(key=lambda instance: instance.idx)
-        doc, first = of_document[0].doc, of_document[0]
-        if first.request_type == "loglikelihood":
-            right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-            if isinstance(right, list):
-                right = right[0]
-            yield "".join(of_document[right if len(of_document) > 1 and isinstance(right, int) else 0].args)
-        elif first.request_type == "generate_until":
-            right = task.doc_to_target(doc)
-            yield f"{first.args[0]}{task.config.target_delimiter}{right[0] if isinstance(right, list) else right}"
-        else:
-            yield first.args[0]

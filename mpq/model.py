@@ -216,7 +216,14 @@ class Blocks:
 
 
 def read_blocks(spec: TextSpec, folder: Path, vocabulary: int) -> Blocks:
-    """Draw `samples` blocks of `length` tokens, without overlap, reproducibly by `seed`.
+    """The blocks that draw_blocks draws."""
+    return draw_blocks(spec, folder, vocabulary)[0]
+
+
+def draw_blocks(spec: TextSpec, folder: Path, vocabulary: int) -> tuple[Blocks, np.ndarray, int]:
+    """Draw `samples` blocks of `length` tokens (all of them where None), without overlap, reproducibly by `seed`.
+
+    Returns the blocks, their indices among those of the text in the order drawn, and how many the text holds.
 
     Texts are tokenized, joined by the end-of-text token and cut into blocks. A two-dimensional .npy array is used row by
     row. Raises MpqError where there is nothing to read, too little of it, or ids outside the vocabulary.
@@ -230,12 +237,12 @@ def read_blocks(spec: TextSpec, folder: Path, vocabulary: int) -> Blocks:
         raise MpqError(
             f"{spec.source} is empty or shorter than one block of {spec.length} tokens: give more text or a smaller length."
         )
-    if len(rows) < spec.samples:
+    if spec.samples and len(rows) < spec.samples:
         raise MpqError(
             f"{spec.source} holds {len(rows)} blocks of {spec.length} tokens, {spec.samples} were asked for: lower samples or give more text."
         )
     drawn = np.random.default_rng(spec.seed).permutation(len(rows))[: spec.samples]
-    return Blocks(rows[drawn])
+    return Blocks(rows[drawn]), drawn, len(rows)
 
 
 def _token_rows(spec: TextSpec, folder: Path) -> np.ndarray:

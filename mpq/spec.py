@@ -30,6 +30,7 @@ FormatName = Annotated[str, AfterValidator(_format)]
 Taus = Annotated[tuple[float, ...], AfterValidator(_positive)]
 Url = Annotated[str, AfterValidator(without_credentials)]
 Objective = Literal["et", "tt", "m"]
+FROM_TASKS = "tasks"  # a text source: documents of the tasks that are evaluated
 Strategy = Literal["ip", "random", "prefix"]
 
 
@@ -40,8 +41,10 @@ class _Strict(BaseModel):
 class TextSpec(_Strict):
     """Text to calibrate or evaluate on, cut into `samples` blocks of `length` tokens."""
 
-    source: Url = Field(description="A text file, JSONL, .npy token array, fsspec URL of one, or a Hugging Face dataset id")
-    samples: int = Field(64, ge=1, description="Blocks of tokens drawn")
+    source: Url = Field(
+        description="A text file, JSONL, .npy token array, fsspec URL of one, a Hugging Face dataset id, or `tasks`: the evaluated tasks' documents"
+    )
+    samples: int | None = Field(64, ge=1, description="Blocks of tokens drawn; null for all that there are")
     length: int = Field(256, ge=2, description="Tokens per block")
     batch: int = Field(8, ge=1, description="Blocks per forward pass")
     seed: int = Field(0, description="Seed of the draw")
@@ -52,6 +55,12 @@ class TextSpec(_Strict):
 class CalibrationSpec(TextSpec):
     """Calibration text, and how its cost is spread."""
 
+    share: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="With source `tasks`: share of each task's documents that calibrates; the loss is evaluated on the others",
+    )
     shards: int = Field(4, ge=1, description="Tasks over which the samples are spread; their sums add up exactly")
     checkpoint_activations: bool = Field(False, description="Recompute activations in the backward pass to save memory")
 
@@ -163,6 +172,13 @@ class RunSpec(_Strict):
         for objective, part in self.objectives.items():
             if self.model.base in part.formats:
                 raise ValueError(f"objectives.{objective}.formats lists the base format {self.model.base}: list what to lower to")
+        return self
+
+    @model_validator(mode="after")
+    def _has_tasks(self) -> RunSpec:
+        for name, part in (("calibration", self.calibration), ("evaluation", self.evaluation)):
+            if part and part.source == FROM_TASKS and not (self.evaluation and self.evaluation.tasks):
+                raise ValueError(f"{name}.source is `{FROM_TASKS}`, but no tasks are evaluated: name some in evaluation.tasks")
         return self
 
     @property

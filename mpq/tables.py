@@ -20,6 +20,8 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "op": pl.String, "operand": pl.String, "format": pl.String, "noise_model": pl.String,
         "n_samples": pl.Int64, "loss_mse": pl.Float64, "sensitivity": pl.Float64,
     },
+    # one row a block of text or document of a task that was drawn; part is calibration, evaluation (of the loss) or tasks (scored)
+    "drawn": {"part": pl.String, "source": pl.String, "unit": pl.String, "index": pl.Int64, "of": pl.Int64},
     "loss": {"n_samples": pl.Int64, "mean_square_loss": pl.Float64, "mean_loss": pl.Float64},
     # gain_s is the time gained by ONE instance of the group in this configuration
     "timing": {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq.spec import CalibrationSpec, TextSpec
+from mpq.spec import CalibrationSpec, EvaluationSpec
 from mpq.store import Store, TableRef
 from tasks.checkpoint import at_hand
 from tasks.device import exclusive
@@ -40,19 +40,27 @@ def _npy(array: np.ndarray) -> tuple[bytes, str]:
     return buffer.getvalue(), "npy"
 
 
-@stage("model", "calibration", "evaluation_text")
-def load_model(folder: str, calibration: CalibrationSpec, evaluation: TextSpec) -> Output:
-    """Facts of the checkpoint, and the blocks of tokens to calibrate and to evaluate on."""
-    from mpq.model import load_config, read_blocks
+@stage("model", "calibration", "evaluation_text", "drawn")
+def load_model(folder: str, calibration: CalibrationSpec, evaluation: EvaluationSpec) -> Output:
+    """Facts of the checkpoint, the blocks of tokens to calibrate and to evaluate on, and which ones were drawn."""
+    from mpq.draw import draw
+    from mpq.model import load_config
     from mpq.partition import architecture_key
 
     config = load_config(Path(folder))
-    text = config.get_text_config()
-    facts = {"architecture": architecture_key(config), "model_type": config.model_type, "vocabulary": text.vocab_size}
+    vocabulary = config.get_text_config().vocab_size
+    drawn = draw(Path(folder), vocabulary, calibration, evaluation)
+    facts = {
+        "architecture": architecture_key(config),
+        "model_type": config.model_type,
+        "vocabulary": vocabulary,
+        "request_tokens": dict(drawn.request_tokens),
+    }
     return {
         "model": (json.dumps(facts).encode(), "json"),
-        "calibration": _npy(read_blocks(calibration, Path(folder), text.vocab_size).tokens),
-        "evaluation_text": _npy(read_blocks(evaluation, Path(folder), text.vocab_size).tokens),
+        "calibration": _npy(drawn.calibration.tokens),
+        "evaluation_text": _npy(drawn.evaluation.tokens),
+        "drawn": drawn.table,
     }
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import polars as pl
 
 from mpq.errors import MpqError
-from mpq.spec import EvaluationSpec
 from mpq.store import Store, TableRef
 from mpq.tables import table
 from tasks.calibration import blocks_of, model_of
@@ -28,79 +28,93 @@ def evaluate_base(model: dict[str, str], blocks: TableRef, batch: int) -> Output
 
 @stage("plan_losses", retries=1)
 def evaluate_plan(
-    model: dict[str, str], formats: dict[str, str], blocks: TableRef, base_losses: TableRef, seeds: int, batch: int, what: str
+    model: dict[str, str], formats: dict[str, str], blocks: TableRef, base_losses: TableRef, seed: int, batch: int, what: str
 ) -> Output:
-    """Loss MSE, drift and perplexity under one plan, for each seed."""
+    """Loss MSE, drift and perplexity under one plan, its scales perturbed by one seed."""
     from mpq.evaluate import evaluate_loss
 
     with exclusive(model["device"], alone=False), tracked(f"evaluate {what}") as progress:
         frame = evaluate_loss(
             model_of(**model), formats, blocks_of(blocks), read(base_losses)["loss"].to_numpy(), base=model["base"],
-            seeds=range(seeds), batch=batch, progress=progress,
+            seeds=[seed], batch=batch, progress=progress,
         )  # fmt: skip
     return {"plan_losses": frame}
 
 
 @stage("task_scores")
-def evaluate_base_tasks(model: dict[str, str], spec: EvaluationSpec) -> Output:
-    """The base model's scores on the harness tasks, document by document."""
+def evaluate_base_task(
+    model: dict[str, str], task: str, data: str, data_dir: str | None, limit: int | None, batch: int
+) -> Output:
+    """The base model's scores on one harness task, document by document."""
     from mpq.harness import score
-    from mpq.task_data import open_tasks
 
-    with exclusive(model["device"]), open_tasks(spec.tasks, spec.data_dir) as opened:
-        scores = score(model_of(**model), _tokenizer(model), opened, limit=spec.task_limit, batch=spec.batch)
+    with exclusive(model["device"]):
+        scores = score(model_of(**model), _tokenizer(**model), _opened(task, data_dir, data), limit=limit, batch=batch)
     return {"task_scores": (scores.to_json().encode(), "json")}
 
 
 @stage("plan_tasks", retries=1)
-def evaluate_plan_tasks(
-    model: dict[str, str], formats: dict[str, str], spec: EvaluationSpec, base_scores: TableRef, what: str
-) -> Output:
-    """The harness tasks under one plan, for each seed."""
+def evaluate_plan_task(
+    model: dict[str, str], task: str, data: str, data_dir: str | None, limit: int | None, batch: int, formats: dict[str, str], seed: int,
+    base_scores: TableRef, what: str,
+) -> Output:  # fmt: skip
+    """One harness task under one plan, its scales perturbed by one seed."""
     from mpq.harness import Scores, evaluate_tasks
 
-    with exclusive(model["device"]), tracked(f"tasks {what}") as progress:
+    with exclusive(model["device"]), tracked(f"{task} {what}") as progress:
         frame = evaluate_tasks(
-            model_of(**model), _tokenizer(model), formats, spec.tasks, base=model["base"], seeds=range(spec.seeds), data_dir=spec.data_dir,
-            limit=spec.task_limit, batch=spec.batch, base_scores=Scores.from_json(Store(base_scores.store).read_bytes(base_scores)), progress=progress,
+            model_of(**model), _tokenizer(**model), formats, _opened(task, data_dir, data), base=model["base"], seeds=[seed], limit=limit,
+            batch=batch, base_scores=Scores.from_json(Store(base_scores.store).read_bytes(base_scores)), progress=progress,
         )  # fmt: skip
     return {"plan_tasks": frame}
 
 
-def _tokenizer(model: dict[str, str]) -> Any:
+@lru_cache(maxsize=16)
+def _opened(task: str, data_dir: str | None, data: str) -> Any:
+    """The harness's task with its dataset read, kept for the next plan; `data` is the key of the dataset's content."""
+    from mpq.task_data import open_tasks
+
+    with open_tasks([task], data_dir) as tasks:
+        return tasks
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: str, fingerprint: str, base: str, device: str) -> Any:
     from transformers import AutoTokenizer
 
-    folder = at_hand(model["folder"], model["fingerprint"])
+    here = at_hand(folder, fingerprint)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(here)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise MpqError(
-            f"{folder} has no tokenizer that can be read ({reason}): harness tasks need one; leave `tasks` out."
+            f"{here} has no tokenizer that can be read ({reason}): harness tasks need one; leave `tasks` out."
         ) from None
 
 
+@stage("pace")
+def measure_pace(model: dict[str, str], formats: dict[str, str], batch: int, length: int) -> Output:
+    """Seconds per token of the model, in base and lowered."""
+    from mpq.pace import measure_pace as measure
+
+    with exclusive(model["device"]):
+        return {"pace": measure(model_of(**model), formats, base=model["base"], batch=batch, length=length)}
+
+
 @stage("evaluation")
-def collect_evaluation(
-    plans: list[dict[str, Any]], losses: list[TableRef], ttft: TableRef | None, scores: list[TableRef]
-) -> Output:
-    """The evaluation table. `plans` say for each plan its identity and where its losses, task scores and TTFT are to be found."""
+def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Output:
+    """The evaluation table. `plans` say for each plan its identity, the tables measured of it, and its row of `ttft`."""
     seconds = read(ttft) if ttft else None
-    frames, scored = [read(ref) for ref in losses], [read(ref) for ref in scores]
+    frames = {ref.key: read(ref) for plan in plans for ref in plan["measured"]}
     rows: list[dict[str, object]] = []
     for plan in plans:
-        who = {
-            "strategy": plan["strategy"],
-            "objective": plan["objective"],
-            "tau": plan["tau"],
-            "plan_seed": plan["seed"],
-            "task": "loss",
-        }
-        rows += [{**who, **row} for row in frames[plan["losses"]].iter_rows(named=True)]
-        rows += [{**who, **row} for row in scored[plan["losses"]].iter_rows(named=True)] if scored else []
+        who = {"strategy": plan["strategy"], "objective": plan["objective"], "tau": plan["tau"], "plan_seed": plan["seed"]}
+        for ref in plan["measured"]:  # task scores name their task, the rest is the held-out text's
+            rows += [{**who, "task": "loss", **row} for row in frames[ref.key].iter_rows(named=True)]
         if seconds is not None and plan["ttft"] is not None:
             timed = seconds.row(plan["ttft"], named=True)
-            rows.append({**who, "seed": 0, "metric": "ttft_s", "value": timed["ttft_s"], "base_value": timed["base_ttft_s"]})
+            measured = {"metric": "ttft_s", "value": timed["ttft_s"], "base_value": timed["base_ttft_s"]}
+            rows.append({**who, "task": "loss", "seed": 0, **measured})
     return {"evaluation": table("evaluation", rows)}
 
 

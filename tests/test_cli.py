@@ -14,6 +14,7 @@ import pytest
 from models import ROOT, write_checkpoint
 
 from mpq.plan import Plan
+from mpq.runs import write_run
 
 
 def mpq(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -85,7 +86,7 @@ def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_help_teaches() -> None:
     """Every command says in its help what it does and takes."""
-    for command in ("run", "partition", "sensitivity", "time", "solve", "eval", "report", "formats"):
+    for command in ("run", "partition", "sensitivity", "time", "solve", "eval", "report", "reproduce", "formats"):
         done = mpq(command, "--help")
         assert done.returncode == 0
         assert len(done.stdout) > 300, command
@@ -109,6 +110,10 @@ MISTAKES = {
         "was made for a model with fingerprint",
     ),
     "no plan": (["eval", "{spec}"], "Not a plan"),
+    "figures into a place that cannot be written": (
+        ["report", "{run}", "--figures", "{taken}/figures"],
+        "The figures cannot be written to",
+    ),
     "no run": (["report", "nope"], "No run at nope"),
     "unknown suffix": (["formats", "--out", "x.xlsx"], "expected a name that ends in .parquet"),
     "usage": (["partition"], "Missing argument"),
@@ -127,7 +132,10 @@ def test_a_mistake_is_one_sentence(mistake: str, checkpoint: Path, tmp_path: Pat
     pl.DataFrame(rows).write_csv(tmp_path / "gains.csv")
     plan = Plan("ip_m", "m", 0.1, "fp32", {"model.layers.0.mlp.up_proj": "int8"}, 0.0, 0.0, 0.0, 1.0, fingerprint="f" * 64)
     (tmp_path / "plan.json").write_text(plan.to_json())
-    places = {"plan": tmp_path / "plan.json", "tokens": checkpoint.parent / "tokens.npy", "model": checkpoint, "empty": tmp_path / "empty.npy", "damaged": tmp_path / "damaged.parquet", "spec": tmp_path / "spec.yaml", "gains": tmp_path / "gains.csv"}  # fmt: skip
+    (tmp_path / "taken").write_text("a file in the folder's place")
+    (tmp_path / "run").mkdir()
+    write_run(tmp_path / "run", "empty", {}, {})
+    places = {"run": tmp_path / "run", "taken": tmp_path / "taken", "plan": tmp_path / "plan.json", "tokens": checkpoint.parent / "tokens.npy", "model": checkpoint, "empty": tmp_path / "empty.npy", "damaged": tmp_path / "damaged.parquet", "spec": tmp_path / "spec.yaml", "gains": tmp_path / "gains.csv"}  # fmt: skip
     done = mpq(*(a.format(**places) for a in arguments))
     assert done.returncode == 2, done.stderr
     assert message in " ".join(done.stderr.split())

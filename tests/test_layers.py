@@ -20,7 +20,7 @@ LAYERS = [
     ["task_data", "checkpoints", "changes"],
     ["partition", "apply", "runs", "inventory"],
     ["prefill"],
-    ["sensitivity", "timing", "gains", "evaluate", "harness"],
+    ["sensitivity", "timing", "gains", "evaluate", "harness", "draw", "pace"],
     ["strategies", "report", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"],
     ["console"],
     ["store_cli"],

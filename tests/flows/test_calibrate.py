@@ -58,7 +58,7 @@ def test_a_run_and_what_it_leaves(spec: RunSpec) -> None:
     first = calibrate(spec)
     assert computed(first) == ALWAYS
     tables = join_tables(first["tables"])
-    assert set(tables) == {"groups", "sensitivity", "loss", "timing", "plans", "solutions", "evaluation"}
+    assert set(tables) == {"groups", "drawn", "sensitivity", "loss", "timing", "plans", "solutions", "evaluation"}
     assert (tables["solutions"]["predicted_loss_mse"] <= tables["solutions"]["budget"]).all()
     assert set(tables["evaluation"]["metric"]) >= {"loss_mse", "ttft_s", "perplexity"}
     assert not tables["evaluation"].filter(pl.col("objective") == "m", pl.col("metric") == "ttft_s").height

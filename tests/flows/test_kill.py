@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models import ROOT
+from models import DEMO, ROOT
 
 from mpq.spec import RunSpec
 
 
-def start(spec: Path, home: Path) -> subprocess.Popen[str]:
-    """`mpq run` in a process group of its own, its ephemeral Prefect server included."""
+def start(spec: Path, home: Path, command: str = "run") -> subprocess.Popen[str]:
+    """`mpq run` or another command in a process group of its own, its ephemeral Prefect server included."""
     environment = {**os.environ, "PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1"}
     for name in (
         "PREFECT_API_URL",
@@ -26,9 +27,9 @@ def start(spec: Path, home: Path) -> subprocess.Popen[str]:
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH",
     ):
         environment.pop(name, None)
-    command = [sys.executable, "-c", "from mpq.cli import main; main()", "run", str(spec)]
+    arguments = [sys.executable, "-c", "from mpq.cli import main; main()", command, str(spec)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
@@ -43,21 +44,51 @@ def test_a_mistake_in_a_run_is_one_sentence(spec: RunSpec, tmp_path: Path) -> No
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("stage", ["sensitivity", "timing"])
+# a shard writes `sensitivity`, then `loss`: killed between the two it is rightly computed again
+@pytest.mark.parametrize("stage", ["loss", "timing"])
 def test_killed_and_started_again(stage: str, spec: RunSpec, tmp_path: Path) -> None:
     """What was stored before the kill is cached after it, and the run ends well."""
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
-    process = start(path, tmp_path / "home")
-    stored = tmp_path / "store" / stage
+    before = killed(path, tmp_path, stage, "run")
+    output, _ = start(path, tmp_path / "home").communicate(timeout=280)
+    assert "done in" in output, output
+    assert "load model       1 task   cached" in output, output
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items()), "what was there has been computed again"
+
+
+def killed(spec: Path, folder: Path, stage: str, command: str) -> dict[Path, int]:
+    """Kill the command with -9 once it has stored something of `stage`; what the store holds then, and when each was written."""
+    process = start(spec, folder / "home", command)
+    stored = folder / "store" / stage
     deadline = time.monotonic() + 240
     while not list(stored.glob("*/meta.json")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("meta.json")}
-    assert before
-    output, _ = start(path, tmp_path / "home").communicate(timeout=280)
+    before = {p: p.stat().st_mtime_ns for p in (folder / "store").rglob("meta.json")}
+    assert list(stored.glob("*/meta.json"))
+    return before
+
+
+def test_a_killed_sweep_goes_on(spec: RunSpec, tmp_path: Path) -> None:
+    """Killed between two scores of harness tasks: every score that was stored is re-used, and the forecast counts them."""
+    pytest.importorskip("lm_eval")
+    text = {"source": "tasks", "samples": 8, "length": 32, "batch": 8}
+    tasks = {"tasks": ["piqa", "winogrande"], "data_dir": str(ROOT / "examples" / "tasks"), "task_limit": 4}
+    data = {
+        **spec.model_dump(mode="json"), "model": {"path": str(DEMO), "base": "fp32"}, "calibration": {**text, "shards": 1},
+        "evaluation": {**text, **tasks, "seeds": 2}, "objectives": {"tt": {"formats": ["fp8_e5m2"], "random_seeds": 3}},
+        "taus": [0.001, 0.002, 0.003],
+    }  # fmt: skip
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(data))
+    before = killed(path, tmp_path, "plan_tasks", "reproduce")
+    scored = len(list((tmp_path / "store" / "plan_tasks").glob("*/meta.json")))
+    output, _ = start(path, tmp_path / "home", "reproduce").communicate(timeout=280)
     assert "done in" in output, output
-    assert "load model       1 task   cached" in output, output
     assert all(p.stat().st_mtime_ns == at for p, at in before.items()), "what was there has been computed again"
+    stage = re.search(r"✓ tasks +(\d+) tasks +(\d+) of \1 cached", output)
+    assert stage, output
+    assert scored <= int(stage[2]) < int(stage[1])
+    assert re.search(r"evaluations: \d+, \d+ of them cached, about", output), output

@@ -17,8 +17,9 @@ import torch
 from models import DEMO, ROOT
 
 from mpq.apply import applied
+from mpq.draw import draw_documents
 from mpq.errors import MpqError
-from mpq.harness import Scores, draw_calibration, evaluate_tasks, paired_stderr, score
+from mpq.harness import Scores, evaluate_tasks, paired_stderr, score
 from mpq.model import load_model, load_tokenizer
 from mpq.spec import EvaluationSpec
 from mpq.task_data import open_tasks
@@ -120,9 +121,9 @@ def test_paired_stderr_is_the_textbooks_for_a_mean() -> None:
 def test_calibration_is_drawn_reproducibly(tokenizer: object) -> None:
     """20 % of each dataset, by seed; a task's draw does not move with the other tasks; texts hold the right answer."""
     with open_tasks(TASKS, DATA) as tasks:
-        drawn = draw_calibration(tokenizer, tasks, length=64, seed=0)
-        again = draw_calibration(tokenizer, tasks, length=64, seed=0)
-        other = draw_calibration(tokenizer, tasks, length=64, seed=1, samples=3)
+        drawn = draw_documents(tokenizer, tasks, length=64, seed=0)
+        again = draw_documents(tokenizer, tasks, length=64, seed=0)
+        other = draw_documents(tokenizer, tasks, length=64, seed=1, samples=3)
         for name in TASKS:
             assert len(drawn.indices[name]) == math.ceil(0.2 * tasks.documents(name)) == len(drawn.texts[name])
     assert drawn.blocks.key == again.blocks.key != other.blocks.key
@@ -130,9 +131,9 @@ def test_calibration_is_drawn_reproducibly(tokenizer: object) -> None:
     assert drawn.indices["piqa"] != other.indices["piqa"]
     assert other.blocks.tokens.shape == (3, 64)
     with open_tasks(["piqa"], DATA) as alone:
-        assert draw_calibration(tokenizer, alone, length=64, seed=0).indices["piqa"] == drawn.indices["piqa"]
+        assert draw_documents(tokenizer, alone, length=64, seed=0).indices["piqa"] == drawn.indices["piqa"]
         with pytest.raises(MpqError, match="lower samples or length"):
-            draw_calibration(tokenizer, alone, length=64, seed=0, samples=10_000)
+            draw_documents(tokenizer, alone, length=64, seed=0, samples=10_000)
     index, text = drawn.indices["piqa"][0], drawn.texts["piqa"][0]
     row = json.loads((DATA / "piqa" / "validation.jsonl").read_text().splitlines()[index])
     assert text == f"Question: {row['goal']}\nAnswer: {row['sol2' if row['label'] else 'sol1']}"

@@ -141,8 +141,9 @@ def test_findings_tell_who_wins() -> None:
 def test_additivity_is_checked() -> None:
     """Quantiles of measured / predicted, and no warning where both hold."""
     found = find(RUN)
-    loss, ttft, gain = found.additivity
+    loss, *each, ttft, gain = found.additivity
     assert (loss.quantity, loss.plans, ttft.quantity, ttft.plans, gain.plans) == ("loss MSE", 60, "TTFT", 20, 20)
+    assert [(a.quantity, a.objective, a.plans) for a in each] == [("loss MSE", o, 20) for o in ("et", "tt", "m")]
     assert 0.7 < loss.low < loss.median < loss.high < 1.25
     assert ttft.error < 0.05
     assert not found.warnings
@@ -155,8 +156,21 @@ def test_a_broken_assumption_is_told(metric: str, factor: float, words: str) -> 
     """Measured loss MSE three times as predicted, or TTFT a fifth longer: the report warns by itself."""
     value = pl.when(pl.col("metric") == metric).then(pl.col("value") * factor).otherwise(pl.col("value"))
     run = {**RUN, "evaluation": RUN["evaluation"].with_columns(value=value)}
-    assert [words in w for w in find(run).warnings] == [True]
+    told = find(run).warnings
+    assert told
+    assert all(words in w for w in told)
     assert words in write_report(run, "broken", {"base": BASE})
+
+
+def test_the_objective_that_breaks_is_named() -> None:
+    """Where one objective's plans alone leave the prediction, the warning names it; equal plans count once."""
+    value = pl.when((pl.col("metric") == "loss_mse") & (pl.col("objective") == "m")).then(3 * pl.col("value")).otherwise("value")
+    found = find({**RUN, "evaluation": RUN["evaluation"].with_columns(value=value)})
+    assert ["in the plans for m" in w for w in found.warnings] == [True]
+    twice = {
+        k: pl.concat([t, t.with_columns(tau=-pl.col("tau"))]) if k in ("solutions", "evaluation") else t for k, t in RUN.items()
+    }
+    assert [a.plans for a in find(twice).additivity] == [a.plans for a in find(RUN).additivity]
 
 
 def test_files_are_written(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""What a run would still have to compute, and about how long that takes, told before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flows.place import On
+from flows.stages import Call, Stages
+from mpq.spec import EvaluationSpec, RunSpec
+from mpq.store import Store, TableRef
+from tasks.stage import References, kinds_of
+
+COMPUTED = frozenset({"load model", "partition", "pace"})  # seconds each, and the counts rest on them
+BACKWARD = (
+    4  # a sensitivity pass over a text in forward passes: forward, backward, and the sums of squares (bench/sensitivity.py)
+)
+TIMING = 3  # a timed pair in forward passes: base, configuration, and as much again for warming up and disturbed pairs
+EVALUATIONS = ("evaluate base", "evaluate", "tasks base", "tasks")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage: its tasks, how many are in the store, and seconds for the others; `bound`: at most so many, not known yet."""
+
+    stage: str
+    tasks: int
+    cached: int
+    seconds: float = 0.0
+    bound: bool = False
+
+
+@dataclass
+class Look(Stages):
+    """Stages that look instead of computing: what is stored comes back, what is not is counted.
+
+    A reference to what is not there raises Damaged when it is read, which is where a look ends.
+    """
+
+    asked: list[tuple[str, Call, bool]] = field(default_factory=list)  # stage, call, whether it is stored
+
+    def run(self, name: str, calls: Iterable[Call], on: On = "flow") -> list[References]:
+        """References to what is stored, and placeholders for the rest."""
+        calls = list(calls)
+        if name in COMPUTED:
+            return super().run(name, calls, on)
+        store, out = Store(self.store), []
+        for call in calls:
+            task, key = call[:2]
+            found = {kind: store.find(kind, key) for kind in kinds_of(task)}
+            self.asked.append((name, call, all(found.values())))
+            out.append({kind: ref or TableRef(kind, key, "", 0, 0, store=self.store) for kind, ref in found.items()})
+        return out
+
+    def _account(self, name: str, tasks: int, cached: int, start: float) -> None:
+        """Looking is no work done."""
+
+
+def forecast(
+    asked: Iterable[tuple[str, Call, bool]], spec: RunSpec, held_out: EvaluationSpec, tokens: Mapping[str, int], pace: Mapping[str, float]
+) -> list[Work]:  # fmt: skip
+    """The stages that a look met, in its order, with seconds by the tokens that they run the model on.
+
+    `tokens` are those of the calibration, of the evaluation text and of each harness task; `pace` is measure_pace's row.
+    """
+    stages: dict[str, Work] = {}
+    for name, (_, _, _, inputs), stored in asked:
+        seconds = 0.0 if stored else _passes(name, inputs, spec, tokens, pace)
+        seen = stages.get(name, Work(name, 0, 0))
+        stages[name] = Work(name, seen.tasks + 1, seen.cached + stored, seen.seconds + seconds)
+    if "evaluate" not in stages:
+        stages |= {work.stage: work for work in _bounds(spec, held_out, tokens, pace)}
+    return list(stages.values())
+
+
+def _passes(name: str, inputs: Mapping[str, Any], spec: RunSpec, tokens: Mapping[str, int], pace: Mapping[str, float]) -> float:
+    base, lowered = pace["base_s_per_token"], pace["lowered_s_per_token"]
+    prefill = spec.timing.batch * spec.timing.length * TIMING
+    match name:
+        case "sensitivity":
+            return float(BACKWARD * base * tokens["calibration"] / inputs["shards"])
+        case "timing" | "timing of chosen":
+            return base * len(inputs["configurations"]) * spec.timing.repeats * prefill
+        case "TTFT of plans" | "TTFT of anchors":
+            return float(base * len(inputs["plans"]) * inputs["repeats"] * prefill)
+        case "evaluate base" | "evaluate":
+            return (base if name.endswith("base") else lowered) * tokens["evaluation"]
+        case "tasks base" | "tasks":
+            return (base if name.endswith("base") else lowered) * tokens[inputs["task"]]
+    return 0.0
+
+
+def plans_at_most(spec: RunSpec) -> dict[str, int]:
+    """For each objective, how many plans the spec asks for; several may turn out equal."""
+    return {
+        objective: len(part.taus or spec.taus) * sum(part.random_seeds if s == "random" else 1 for s in part.strategies)
+        for objective, part in spec.objectives.items()
+    }
+
+
+def _bounds(spec: RunSpec, held_out: EvaluationSpec, tokens: Mapping[str, int], pace: Mapping[str, float]) -> list[Work]:
+    """Evaluations before the plans are known: every plan different from the others, nothing of it stored."""
+    base, lowered = pace["base_s_per_token"], pace["lowered_s_per_token"]
+    of_tasks, plans = [tokens[task] for task in held_out.tasks], plans_at_most(spec)
+    runs = sum(plans.values()) * held_out.seeds
+    timed = plans.get("et", 0)
+    prefill = spec.timing.batch * spec.timing.length * TIMING
+    works = [Work("evaluate", runs, 0, lowered * runs * tokens["evaluation"], True)]
+    if of_tasks:
+        works += [
+            Work("tasks base", len(of_tasks), 0, base * sum(of_tasks), True),
+            Work("tasks", runs * len(of_tasks), 0, lowered * runs * sum(of_tasks), True),
+        ]
+    if timed:
+        works.append(Work("TTFT of plans", 1, 0, base * timed * held_out.ttft_repeats * prefill, True))
+    return works
+
+
+def told(works: list[Work], spec: RunSpec, held_out: EvaluationSpec) -> str:
+    """The forecast in a few lines for people."""
+    parts = [w for w in works if w.stage in EVALUATIONS]
+    count, cached = sum(w.tasks for w in parts), sum(w.cached for w in parts)
+    bound = any(w.bound for w in parts)
+    seconds, every = sum(w.seconds for w in parts), sum(w.seconds for w in works)
+    plans = plans_at_most(spec)
+    what = f"{sum(plans.values())} plans ({', '.join(f'{k} {n}' for k, n in plans.items())}), {held_out.seeds} seeds, the text"
+    what += f" and {len(held_out.tasks)} tasks" if held_out.tasks else ""
+    lines = [
+        f"{spec.name}: {what}; plans with equal formats are evaluated once.",
+        f"evaluations: {'at most ' if bound else ''}{count}, {cached} of them cached, {duration(seconds)} for the others."
+        if cached < count
+        else f"evaluations: {count}, all of them cached.",
+    ]
+    rest = [w for w in works if w not in parts and w.seconds]
+    if rest:
+        lines.append(
+            "; ".join(f"{w.stage}: {w.tasks - w.cached} of {w.tasks} tasks to do, {duration(w.seconds)}" for w in rest) + "."
+        )
+    if every:
+        lines.append(f"in all {duration(every)}, estimated from one forward pass on this machine.")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: nothing, about 40 s, about 12 min, about 3.5 h."""
+    if seconds <= 0:
+        return "nothing"
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -1,0 +1,144 @@
+"""The sweep: its cost told beforehand, nothing computed twice, the tasks' documents drawn and recorded, every figure made."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+from models import DEMO, ROOT
+from safetensors.torch import load_file, save_file
+from test_calibrate import change, computed
+from test_kill import start
+
+from flows.reproduce import reproduce
+from mpq.errors import MpqError
+from mpq.runs import join_tables, read_run
+from mpq.spec import RunSpec, parse_spec
+
+pytest.importorskip("lm_eval")
+EVALUATIONS = ("evaluate", "tasks")
+
+
+@pytest.fixture
+def sweep(spec: RunSpec) -> RunSpec:
+    """A small sweep of the demo checkpoint: two tasks of four documents, calibrated on a share of the tasks' documents."""
+    text = {"source": "tasks", "samples": 8, "length": 32, "batch": 8}
+    return parse_spec({
+        **spec.model_dump(mode="json"),
+        "name": "sweep",
+        "model": {"path": str(DEMO), "base": "fp32"},
+        "calibration": {**text, "shards": 2},
+        "evaluation": {
+            **text, "seeds": 2, "tasks": ["piqa", "winogrande"], "data_dir": str(ROOT / "examples" / "tasks"), "task_limit": 4,
+        },
+        "objectives": {
+            "tt": {"formats": ["fp8_e5m2"], "random_seeds": 2, "taus": [0.003]},
+            "m": {"formats": ["fp8_e5m2"], "strategies": ["ip"], "taus": [0.002]},
+        },
+    })  # fmt: skip
+
+
+def forecast(outcome: dict) -> dict[str, tuple[int, int, bool]]:
+    """Stage → tasks, cached, bound."""
+    return {row["stage"]: (row["tasks"], row["cached"], row["bound"]) for row in outcome["forecast"]}
+
+
+def test_cost_is_told_and_nothing_is_computed_twice(sweep: RunSpec) -> None:
+    """A dry run computes no evaluation and gives a bound; after the run everything is cached; a new seed or task adds its own alone."""
+    dry = reproduce(sweep, dry_run=True)
+    assert set(dry) == {"forecast"}
+    plans = 4 + 1  # ip, prefix and two draws of random under tt; ip under m
+    assert forecast(dry)["evaluate"] == (plans * 2, 0, True)
+    assert forecast(dry)["tasks"] == (plans * 2 * 2, 0, True)
+    assert all(row["seconds"] > 0 for row in dry["forecast"] if row["stage"] in (*EVALUATIONS, "sensitivity"))
+
+    first = reproduce(sweep)
+    assert set(EVALUATIONS) <= computed(first)
+    done = forecast(reproduce(sweep, dry_run=True))
+    assert all(tasks == cached and not bound for tasks, cached, bound in done.values())
+    distinct = done["evaluate"][0] // 2
+    assert 2 <= distinct <= plans
+    assert done["tasks"][0] == distinct * 2 * 2
+    assert computed(reproduce(sweep)) == set()
+
+    more = forecast(reproduce(change(sweep, evaluation={"seeds": 3}), dry_run=True))
+    assert more["evaluate"] == (distinct * 3, distinct * 2, False)
+    assert more["tasks"] == (distinct * 3 * 2, distinct * 2 * 2, False)
+
+    out = Path(first["out"]["report"]).parent
+    figures = {p.name for p in Path(first["out"]["figures"]).iterdir()}
+    assert {"figure_2.svg", "figure_3b.png", "figure_8.svg", "figure_9.png", "table_1.md", "table_1.csv"} <= figures
+    assert len(first["left_out"]) == 5  # 1, 3a, 4, 5, 7: nothing was timed
+    _, tables = read_run(out)
+    drawn = tables["drawn"]
+    for task in ("piqa", "winogrande"):
+        of = drawn.filter(pl.col("source") == task)
+        documents = of["of"][0]
+        calibrated, evaluated, scored = (
+            set(of.filter(pl.col("part") == p)["index"]) for p in ("calibration", "evaluation", "tasks")
+        )
+        assert len(calibrated) == math.ceil(0.2 * documents)
+        assert calibrated | evaluated == set(range(documents))
+        assert not calibrated & evaluated
+        assert scored == set(range(4))
+
+
+def test_every_strategy_meets_the_same_tau_seeds_and_tasks(sweep: RunSpec) -> None:
+    """The evaluation table has a row for each plan, seed, task and metric; random's draws apart."""
+    rows = join_tables(reproduce(sweep)["tables"])["evaluation"].filter(pl.col("metric").is_in(["acc", "loss_mse"]))
+    counted = rows.group_by("objective", "strategy", "plan_seed").agg(pl.len()).sort("objective", "strategy", "plan_seed")
+    each = 2 * 3  # seeds × (the text and two tasks)
+    assert counted.rows() == [
+        ("m", "ip_m", 0, each), ("tt", "ip_tt", 0, each), ("tt", "prefix", 0, each), ("tt", "random", 0, each), ("tt", "random", 1, each),
+    ]  # fmt: skip
+
+
+def test_tasks_calibrate_only_where_some_are_named(sweep: RunSpec) -> None:
+    """A share of no tasks is one sentence; so is a share that fills no block."""
+    with pytest.raises(MpqError, match=r"name some in evaluation\.tasks"):
+        parse_spec({**sweep.model_dump(mode="json"), "evaluation": {"source": "tasks"}})
+    with pytest.raises(MpqError, match=r"20% of piqa, winogrande hold .* were asked for"):
+        reproduce(change(sweep, calibration={"samples": 100_000}), dry_run=True)
+
+
+BROKEN = {
+    "a task that does not exist": ({"tasks": ["hellasweg"]}, "has no task hellasweg: did you mean hellaswag"),
+    "a dataset without a column": ({"data_dir": "{data}"}, "validation.jsonl lacks the column sol2 that task piqa asks for"),
+    "an evaluation that gives NaN": ({}, "The loss of evaluation sample 0 is nan: a format overflows"),
+}
+
+
+@pytest.mark.parametrize("mistake", BROKEN)
+def test_a_mistake_in_a_sweep_is_one_sentence(mistake: str, sweep: RunSpec, tmp_path: Path) -> None:
+    """Exit code 2, one sentence, no traceback."""
+    change_of, message = BROKEN[mistake]
+    shutil.copytree(ROOT / "examples" / "tasks", tmp_path / "data")
+    for path in (tmp_path / "data" / "piqa").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "sol2"}) + "\n" for row in rows))
+    evaluation = {k: v.format(data=tmp_path / "data") if isinstance(v, str) else v for k, v in change_of.items()}
+    data = change(sweep, evaluation=evaluation).model_dump(mode="json")
+    if mistake.endswith("NaN"):
+        data["model"]["path"] = str(overflowing(tmp_path / "model"))
+        data["objectives"] = {"tt": {"formats": ["fp16"], "strategies": ["ip"], "taus": [0.5]}}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(data))
+    process = start(tmp_path / "spec.yaml", tmp_path / "home", "reproduce")
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 2, output
+    assert message in " ".join(output.split())
+    assert "Traceback" not in output
+
+
+def overflowing(folder: Path) -> Path:
+    """The demo checkpoint with the activations before one down_proj beyond FP16's range; what it computes stays the same."""
+    shutil.copytree(DEMO, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 2.0**20
+    weights["model.layers.1.mlp.down_proj.weight"] *= 2.0**-20
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
