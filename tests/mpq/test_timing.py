@@ -48,6 +48,12 @@ def groups() -> pl.DataFrame:
     return table("groups", rows)
 
 
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hypervisor that takes no time: the fake machine's times are its own, whatever the real one is doing."""
+    monkeypatch.setattr("mpq.pairs._cpu_ticks", lambda: (0, 0))
+
+
 class Machine:
     """A fake machine: a forward takes base or configured seconds, times a drift, plus a spike now and then."""
 
@@ -67,6 +73,7 @@ class Machine:
         return partial(self.run, 0), partial(self.run, 1)
 
 
+@pytest.mark.usefixtures("quiet")
 def test_pairs_hold_one_of_each_in_random_order() -> None:
     """Every pair has a base and a configuration, both orders equally often, and the seed repeats them."""
     machines = [Machine(3.0, 2.0) for _ in range(2)]
@@ -82,6 +89,7 @@ def test_pairs_hold_one_of_each_in_random_order() -> None:
     assert 0 <= pairs[0].steal_share <= 1
 
 
+@pytest.mark.usefixtures("quiet")
 def test_drift_and_spikes_leave_the_gain() -> None:
     """With base and configuration equal, a machine that slows down threefold and stalls every seventh run shows no gain."""
     machine = Machine(1.0, 1.0, drift=0.05, spike_every=7)
@@ -96,6 +104,7 @@ def test_drift_and_spikes_leave_the_gain() -> None:
     assert low > 0
 
 
+@pytest.mark.usefixtures("quiet")
 def test_a_target_stops_early_or_at_the_cap() -> None:
     """Steady timings stop at the repeats asked for; timings that never settle stop at the cap."""
     steady = Machine(1.0, 0.9)
@@ -105,6 +114,7 @@ def test_a_target_stops_early_or_at_the_cap() -> None:
     assert len(pairs.base_s) + pairs.disturbed == 12
 
 
+@pytest.mark.usefixtures("quiet")
 def test_disturbed_pairs_are_measured_again() -> None:
     """A stall now and then is left out and made up for; a gain of half the time, on a drifting machine, is no disturbance."""
     machine = Machine(1.0, 0.5, drift=0.0005, spike_every=9)
