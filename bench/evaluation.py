@@ -1,6 +1,6 @@
 """Cost of an evaluation under a plan against the same on the unwrapped model: `python bench/evaluation.py [DOCUMENTS]`.
 
-The demo checkpoint (FP32) and two cases: lm-evaluation-harness on the first DOCUMENTS (40) of each of the four example tasks,
+The demo checkpoint (FP32) and two cases: lm-evaluation-harness on the first DOCUMENTS (20) of each of the four example tasks,
 where the unwrapped model is run by the harness alone, nothing of mpq between; and the losses of 32 held-out texts of 256 tokens.
 A plan's seconds hold everything that the plan adds: putting it on, weights rounded for its seed, taking it off. Each plan is
 measured in pairs with base right before it; ratios are medians over pairs with their range, in wall clock and in CPU seconds
@@ -33,7 +33,7 @@ from mpq.task_data import Tasks, open_tasks, quiet
 ROOT = Path(__file__).parent.parent
 DEMO, DATA = ROOT / "examples" / "demo", ROOT / "examples" / "tasks"
 TASKS = ["hellaswag", "lambada_openai", "winogrande", "piqa"]
-PAIRS, BATCH = 7, 8
+PAIRS, BATCH = 5, 8
 
 
 def plans() -> dict[str, dict[str, str]]:
@@ -138,4 +138,4 @@ def main(documents: int) -> None:
 
 
 if __name__ == "__main__":
-    _peak(sys.argv[2]) if sys.argv[1:2] == ["--peak"] else main(int(sys.argv[1]) if sys.argv[1:] else 40)
+    _peak(sys.argv[2]) if sys.argv[1:2] == ["--peak"] else main(int(sys.argv[1]) if sys.argv[1:] else 20)
