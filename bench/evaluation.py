@@ -95,7 +95,7 @@ def compared(name: str, model: nn.Module, base: Callable[[], object], work: Call
                 f"{clock}_range": [float(ratio[:, i].min()), float(ratio[:, i].max())],
             }
         table.append(row)
-        print({k: np.round(v, 3) if not isinstance(v, str) else v for k, v in row.items()}, flush=True)
+        print(f"{name}, {plan}: {row['wall_ratio']:.2f} of base in wall clock, {row['cpu_ratio']:.2f} in CPU seconds", flush=True)
     return table
 
 
