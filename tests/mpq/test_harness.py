@@ -249,3 +249,12 @@ def test_spec_names_tasks() -> None:
     spec = EvaluationSpec(source="a.txt", tasks=("piqa",), data_dir="examples/tasks", task_limit=5)
     assert spec.tasks == ("piqa",)
     assert EvaluationSpec(source="a.txt").tasks == ()
+
+
+def test_the_demo_checkpoint_is_above_chance(model: torch.nn.Module, tokenizer: object) -> None:
+    """On HellaSwag's four endings and Winogrande's two options the base model is right far more often than a guess."""
+    with open_tasks(["hellaswag", "winogrande"], DATA) as tasks:
+        value = score(model, tokenizer, tasks, batch=16).value
+    for task, chance in (("hellaswag", 0.25), ("winogrande", 0.5)):
+        n = 100
+        assert value[task, "acc"] > chance + 4 * math.sqrt(chance * (1 - chance) / n)
