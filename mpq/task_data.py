@@ -14,7 +14,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -129,7 +129,8 @@ def _local(manager: Any, name: str, folder: Path, cache_folder: str) -> tuple[An
         **{key: None for key, split in keys.items() if split not in found},
     }
     # the harness takes a known task with some keys changed as a member of a group
-    loaded = _load(manager, {"group": "local", "task": [changed]}, name, found[evaluated])
+    missing = sorted(_asked(config) - columns[found[evaluated]])
+    loaded = _load(manager, {"group": "local", "task": [changed]}, name, found[evaluated], missing)
     return loaded[name], found[evaluated]
 
 
@@ -158,22 +159,37 @@ def _columns(path: Path) -> set[str]:
     return columns
 
 
-def _load(manager: Any, wanted: Any, name: str, file: Path | None) -> dict[str, Any]:
-    """The harness's tasks for one name or changed configuration; it reads the dataset and tries the first document."""
+def _asked(config: Mapping[str, Any]) -> set[str]:
+    """The columns that a task's templates name, as far as no code of the task makes others of them."""
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    templates = [config.get(key) for key in ("doc_to_text", "doc_to_target", "doc_to_choice")]
+    asked: set[str] = set()
+    for template in () if config.get("process_docs") else templates:
+        with suppress(TemplateSyntaxError):
+            asked |= meta.find_undeclared_variables(Environment().parse(template)) if isinstance(template, str) else set()
+    return asked
+
+
+def _load(manager: Any, wanted: Any, name: str, file: Path | None, missing: Sequence[str] = ()) -> dict[str, Any]:
+    """The harness's tasks for one name or changed configuration; it reads the dataset and tries the first document.
+
+    `missing` are columns that the file lacks, told where that was the mistake.
+    """
     try:
         tasks: dict[str, Any] = manager.load([wanted])["tasks"]
         if file:  # the harness looks at the first document alone
             for task in tasks.values():
                 task.build_all_requests()
     except Exception as error:  # whatever datasets, jinja and the tasks' own code raise
-        raise _unusable(name, file, error) from error
+        raise _unusable(name, file, missing, error) from error
     return tasks
 
 
-def _unusable(name: str, file: Path | None, error: Exception) -> MpqError:
+def _unusable(name: str, file: Path | None, missing: Sequence[str], error: Exception) -> MpqError:
     """The mistake behind what the harness or its tasks' code raised over a dataset."""
     reason = (str(error).strip().splitlines() or [""])[0]
-    lacking = None
+    lacking = next(iter(missing), None)
     if isinstance(error, KeyError):
         lacking = str(error.args[0]) if error.args else ""
     elif type(error).__name__ == "UndefinedError" and reason.endswith("is undefined"):

@@ -124,7 +124,7 @@ def test_a_mistake_in_a_sweep_is_one_sentence(mistake: str, sweep: RunSpec, tmp_
     evaluation = {k: v.format(data=tmp_path / "data") if isinstance(v, str) else v for k, v in change_of.items()}
     data = change(sweep, evaluation=evaluation).model_dump(mode="json")
     if mistake.endswith("NaN"):
-        data["model"]["path"] = str(overflowing(tmp_path / "model"))
+        data["model"]["path"] = str(overflowing(tmp_path / "overflowing"))
         data["objectives"] = {"tt": {"formats": ["fp16"], "strategies": ["ip"], "taus": [0.5]}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(data))
     process = start(tmp_path / "spec.yaml", tmp_path / "home", "reproduce")
