@@ -120,31 +120,66 @@ class Services:
         httpx.put(f"{address}/{bucket}").raise_for_status()
         return address
 
-    def dask(self, workers: int = 2, resources: str = "accel=1") -> str:
-        """A Dask scheduler and its workers, one thread and one accelerator each; returns the scheduler's address."""
+    def dask(self, workers: int = 2, resources: str = "accel=1", threads: int = 1) -> str:
+        """A Dask scheduler and its workers, one accelerator each; returns the scheduler's address."""
         port = free_port()
         address = f"tcp://127.0.0.1:{port}"
         command = [sys.executable, "-m", "dask"]
         self.start("scheduler", *command, "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
         until("the Dask scheduler", lambda: "Scheduler at" in self.log("scheduler"))
         for k in range(workers):
-            self.dask_worker(address, f"dask-{k}", resources)
+            self.dask_worker(address, f"dask-{k}", resources, threads)
         for k in range(workers):
             until(f"Dask worker {k}", lambda name=f"dask-{k}": "Starting established connection" in self.log(name))
         return address
 
-    def dask_worker(self, address: str, name: str, resources: str = "accel=1") -> None:
+    def dask_worker(self, address: str, name: str, resources: str = "accel=1", threads: int = 1, *more: str) -> None:
         """One more worker, without a nanny: killed, it is gone."""
         some = ["--resources", resources] if resources else []
         self.start(
-            name, sys.executable, "-m", "dask", "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard",
-            "--host", "127.0.0.1", "--name", name, "--local-directory", str(self.home / name), *some,
+            name, sys.executable, "-m", "dask", "worker", address, "--nthreads", str(threads), "--no-nanny", "--no-dashboard",
+            "--host", "127.0.0.1", "--name", name, "--local-directory", str(self.home / name), *some, *more,
         )  # fmt: skip
 
+    def ray(self, workers: int = 2, resources: str = '{"accel": 1}') -> str:
+        """Nodes of a Ray cluster, the first one its head, one CPU and one accelerator each; returns the head's address."""
+        port = free_port()
+        self._ray(
+            "ray-0", resources, "--head", "--port", str(port), "--include-dashboard=false", "--temp-dir", str(self.home / "ray")
+        )
+        for k in range(1, workers):
+            self.ray_worker(f"127.0.0.1:{port}", f"ray-{k}", resources)
+        return f"127.0.0.1:{port}"
+
+    def ray_worker(self, address: str, name: str, resources: str = '{"accel": 1}') -> None:
+        """One more node."""
+        self._ray(name, resources, "--address", address)
+
+    def _ray(self, name: str, resources: str, *options: str) -> None:
+        command = [str(Path(sys.executable).parent / "ray"), "start", *options, "--block", "--disable-usage-stats"]
+        some = [
+            "--num-cpus",
+            "1",
+            "--resources",
+            resources,
+            "--node-ip-address",
+            "127.0.0.1",
+            "--object-store-memory",
+            "100000000",
+        ]
+        for _ in range(3):  # Ray gives a node 30 s to start, which a busy machine may take
+            process = self.start(name, *command, *some)
+            until(f"Ray's {name}", lambda p=process: "Ray runtime started" in self.log(name) or p.poll() is not None)
+            if process.poll() is None:
+                return
+        raise RuntimeError(f"Ray's {name} did not start: {self.log(name)}")
+
     def kill(self, name: str) -> None:
-        """kill -9."""
-        self.processes[name].kill()
-        self.processes[name].wait()
+        """kill -9, children included."""
+        process = self.processes[name]
+        for each in [process.pid, *(c.pid for c in psutil.Process(process.pid).children(recursive=True))]:
+            os.kill(each, signal.SIGKILL)
+        process.wait()
 
     def post(self, path: str, body: Any) -> Any:
         """Ask the API."""

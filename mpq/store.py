@@ -21,7 +21,8 @@ import platform
 import posixpath
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -244,6 +245,12 @@ class Store:
             return meta if isinstance(meta, dict) else {}
         except ValueError:
             raise Damaged(f"{kind}/{key[:12]}/meta.json is not JSON") from None
+
+    def find_all(self, kind: str, keys: Iterable[str]) -> dict[str, TableRef]:
+        """Those of the entries that are there, verified, by key; looked for at once."""
+        keys = list(keys)
+        with ThreadPoolExecutor(16) as pool:
+            return {key: ref for key, ref in zip(keys, pool.map(lambda k: self.find(kind, k), keys), strict=True) if ref}
 
     def find(self, kind: str, key: str) -> TableRef | None:
         """The entry under (kind, key), verified; None where there is none. Damage is logged and counts as none."""

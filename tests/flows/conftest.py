@@ -35,7 +35,7 @@ def spec(tmp_path: Path) -> RunSpec:
         "model": {"path": str(write_checkpoint(tmp_path / "model")), "base": "fp32"},
         "calibration": {**text, "shards": 2},
         "evaluation": {**text, "seed": 1, "seeds": 1, "ttft_repeats": 3},
-        "timing": {"batch": 2, "length": 16, "repeats": 2, "slice": 20},
+        "timing": {"batch": 2, "length": 16, "repeats": 2},
         "objectives": {"et": {"formats": ["bf16"]}, "m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]}},
         "taus": [0.001, 0.01],
         "store": (tmp_path / "store").as_uri(),

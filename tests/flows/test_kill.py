@@ -43,9 +43,9 @@ def test_a_mistake_in_a_run_is_one_sentence(spec: RunSpec, tmp_path: Path) -> No
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("stage", ["sensitivity", "timing"])
+@pytest.mark.parametrize("stage", ["sensitivity", "measurement"])
 def test_killed_and_started_again(stage: str, spec: RunSpec, tmp_path: Path) -> None:
-    """What was stored before the kill is cached after it, and the run ends well."""
+    """What was stored before the kill is cached after it, down to the single configuration, and the run ends well."""
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     process = start(path, tmp_path / "home")
