@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -56,6 +58,7 @@ class Services:
         }  # fmt: skip
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.api = ""
+        self.short: list[str] = []  # folders elsewhere: a socket's path may have 107 bytes
 
     def __enter__(self) -> Services:
         return self
@@ -73,6 +76,8 @@ class Services:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
+        for folder in self.short:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a process; its output goes to NAME.log."""
@@ -144,9 +149,9 @@ class Services:
     def ray(self, workers: int = 2, resources: str = '{"accel": 1}') -> str:
         """Nodes of a Ray cluster, the first one its head, one CPU and one accelerator each; returns the head's address."""
         port = free_port()
-        self._ray(
-            "ray-0", resources, "--head", "--port", str(port), "--include-dashboard=false", "--temp-dir", str(self.home / "ray")
-        )
+        self.short.append(tempfile.mkdtemp(prefix="ray-"))
+        head = ["--head", "--port", str(port), "--include-dashboard=false", "--temp-dir", self.short[-1]]
+        self._ray("ray-0", resources, *head)
         for k in range(1, workers):
             self.ray_worker(f"127.0.0.1:{port}", f"ray-{k}", resources)
         return f"127.0.0.1:{port}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -46,9 +47,9 @@ class DaskPlace(Place):
 
     shared = True
 
-    def __init__(self, runner: Any, device: str, accelerators: list[str]):
-        self._runner, self._device, self._accelerators = runner, device, accelerators
-        self.accelerators = len(accelerators)
+    def __init__(self, runner: Any, device: str):
+        self._runner, self._device = runner, device
+        self.accelerators = len(_offering(runner.client))
 
     def submit(self, task: Task[..., Any], parameters: dict[str, Any], on: On) -> PrefectFuture[Any]:
         """Start a task on a worker; on an accelerator's where the task needs it for itself or the model lies there."""
@@ -57,7 +58,7 @@ class DaskPlace(Place):
         if on == "flow":
             return super().submit(task, parameters, on)
         if on == "accelerator" or self._device != "cpu":
-            if not self._accelerators:
+            if not self.accelerators:
                 raise _no_accelerator("dask", self._runner.address)
             with dask.annotate(resources=ACCELERATOR):  # type: ignore[attr-defined]
                 return self._runner.submit(task, parameters)  # type: ignore[no-any-return]
@@ -69,8 +70,14 @@ class DaskPlace(Place):
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` says on a worker that has the device."""
-        where = self._accelerators or None
+        where = _offering(self._runner.client) or None
         return self._runner.client.submit(function, *args, workers=where, pure=False).result(timeout=120)
+
+
+def _offering(client: Any) -> list[str]:
+    """The addresses of the Dask workers that offer an accelerator just now: some die, others join."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return [a for a, w in workers.items() if (w.get("resources") or {}).get("accel", 0) >= ACCELERATOR["accel"]]
 
 
 class RayPlace(Place):
@@ -78,9 +85,9 @@ class RayPlace(Place):
 
     shared = True
 
-    def __init__(self, runner: Any, device: str, accelerators: dict[str, int]):
-        self._runner, self._device, self._accelerators = runner, device, accelerators
-        self.accelerators = sum(accelerators.values())
+    def __init__(self, runner: Any, device: str):
+        self._runner, self._device = runner, device
+        self.accelerators = sum(_nodes().values())
 
     def submit(self, task: Task[..., Any], parameters: dict[str, Any], on: On) -> PrefectFuture[Any]:
         """Start a task on a node; on an accelerator's where the task needs it for itself or the model lies there."""
@@ -89,7 +96,7 @@ class RayPlace(Place):
         if on == "flow":
             return super().submit(task, parameters, on)
         if on == "accelerator" or self._device != "cpu":
-            if not self._accelerators:
+            if not self.accelerators:
                 raise _no_accelerator("ray", self._runner.address)
             with remote_options(resources=ACCELERATOR, num_gpus=int(self._device != "cpu")):
                 return self._runner.submit(task, parameters)  # type: ignore[no-any-return]
@@ -101,7 +108,15 @@ class RayPlace(Place):
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` says on a node that has the device."""
-        return _on_nodes(list(self._accelerators)[:1] or [None], function, *args)[0]
+        where = [node for node, accelerators in _nodes().items() if accelerators]
+        return _on_nodes(where[:1] or [None], function, *args)[0]
+
+
+def _nodes() -> dict[str, int]:
+    """The Ray nodes that are alive, and how many accelerators each offers."""
+    import ray
+
+    return {n["NodeID"]: int(n["Resources"].get("accel", 0)) for n in ray.nodes() if n["Alive"]}
 
 
 def _on_nodes(nodes: Sequence[str | None], function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -162,10 +177,9 @@ def _dask(address: str, device: str) -> Iterator[Place]:
             raise MpqError(f"The Dask scheduler at {address} cannot be reached ({error}): check that it runs.") from None
         if not workers:
             raise MpqError(f"The Dask cluster at {address} has no workers: start some with `dask worker {address}`.")
-        accelerators = [a for a, w in workers.items() if (w.get("resources") or {}).get("accel", 0) >= ACCELERATOR["accel"]]
-        run = cluster.client.run
+        run, accelerators = cluster.client.run, _offering(cluster.client)
         _check_alike("Dask", lambda: run(identity), lambda: run(identity, device, workers=accelerators) if accelerators else {})
-        yield DaskPlace(cluster, device, accelerators)
+        yield DaskPlace(cluster, device)
 
 
 @contextmanager
@@ -177,20 +191,22 @@ def _ray(address: str, device: str) -> Iterator[Place]:
         raise MpqError("The ray runner needs prefect-ray, which is not installed: pip install 'mpq[ray]'.") from None
 
     try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        socket.create_connection((host, int(port)), timeout=10).close()  # ray.init would wait for minutes
         ray.init(address, namespace="mpq", log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
     except Exception as error:
         told = str(error).split("\n")[0]
         raise MpqError(f"The Ray cluster at {address} cannot be reached ({told}): check that it runs.") from None
     try:
-        nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
-        accelerators = {n: int(r["accel"]) for n, r in nodes.items() if r.get("accel", 0) >= ACCELERATOR["accel"]}
+        nodes = _nodes()
+        accelerators = [node for node, offered in nodes.items() if offered]
         _check_alike(
             "Ray",
             lambda: dict(zip(nodes, _on_nodes(list(nodes), identity), strict=True)),
-            lambda: dict(zip(accelerators, _on_nodes(list(accelerators), identity, device), strict=True)),
+            lambda: dict(zip(accelerators, _on_nodes(accelerators, identity, device), strict=True)),
         )
         with RayTaskRunner(address=address) as runner:
-            yield RayPlace(runner, device, accelerators)
+            yield RayPlace(runner, device)
     finally:
         ray.shutdown()
 
