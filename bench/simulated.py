@@ -1,4 +1,7 @@
-"""Timing tasks on a simulated accelerator: they take it as real ones do, sleep for as long as a measurement would, and say when."""
+"""Timing tasks on a simulated accelerator: they take it as real ones do, sleep for as long as a measurement would, and say when.
+
+In a module of its own, which a cluster's workers import: the tests and bench/fanout.py use it.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.place import On, placed
+from flows.planning import Planning
 from flows.stages import Stages
-from mpq.spec import RunnerSpec
+from mpq.spec import RunnerSpec, RunSpec
 from mpq.store import content_key
-from tasks.stage import batch, read
+from tasks.stage import batch, read, read_json
 
 
 @batch("interval")
@@ -56,3 +60,14 @@ def fan_out(
 def intervals(outcome: dict[str, Any]) -> pl.DataFrame:
     """What the tasks told: number, pid, start_s, end_s."""
     return pl.concat([read(ref) for ref in outcome["intervals"]])
+
+
+@flow(name="sensitivity", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+def sensitivity(spec: RunSpec) -> float:
+    """Seconds of the sensitivity stage of a run."""
+    with placed(spec.runner, "cpu", timed=False) as place:
+        stages = Stages(spec.store, place)
+        run = Planning(spec, stages)
+        loaded = run.load()
+        run.sensitivity(run.partition(read_json(loaded["model"])["architecture"]), loaded["calibration"])
+    return next(seconds for name, _, _, seconds in stages.done if name == "sensitivity")
