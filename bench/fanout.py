@@ -27,7 +27,7 @@ from record import folder_of, record
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deployments.processes import ROOT, Services  # noqa: E402
+from deployments.processes import ROOT, Services
 
 TASKS, RUNS = 60, 3
 CONFIGURATIONS, DEVICES, CONFIGURATION_S, SPREAD = 20_000, (64, 1000), 2.0, 0.3  # an assumed campaign: 16 prefills of 125 ms each
@@ -83,35 +83,41 @@ class Bench:
             for _ in range(2 if cached else 1):
                 took = fan_out(RunnerSpec(**runner), store, TASKS, on=on)["seconds"]
             seconds.append(took * devices / TASKS)
+        print(f"{runner or on}{' cached' if cached else ''}: {seconds}", file=sys.stderr, flush=True)
         return told(seconds)
 
-    def central(self, address: str) -> dict[str, float]:
-        """CPU seconds per task of each process that there is one of: the flow's, Dask's scheduler, Prefect's server."""
+    def cpu(self, address: str) -> dict[str, float]:
+        """CPU seconds per task of the processes that there is one of, the flow's, Dask's scheduler, Prefect's server; and of the workers.
+
+        Whatever else the machine does meanwhile, these hardly change; one process does not do more than a second of them in a second.
+        """
         from bench.simulated import fan_out
         from mpq.spec import RunnerSpec
 
-        pids = {"flow": os.getpid(), **{n: self.running.processes[n].pid for n in ("scheduler", "server")}}
+        pids = {"flow": os.getpid(), **{n: self.running.processes[n].pid for n in ("scheduler", "server", "dask-0", "dask-1")}}
         here = time.process_time()
         before = {n: cpu_s(p) for n, p in pids.items() if n != "flow"}
         fan_out(RunnerSpec(kind="dask", address=address), self.store(), 2 * TASKS)
         spent = {"flow": time.process_time() - here}
         time.sleep(5)  # the server writes down what it was sent
         spent |= {n: cpu_s(p) - before[n] for n, p in pids.items() if n != "flow"}
-        return {n: round(s / (2 * TASKS), 5) for n, s in spent.items()}
+        spent["workers, all together"] = spent.pop("dask-0") + spent.pop("dask-1")
+        found = {n: round(s / (2 * TASKS), 5) for n, s in spent.items()}
+        print(f"CPU: {found}", file=sys.stderr, flush=True)
+        return found
 
     def sensitivity(self, address: str) -> dict[str, float]:
         """Seconds of the demo's sensitivity in eight shards; the first run, in which workers load the model, is not counted."""
         from bench.simulated import sensitivity
-        from mpq.spec import load_spec
+        from mpq.spec import load_spec, parse_spec
 
         spec = load_spec(ROOT / "examples" / "demo.yaml").model_dump(mode="json")
         spec["calibration"] |= {"samples": 32, "batch": 4, "shards": 8}
         spec["runner"] = {"kind": "dask", "address": address}
         seconds = []
         for _ in range(RUNS + 1):
-            from mpq.spec import parse_spec
-
             seconds.append(sensitivity(parse_spec({**spec, "store": self.store()})))
+        print(f"sensitivity: {seconds}", file=sys.stderr, flush=True)
         return told(seconds[1:], 2)
 
 
@@ -129,7 +135,7 @@ def building() -> dict[str, Any]:
 
     config = load_config(ROOT / "examples" / "demo")
     demo_s, model = seconds(lambda: timing_model(config, "fp32"))
-    ttft_s = base_ttft(model, batch=4, length=256)
+    ttft_s = base_ttft(model, "fp32", 4, 256)
     llama_s, _ = seconds(lambda: timing_model(LLAMA_1B, "bf16"))
     return {"demo": demo_s, "Llama-3.2-1B": llama_s, "demo_ttft_s": round(ttft_s, 4)}
 
@@ -169,10 +175,9 @@ def main() -> None:
     with services() as running:
         bench = Bench(running)
         result: dict[str, Any] = {"tasks": TASKS, "runs": RUNS, "load_average_before": round(load, 1)}
-        task_s = {
-            "threads": bench.overhead({}, "flow"),
-            "cached": bench.overhead({}, "flow", cached=True),
-        }
+        task_s = result["task_s"] = {}
+        task_s["threads"] = bench.overhead({}, "flow")
+        task_s["cached"] = bench.overhead({}, "flow", cached=True)
         address = running.dask(workers=1)
         dask = {"kind": "dask", "address": address}
         bench.overhead(dask)  # the worker's imports
@@ -182,7 +187,7 @@ def main() -> None:
         bench.overhead(dask)
         task_s["dask, 2 workers"] = bench.overhead(dask, devices=2)
         sensitivity["2 workers"] = bench.sensitivity(address)
-        central = bench.central(address)
+        cpu = bench.cpu(address)
         for name in ("dask-0", "dask-1"):
             running.kill(name)
         if find_spec("prefect_ray"):
@@ -192,13 +197,13 @@ def main() -> None:
             result["ray"] = version("ray")
         else:
             print("ray is not installed: left out", file=sys.stderr)
-        result |= {"task_s": task_s, "central_cpu_s_per_task": central, "sensitivity_s": sensitivity}
+        result |= {"cpu_s_per_task": cpu, "sensitivity_s": sensitivity}
     ratio = sensitivity["1 worker"]["median"] / sensitivity["2 workers"]["median"]
     result["sensitivity_speedup"] = round(ratio, 2)
     result["build_s"] = building()
-    figure, result["simulation"] = simulation(
-        task_s["dask, 1 worker"]["median"], max(central.values()), result["build_s"]["Llama-3.2-1B"]
-    )
+    # of CPU seconds, which the rest of the machine hardly changes
+    central_s = max(cpu[n] for n in ("flow", "scheduler", "server"))
+    figure, result["simulation"] = simulation(cpu["workers, all together"], central_s, result["build_s"]["Llama-3.2-1B"])
     result["assumed"] = {"configurations": CONFIGURATIONS, "configuration_s": CONFIGURATION_S, "spread": SPREAD}
     figure.savefig(folder_of() / "fanout.png", dpi=150)
     result["load_average_after"] = round(os.getloadavg()[0], 1)

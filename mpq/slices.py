@@ -20,14 +20,14 @@ SHARE = 0.05  # of a device's time that may go to what is not measuring, where c
 class TaskCost:
     """Seconds that a timing task takes on its device: `task_s` of the runner, `build_s` for the model, `configuration_s` each.
 
-    `tasks_per_s` is what the one process that hands out tasks can do, however many devices there are. The runner's figures
-    were measured with Dask, Prefect's server and everything else on two cores of an AMD EPYC (`make bench-fanout`).
+    `tasks_per_s` is what the busiest of the processes can do that there is one of (flow, scheduler, Prefect's server), however
+    many devices there are. The runner's figures are CPU seconds measured with Dask on an AMD EPYC (`make bench-fanout`).
     """
 
     build_s: float
     configuration_s: float
-    task_s: float = 0.06
-    tasks_per_s: float = 40.0
+    task_s: float = 0.13
+    tasks_per_s: float = 20.0
 
     def seconds(self, configurations: float) -> float:
         """One task."""

@@ -10,7 +10,7 @@ import pytest
 from mpq.slices import SHARE, TaskCost, bound_s, simulate, slice_size
 
 CASES = list(itertools.product((1, 5, 82, 642, 20_000), (1, 2, 8, 64, 1000)))
-QUICK, SLOW = TaskCost(build_s=0.3, configuration_s=0.5), TaskCost(build_s=20.0, configuration_s=4.0)
+QUICK, SLOW = TaskCost(0.3, 0.5, 0.06, 40.0), TaskCost(20.0, 4.0, 0.06, 40.0)
 
 
 def test_a_campaign_by_hand() -> None:
@@ -52,7 +52,7 @@ def test_one_device_gets_one_task() -> None:
 @pytest.mark.parametrize("build_s", [0.0, 2.0])
 def test_the_choice_is_near_the_best(configurations: int, devices: int, build_s: float) -> None:
     """Simulated with times that vary, the chosen slices take at most a fifth longer than the best ones of all sizes."""
-    cost = TaskCost(build_s=build_s, configuration_s=2.0)
+    cost = TaskCost(build_s, 2.0, 0.06, 40.0)
     sizes = {max(1, round(1.3**k)) for k in range(60) if 1.3**k <= configurations}
     best = min(simulate(configurations, devices, size, cost, spread=0.3).seconds for size in sizes)
     chosen = slice_size(configurations, devices, cost)
@@ -61,7 +61,7 @@ def test_the_choice_is_near_the_best(configurations: int, devices: int, build_s:
 
 def test_where_the_scheduler_bounds_a_campaign() -> None:
     """A thousand devices and short tasks: one configuration a task leaves devices waiting for work, the chosen slices do not."""
-    cost = TaskCost(build_s=0.0, configuration_s=2.0)
+    cost = TaskCost(0.0, 2.0, 0.06, 40.0)
     short = simulate(50_000, 1000, 1, cost)
     chosen = simulate(50_000, 1000, slice_size(50_000, 1000, cost), cost)
     assert short.scheduler > 0.99
