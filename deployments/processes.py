@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,6 +59,7 @@ class Services:
         }  # fmt: skip
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.api = ""
+        self.short: list[str] = []  # folders elsewhere: a socket's path may have 107 bytes
 
     def __enter__(self) -> Services:
         return self
@@ -76,6 +79,8 @@ class Services:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # what it left behind when it was killed before
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for folder in self.short:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a process; its output goes to NAME.log."""
@@ -147,31 +152,66 @@ class Services:
             client_kwargs={"endpoint_url": environment["AWS_ENDPOINT_URL"]}, skip_instance_cache=True, use_listings_cache=False,
         )  # fmt: skip
 
-    def dask(self, workers: int = 2, resources: str = "accel=1") -> str:
-        """A Dask scheduler and its workers, one thread and one accelerator each; returns the scheduler's address."""
+    def dask(self, workers: int = 2, resources: str = "accel=1", threads: int = 1) -> str:
+        """A Dask scheduler and its workers, one accelerator each; returns the scheduler's address."""
         port = free_port()
         address = f"tcp://127.0.0.1:{port}"
         command = [sys.executable, "-m", "dask"]
         self.start("scheduler", *command, "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
         until("the Dask scheduler", lambda: "Scheduler at" in self.log("scheduler"))
         for k in range(workers):
-            self.dask_worker(address, f"dask-{k}", resources)
+            self.dask_worker(address, f"dask-{k}", resources, threads)
         for k in range(workers):
             until(f"Dask worker {k}", lambda name=f"dask-{k}": "Starting established connection" in self.log(name))
         return address
 
-    def dask_worker(self, address: str, name: str, resources: str = "accel=1") -> None:
+    def dask_worker(self, address: str, name: str, resources: str = "accel=1", threads: int = 1, *more: str) -> None:
         """One more worker, without a nanny: killed, it is gone."""
         some = ["--resources", resources] if resources else []
         self.start(
-            name, sys.executable, "-m", "dask", "worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard",
-            "--host", "127.0.0.1", "--name", name, "--local-directory", str(self.home / name), *some,
+            name, sys.executable, "-m", "dask", "worker", address, "--nthreads", str(threads), "--no-nanny", "--no-dashboard",
+            "--host", "127.0.0.1", "--name", name, "--local-directory", str(self.home / name), *some, *more,
         )  # fmt: skip
 
+    def ray(self, workers: int = 2, resources: str = '{"accel": 1}') -> str:
+        """Nodes of a Ray cluster, the first one its head, one CPU and one accelerator each; returns the head's address."""
+        port = free_port()
+        self.short.append(tempfile.mkdtemp(prefix="ray-"))
+        head = ["--head", "--port", str(port), "--include-dashboard=false", "--temp-dir", self.short[-1]]
+        self._ray("ray-0", resources, *head)
+        for k in range(1, workers):
+            self.ray_worker(f"127.0.0.1:{port}", f"ray-{k}", resources)
+        return f"127.0.0.1:{port}"
+
+    def ray_worker(self, address: str, name: str, resources: str = '{"accel": 1}') -> None:
+        """One more node."""
+        self._ray(name, resources, "--address", address)
+
+    def _ray(self, name: str, resources: str, *options: str) -> None:
+        command = [str(Path(sys.executable).parent / "ray"), "start", *options, "--block", "--disable-usage-stats"]
+        some = [
+            "--num-cpus",
+            "1",
+            "--resources",
+            resources,
+            "--node-ip-address",
+            "127.0.0.1",
+            "--object-store-memory",
+            "100000000",
+        ]
+        for _ in range(3):  # Ray gives a node 30 s to start, which a busy machine may take
+            process = self.start(name, *command, *some)
+            until(f"Ray's {name}", lambda p=process: "Ray runtime started" in self.log(name) or p.poll() is not None)
+            if process.poll() is None:
+                return
+        raise RuntimeError(f"Ray's {name} did not start: {self.log(name)}")
+
     def kill(self, name: str) -> None:
-        """kill -9."""
-        self.processes[name].kill()
-        self.processes[name].wait()
+        """kill -9, children included."""
+        process = self.processes[name]
+        for each in [process.pid, *(c.pid for c in psutil.Process(process.pid).children(recursive=True))]:
+            os.kill(each, signal.SIGKILL)
+        process.wait()
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """Ask the API; again where it answers 503, as it does while its database is busy."""

@@ -80,8 +80,8 @@ def _passes(name: str, inputs: Mapping[str, Any], spec: RunSpec, tokens: Mapping
     match name:
         case "sensitivity":
             return float(BACKWARD * base * tokens["calibration"] / inputs["shards"])
-        case "timing" | "timing of chosen":
-            return base * len(inputs["configurations"]) * spec.timing.repeats * prefill
+        case "timing: measure" | "timing of chosen: measure":
+            return base * len(inputs["wanted"]) * spec.timing.repeats * prefill
         case "TTFT of plans" | "TTFT of anchors":
             return float(base * len(inputs["plans"]) * inputs["repeats"] * prefill)
         case "evaluate base" | "evaluate":

@@ -1,8 +1,9 @@
-"""Where the tasks of a flow run: beside it, or on the workers of a Dask cluster, one accelerator a task."""
+"""Where the tasks of a flow run: beside it, or on the workers of a Dask or Ray cluster, one accelerator a task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,13 +16,14 @@ from tasks.device import identity
 
 # flow: beside the flow, on its own threads; workers: anywhere; accelerator: where one is free, and alone on it
 On = Literal["flow", "workers", "accelerator"]
-ACCELERATOR = {"accel": 1}  # what a worker offers with `dask worker --resources accel=1`
+ACCELERATOR = {"accel": 1}  # what each worker offers that has one
 
 
 class Place:
     """The flow's own machine: every task goes to the flow's task runner, questions are answered here."""
 
     shared = False  # whether a path of this machine may mean nothing where tasks run
+    accelerators = 1  # how many timings may run at once
 
     def submit(self, task: Task[..., Any], parameters: dict[str, Any], on: On) -> PrefectFuture[Any]:
         """Start a task; the future is Prefect's."""
@@ -45,8 +47,9 @@ class DaskPlace(Place):
 
     shared = True
 
-    def __init__(self, runner: Any, device: str, accelerators: list[str]):
-        self._runner, self._device, self._accelerators = runner, device, accelerators
+    def __init__(self, runner: Any, device: str):
+        self._runner, self._device = runner, device
+        self.accelerators = len(_offering(runner.client))
 
     def submit(self, task: Task[..., Any], parameters: dict[str, Any], on: On) -> PrefectFuture[Any]:
         """Start a task on a worker; on an accelerator's where the task needs it for itself or the model lies there."""
@@ -55,31 +58,91 @@ class DaskPlace(Place):
         if on == "flow":
             return super().submit(task, parameters, on)
         if on == "accelerator" or self._device != "cpu":
-            if not self._accelerators:
-                raise _no_accelerator(self._runner.address)
+            if not self.accelerators:
+                raise _no_accelerator("dask", self._runner.address)
             with dask.annotate(resources=ACCELERATOR):  # type: ignore[attr-defined]
                 return self._runner.submit(task, parameters)  # type: ignore[no-any-return]
         return self._runner.submit(task, parameters)  # type: ignore[no-any-return]
 
     def result(self, future: PrefectFuture[Any]) -> Any:
         """As everywhere; workers that keep dying under one task are told in a sentence."""
-        result = super().result(future)
-        if type(result).__name__ == "KilledWorker":
-            return MpqError(
-                f"The cluster's workers died again and again under one task ({result}): look at their memory and logs."
-            )
-        return result
+        return _dying(super().result(future), "KilledWorker")
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` says on a worker that has the device."""
-        where = self._accelerators or None
+        where = _offering(self._runner.client) or None
         return self._runner.client.submit(function, *args, workers=where, pure=False).result(timeout=120)
 
 
-def _no_accelerator(address: str) -> MpqError:
+def _offering(client: Any) -> list[str]:
+    """The addresses of the Dask workers that offer an accelerator just now: some die, others join."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return [a for a, w in workers.items() if (w.get("resources") or {}).get("accel", 0) >= ACCELERATOR["accel"]]
+
+
+class RayPlace(Place):
+    """A Ray cluster, in the same way: a timing takes one of the custom resource `accel`, and a GPU where it runs on one."""
+
+    shared = True
+
+    def __init__(self, runner: Any, device: str):
+        self._runner, self._device = runner, device
+        self.accelerators = sum(_nodes().values())
+
+    def submit(self, task: Task[..., Any], parameters: dict[str, Any], on: On) -> PrefectFuture[Any]:
+        """Start a task on a node; on an accelerator's where the task needs it for itself or the model lies there."""
+        from prefect_ray.context import remote_options
+
+        if on == "flow":
+            return super().submit(task, parameters, on)
+        if on == "accelerator" or self._device != "cpu":
+            if not self.accelerators:
+                raise _no_accelerator("ray", self._runner.address)
+            with remote_options(resources=ACCELERATOR, num_gpus=int(self._device != "cpu")):
+                return self._runner.submit(task, parameters)  # type: ignore[no-any-return]
+        return self._runner.submit(task, parameters)  # type: ignore[no-any-return]
+
+    def result(self, future: PrefectFuture[Any]) -> Any:
+        """As everywhere; nodes that keep dying under one task are told in a sentence."""
+        return _dying(super().result(future), "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What `function` says on a node that has the device."""
+        where = [node for node, accelerators in _nodes().items() if accelerators]
+        return _on_nodes(where[:1] or [None], function, *args)[0]
+
+
+def _nodes() -> dict[str, int]:
+    """The Ray nodes that are alive, and how many accelerators each offers."""
+    import ray
+
+    return {n["NodeID"]: int(n["Resources"].get("accel", 0)) for n in ray.nodes() if n["Alive"]}
+
+
+def _on_nodes(nodes: Sequence[str | None], function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function` says on each node of a Ray cluster (None: on any), beside whatever runs there."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    where = [NodeAffinitySchedulingStrategy(n, soft=False) if n else "DEFAULT" for n in nodes]
+    asked = [ray.remote(function).options(num_cpus=0, scheduling_strategy=w).remote(*args) for w in where]
+    return list(ray.get(asked, timeout=120))
+
+
+def _dying(result: Any, *names: str) -> Any:
+    if type(result).__name__ in names:
+        return MpqError(f"The cluster's workers died again and again under one task ({result}): look at their memory and logs.")
+    return result
+
+
+def _no_accelerator(kind: str, address: str) -> MpqError:
+    start = {
+        "dask": "`dask worker ADDRESS --nthreads 1 --resources accel=1`",
+        "ray": """`ray start --address ADDRESS --num-cpus 1 --resources '{"accel": 1}'`""",
+    }
     return MpqError(
-        f"No worker of the Dask cluster at {address} offers the resource accel: start one worker per accelerator with "
-        "`dask worker ADDRESS --nthreads 1 --resources accel=1`."
+        f"No worker of the {kind.capitalize()} cluster at {address} offers the resource accel: "
+        f"start one worker per accelerator with {start[kind]}."
     )
 
 
@@ -93,39 +156,71 @@ def placed(runner: RunnerSpec, device: str, timed: bool = True) -> Iterator[Plac
     if runner.kind == "local":
         yield Place()
         return
+    with (_dask if runner.kind == "dask" else _ray)(str(runner.address), device) as place:
+        if not place.accelerators and (timed or device != "cpu"):
+            raise _no_accelerator(runner.kind, str(runner.address))
+        yield place
+
+
+@contextmanager
+def _dask(address: str, device: str) -> Iterator[Place]:
     try:
         from prefect_dask import DaskTaskRunner  # type: ignore[attr-defined]
     except ImportError:
         raise MpqError("The dask runner needs prefect-dask, which is not installed: pip install 'mpq[dask]'.") from None
 
-    cluster = DaskTaskRunner(address=runner.address, client_kwargs={"timeout": "10s"})
+    cluster = DaskTaskRunner(address=address, client_kwargs={"timeout": "10s"})
     with cluster:
         try:
             workers = cluster.client.scheduler_info(n_workers=-1)["workers"]
         except (OSError, TimeoutError, ValueError) as error:
-            raise MpqError(f"The Dask scheduler at {runner.address} cannot be reached ({error}): check that it runs.") from None
+            raise MpqError(f"The Dask scheduler at {address} cannot be reached ({error}): check that it runs.") from None
         if not workers:
-            raise MpqError(
-                f"The Dask cluster at {runner.address} has no workers: start some with `dask worker {runner.address}`."
-            )
-        accelerators = [a for a, w in workers.items() if (w.get("resources") or {}).get("accel", 0) >= ACCELERATOR["accel"]]
-        if not accelerators and (timed or device != "cpu"):
-            raise _no_accelerator(str(runner.address))
-        _check_alike(cluster.client, device, accelerators)
-        yield DaskPlace(cluster, device, accelerators)
+            raise MpqError(f"The Dask cluster at {address} has no workers: start some with `dask worker {address}`.")
+        run, accelerators = cluster.client.run, _offering(cluster.client)
+        _check_alike("Dask", lambda: run(identity), lambda: run(identity, device, workers=accelerators) if accelerators else {})
+        yield DaskPlace(cluster, device)
 
 
-def _check_alike(client: Any, device: str, accelerators: list[str]) -> None:
+@contextmanager
+def _ray(address: str, device: str) -> Iterator[Place]:
+    try:
+        import ray
+        from prefect_ray import RayTaskRunner
+    except ImportError:
+        raise MpqError("The ray runner needs prefect-ray, which is not installed: pip install 'mpq[ray]'.") from None
+
+    try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        socket.create_connection((host, int(port)), timeout=10).close()  # ray.init would wait for minutes
+        ray.init(address, namespace="mpq", log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
+    except Exception as error:
+        told = str(error).split("\n")[0]
+        raise MpqError(f"The Ray cluster at {address} cannot be reached ({told}): check that it runs.") from None
+    try:
+        nodes = _nodes()
+        accelerators = [node for node, offered in nodes.items() if offered]
+        _check_alike(
+            "Ray",
+            lambda: dict(zip(nodes, _on_nodes(list(nodes), identity), strict=True)),
+            lambda: dict(zip(accelerators, _on_nodes(accelerators, identity, device), strict=True)),
+        )
+        with RayTaskRunner(address=address) as runner:
+            yield RayPlace(runner, device)
+    finally:
+        ray.shutdown()
+
+
+def _check_alike(cluster: str, codes: Callable[[], dict[str, str]], names: Callable[[], dict[str, str]]) -> None:
     """Keys say which code made a table and on which device: a worker with others would write what is not true."""
     mine = identity()
     try:
-        codes = client.run(identity)
-        names = client.run(identity, device, workers=accelerators) if accelerators else {}
+        theirs, kinds = codes(), set(names().values())
     except Exception as error:
-        raise MpqError(f"A worker of the Dask cluster cannot run mpq ({error}): install the same mpq there.") from None
-    if other := next((f"{a} has {theirs}" for a, theirs in codes.items() if theirs != mine), None):
+        raise MpqError(f"A worker of the {cluster} cluster cannot run mpq ({error}): install the same mpq there.") from None
+    if other := next((f"{a} has {code}" for a, code in theirs.items() if code != mine), None):
         raise MpqError(f"The cluster's worker {other}, the flow {mine}: install the same versions everywhere.")
-    if len(kinds := set(names.values())) > 1:
+    if len(kinds) > 1:
         raise MpqError(
             f"The cluster's accelerators differ ({'; '.join(sorted(kinds))}): times of different devices do not mix, "
             "give each kind a cluster of its own."

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
 
 import polars as pl
+from prefect.runtime import flow_run
 
 from flows.stages import Call, Stages
 from mpq.kernels import Kind
+from mpq.slices import TaskCost, seconds_of, slice_size
 from mpq.spec import FROM_TASKS, EvaluationSpec, Objective, RunSpec
-from mpq.store import TableRef, code_version, content_key
+from mpq.store import Store, TableRef, code_version, content_key
 from tasks import calibration, planning, timing
 from tasks.checkpoint import source_of
 from tasks.stage import References, read, read_json
@@ -68,6 +71,17 @@ class Planning:
 
         return str(self.stages.place.ask(device_name, self.spec.model.device))
 
+    @cached_property
+    def _made_with(self) -> tuple[str, ...]:
+        """What a time depends on besides the model: device, libraries, kernels."""
+        cuda = ("kernels.cuda", "kernels.fp8", "kernels.flash", "kernels.bgemm")
+        kernels = (
+            "kernels",
+            *(cuda if self.spec.model.device != "cpu" else ("kernels.cpu", "kernels.rows", "kernels.int8_attention")),
+        )
+        code = code_of("timing", "prefill", "pairs", "apply", "attention", *kernels)
+        return self.device_name, version("torch"), version("transformers"), code
+
     def load(self) -> References:
         """Facts of the model, calibration and evaluation blocks; keyed by tokenizer, configuration, texts and tasks."""
         from mpq.model import fingerprint_of, source_key
@@ -112,7 +126,7 @@ class Planning:
         return self.stages.run_one("merge shards", (calibration.merge_shards, key, f"merge {spec.title}", inputs))
 
     def timing(self, groups: TableRef, architecture: str) -> list[TableRef]:
-        """Timing tables; a task per signature and slice of configurations.
+        """The timing table of the configurations to begin with.
 
         Keyed by the whole architecture, not by the signature's shapes alone: a row carries the model's own TTFT.
         """
@@ -141,38 +155,55 @@ class Planning:
     def _measured(
         self, stage: str, groups: TableRef, architecture: str, wanted: Sequence[tuple[str, tuple[str, ...]]]
     ) -> list[TableRef]:
-        spec, part = self.spec, self.spec.timing.model_dump(exclude={"slice", "bound", "limit", "rounds"})
-        made_with = (
-            self.device_name,
-            version("torch"),
-            version("transformers"),
-            code_of(
-                "timing",
-                "prefill",
-                "pairs",
-                "apply",
-                "attention",
-                "kernels",
-                "kernels.cpu",
-                "kernels.rows",
-                "kernels.int8_attention",
-            ),
-        )
+        """One timing table of everything wanted; what the store has not is measured, an entry a configuration."""
+        base, part = self.spec.model.base, self.spec.timing.model_dump(exclude={"slice", "bound", "limit", "rounds"})
+        keys = {content_key(architecture, groups.sha256, s, c, base, part, self._made_with): (s, c) for s, c in wanted}
+        key, store = content_key(list(keys), code_of("tables")), Store(self.stages.store)
+        found: dict[str, TableRef] = {}
+        if not store.find("timing", key):
+            found = store.find_all("measurement", keys)
+            if missing := {k: w for k, w in keys.items() if k not in found}:
+                for measured in self.stages.run(f"{stage}: measure", self._slices(missing, groups, architecture), "accelerator"):
+                    found |= measured
+        inputs = {"groups": groups, "measurements": [found[k] for k in keys if k in found]}
+        label = f"{stage} {self.spec.title}"
+        return [self.stages.run_one(stage, (timing.merge_measurements, key, label, inputs))["timing"]]
+
+    def _slices(self, missing: dict[str, tuple[str, tuple[str, ...]]], groups: TableRef, architecture: str) -> list[Call]:
+        """Tasks for what is to be measured, some configurations of one signature each.
+
+        In an order of this flow run's own: of two runs at once, each finds done what the other began with.
+        """
+        spec, size = self.spec, self.spec.timing.slice or self._slice(len(missing), architecture)
         calls: list[Call] = []
-        for signature in dict.fromkeys(s for s, _ in wanted):
-            every = [list(c) for s, c in wanted if s == signature]
-            for at in range(0, len(every), spec.timing.slice):
-                some = every[at : at + spec.timing.slice]
+        for signature in dict.fromkeys(s for s, _ in missing.values()):
+            every = [k for k, (s, _) in missing.items() if s == signature]
+            for at in range(0, len(every), size):
+                some = {k: missing[k] for k in every[at : at + size]}
                 calls.append((
-                    timing.time_configurations,
-                    content_key(architecture, signature, some, spec.model.base, part, made_with),
+                    timing.time_configurations, content_key(list(some)),
                     f"timing {spec.title} {signature} {at + 1}-{at + len(some)} of {len(every)}",
                     {
                         "folder": self.source, "base": spec.model.base, "device": spec.model.device, "groups": groups,
-                        "signature": signature, "configurations": some, "spec": spec.timing, "made_on": self.device_name,
+                        "wanted": some, "spec": spec.timing, "made_on": self.device_name,
                     },
                 ))  # fmt: skip
-        return [r["timing"] for r in self.stages.run(stage, calls, "accelerator")]
+        random.Random(str(flow_run.id)).shuffle(calls)
+        return calls
+
+    def _slice(self, configurations: int, architecture: str) -> int:
+        """Configurations per task, from how many there are, how many accelerators, and what a task costs on one."""
+        place, part = self.stages.place, self.spec.timing
+        if place.accelerators == 1:
+            return configurations
+        where = (self.source, self.spec.model.base, self.spec.model.device)
+        key = content_key(architecture, *where[1:], part.batch, part.length, self._made_with)
+        inputs = {**dict(zip(("folder", "base", "device"), where, strict=True)), "spec": part, "made_on": self.device_name}
+        told = read_json(
+            self.stages.run_one("probe", (timing.probe, key, f"probe {self.spec.title}", inputs), "accelerator")["probe"]
+        )
+        cost = TaskCost(build_s=told["build_s"], configuration_s=seconds_of(part.repeats, told["ttft_s"]))
+        return slice_size(configurations, place.accelerators, cost)
 
     def plans(
         self, groups: TableRef, sums: References, timed: list[TableRef], architecture: str
@@ -247,27 +278,11 @@ class Planning:
         """TTFT of whole plans (op → format), base interleaved; keyed without weights, so a fine-tune re-uses it, but by stage:
         what a prediction rests on is not what it is held against."""
         spec, part = self.spec, self.spec.timing.model_dump(include={"batch", "length", "seed", "compile", "graph"})
-        made_with = (
-            self.device_name,
-            version("torch"),
-            version("transformers"),
-            code_of(
-                "timing",
-                "prefill",
-                "pairs",
-                "apply",
-                "attention",
-                "kernels",
-                "kernels.cpu",
-                "kernels.rows",
-                "kernels.int8_attention",
-            ),
-        )
         inputs = {
             "folder": self.source, "base": spec.model.base, "device": spec.model.device, "groups": groups,
             "plans": plans, "repeats": repeats, "spec": spec.timing, "made_on": self.device_name,
         }  # fmt: skip
-        key = content_key(stage, architecture, groups.sha256, plans, spec.model.base, part, repeats, made_with)
+        key = content_key(stage, architecture, groups.sha256, plans, spec.model.base, part, repeats, self._made_with)
         call = (timing.time_plans, key, f"{stage} {spec.title}", inputs)
         return self.stages.run_one(stage, call, "accelerator")["plan_ttft"]
 

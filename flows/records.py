@@ -12,8 +12,8 @@ from mpq.spec import RunSpec
 from mpq.store import Damaged, Store, TableRef, content_key
 
 SETTLE_S = 1.0  # of two runs that claim at once, the last writer holds: both have written by then
-# a record is of content: how the run is called, where it runs and where its results go make no other plan
-_NOT_CONTENT: Any = {"name": True, "model": {"path", "revision"}, "store": True, "out": True, "runner": True}
+# a record is of content: how the run is called, where it runs, in which pieces and where its results go make no other plan
+_NOT_CONTENT: Any = {"name": True, "model": {"path", "revision"}, "store": True, "out": True, "runner": True, "timing": {"slice"}}
 
 
 class Records:

@@ -101,7 +101,7 @@ class TimingSpec(_Strict):
         64, ge=8, description="Configurations of a signature measured at first; the rest are predicted, and measured where chosen"
     )
     rounds: int = Field(6, ge=0, description="Rounds of solving and measuring what was chosen")
-    slice: int = Field(32, ge=1, description="Configurations per task")
+    slice: int | None = Field(None, ge=1, description="Configurations per task; chosen by what a task costs, if left out")
     bound: Literal["mean", "lower", "cautious"] = Field(
         "mean", description="Plan with the gain, with its interval's lower end, or with that where the interval includes zero"
     )
@@ -130,15 +130,21 @@ class RunnerSpec(_Strict):
         gt=0,
         description="Seconds after which a task is given up, its wait for the device included; long stages try once more",
     )
-    kind: Literal["local", "dask"] = Field("local", description="local: beside the flow, one at a time; dask: a Dask cluster")
-    address: str | None = Field(None, description="The Dask scheduler, such as tcp://scheduler:8786")
+    kind: Literal["local", "dask", "ray"] = Field("local", description="local: beside the flow, one at a time; or a cluster")
+    address: str | None = Field(
+        None, description="The Dask scheduler (tcp://scheduler:8786), or Ray's head (head:6379, or ray://head:10001 from outside)"
+    )
 
     @model_validator(mode="after")
     def _reachable(self) -> RunnerSpec:
         if self.kind == "dask" and not re.fullmatch(r"(tcp|tls|ucx|ws|wss)://.+:\d+", self.address or ""):
             raise ValueError(f"the dask runner needs the scheduler's address, such as tcp://scheduler:8786, not {self.address}")
+        if self.kind == "ray" and not re.fullmatch(r"(ray://)?[^/\s]+:\d+", self.address or ""):
+            raise ValueError(
+                f"the ray runner needs the cluster's address, such as head:6379 or ray://head:10001, not {self.address}"
+            )
         if self.kind == "local" and self.address:
-            raise ValueError("the local runner has no address: set kind to dask, or leave the address out")
+            raise ValueError("the local runner has no address: set kind to dask or ray, or leave the address out")
         return self
 
 

@@ -21,12 +21,13 @@ import platform
 import posixpath
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cache
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def code_version(*modules: str) -> str:
     """A SHA-256 over the source of the named modules: the part of a key that says which code computed it."""
     digest = hashlib.sha256()
     for name in modules:
-        path = Path(import_module(name).__file__ or "")
+        spec = find_spec(name)  # not imported: a GPU's kernels need what a flow's machine may lack
+        path = Path((spec and spec.origin) or "")
         digest.update(name.encode() + b"\0" + path.read_bytes())
         if (native := path.with_suffix(".cpp")).exists():
             digest.update(native.read_bytes())
@@ -244,6 +246,12 @@ class Store:
             return meta if isinstance(meta, dict) else {}
         except ValueError:
             raise Damaged(f"{kind}/{key[:12]}/meta.json is not JSON") from None
+
+    def find_all(self, kind: str, keys: Iterable[str]) -> dict[str, TableRef]:
+        """Those of the entries that are there, verified, by key; looked for at once."""
+        keys = list(keys)
+        with ThreadPoolExecutor(16) as pool:
+            return {key: ref for key, ref in zip(keys, pool.map(lambda k: self.find(kind, k), keys), strict=True) if ref}
 
     def find(self, kind: str, key: str) -> TableRef | None:
         """The entry under (kind, key), verified; None where there is none. Damage is logged and counts as none."""

@@ -62,6 +62,28 @@ def measure(
     requests: Sequence[tuple[str, Sequence[Sequence[str]]]],
     *,
     base: str,
+    progress: Progress | None = None,
+    **how: Any,
+) -> pl.DataFrame:
+    """Time gains of configurations, as the table `timing`: a row a configuration, in the order asked for.
+
+    See measure_each, which this runs to its end; `progress` is called after each configuration.
+    """
+    rows: dict[int, pl.DataFrame] = {}
+    total = sum(len(configurations) for _, configurations in requests)
+    for place, row in measure_each(model, groups, requests, base=base, **how):
+        rows[place] = row
+        if progress:
+            progress(len(rows), total)
+    return pl.concat([rows[place] for place in sorted(rows)], how="diagonal_relaxed") if rows else table("timing", [])
+
+
+def measure_each(
+    model: nn.Module,
+    groups: pl.DataFrame,
+    requests: Sequence[tuple[str, Sequence[Sequence[str]]]],
+    *,
+    base: str,
     batch: int,
     length: int,
     repeats: int = 11,
@@ -71,9 +93,9 @@ def measure(
     cap: int | None = None,
     compiled: bool = False,
     graph: bool = True,
-    progress: Progress | None = None,
-) -> pl.DataFrame:
-    """Time gains of configurations, as the table `timing`: a row a configuration, in the order asked for.
+    wanted: Callable[[int], bool] | None = None,
+) -> Iterator[tuple[int, pl.DataFrame]]:
+    """Time gains of configurations one after the other: each one's place in `requests` and its row of the table `timing`.
 
     They are measured in random order (by `seed`; column `measured`), a signature at a time. Each row has its own base, so
     column `base_ttft_s` over `measured` shows how the machine drifted. `significant` says whether the interval excludes zero.
@@ -81,8 +103,9 @@ def measure(
     `requests` pairs a signature of the table `groups` with configurations, formats in op order. With method `signature` all groups of the
     signature are switched at once and the gain divided by their number; with `group` (the paper's) its first group alone.
     On a GPU further columns tell its clocks, temperature, power and throttling (gpu_state.py) after each comparison.
-    The configuration that is all base has gain 0 by definition. `target` and `cap`: see interleave;
-    `compiled` and `graph`: see prefill.py. Raises MpqError before anything is measured where a format is not native, a signature is unknown, or a configuration
+    The configuration that is all base has gain 0 by definition. `target` and `cap`: see interleave; `compiled` and `graph`: see
+    prefill.py. `wanted` is asked, just before a place is measured, whether it still is.
+    Raises MpqError before anything is measured where a format is not native, a signature is unknown, or a configuration
     does not fit its group.
     """
     if method not in ("signature", "group"):
@@ -91,18 +114,18 @@ def measure(
     device = next(model.parameters()).device
     members = {s: _members(groups, s, method) for s, _ in requests}
     first_group = dict(groups.group_by("signature").agg(pl.col("group").min()).iter_rows())
-    wanted = [(s, tuple(get_format(f).name for f in c)) for s, configurations in requests for c in configurations]
-    for signature, configuration in wanted:
+    every = [(s, tuple(get_format(f).name for f in c)) for s, configurations in requests for c in configurations]
+    for signature, configuration in every:
         _check(signature, configuration, members[signature], base, device.type)
     prefill = Prefill(model, batch, length, seed=seed, compiled=compiled, graph=graph)
-    rows: dict[int, dict[str, object]] = {}
-    states: dict[int, dict[str, object]] = {}
     base_pairs: dict[str, Pairs] = {}
     current = ""
     session = _Session(model, base, feeds_of(groups), prefill, repeats, target, cap)
     with session.open(compiled):
-        for done, place in enumerate(_measuring_order(wanted, seed)):
-            signature, configuration = wanted[place]
+        for done, place in enumerate(_measuring_order(every, seed)):
+            if wanted and not wanted(place):
+                continue
+            signature, configuration = every[place]
             if signature != current:  # prepared weights of one signature at a time
                 current = signature
                 session.forget()
@@ -112,28 +135,23 @@ def measure(
             if not (all_base and signature in base_pairs):
                 pairs = session.compare({} if all_base else formats, seed + TRIES * done)
                 base_pairs[signature] = pairs
-            states[place] = gpu_state(device)
+            state = gpu_state(device)
             pairs = base_pairs[signature]
             gain, low, high = (0.0, 0.0, 0.0) if all_base else gain_statistics(pairs.base_s, pairs.config_s, seed)
             base_ttft_s = float(np.median(pairs.base_s))
-            rows[place] = (
-                {
-                    "signature": signature, "group": first_group[signature], "configuration": list(configuration),
-                    "instances": len(ops), "repeats": len(pairs.base_s), "base_ttft_s": base_ttft_s,
-                    "ttft_s": base_ttft_s if all_base else float(np.median(pairs.config_s)),
-                    "gain_s": gain / len(ops), "gain_ci_low_s": low / len(ops), "gain_ci_high_s": high / len(ops),
-                    "device": device_name(str(device)), "method": method, "batch": batch, "length": length,
-                    "load_average": pairs.load_average, "steal_share": pairs.steal_share, "disturbed": pairs.disturbed,
-                    "measured": done, "significant": bool(low > 0 or high < 0), "mode": prefill.mode,
-                }
-            )  # fmt: skip
-            if progress:
-                progress(done + 1, len(wanted))
-    order = range(len(wanted))
-    return pl.concat(
-        [table("timing", [rows[i] for i in order]), pl.DataFrame([states[i] for i in order], infer_schema_length=None)],
-        how="horizontal",
-    )
+            row = {
+                "signature": signature, "group": first_group[signature], "configuration": list(configuration),
+                "instances": len(ops), "repeats": len(pairs.base_s), "base_ttft_s": base_ttft_s,
+                "ttft_s": base_ttft_s if all_base else float(np.median(pairs.config_s)),
+                "gain_s": gain / len(ops), "gain_ci_low_s": low / len(ops), "gain_ci_high_s": high / len(ops),
+                "device": device_name(str(device)), "method": method, "batch": batch, "length": length,
+                "load_average": pairs.load_average, "steal_share": pairs.steal_share, "disturbed": pairs.disturbed,
+                "measured": done, "significant": bool(low > 0 or high < 0), "mode": prefill.mode,
+            }  # fmt: skip
+            yield (
+                place,
+                pl.concat([table("timing", [row]), pl.DataFrame([state])], how="horizontal") if state else table("timing", [row]),
+            )
 
 
 def _measuring_order(wanted: Sequence[tuple[str, Configuration]], seed: int) -> list[int]:
@@ -187,6 +205,16 @@ def measure_ttft(
             if progress:
                 progress(done + 1, len(plans))
     return pl.DataFrame(rows)
+
+
+def base_ttft(model: nn.Module, base: str, batch: int, length: int, repeats: int = 3) -> float:
+    """Seconds of an eager prefill in base: the median of `repeats` after one that is not timed. A rough figure, to plan by."""
+    mixed = Mixed(model, base=base, backend="native")
+    try:
+        timed = Prefill(model, batch, length, graph=False).ready(mixed, {})
+        return float(np.median([timed() for _ in range(repeats)]))
+    finally:
+        mixed.clear()
 
 
 class _Session:

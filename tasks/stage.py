@@ -2,7 +2,8 @@
 
 A stage takes references and plain values and returns {kind: table or (bytes, suffix)}. Wrapped, it becomes a Prefect
 task that is cached twice over: by Prefect, whose result is the small JSON of the references, and by the store, which
-knows the entries even where Prefect's own records are gone (another machine, a fresh server).
+knows the entries even where Prefect's own records are gone (another machine, a fresh server). A batch is a stage of many
+entries of one kind.
 """
 
 from __future__ import annotations
@@ -109,22 +110,58 @@ def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task
             except _Stored as stored:
                 log.info("%s: reused from %s", label, store)
                 return Completed(name="Cached", message="Reused from the store", data=stored.found)
-            upstream = tuple(dict.fromkeys(ref.key for ref in _references(inputs)))
-            return {kind: _write(where, kind, key, output[kind], upstream, label) for kind in kinds}
+            return {kind: _write(where, kind, key, output[kind], _upstream(inputs), label) for kind in kinds}
 
-        del run.__wrapped__
-        _kinds[compute.__name__] = kinds
-        return task(
-            name=compute.__name__,
-            task_run_name="{label}",
-            persist_result=True,
-            cache_policy=CacheKeyFnPolicy(cache_key_fn=cache_key),
-            result_serializer=ReferenceSerializer(),
-            retry_condition_fn=is_worth_a_retry,
-            **options,
-        )(run)
+        return _task(run, compute.__name__, kinds, options)
 
     return wrap
+
+
+def batch(kind: str, **options: Any) -> Callable[[Callable[..., Iterator[tuple[str, pl.DataFrame]]]], Task[..., References]]:
+    """Make a Prefect task that computes many entries of one `kind`, each stored as soon as it is there.
+
+    How entries are spread over tasks is in no entry's key, and whatever ends a task, what it had done stays. It is called
+    as a stage's task is; `inputs` has `wanted`, which maps the entries' keys to what is to be computed. The function gets
+    these, a question `missing(key)` to ask before each one (another run may have stored it meanwhile), and yields
+    (key, table). The task returns a reference for each key.
+    """
+
+    def wrap(compute: Callable[..., Iterator[tuple[str, pl.DataFrame]]]) -> Task[..., References]:
+        @functools.wraps(compute, assigned=("__name__", "__qualname__", "__doc__", "__module__"), updated=())
+        def run(key: str, store: str, label: str, inputs: dict[str, Any]) -> Any:
+            where, log, found, computed = Store(store), get_run_logger(), dict[str, TableRef](), 0
+
+            def missing(entry: str) -> bool:
+                if entry not in found and (ref := where.find(kind, entry)):
+                    found[entry] = ref
+                return entry not in found
+
+            for entry, frame in compute(**inputs, missing=missing):
+                computed += 1
+                if missing(entry):  # of two runs that measured the same thing, both go on with what was stored first
+                    found[entry] = _write(where, kind, entry, frame, _upstream(inputs), label)
+            log.info("%s: %d computed, %d reused from %s", label, computed, len(inputs["wanted"]) - computed, store)
+            if computed:
+                return {entry: found[entry] for entry in inputs["wanted"]}
+            return Completed(name="Cached", message="Reused from the store", data=found)
+
+        return _task(run, compute.__name__, (kind,), options)
+
+    return wrap
+
+
+def _task(run: Callable[..., Any], name: str, kinds: tuple[str, ...], options: dict[str, Any]) -> Task[..., References]:
+    del run.__wrapped__  # type: ignore[attr-defined]
+    _kinds[name] = kinds
+    return task(
+        name=name,
+        task_run_name="{label}",
+        persist_result=True,
+        cache_policy=CacheKeyFnPolicy(cache_key_fn=cache_key),
+        result_serializer=ReferenceSerializer(),
+        retry_condition_fn=is_worth_a_retry,
+        **options,
+    )(run)
 
 
 def kinds_of(task: Task[..., References]) -> tuple[str, ...]:
@@ -158,6 +195,10 @@ def _references(value: Any) -> list[TableRef]:
     return []
 
 
+def _upstream(inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(ref.key for ref in _references(inputs)))
+
+
 def _write(store: Store, kind: str, key: str, data: Any, upstream: tuple[str, ...], label: str) -> TableRef:
     more: dict[str, Any] = {"upstream": upstream, "provenance": {"stage": label}}
     if isinstance(data, pl.DataFrame):
@@ -175,4 +216,4 @@ def read_json(ref: TableRef) -> Any:
     return json.loads(Store(ref.store).read_bytes(ref))
 
 
-__all__ = ["Damaged", "Output", "References", "kinds_of", "read", "read_json", "stage", "stop_if_stored"]
+__all__ = ["Damaged", "Output", "References", "batch", "kinds_of", "read", "read_json", "stage", "stop_if_stored"]

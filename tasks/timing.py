@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import polars as pl
@@ -11,7 +14,7 @@ from mpq.store import TableRef
 from tasks.checkpoint import at_hand
 from tasks.device import check_device, exclusive
 from tasks.progress import tracked
-from tasks.stage import Output, read, stage
+from tasks.stage import Output, batch, read, stage
 
 
 def _random_model(folder: str, base: str) -> Any:
@@ -22,31 +25,53 @@ def _random_model(folder: str, base: str) -> Any:
     return timing_model(load_config(at_hand(folder)), base)
 
 
-@stage("timing", retries=1)
+@batch("measurement", retries=1)
 def time_configurations(
     folder: str,
     base: str,
     device: str,
     groups: TableRef,
-    signature: str,
-    configurations: list[list[str]],
+    wanted: dict[str, tuple[str, tuple[str, ...]]],
     spec: TimingSpec,
     made_on: str,
-) -> Output:
-    """Time gains of some configurations of one signature."""
-    from mpq.timing import measure
+    missing: Callable[[str], bool],
+) -> Iterator[tuple[str, pl.DataFrame]]:
+    """A row of the timing table for each (signature, configuration) wanted, under its key."""
+    from mpq.timing import measure_each
 
     check_device(device, made_on)
-    with exclusive(device), tracked(f"timing {signature.rpartition('-')[0] or signature}") as progress:
+    with exclusive(device), tracked("timing " + ", ".join(dict.fromkeys(s for s, _ in wanted.values()))) as progress:
+        if not (open_ := [key for key in wanted if missing(key)]):
+            return
         model = _random_model(folder, base).to(device)
-        requests = [(signature, [tuple(c) for c in configurations])]
-        return {
-            "timing": measure(
-                model, read(groups), requests, base=base, batch=spec.batch, length=spec.length,
-                repeats=spec.repeats, method=spec.method, seed=spec.seed, target=spec.target, cap=spec.cap,
-                compiled=spec.compile, graph=spec.graph, progress=progress,
-            )
-        }  # fmt: skip
+        rows = measure_each(
+            model, read(groups), [(s, [c]) for s, c in map(wanted.__getitem__, open_)], base=base, batch=spec.batch,
+            length=spec.length, repeats=spec.repeats, method=spec.method, seed=spec.seed, target=spec.target, cap=spec.cap,
+            compiled=spec.compile, graph=spec.graph, wanted=lambda place: missing(open_[place]),
+        )  # fmt: skip
+        for done, (place, row) in enumerate(rows, 1):
+            yield open_[place], row
+            progress(done, len(open_))
+
+
+@stage("timing")
+def merge_measurements(groups: TableRef, measurements: list[TableRef]) -> Output:
+    """The timing table of what was measured one by one."""
+    return {"timing": pl.concat([read(m) for m in measurements], how="diagonal_relaxed")}
+
+
+@stage("probe", retries=1)
+def probe(folder: str, base: str, device: str, spec: TimingSpec, made_on: str) -> Output:
+    """Seconds to build the model to be timed, and its TTFT in base: what slices are cut by."""
+    from mpq.timing import base_ttft
+
+    check_device(device, made_on)
+    with exclusive(device):
+        start = time.perf_counter()
+        model = _random_model(folder, base).to(device)
+        build_s = time.perf_counter() - start
+        told = {"build_s": build_s, "ttft_s": base_ttft(model, base, spec.batch, spec.length)}
+    return {"probe": (json.dumps(told).encode(), "json")}
 
 
 @stage("plan_ttft", retries=1)

@@ -12,7 +12,7 @@ from models import ROOT
 
 LAYERS = [
     ["redaction", "errors"],
-    ["formats", "solver", "presolve"],
+    ["formats", "solver", "presolve", "slices"],
     ["spec", "tables", "quantize", "pairs", "kernels.compiler", "kernels.fp8", "gpu_state", "transport"],
     ["kernels.bgemm", "kernels.flash"],
     ["store", "graph", "plan", "model", "attention", "design"],

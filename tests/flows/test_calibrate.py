@@ -28,6 +28,7 @@ ALWAYS = {
     "partition",
     "sensitivity",
     "merge shards",
+    "timing: measure",
     "timing",
     "gains",
     "solve",
@@ -86,6 +87,25 @@ def test_more_calibration_adds_shards(spec: RunSpec) -> None:
     """A spec with a new noise model re-uses every measurement."""
     calibrate(spec)
     assert not computed(calibrate(change(spec, noise_model="paper"))) & {"sensitivity", "timing", "partition"}
+
+
+def test_how_times_are_spread_over_tasks_is_in_no_key(spec: RunSpec, tmp_path: Path) -> None:
+    """Slices of another size find every time; with some gone and the limit raised, what is missing is measured and no more."""
+    first = calibrate(change(spec, timing={"slice": 3, "limit": 16}))
+    assert computed(calibrate(change(spec, timing={"slice": 7, "limit": 16}))) == set()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "measurement").glob("*/meta.json")}
+    assert len(before) == join_tables(first["tables"])["timing"].height
+    shutil.rmtree(tmp_path / "store" / "timing")
+    gone = sorted(before)[:4]
+    for path in gone:
+        shutil.rmtree(path.parent)
+    again = calibrate(change(spec, timing={"slice": None}))
+    assert {"timing: measure", "timing"} <= computed(again)
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "measurement").glob("*/meta.json")}
+    assert all(after[p] == at for p, at in before.items() if p not in gone), "what was there has been measured again"
+    timing = join_tables(again["tables"])["timing"]
+    assert timing.height == len(after) > len(before)
+    assert timing.select("signature", "configuration").is_unique().all()
 
 
 def test_damage_is_repaired(spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -217,7 +237,7 @@ def test_names_say_what_runs_on_what(spec: RunSpec, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO):
         calibrate(spec)
     assert "flow run 'tiny model'" in caplog.text
-    for name in ("partition tiny model", "sensitivity tiny model shard 2/2", "evaluate tiny model ip_m m τ=0.01"):
+    for name in ("partition tiny model", "sensitivity tiny model shard 2/2", "evaluate tiny model ip_m m τ=0.01 seed 0"):
         assert f"{name}: computing" in caplog.text
     assert re.search(r"timing tiny model \S*down_proj-[0-9a-f]{8}", caplog.text)
     assert change(spec, name="the-model").title == "the-model"

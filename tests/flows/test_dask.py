@@ -1,24 +1,28 @@
-"""A real Dask cluster of processes: the same tables, one accelerator a timing, killed and late workers, two runs at once."""
+"""A real Dask cluster of processes: the same tables, killed and late workers, kinds of devices, two runs at once."""
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from pathlib import Path
 
 import polars as pl
 import pytest
+import yaml
 from distributed import Client
+from models import ROOT
 from test_calibrate import ALWAYS, change, computed
+from test_kill import start
 
-from deployments.processes import Services, free_port
+from deployments.processes import Services, free_port, until
 from flows.calibrate import calibrate
+from flows.planning import Planning
 from mpq.errors import MpqError
-from mpq.runs import join_tables
+from mpq.runs import join_tables, read_run
 from mpq.spec import RunSpec, parse_spec
+from mpq.store import TableRef
 
 
 @pytest.fixture
@@ -39,13 +43,14 @@ def stored(folder: Path, kind: str) -> list[Path]:
 
 
 def test_the_spec_says_where(spec: RunSpec) -> None:
-    """dask needs an address, local has none, other runners are named in the mistake."""
+    """dask and ray need an address, local has none, other runners are named in the mistake."""
     data = spec.model_dump(mode="json")
     for runner, told in [
         ({"kind": "dask"}, "needs the scheduler's address"),
         ({"kind": "dask", "address": "somewhere"}, "needs the scheduler's address"),
         ({"kind": "local", "address": "tcp://a:1"}, "has no address"),
-        ({"kind": "ray"}, "'local' or 'dask'"),
+        ({"kind": "ray", "address": "tcp://head:6379"}, "needs the cluster's address"),
+        ({"kind": "slurm"}, "'local', 'dask' or 'ray'"),
     ]:
         with pytest.raises(MpqError, match=told):
             parse_spec({**data, "runner": runner})
@@ -74,7 +79,7 @@ def test_the_same_tables_as_beside_the_flow(spec: RunSpec, services: Services, t
     local = join_tables(calibrate(spec)["tables"])
     there = on(services.dask(), spec, store=(tmp_path / "other").as_uri())
     first = calibrate(there)
-    assert computed(first) == ALWAYS
+    assert computed(first) == ALWAYS | {"probe"}
     tables = join_tables(first["tables"])
     assert set(tables) == set(local)
     for name in ("groups", "sensitivity", "loss"):
@@ -97,7 +102,7 @@ def test_a_killed_worker_loses_its_own_work_alone(spec: RunSpec, services: Servi
 
     def strike() -> None:
         deadline = time.monotonic() + 120
-        while not stored(store, "timing") and time.monotonic() < deadline:
+        while not stored(store, "measurement") and time.monotonic() < deadline:
             time.sleep(0.01)
         before.update({p: p.stat().st_mtime_ns for p in store.rglob("meta.json")})
         services.kill("dask-0")
@@ -105,20 +110,57 @@ def test_a_killed_worker_loses_its_own_work_alone(spec: RunSpec, services: Servi
 
     striker = threading.Thread(target=strike)
     striker.start()
-    outcome = calibrate(on(address, spec, timing={"slice": 1, "repeats": 5}))
+    outcome = calibrate(on(address, spec, timing={"slice": 8, "repeats": 5}))
     striker.join()
-    assert any(p.parts[-3] == "timing" for p in before)
+    assert any(p.parts[-3] == "measurement" for p in before)
     assert all(p.stat().st_mtime_ns == at for p, at in before.items()), "what was there has been computed again"
     timing = join_tables(outcome["tables"])["timing"]
     assert timing.select("signature", "configuration").is_unique().all()
     assert timing["device"].n_unique() == 1
 
 
-def test_two_runs_at_once_share_their_work(spec: RunSpec, services: Services) -> None:
-    """On one cluster and one store: identical tables in the end, timings among them."""
+def test_kinds_of_devices_do_not_mix(spec: RunSpec, services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerators of two kinds are refused before anything runs; one of another kind that joins late measures nothing."""
+    address = services.dask(workers=1)
+
+    def stranger_joins() -> None:
+        services.dask_worker(address, "stranger", "accel=1", 1, "--preload", str(ROOT / "tests" / "another_cpu.py"))
+        until("the stranger", lambda: "Starting established connection" in services.log("stranger"))
+
+    original = Planning.timing
+
+    def timing(self: Planning, groups: TableRef, architecture: str) -> list[TableRef]:
+        assert "Another" not in self.device_name
+        stranger_joins()
+        services.kill("dask-0")
+        return original(self, groups, architecture)
+
+    monkeypatch.setattr(Planning, "timing", timing)  # the moment in which it happens
+    there = on(address, spec, timing={"slice": 8})
+    with pytest.raises(MpqError, match=r"is Another CPU.*, the timing is for .*: give each kind a cluster of its own"):
+        calibrate(there)
+    assert not stored(tmp_path / "store", "measurement")
+    services.dask_worker(address, "dask-1")
+    with Client(address, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=120)
+    with pytest.raises(MpqError, match="accelerators differ"):
+        calibrate(there)
+
+
+def test_two_runs_at_once_share_their_work(spec: RunSpec, services: Services, tmp_path: Path) -> None:
+    """Two processes of `mpq run` with a Prefect of their own each, on one cluster and one store: identical tables in the end."""
     there = on(services.dask(), spec, timing={"slice": 4})
-    with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(copy_context().run, calibrate, change(there, name=f"run-{k}")) for k in range(2)]
-        one, two = (join_tables(future.result()["tables"]) for future in both)
+    processes = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**there.model_dump(mode="json"), "name": name}))
+        processes.append(start(path, tmp_path / f"prefect-{name}"))
+    for process in processes:
+        output, _ = process.communicate(timeout=580)
+        assert process.returncode == 0, output
+    one, two = (read_run(tmp_path / "out" / name) for name in ("one", "two"))
     for name in ("groups", "sensitivity", "loss", "timing", "plans"):
-        assert one[name].equals(two[name]), name
+        assert one[1][name].equals(two[1][name]), name
+    assert [r["sha256"] for r in one[0]["tables"]["timing"]] == [r["sha256"] for r in two[0]["tables"]["timing"]]
+    said = "".join(services.log(f"dask-{k}") for k in range(2))
+    assert sum(int(n) for n in re.findall(r"timing .*: (\d+) computed", said)) == one[1]["timing"].height, "measured once each"

@@ -45,9 +45,9 @@ def test_a_mistake_in_a_run_is_one_sentence(spec: RunSpec, tmp_path: Path) -> No
 
 
 # a shard writes `sensitivity`, then `loss`: killed between the two it is rightly computed again
-@pytest.mark.parametrize("stage", ["loss", "timing"])
+@pytest.mark.parametrize("stage", ["loss", "measurement"])
 def test_killed_and_started_again(stage: str, spec: RunSpec, tmp_path: Path) -> None:
-    """What was stored before the kill is cached after it, and the run ends well."""
+    """What was stored before the kill is cached after it, down to the single configuration, and the run ends well."""
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     before = killed(path, tmp_path, stage, "run")

@@ -1,0 +1,73 @@
+"""Timing tasks on a simulated accelerator: they take it as real ones do, sleep for as long as a measurement would, and say when.
+
+In a module of its own, which a cluster's workers import: the tests and bench/fanout.py use it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import polars as pl
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.place import On, placed
+from flows.planning import Planning
+from flows.stages import Stages
+from mpq.spec import RunnerSpec, RunSpec
+from mpq.store import content_key
+from tasks.stage import batch, read, read_json
+
+
+@batch("interval")
+def occupy(
+    wanted: dict[str, int], seconds: float, begun: str, missing: Callable[[str], bool]
+) -> Iterator[tuple[str, pl.DataFrame]]:
+    """For each number wanted, when it began and ended on this process's accelerator (system-wide monotonic clock, s)."""
+    for key, number in wanted.items():
+        if not missing(key):
+            continue
+        if begun:
+            with open(begun, "a", encoding="utf-8") as file:  # one small write: whole lines, whoever else appends
+                file.write(f"{number} {os.getpid()}\n")
+        start = time.monotonic()
+        time.sleep(seconds)
+        yield key, pl.DataFrame({"number": number, "pid": os.getpid(), "start_s": start, "end_s": time.monotonic()})
+
+
+@flow(name="fan out", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+def fan_out(
+    runner: RunnerSpec, store: str, tasks: int, seconds: float = 0.0, size: int = 1, begun: str = "", on: On = "accelerator"
+) -> dict[str, Any]:
+    """Run `tasks` tasks of `size` measurements each; returns the intervals, the stages' accounts and the seconds to submit."""
+    with placed(runner, "cpu") as place:
+        stages = Stages(store, place)
+        calls = [
+            (occupy, content_key("slice", t), f"task {t}", {
+                "wanted": {content_key("interval", n): n for n in range(t * size, (t + 1) * size)}, "seconds": seconds, "begun": begun,
+            })
+            for t in range(tasks)
+        ]  # fmt: skip
+        start = time.perf_counter()
+        done = stages.run("fan out", calls, on)
+        took = time.perf_counter() - start
+    return {"intervals": [ref for references in done for ref in references.values()], "stages": stages.done, "seconds": took}
+
+
+def intervals(outcome: dict[str, Any]) -> pl.DataFrame:
+    """What the tasks told: number, pid, start_s, end_s."""
+    return pl.concat([read(ref) for ref in outcome["intervals"]])
+
+
+@flow(name="sensitivity", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+def sensitivity(spec: RunSpec) -> float:
+    """Seconds of the sensitivity stage of a run."""
+    with placed(spec.runner, "cpu", timed=False) as place:
+        stages = Stages(spec.store, place)
+        run = Planning(spec, stages)
+        loaded = run.load()
+        run.sensitivity(run.partition(read_json(loaded["model"])["architecture"]), loaded["calibration"])
+    return next(seconds for name, _, _, seconds in stages.done if name == "sensitivity")
