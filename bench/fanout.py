@@ -3,8 +3,8 @@
     python bench/fanout.py
 
 Starts a Prefect server and clusters of processes on loopback, and ends them. A task is one of simulated.py's that sleeps for 0 s, so
-what is measured is everything around a measurement. Writes fanout.json and fanout.png beside the other results of this device; the last
-line is JSON.
+what is measured is everything around a measurement. Writes fanout.json and fanout.png beside the other results of this device, and the
+picture to docs/; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -166,6 +166,8 @@ def simulation(task_s: float, central_s: float, build_s: float) -> tuple[Figure,
     axes.set(xscale="log", yscale="log", xlabel="configurations per task", ylabel="campaign (minutes)")
     axes.set_ylim(bottom=CONFIGURATIONS * CONFIGURATION_S / max(DEVICES) / 60 / 3)
     axes.set_title(f"{CONFIGURATIONS:,} configurations of {CONFIGURATION_S:g} s; dotted: nothing but measuring", fontsize=10)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
     return figure, rows
 
@@ -205,7 +207,8 @@ def main() -> None:
     central_s = max(cpu[n] for n in ("flow", "scheduler", "server"))
     figure, result["simulation"] = simulation(cpu["workers, all together"], central_s, result["build_s"]["Llama-3.2-1B"])
     result["assumed"] = {"configurations": CONFIGURATIONS, "configuration_s": CONFIGURATION_S, "spread": SPREAD}
-    figure.savefig(folder_of() / "fanout.png", dpi=150)
+    for path in (folder_of() / "fanout.png", ROOT / "docs" / "fan-out.png"):
+        figure.savefig(path, dpi=150)
     result["load_average_after"] = round(os.getloadavg()[0], 1)
     record("fanout", result)
 

@@ -179,7 +179,15 @@ def _dask(address: str, device: str) -> Iterator[Place]:
             raise MpqError(f"The Dask cluster at {address} has no workers: start some with `dask worker {address}`.")
         run, accelerators = cluster.client.run, _offering(cluster.client)
         _check_alike("Dask", lambda: run(identity), lambda: run(identity, device, workers=accelerators) if accelerators else {})
+        cluster.client.register_worker_callbacks(_unprofiled)
         yield DaskPlace(cluster, device)
+
+
+def _unprofiled(dask_worker: Any) -> None:
+    """No sampling profiler beside a measurement. On Python 3.11 it also locks a worker up for good, once in some thousand tasks
+    (dask/distributed issue 8616)."""
+    if sampling := dask_worker.periodic_callbacks.pop("profile", None):
+        sampling.stop()
 
 
 @contextmanager

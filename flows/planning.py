@@ -193,15 +193,15 @@ class Planning:
 
     def _slice(self, configurations: int, architecture: str) -> int:
         """Configurations per task, from how many there are, how many accelerators, and what a task costs on one."""
-        place, part = self.stages.place, self.spec.timing
-        if place.accelerators == 1:
+        place, part, model = self.stages.place, self.spec.timing, self.spec.model
+        if place.accelerators <= 1:
             return configurations
-        where = (self.source, self.spec.model.base, self.spec.model.device)
-        key = content_key(architecture, *where[1:], part.batch, part.length, self._made_with)
-        inputs = {**dict(zip(("folder", "base", "device"), where, strict=True)), "spec": part, "made_on": self.device_name}
-        told = read_json(
-            self.stages.run_one("probe", (timing.probe, key, f"probe {self.spec.title}", inputs), "accelerator")["probe"]
-        )
+        key = content_key(architecture, model.base, model.device, part.batch, part.length, self._made_with)
+        inputs = {
+            "folder": self.source, "base": model.base, "device": model.device, "spec": part, "made_on": self.device_name,
+        }  # fmt: skip
+        call = (timing.probe, key, f"probe {self.spec.title}", inputs)
+        told = read_json(self.stages.run_one("probe", call, "accelerator")["probe"])
         cost = TaskCost(build_s=told["build_s"], configuration_s=seconds_of(part.repeats, told["ttft_s"]))
         return slice_size(configurations, place.accelerators, cost)
 

@@ -112,6 +112,9 @@ def test_a_killed_worker_loses_its_own_work_alone(spec: RunSpec, services: Servi
     striker.start()
     outcome = calibrate(on(address, spec, timing={"slice": 8, "repeats": 5}))
     striker.join()
+    with Client(address, set_as_default=False) as client:
+        profiled = client.run(lambda dask_worker: "profile" in dask_worker.periodic_callbacks)
+    assert list(profiled.values()) == [False, False], "a profiler beside the timings, on the first worker or the late one"
     assert any(p.parts[-3] == "measurement" for p in before)
     assert all(p.stat().st_mtime_ns == at for p, at in before.items()), "what was there has been computed again"
     timing = join_tables(outcome["tables"])["timing"]
