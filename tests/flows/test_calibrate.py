@@ -217,7 +217,7 @@ def test_names_say_what_runs_on_what(spec: RunSpec, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO):
         calibrate(spec)
     assert "flow run 'tiny model'" in caplog.text
-    for name in ("partition tiny model", "sensitivity tiny model shard 2/2", "evaluate tiny model ip_m m τ=0.01"):
+    for name in ("partition tiny model", "sensitivity tiny model shard 2/2", "evaluate tiny model ip_m m τ=0.01 seed 0"):
         assert f"{name}: computing" in caplog.text
     assert re.search(r"timing tiny model \S*down_proj-[0-9a-f]{8}", caplog.text)
     assert change(spec, name="the-model").title == "the-model"
