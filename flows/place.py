@@ -111,6 +111,7 @@ def placed(runner: RunnerSpec, device: str, timed: bool = True) -> Iterator[Plac
         accelerators = [a for a, w in workers.items() if (w.get("resources") or {}).get("accel", 0) >= ACCELERATOR["accel"]]
         if not accelerators and (timed or device != "cpu"):
             raise _no_accelerator(str(runner.address))
+        _leave_alone(cluster.client)
         _check_alike(cluster.client, device, accelerators)
         yield DaskPlace(cluster, device, accelerators)
 
@@ -130,3 +131,18 @@ def _check_alike(client: Any, device: str, accelerators: list[str]) -> None:
             f"The cluster's accelerators differ ({'; '.join(sorted(kinds))}): times of different devices do not mix, "
             "give each kind a cluster of its own."
         )
+
+
+def _leave_alone(client: Any) -> None:
+    """Switch Dask's profiler off on every worker, late ones too: it looks at a worker's threads every 10 ms, which disturbs
+    what is timed there and, under CPython before 3.11.9 (its issue 106883), now and then stops the whole process for good."""
+    from distributed.diagnostics.plugin import WorkerPlugin
+
+    class Unwatched(WorkerPlugin):
+        name = "mpq-unwatched"
+
+        def setup(self, worker: Any) -> None:
+            if profiler := worker.periodic_callbacks.pop("profile", None):
+                profiler.stop()
+
+    client.register_plugin(Unwatched())
