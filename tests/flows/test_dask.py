@@ -90,6 +90,12 @@ def test_the_same_tables_as_beside_the_flow(spec: RunSpec, services: Services, t
     assert tables["plans"].filter(objective).equals(local["plans"].filter(objective))
     assert computed(calibrate(there)) == set()
     assert computed(calibrate(change(there, runner={"kind": "local", "address": None}))) == set(), "the runner is in no key"
+    services.dask_worker(there.runner.address or "", "dask-late")
+    with Client(there.runner.address, set_as_default=False) as client:
+        client.wait_for_workers(3, timeout=60)
+        watched = client.run(lambda dask_worker: "profile" in dask_worker.periodic_callbacks)
+        assert len(watched) == 3
+        assert not any(watched.values()), "no worker's threads are looked at while it measures"
     used = {k for k in range(2) if "sensitivity" in services.log(f"dask-{k}") or "computing" in services.log(f"dask-{k}")}
     assert used == {0, 1}, "tasks spread over the workers"
 
