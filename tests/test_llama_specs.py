@@ -9,7 +9,8 @@ import pytest
 from models import ROOT
 
 from flows.forecast import plans_at_most
-from mpq.gains import configurations, gains_et, gains_m, gains_tt
+from mpq.design import choices_of, design
+from mpq.gains import gains_et, gains_m, gains_tt
 from mpq.graph import trace
 from mpq.model import load_config
 from mpq.partition import groups_table, partition
@@ -31,6 +32,11 @@ def spec_of(name: str) -> RunSpec:
 def groups_of(name: str) -> pl.DataFrame:
     timing = spec_of(name).timing
     return groups_table(partition(trace(load_config(ROOT / "examples" / name))), timing.batch, timing.length)
+
+
+def configurations(name: str, group: pl.DataFrame) -> list[tuple[str, ...]]:
+    """What is timed of one group at first: with this few, every configuration."""
+    return design(choices_of(group, {kind: ["fp8_e4m3"] for kind in ("linear", "bgemm")}, "bf16"), spec_of(name).timing.limit)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -60,11 +66,10 @@ def test_partition(name: str) -> None:
     assert [sorted(m) for m in members] == [sorted(m) for m in (layer * layers + [["lm_head"]])]
     assert groups["signature"].n_unique() == 5
     assert groups["parameters"].sum() == parameters
-    formats = {kind: ["fp8_e4m3"] for kind in ("linear", "bgemm")}
-    counts = [len(configurations(rows, formats, "bf16")) for _, rows in groups.group_by("group", maintain_order=True)]
+    counts = [len(configurations(name, rows)) for _, rows in groups.group_by("group", maintain_order=True)]
     assert sorted(counts) == sorted(LAYER * layers + [2])
     timed = [rows.filter(pl.col("group") == rows["group"].min()) for _, rows in groups.group_by("signature")]
-    assert sum(len(configurations(rows, formats, "bf16")) for rows in timed) == 42
+    assert sum(len(configurations(name, rows)) for rows in timed) == 42
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,11 +81,10 @@ def test_program(name: str) -> None:
         for i, op in enumerate(groups["op"])
         for f, loss in (("bf16", 0.0), ("fp8_e4m3", 1.0))
     ])  # fmt: skip
-    formats = {kind: ["fp8_e4m3"] for kind in ("linear", "bgemm")}
     times = []
     for (signature,), rows in groups.group_by(["signature"], maintain_order=True):
         one = rows.filter(pl.col("group") == rows["group"].min())
-        for c in configurations(one, formats, "bf16"):
+        for c in configurations(name, one):
             gain = 1e-4 * sum(f != "bf16" for f in c)
             times.append(
                 {"signature": signature, "configuration": list(c), "gain_s": gain, "gain_ci_low_s": gain, "gain_ci_high_s": gain}
