@@ -179,7 +179,7 @@ def _dask(address: str, device: str) -> Iterator[Place]:
             raise MpqError(f"The Dask cluster at {address} has no workers: start some with `dask worker {address}`.")
         run, accelerators = cluster.client.run, _offering(cluster.client)
         _check_alike("Dask", lambda: run(identity), lambda: run(identity, device, workers=accelerators) if accelerators else {})
-        cluster.client.register_worker_callbacks(_unprofiled)
+        cluster.client.register_worker_callbacks(_unprofiled)  # type: ignore[no-untyped-call]
         yield DaskPlace(cluster, device)
 
 
