@@ -1,10 +1,11 @@
 """Is the time model right? Gains of groups against sums of their ops', TTFT of whole plans predicted and measured, and the cost.
 
-    python bench/timing.py [checkpoint folder]
+    python bench/timing.py [demo | wide | checkpoint folder …]
 
-On this machine's CPU, base FP32 with BF16 and INT8 native: the demo's architecture, or that of the folder given. Random plans of
-every share of lowered ops, and everything in one format. Writes timing.json, timing.parquet, plans.parquet and two pictures beside
-the other results of this device; the last line is JSON. Sections and figure numbers are those of arXiv 2505.13060.
+On this machine's CPU, base FP32 with BF16 and INT8 native, for two shapes with random weights: the demo's, and a Llama of width 1024
+whose products take longer than what is around them. Plans: random ones of every share of lowered ops, the fastest by the gains, and
+the fastest up to the middle of the model. Writes timing-<shape>.json, tables and two pictures beside the other results of this
+device; each shape's last line is JSON. Sections and figure numbers are those of arXiv 2505.13060.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 from record import folder_of, record
+from torch import nn
 from transformers import LlamaConfig
 
 from mpq.design import anchors, choices_of, complete, design, interaction, sums
@@ -33,7 +35,12 @@ from mpq.timing import measure, measure_ttft, timing_model
 BASE = "fp32"
 KINDS: tuple[Kind, ...] = ("linear", "bgemm")
 FORMATS = {kind: tuple(f for f in ("bf16", "int8") if f in native_formats("cpu", kind)) for kind in KINDS}
-BATCH, LENGTH, REPEATS, LIMIT, PLANS = 4, 256, 9, 64, 24
+REPEATS, LIMIT, PLANS = 9, 64, 24
+DEMO = Path(__file__).parent.parent / "examples" / "demo"
+WIDE = LlamaConfig(
+    vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4
+)
+Choices: TypeAlias = dict[str, list[tuple[str, ...]]]
 LLAMA_1B = LlamaConfig(  # Llama-3.2-1B's published config.json
     vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
     num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
@@ -81,31 +88,54 @@ def random_plan(groups: pl.DataFrame, share: float, rng: random.Random) -> dict[
     return {op: rng.choice(FORMATS[kind]) for op, kind in groups.select("op", "kind").iter_rows() if rng.random() < share}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent / "examples" / "demo")
-    config = load_config(folder)
-    groups = groups_table(partition(trace(config)), BATCH, LENGTH)
-    choices: dict[str, list[tuple[str, ...]]] = {}
-    for (signature, _), rows in groups.sort("order").group_by(["signature", "group"], maintain_order=True):
-        choices.setdefault(str(signature), choices_of(rows, FORMATS, BASE))
-    model = timing_model(config, BASE)
-    shape: dict[str, Any] = {"base": BASE, "batch": BATCH, "length": LENGTH}
-    timing = measure(model, groups, [(s, design(c, LIMIT)) for s, c in choices.items()], repeats=REPEATS, **shape)
+def half(plan: dict[str, str], groups: pl.DataFrame) -> dict[str, str]:
+    """The plan up to the middle of the model, base after it."""
+    return {
+        op: plan[op]
+        for op in groups.sort("order")["op"].unique(maintain_order=True)[: groups["op"].n_unique() // 2]
+        if op in plan
+    }
 
-    # the same, the paper's way: one group switched; for the signature with most groups but fewest configurations
-    cheap = min(
-        (s for s in choices if (groups.filter(pl.col("signature") == s)["group"].n_unique() > 1)),
-        key=lambda s: len(design(choices[s], LIMIT)),
-    )
+
+def agreement(model: nn.Module, groups: pl.DataFrame, choices: Choices, timing: pl.DataFrame, shape: Any) -> list[dict[str, Any]]:
+    """The same the paper's way, one group switched alone: for the signature with most groups but fewest configurations."""
+    several = (s for s in choices if groups.filter(pl.col("signature") == s)["group"].n_unique() > 1)
+    cheap = min(several, key=lambda s: len(design(choices[s], LIMIT)))
     alone = measure(model, groups, [(cheap, design(choices[cheap], LIMIT))], repeats=3 * REPEATS, method="group", **shape)
     both = (
         timing.filter(pl.col("signature") == cheap).join(alone, on="configuration", suffix="_alone").filter(pl.col("gain_s") != 0)
     )
-    agree = [
+    return [
         {"configuration": r["configuration"], "signature_ms": r["gain_s"] * 1e3, "group_ms": r["gain_s_alone"] * 1e3,
          "group_interval_ms": [r["gain_ci_low_s_alone"] * 1e3, r["gain_ci_high_s_alone"] * 1e3]}
         for r in both.iter_rows(named=True)
     ]  # fmt: skip
+
+
+def figure_3a(tested: pl.DataFrame) -> Figure:
+    """TTFT of whole plans, measured against predicted."""
+    figure = Figure(figsize=(4.8, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    predicted, measured = tested["predicted_ttft_s"].to_numpy() * 1e3, tested["ttft_s"].to_numpy() * 1e3
+    axes.plot(predicted, measured, "o", color="#0072b2", markerfacecolor="none", label="plans")
+    ends = [measured.min() * 0.95, measured.max() * 1.05]
+    axes.plot(ends, ends, color="#444", linewidth=1, label="equal")
+    axes.set_xlabel("TTFT, predicted (ms)")
+    axes.set_ylabel("TTFT, measured (ms)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def run(name: str, config: Any, batch: int, length: int) -> None:
+    """Measure one shape and record it."""
+    groups = groups_table(partition(trace(config)), batch, length)
+    choices: Choices = {}
+    for (signature, _), rows in groups.sort("order").group_by(["signature", "group"], maintain_order=True):
+        choices.setdefault(str(signature), choices_of(rows, FORMATS, BASE))
+    model = timing_model(config, BASE)
+    shape: dict[str, Any] = {"base": BASE, "batch": batch, "length": length}
+    timing = measure(model, groups, [(s, design(c, LIMIT)) for s, c in choices.items()], repeats=REPEATS, **shape)
+    agree = agreement(model, groups, choices, timing, shape)
 
     no_loss = table("sensitivity", [
         {"op": op, "operand": "input", "format": f, "noise_model": "ulp", "n_samples": 1, "loss_mse": 0.0, "sensitivity": 0.0}
@@ -114,7 +144,8 @@ def main() -> None:
     gains = gains_et(groups, complete(timing, choices, BASE), no_loss, BASE, "ulp")
     rng = random.Random(0)
     whole = anchors(groups, gains, BASE)
-    plans = [*whole, *(random_plan(groups, (i + 1) / PLANS, rng) for i in range(PLANS))]
+    named = {"the fastest": whole[0], "the fastest, first half": half(whole[0], groups)}
+    plans = [*whole, *named.values(), *(random_plan(groups, (i + 1) / PLANS, rng) for i in range(PLANS))]
     seconds = measure_ttft(model, plans, groups=groups, repeats=REPEATS + 2, **shape)
     total = sums(groups, gains, plans, BASE)
     term = interaction(total[: len(whole)], seconds["gain_s"][: len(whole)].to_list())
@@ -123,29 +154,24 @@ def main() -> None:
         (base_s - pl.Series(total)).alias("additive_ttft_s"), (base_s - pl.Series([s * (1 + term * s) for s in total])).alias("predicted_ttft_s"),
     )  # fmt: skip
     tested = result[len(whole) :]  # the first ones anchor the interaction term
-    errors = {name: (tested[f"{name}_ttft_s"] / tested["ttft_s"] - 1).abs() for name in ("additive", "predicted")}
+    errors = {n: (tested[f"{n}_ttft_s"] / tested["ttft_s"] - 1).abs() for n in ("additive", "predicted")}
     measured_gain, predicted_gain = tested["gain_s"].to_numpy(), (tested["base_ttft_s"] - tested["predicted_ttft_s"]).to_numpy()
     ours = sum(len(design(c, 10**9)) for c in _choices_1b().values())
     paper = sum(len(design(c, 10**9)) for c in _choices_1b(every=True).values())
 
-    figure, first = figure_1(timing.filter(pl.col("repeats") > 0), groups)
     out = folder_of()
-    figure.savefig(out / "timing-figure-1.png", dpi=150)
-    picture = Figure(figsize=(4.8, 4.2), layout="constrained")
-    axes = picture.add_subplot()
-    axes.plot(
-        tested["predicted_ttft_s"] * 1e3, tested["ttft_s"] * 1e3, "o", color="#0072b2", markerfacecolor="none", label="plans"
-    )
-    ends = [float(tested["ttft_s"].min() * 1e3) * 0.95, float(tested["ttft_s"].max() * 1e3) * 1.05]  # type: ignore[operator]
-    axes.plot(ends, ends, color="#444", linewidth=1, label="equal")
-    axes.set_xlabel("TTFT, predicted (ms)")
-    axes.set_ylabel("TTFT, measured (ms)")
-    axes.legend(frameon=False)
-    picture.savefig(out / "timing-figure-3a.png", dpi=150)
-    timing.write_parquet(out / "timing.parquet")
-    result.with_columns(pl.Series("plan", [str(p) for p in plans])).write_parquet(out / "timing-plans.parquet")
-    record("timing", {
-        "model": folder.name, **shape, "repeats": REPEATS, "base_ttft_ms": float(base_s.median() * 1e3),  # type: ignore[operator]
+    figure, first = figure_1(timing.filter(pl.col("repeats") > 0), groups)
+    figure.savefig(out / f"timing-{name}-figure-1.png", dpi=150)
+    figure_3a(tested).savefig(out / f"timing-{name}-figure-3a.png", dpi=150)
+    timing.write_parquet(out / f"timing-{name}.parquet")
+    result.with_columns(pl.Series("plan", [str(p) for p in plans])).write_parquet(out / f"timing-{name}-plans.parquet")
+    record(f"timing-{name}", {
+        **shape, "repeats": REPEATS, "base_ttft_ms": float(base_s.median() * 1e3),  # type: ignore[operator]
+        "plans_by_name": {
+            n: {"base_ms": r["base_ttft_s"] * 1e3, "predicted_ms": r["predicted_ttft_s"] * 1e3, "measured_ms": r["ttft_s"] * 1e3,
+                "error": r["predicted_ttft_s"] / r["ttft_s"] - 1}
+            for n, r in zip(named, tested.iter_rows(named=True), strict=False)
+        },
         "configurations_measured": timing.height, "disturbed_pairs": int(timing["disturbed"].sum()), "figure_1": first, "plans": tested.height,
         "interaction_per_s": term, "ttft_error_median": float(errors["predicted"].median()),  # type: ignore[arg-type]
         "ttft_error_90": float(errors["predicted"].quantile(0.9)), "additive_ttft_error_median": float(errors["additive"].median()),  # type: ignore[arg-type]
@@ -154,7 +180,16 @@ def main() -> None:
     })  # fmt: skip
 
 
-def _choices_1b(*, every: bool = False) -> dict[str, list[tuple[str, ...]]]:
+def main() -> None:
+    for name in sys.argv[1:] or ["demo", "wide"]:
+        if name == "wide":
+            run(name, WIDE, 1, 256)
+        else:
+            folder = DEMO if name == "demo" else Path(name)
+            run(folder.name, load_config(folder), 4, 256)
+
+
+def _choices_1b(*, every: bool = False) -> Choices:
     """What is to be measured for Llama-3.2-1B in BF16 and FP8: by signature, or each group for itself."""
     frame = groups_table(partition(trace(LLAMA_1B)), 40, 256)
     formats = {"linear": ("fp8_e4m3",), "bgemm": ("fp8_e4m3",)}
