@@ -23,7 +23,7 @@ reproduce: $(VENV)/.installed
 	$(BIN)/python docs/reproduction.py .work/runs/reproduce
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check -q .

@@ -12,6 +12,7 @@ from mpq.spec import RunSpec, parse_spec
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo"
+DATABASE = Path()  # an empty Prefect database, once tests/flows has made one
 
 SMALL = {
     "vocab_size": 97,

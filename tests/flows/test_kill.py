@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import models
 import pytest
 import yaml
 from models import DEMO, ROOT
@@ -27,6 +29,9 @@ def start(spec: Path, home: Path, command: str = "run") -> subprocess.Popen[str]
         "PREFECT_RESULTS_LOCAL_STORAGE_PATH",
     ):
         environment.pop(name, None)
+    if not home.exists():
+        home.mkdir(parents=True)
+        shutil.copy(models.DATABASE, home / "prefect.db")  # Prefect takes seconds to make an empty one
     arguments = [sys.executable, "-c", "from mpq.cli import main; main()", command, str(spec)]
     return subprocess.Popen(
         arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
