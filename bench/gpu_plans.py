@@ -12,7 +12,7 @@ import polars as pl
 from matplotlib.figure import Figure
 from torch import nn
 
-from mpq.design import anchors, interaction, sums
+from mpq.design import anchors, interaction, neighbours, sums
 from mpq.gains import gains_et, gains_tt
 from mpq.strategies import choose
 from mpq.tables import table
@@ -64,9 +64,10 @@ def plans(c: Campaign, model: nn.Module, groups: pl.DataFrame, timed: pl.DataFra
     }  # fmt: skip
     whole = anchors(groups, gains["et"], c.base)
     gained = measure_ttft(model, whole, **run)["gain_s"].to_list()
-    term = interaction(sums(groups, gains["et"], whole, c.base), gained)
+    pairs = [neighbours(groups, plan, c.base) for plan in whole]
+    term = interaction(pairs, sums(groups, gains["et"], whole, c.base), gained)
     c.say(
-        f"{len(whole)} whole plans gain {', '.join(f'{1e3 * g:.2f}' for g in gained)} ms of {1e3 * base_s:.1f}; interaction {term:.3g} / s"
+        f"{len(whole)} whole plans gain {', '.join(f'{1e3 * g:.2f}' for g in gained)} ms of {1e3 * base_s:.1f}; interaction {1e3 * term:.3g} ms a pair of groups"
     )
     anchored = {frozenset((op, f) for op, f in plan.items() if f != c.base) for plan in whole}
     rows: list[dict[str, Any]] = []
@@ -82,7 +83,7 @@ def plans(c: Campaign, model: nn.Module, groups: pl.DataFrame, timed: pl.DataFra
         got, gain = known[key], summed(groups, gains["et"], formats, c.base)
         rows.append({
             "strategy": strategy, "tau": tau, "loss_mse": math.fsum(of_op[item] for item in formats.items()), "share_lowered": len(formats) / groups.height,
-            "additive_ttft_s": got["base_ttft_s"] - gain, "predicted_ttft_s": got["base_ttft_s"] - gain * (1 + term * gain), **got,
+            "additive_ttft_s": got["base_ttft_s"] - gain, "predicted_ttft_s": got["base_ttft_s"] - gain - term * neighbours(groups, formats, c.base), **got,
             "formats": json.dumps(formats), "anchor": key in anchored,
         })  # fmt: skip
         frame = pl.DataFrame(rows, infer_schema_length=None)

@@ -164,11 +164,19 @@ def sums(groups: pl.DataFrame, gains: pl.DataFrame, plans: Iterable[Mapping[str,
     return [math.fsum(gain[g, tuple(plan.get(op, base) for op in ops)] for g, ops in ops_of) for plan in plans]
 
 
-def interaction(sums_s: Sequence[float], measured_s: Sequence[float]) -> float:
-    """How groups help each other (1/s): a plan gains S (1 + interaction · S), S the sum of its groups' gains. Least squares.
+def neighbours(groups: pl.DataFrame, formats: Mapping[str, str], base: str) -> float:
+    """How many groups of a plan follow a lowered group and are lowered themselves; partly lowered ones count by their shares."""
+    lowered = pl.col("op").replace_strict({op: f != base for op, f in formats.items()}, default=False, return_dtype=pl.Boolean)
+    order = groups.group_by("group").agg(pl.col("order").min(), lowered.mean().alias("share")).sort("order")
+    shares = order["share"].to_numpy()
+    return float(shares[1:] @ shares[:-1])
 
-    A base product leaves the caches cold for its neighbours, so lowering both gains more than lowering each. The program's
-    optimum does not move by a correction that grows with S; the predicted TTFT does. 0 where nothing was measured.
+
+def interaction(neighbours: Sequence[float], sums_s: Sequence[float], measured_s: Sequence[float]) -> float:
+    """How groups help each other: the seconds that each pair of lowered neighbours gains beyond what the two gain alone.
+
+    A base product leaves the caches cold for what follows, so lowering both gains more than lowering each. Least squares over
+    measured plans, with the number of such pairs in each, the sum of its groups' gains, and what it gained; 0 where there are none.
     """
-    s, excess = np.asarray(sums_s), np.asarray(measured_s) - np.asarray(sums_s)
-    return float(excess @ s**2 / (s**2 @ s**2)) if s.any() else 0.0
+    pairs, excess = np.asarray(neighbours), np.asarray(measured_s) - np.asarray(sums_s)
+    return float(excess @ pairs / (pairs @ pairs)) if pairs.any() else 0.0

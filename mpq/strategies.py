@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from mpq.design import neighbours
 from mpq.errors import MpqError
 from mpq.formats import get_format
 from mpq.gains import solve_table
@@ -25,7 +26,8 @@ def choose(
     """The plan of one strategy under τ, and its row of the `solutions` table.
 
     Random and Prefix walk over the ops, each taking the theoretically fastest format that still fits under τ² E[g²], and
-    stop at the first op that fits in none. `interaction` (1/s) corrects the predicted TTFT (design.interaction). Raises MpqError for a τ that is not above zero.
+    stop at the first op that fits in none. `interaction` (s) corrects the predicted TTFT
+    for lowered neighbours (design.interaction). Raises MpqError for a τ that is not above zero.
     """
     if not (tau > 0 and math.isfinite(tau)):
         raise MpqError(f"τ must be above zero, got {tau:g}: it is the normalised RMSE of the loss that the plan may have.")
@@ -44,7 +46,9 @@ def choose(
     formats = {op: f for group, configuration in chosen.items() for op, f in zip(members[group], configuration, strict=True)}
     gain = math.fsum(options[g][c][0] for g, c in chosen.items())
     loss = math.fsum(options[g][c][1] for g, c in chosen.items())
-    ttft = base_ttft_s - gain * (1 + interaction * gain) if objective == "et" and base_ttft_s is not None else None
+    ttft = None
+    if objective == "et" and base_ttft_s is not None:
+        ttft = base_ttft_s - gain - interaction * neighbours(groups, formats, base)
     plan = Plan(strategy, objective, tau, base, formats, loss, budget, gain, mean_square_loss, seed, base_ttft_s, ttft)
     row = {
         "strategy": strategy, "objective": objective, "tau": tau, "seed": seed, "predicted_loss_mse": loss, "budget": budget,

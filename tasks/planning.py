@@ -41,14 +41,16 @@ def solve(
     taus: list[float], base: str, solver: SolverName, fingerprint: str, provenance: dict[str, Any], anchor: TableRef | None = None,
 ) -> Output:  # fmt: skip
     """A plan for each strategy, τ and seed of one objective. `anchor` is the measured TTFT of the plans of design.anchors."""
-    from mpq.design import anchors, interaction, sums
+    from mpq.design import anchors, interaction, neighbours, sums
     from mpq.strategies import choose
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
     base_ttft = float(pl.concat([read(t) for t in timing])["base_ttft_s"].median()) if timing else None  # type: ignore[arg-type]
     term = 0.0
     if anchor:
-        term = interaction(sums(*tables, anchors(*tables, base), base), read(anchor)["gain_s"].to_list())
+        whole = anchors(*tables, base)
+        pairs = [neighbours(tables[0], plan, base) for plan in whole]
+        term = interaction(pairs, sums(*tables, whole, base), read(anchor)["gain_s"].to_list())
     plans, rows = [], []
     for strategy in part.strategies:
         name = f"ip_{objective}" if strategy == "ip" else strategy

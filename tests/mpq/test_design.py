@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import polars as pl
 import pytest
 
-from mpq.design import GainModel, anchors, candidates, choices_of, complete, design, interaction, refine, sums, unmeasured
+from mpq.design import (
+    GainModel,
+    anchors,
+    candidates,
+    choices_of,
+    complete,
+    design,
+    interaction,
+    neighbours,
+    refine,
+    sums,
+    unmeasured,
+)
 from mpq.gains import gains_et
 from mpq.strategies import choose
 from mpq.tables import table
@@ -140,10 +153,20 @@ def test_anchors_are_the_fastest_plan_and_everything_in_each_format() -> None:
     assert anchors(groups(), nothing, BASE) == []
 
 
+def test_neighbours_are_lowered_groups_in_a_row() -> None:
+    """Of three groups in a row: two pairs in all; none with base between; shares multiply."""
+    every = {f"l.{g}.op{i}": "int8" for g in range(GROUPS) for i in range(N)}
+    count = partial(neighbours, groups(), base=BASE)
+    assert count(every) == GROUPS - 1
+    assert count({op: f for op, f in every.items() if not op.startswith("l.1.")}) == max(GROUPS - 3, 0)
+    assert count({op: f for op, f in every.items() if op.startswith("l.0.") or op == "l.1.op0"}) == pytest.approx(1 / N)
+    assert count(dict.fromkeys(every, BASE)) == count({}) == 0
+
+
 def test_interaction_explains_what_was_measured() -> None:
-    """Of plans that gain S (1 + 2 S) it is 2; of one plan it explains that one; noise averages out; of nothing it is 0."""
-    totals = np.array([0.01, 0.02, 0.05])
-    assert interaction(totals, totals * (1 + 2 * totals)) == pytest.approx(2)
-    assert interaction([0.05], [0.06]) * 0.05 == pytest.approx(0.2)
-    assert interaction(totals, totals * (1 + 2 * totals) + [1e-4, -1e-4, 1e-5]) == pytest.approx(2, rel=0.05)
-    assert interaction([], []) == 0.0
+    """Of plans that gain 1 ms a pair it is 1 ms; of one plan it explains that one; noise averages out; of nothing it is 0."""
+    pairs, totals = np.array([0.0, 4.0, 16.0]), np.array([0.01, -0.02, 0.05])
+    assert interaction(pairs, totals, totals + 1e-3 * pairs) == pytest.approx(1e-3)
+    assert interaction([8], [0.05], [0.06]) * 8 == pytest.approx(0.01)
+    assert interaction(pairs, totals, totals + 1e-3 * pairs + [1e-4, -1e-4, 1e-5]) == pytest.approx(1e-3, rel=0.05)
+    assert interaction([], [], []) == interaction([0.0], [0.1], [0.2]) == 0.0
