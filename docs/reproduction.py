@@ -33,7 +33,7 @@ def beside_the_paper(first: pl.DataFrame) -> list[str]:
     lines = ["| objective | strategy | ours | paper, 1B | paper, 8B |", "|---|---|---:|---:|---:|"]
     for row in first.iter_rows(named=True):
         ours, spread = row["average_acc"], row["average_acc_std"]
-        cell = "–" if ours is None else f"{ours:+.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+        cell = "–" if ours is None else f"{round(ours, 2) + 0.0:+.2f}" + ("" if spread is None else f" ± {spread:.2f}")
         paper = PAPER.get(row["objective"], {}).get(row["strategy"])
         theirs = " | ".join(f"{v:+.3f}" for v in paper) if paper else "– | –"
         lines.append(f"| {row['objective']} | {row['strategy']} | {cell} | {theirs} |".replace("-", "−"))

@@ -45,7 +45,7 @@ def reproduce(spec: RunSpec, dry_run: DryRun = False) -> dict[str, Any]:
 
     Store(spec.store).check()
     with placed(spec.runner, spec.model.device, "et" in spec.objectives) as place:
-        sweep = Sweep(spec, Stages(spec.store, place))
+        sweep = Sweep(spec, Stages(spec.store, place, timeout_s=spec.runner.timeout_s))
         works = sweep.foretold(sweep.tables)
         rows = [asdict(work) for work in works]
         create_table_artifact(rows, key="forecast", description=f"What is left to compute: {spec.name}")

@@ -137,9 +137,12 @@ def markdown(table: pl.DataFrame) -> str:
         rivals = table.filter(pl.col("objective") == row["objective"])
         cells = []
         for column, _ in columns:
-            best = rivals[column].min() if column.endswith("_perplexity") else rivals[column].max()
+            rounded = rivals[column].round(3)  # what reads the same is as good
+            best = rounded.min() if column.endswith("_perplexity") else rounded.max()
             text = cell(row[column], row[f"{column}_std"])
-            cells.append(f"**{text}**" if row[column] is not None and row[column] == best and rivals.height > 1 else text)
+            cells.append(
+                f"**{text}**" if row[column] is not None and round(row[column], 3) == best and rivals.height > 1 else text
+            )
         lines.append(f"| {row['objective']} | {row['strategy']} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", how_averaged(table), ""])
 
@@ -148,7 +151,7 @@ def cell(mean: float | None, std: float | None) -> str:
     """`−0.463 ± 0.30`, the mean alone where there was one measurement, – where none."""
     if mean is None:
         return "–"
-    text = f"{mean:.3f}".replace("-", "−")
+    text = f"{round(mean, 3) + 0.0:.3f}".replace("-", "−")  # no negative zero
     return text if std is None else f"{text} ± {std:.2f}"
 
 

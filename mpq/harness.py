@@ -115,7 +115,7 @@ def _named(metric: str, kind: str) -> str:
 def _check_finite(task: str, sample: Mapping[str, Any]) -> None:
     for response in sample["filtered_resps"]:
         number = response[0] if isinstance(response, (tuple, list)) and response else response
-        if isinstance(number, float) and math.isnan(number):
+        if isinstance(number, float) and not math.isfinite(number):
             raise MpqError(
                 f"Document {sample['doc_id']} of task {task} has the log-likelihood {number}: a format overflows or the model is broken there."
             )

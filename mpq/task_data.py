@@ -73,7 +73,10 @@ def open_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> Iter
 
 
 def data_key(names: Sequence[str], data_dir: str | Path | None) -> str:
-    """A hash of the local datasets' content, or of the tasks' names where they come from the hub (whose revisions the harness fixes)."""
+    """A hash of the local datasets' content, or of the tasks' names where they come from the hub.
+
+    The harness takes the hub's current revision where a task's own file names none; a dataset changed there is not noticed.
+    """
     digest = hashlib.sha256(repr(sorted(names)).encode())
     for name in sorted(names) if data_dir else ():
         for path in sorted((Path(str(data_dir)) / name).glob("*")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import xml.etree.ElementTree
@@ -136,6 +137,34 @@ def test_findings_tell_who_wins() -> None:
     assert lone.error is None
     assert not lone.clear
     assert any("no standard error" in s for s in one.sentences)
+
+
+def test_questions_are_part_of_the_error() -> None:
+    """The paired error over documents is added in quadrature: with a large one no lead is clear."""
+    evaluation = RUN["evaluation"]
+    error = evaluation.filter(pl.col("metric") == "acc").with_columns(metric=pl.lit("acc_diff_stderr"), value=0.5, base_value=0.0)
+    found = find({**RUN, "evaluation": pl.concat([evaluation, error])})
+    bare = {(c.objective, c.other, c.quantity): c.error for c in find(RUN).comparisons}
+    for c in found.comparisons:
+        if c.quantity in TASKS:
+            alone = bare[c.objective, c.other, c.quantity]
+            assert alone is not None
+            assert c.error == pytest.approx(math.hypot(alone, *[50 / len(TASKS) ** 0.5 if c.quantity == AVERAGE else 50] * 2))
+            assert not c.clear
+
+
+def test_a_plan_that_lowers_nothing_weighs_nothing() -> None:
+    """A τ at which one draw has no loss is left out of the mean ratio for every strategy: what is told fits how often it is better."""
+    nothing = (
+        (pl.col("metric") == "loss_mse")
+        & (pl.col("strategy") == "random")
+        & (pl.col("plan_seed") == 1)
+        & (pl.col("tau") == TAUS[0])
+    )
+    value = pl.when(nothing).then(0.0).otherwise("value")
+    found = find({**RUN, "evaluation": RUN["evaluation"].with_columns(value=value)}).comparisons
+    fewer = find({**RUN, "evaluation": RUN["evaluation"].filter(pl.col("tau") != TAUS[0])}).comparisons
+    assert [c for c in found if c.quantity == "loss_mse"] == [c for c in fewer if c.quantity == "loss_mse"]
 
 
 def test_additivity_is_checked() -> None:
