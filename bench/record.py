@@ -18,7 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def folder_of(device: str = "cpu") -> Path:
     """The device's folder of results, made if need be."""
-    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    kind = re.sub(r", \d+ threads?$", "", device_name(device))
+    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

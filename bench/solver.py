@@ -23,9 +23,9 @@ def instance(groups: int, rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
 if __name__ == "__main__":
     groups, rows = (int(a) for a in (sys.argv[1:] + ["10000", "32"][len(sys.argv) - 1 :]))
     solution = solve(*instance(groups, rows))
-    print(
-        json.dumps(
-            {"seconds": round(solution.seconds, 3), "groups": groups, "rows": groups * rows, "status": solution.status}
-            | {"gap": solution.gap, "solver": solution.solver, "note": solution.note}
-        )
-    )
+    result = {"seconds": round(solution.seconds, 3), "groups": groups, "rows": groups * rows, "status": solution.status}
+    result |= {"gap": solution.gap, "solver": solution.solver, "note": solution.note}
+    from record import folder_of, told  # after the solve: torch comes with it
+
+    (folder_of() / "solver.json").write_text(json.dumps(told("solver", result), indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))

@@ -167,7 +167,9 @@ def _dask(address: str, device: str) -> Iterator[Place]:
     try:
         from prefect_dask import DaskTaskRunner  # type: ignore[attr-defined]
     except ImportError:
-        raise MpqError("The dask runner needs prefect-dask, which is not installed: pip install 'mpq[dask]'.") from None
+        raise MpqError(
+            "The dask runner needs prefect-dask, which is not installed: pip install -e '.[dask]' in mpq's checkout."
+        ) from None
 
     cluster = DaskTaskRunner(address=address, client_kwargs={"timeout": "10s"})
     with cluster:
@@ -196,7 +198,9 @@ def _ray(address: str, device: str) -> Iterator[Place]:
         import ray
         from prefect_ray import RayTaskRunner
     except ImportError:
-        raise MpqError("The ray runner needs prefect-ray, which is not installed: pip install 'mpq[ray]'.") from None
+        raise MpqError(
+            "The ray runner needs prefect-ray, which is not installed: pip install -e '.[ray]' in mpq's checkout."
+        ) from None
 
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import polars as pl
 from prefect.runtime import flow_run
 
-from flows.stages import Call, Stages
+from flows.stages import Call, Stages, tell
 from mpq.kernels import Kind
 from mpq.slices import TaskCost, seconds_of, slice_size
 from mpq.spec import FROM_TASKS, EvaluationSpec, Objective, RunSpec
@@ -228,7 +228,14 @@ class Planning:
             anchor = (
                 self.time_plans(groups, whole, self.held_out.ttft_repeats, architecture, "TTFT of anchors") if whole else None
             )
-        return self._solve(objectives, groups, sums, timed, gains, anchor), timed
+        solved = self._solve(objectives, groups, sums, timed, gains, anchor)
+        if timed:
+            plans = [p["formats"] for p in read_json(solved[objectives.index("et")]["plan_files"]) if p["strategy"] == "ip_et"]
+            if left := unmeasured(pl.concat([read(t) for t in timed]), read(groups), plans, spec.model.base):
+                tell(
+                    f"{len(left)} configurations of the plans for et are predicted, not measured: timing.rounds was {spec.timing.rounds}."
+                )
+        return solved, timed
 
     def _gains(
         self, objectives: Sequence[Objective], groups: TableRef, sums: References, timed: list[TableRef]

@@ -16,9 +16,10 @@ from flows.calibrate import aimed_at, calibrate
 from flows.outputs import rows_for_people
 from flows.records import Claim, Records
 from mpq.changes import Change, compare
-from mpq.checkpoints import settled
+from mpq.checkpoints import refused, settled
 from mpq.errors import MpqError
 from mpq.plan import Plan
+from mpq.redaction import redact
 from mpq.spec import RunSpec
 from mpq.store import Store, TableRef
 from tasks.stage import read_json
@@ -43,6 +44,7 @@ def watch(urls: Urls, spec: RunSpec, settle_s: Settle = 5.0, lease_s: Lease = 12
         lease_s: Seconds after which a run that says nothing any more counts as dead.
     """
     log = get_run_logger()
+    refused(urls)
     Store(spec.store).check()
     whole, growing = settled(urls, settle_s)
     outcome: list[dict[str, Any]] = [{"checkpoint": f.path, "status": "still being written"} for f in growing]
@@ -51,8 +53,8 @@ def watch(urls: Urls, spec: RunSpec, settle_s: Settle = 5.0, lease_s: Lease = 12
         try:
             outcome.append(_one(found.path, spec, lease_s))
         except Exception as error:  # the others are not to wait for this one to be mended
-            failures.append(f"{found.path}: {error}")
-            outcome.append({"checkpoint": found.path, "status": f"failed: {error}"})
+            failures.append(f"{found.path}: {redact(str(error))}")
+            outcome.append({"checkpoint": found.path, "status": f"failed: {redact(str(error))}"})
         log.info("%s: %s", found.path, outcome[-1]["status"])
     columns = ("checkpoint", "status", "name", "fingerprint", "compared_with")
     rows = [{c: row.get(c, "") for c in columns} for row in outcome]

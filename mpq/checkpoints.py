@@ -6,12 +6,15 @@ import posixpath
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from mpq.errors import MpqError
+from mpq.redaction import without_credentials
+from mpq.transport import carry, open_filesystem
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,15 @@ def checkpoints(urls: Iterable[str]) -> list[Found]:
     return [found[path] for path in sorted(found)]
 
 
+def refused(urls: Iterable[str]) -> None:
+    """Raise MpqError, in a sentence without them, where one of the URLs carries credentials."""
+    for url in urls:
+        try:
+            without_credentials(url)
+        except ValueError as error:
+            raise MpqError(str(error)) from None
+
+
 def settled(urls: Iterable[str], seconds: float) -> tuple[list[Found], list[Found]]:
     """The checkpoints whose files stayed the same for `seconds`, and those that are still being written."""
     urls = list(urls)
@@ -50,19 +62,23 @@ def settled(urls: Iterable[str], seconds: float) -> tuple[list[Found], list[Foun
 
 
 def _under(url: str) -> list[Found]:
+    fs, root = open_filesystem(url, {}, "folder")
     try:
-        fs, root = fsspec.core.url_to_fs(url if "://" in url else Path(url).absolute().as_uri())
-        fs.invalidate_cache()
-        top = fs.ls(root, detail=True)
-        folders = [root] if _has_config(top) else [e["name"] for e in top if e["type"] == "directory"]
-        found = []
-        for folder in folders:
-            entries = top if folder == root else fs.ls(folder, detail=True)
-            if _has_config(entries):
-                name = folder if "://" not in url else str(fs.unstrip_protocol(folder))
-                found.append(Found(name, tuple(sorted(_mark(e) for e in entries if e["type"] == "file"))))
-    except (OSError, ImportError, ValueError) as error:
-        raise MpqError(f"{url} cannot be listed for checkpoints ({error}): expected a folder or an fsspec URL.") from None
+        return carry(partial(_listed, fs, root, url), url, "read", "folder")
+    except FileNotFoundError:
+        raise MpqError(f"There is nothing to watch at {url}: expected a folder or an fsspec URL.") from None
+
+
+def _listed(fs: fsspec.AbstractFileSystem, root: str, url: str) -> list[Found]:
+    fs.invalidate_cache()
+    top = fs.ls(root, detail=True)
+    folders = [root] if _has_config(top) else [e["name"] for e in top if e["type"] == "directory"]
+    found = []
+    for folder in folders:
+        entries = top if folder == root else fs.ls(folder, detail=True)
+        if _has_config(entries):
+            name = folder if "://" not in url else str(fs.unstrip_protocol(folder))
+            found.append(Found(name, tuple(sorted(_mark(e) for e in entries if e["type"] == "file"))))
     return found
 
 

@@ -144,6 +144,8 @@ def time(
     batch: Annotated[int, typer.Option(min=1, help="Rows of the prefill.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 256,
     repeats: Annotated[int, typer.Option(min=2, help="Interleaved pairs of base and configuration.")] = 5,
+    target: Annotated[float | None, typer.Option(min=0, max=1, help="Repeat until gains are known to ± this share of TTFT.")] = None,
+    cap: Annotated[int | None, typer.Option(min=2, help="Pairs at most: 2 × repeats, or 4 × with a target, if left out.")] = None,
     method: Annotated[Literal["signature", "group"], typer.Option(help="signature: all groups of a signature at once; group: one group (the paper).")] = "signature",
     limit: Annotated[int, typer.Option(min=8, help="Configurations of a signature to measure: all where it has no more, else each change of one op and random ones.")] = 64,
     compile: Annotated[bool, typer.Option("--compile", help="Time the model's blocks through torch.compile, once for each configuration of a signature.")] = False,
@@ -170,7 +172,7 @@ def time(
     with bar("timing") as progress:
         frame = measure(
             timing_model(config, base).to(device), groups, requests, base=base, batch=batch, length=length, repeats=repeats,
-            method=method, seed=seed, compiled=compile, progress=progress,
+            method=method, seed=seed, target=target or None, cap=cap, compiled=compile, progress=progress,
         )  # fmt: skip
     emit(frame, json_, out, "timing")
 

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from mpq.errors import MpqError
 from mpq.formats import get_format
 from mpq.spec import TextSpec
+from mpq.transport import carry, open_filesystem
 
 log = logging.getLogger("mpq")
 
@@ -69,13 +71,18 @@ def _fetch_hub(name: str, revision: str | None) -> Path:
 
 
 def _fetch_url(url: str) -> Path:
-    try:
-        fs, root = fsspec.core.url_to_fs(url)
-        files = {f: fs.info(f) for f in fs.ls(root, detail=False) if f.endswith((".safetensors", ".json", ".txt", ".model"))}
-    except (OSError, ImportError, ValueError) as error:
-        raise MpqError(f"The checkpoint {url} cannot be reached ({error}): expected an fsspec URL of a folder.") from None
+    fs, root = open_filesystem(url, {}, "checkpoint")
     if "file" in fs.protocol:
         return Path(root)
+    fs.invalidate_cache()  # a listing of before would give a replaced checkpoint's old copy
+
+    def listed() -> dict[str, dict[str, Any]]:
+        return {f: fs.info(f) for f in fs.ls(root, detail=False) if f.endswith((".safetensors", ".json", ".txt", ".model"))}
+
+    try:
+        files = carry(listed, url, "read", "checkpoint")
+    except FileNotFoundError:
+        raise MpqError(f"There is no checkpoint at {url}: expected an fsspec URL of a folder.") from None
     # a copy is as good as its listing: names, sizes and the store's own version marks
     marks = {
         f: [i.get("size"), str(i.get("ETag") or i.get("etag") or i.get("mtime") or i.get("created"))] for f, i in files.items()
@@ -84,11 +91,21 @@ def _fetch_url(url: str) -> Path:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            for f in files:
-                fs.get_file(f, str(Path(aside) / Path(f).name))
-            os.rename(aside, folder)
-            Path(aside).mkdir()  # for TemporaryDirectory to remove
+            for f, info in files.items():
+                carry(partial(_download, fs, f, Path(aside) / Path(f).name, info.get("size")), url, "read", "checkpoint")
+            try:
+                os.rename(aside, folder)
+                Path(aside).mkdir()  # for TemporaryDirectory to remove
+            except OSError:
+                if not folder.is_dir():  # else another process was first with the same
+                    raise
     return folder
+
+
+def _download(fs: fsspec.AbstractFileSystem, file: str, to: Path, size: int | None) -> None:
+    fs.get_file(file, str(to))
+    if size is not None and to.stat().st_size != size:
+        raise ConnectionError(f"{file} broke off after {to.stat().st_size} of {size} bytes")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -19,7 +19,9 @@ _NAME = (
     r"[\w.-]*(?:secret|passw|token|signature|credential|access_?key|account_?key|api_?key|[-_]key)[\w.-]*)"
 )
 _PARAMETER = re.compile(rf"((?:^|[?&;,\s'\"(]){_NAME}=)([^&;,\s'\")]+)", re.IGNORECASE)
-_SECRET_VARIABLE = re.compile(r"SECRET|PASSWORD|PASSWD|TOKEN|ACCESS_KEY|ACCOUNT_KEY|API_KEY|CONNECTION_STRING|SAS", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(
+    r"SECRET|PASSWORD|PASSWD|TOKEN|ACCESS_KEY|ACCOUNT_KEY|API_KEY|CONNECTION_STRING|AUTH_STRING|SAS", re.IGNORECASE
+)
 _SECRET_FIELD = re.compile(r"\"[^\"]*(?:secret|key|token|passw|connection_string)[^\"]*\"\s*:\s*\"([^\"]+)\"", re.IGNORECASE)
 _SHORTEST = 8  # a shorter value is as likely a word of the message
 

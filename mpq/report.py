@@ -268,7 +268,8 @@ def _amount(objective: str, gain: float | None) -> str:
 def _rows(tables: Tables, summary: Summary) -> dict[str, list[dict[str, Any]]]:
     """The rows of the page's tables; the template says which columns it shows."""
     ratio = pl.when(pl.col("predicted_loss_mse") > 0).then(pl.col("measured_loss_mse") / pl.col("predicted_loss_mse"))
-    results = results_table(tables).with_columns(ratio=ratio).to_dicts()
+    error = pl.col("predicted_ttft_s") / pl.col("measured_ttft_s") - 1
+    results = results_table(tables).with_columns(ratio=ratio, ttft_error=error).to_dicts()
     groups = table_of(tables, "groups").sort("order").group_by("group", "signature", maintain_order=True)
     timing = table_of(tables, "timing").sort("signature", "gain_s", descending=[False, True])
     return {

@@ -89,7 +89,9 @@ def harness_version() -> str:
     try:
         return version("lm_eval")
     except PackageNotFoundError:
-        raise MpqError("Harness tasks need lm-evaluation-harness, which is not installed: pip install 'mpq[eval]'.") from None
+        raise MpqError(
+            "Harness tasks need lm-evaluation-harness, which is not installed: pip install -e '.[eval]' in mpq's checkout."
+        ) from None
 
 
 @functools.cache
@@ -100,7 +102,7 @@ def _manager() -> Any:
 
             return TaskManager()
     except ImportError as error:
-        raise MpqError(f"Tasks need lm-evaluation-harness ({error}): pip install 'mpq[eval]'.") from None
+        raise MpqError(f"Tasks need lm-evaluation-harness ({error}): pip install -e '.[eval]' in mpq's checkout.") from None
 
 
 def _local(manager: Any, name: str, folder: Path, cache_folder: str) -> tuple[Any, Path]:

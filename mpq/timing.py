@@ -98,7 +98,8 @@ def measure_each(
     """Time gains of configurations one after the other: each one's place in `requests` and its row of the table `timing`.
 
     They are measured in random order (by `seed`; column `measured`), a signature at a time. Each row has its own base, so
-    column `base_ttft_s` over `measured` shows how the machine drifted. `significant` says whether the interval excludes zero.
+    column `base_ttft_s` over the further column `measured_unix_s` (when it was measured, in whatever call) shows how the machine
+    drifted. `significant` says whether the interval excludes zero.
 
     `requests` pairs a signature of the table `groups` with configurations, formats in op order. With method `signature` all groups of the
     signature are switched at once and the gain divided by their number; with `group` (the paper's) its first group alone.
@@ -135,7 +136,7 @@ def measure_each(
             if not (all_base and signature in base_pairs):
                 pairs = session.compare({} if all_base else formats, seed + TRIES * done)
                 base_pairs[signature] = pairs
-            state = gpu_state(device)
+            state = {"measured_unix_s": time.time(), **gpu_state(device)}
             pairs = base_pairs[signature]
             gain, low, high = (0.0, 0.0, 0.0) if all_base else gain_statistics(pairs.base_s, pairs.config_s, seed)
             base_ttft_s = float(np.median(pairs.base_s))
@@ -148,10 +149,7 @@ def measure_each(
                 "load_average": pairs.load_average, "steal_share": pairs.steal_share, "disturbed": pairs.disturbed,
                 "measured": done, "significant": bool(low > 0 or high < 0), "mode": prefill.mode,
             }  # fmt: skip
-            yield (
-                place,
-                pl.concat([table("timing", [row]), pl.DataFrame([state])], how="horizontal") if state else table("timing", [row]),
-            )
+            yield place, pl.concat([table("timing", [row]), pl.DataFrame([state])], how="horizontal")
 
 
 def _measuring_order(wanted: Sequence[tuple[str, Configuration]], seed: int) -> list[int]:
@@ -175,6 +173,8 @@ def measure_ttft(
     groups: pl.DataFrame | None = None,
     repeats: int = 11,
     seed: int = 0,
+    target: float | None = None,
+    cap: int | None = None,
     compiled: bool = False,
     graph: bool = True,
     progress: Progress | None = None,
@@ -187,7 +187,7 @@ def measure_ttft(
     """
     device = str(next(model.parameters()).device)
     prefill = Prefill(model, batch, length, seed=seed, compiled=compiled, graph=graph)
-    session = _Session(model, base, {} if groups is None else feeds_of(groups), prefill, repeats)
+    session = _Session(model, base, {} if groups is None else feeds_of(groups), prefill, repeats, target, cap)
     rows: list[dict[str, object]] = []
     with session.open(compiled):
         for done, formats in enumerate(plans):

@@ -45,8 +45,8 @@ _NO_CREDENTIALS = {
 _NO_CONTAINER = {"NoSuchBucket", "ContainerNotFound"}
 
 
-def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a store's URL or local path, and the path in it. Raises MpqError where there is none."""
+def open_filesystem(url: str, options: Mapping[str, Any], what: str = "store") -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of the URL or local path of `what`, and the path in it. Raises MpqError where there is none."""
     url = url if "://" in url else Path(url).absolute().as_uri()
     protocol = url.partition("://")[0]
     options = dict(options)
@@ -57,7 +57,7 @@ def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[fsspec.Abstra
         fs, root = fsspec.core.url_to_fs(url, **options)
     except Exception as error:  # file systems are other people's code: their constructors raise what they like
         raise MpqError(
-            f"The store {url} cannot be opened ({why(error)}): expected an fsspec URL such as file:///data/mpq or s3://bucket/mpq, "
+            f"The {what} {url} cannot be opened ({why(error)}): expected an fsspec URL such as file:///data/mpq or s3://bucket/mpq, "
             "credentials from the environment (docs/storage.md)."
         ) from None
     if protocol in ("s3", "s3a"):
@@ -68,8 +68,8 @@ def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[fsspec.Abstra
     return fs, str(root).rstrip("/")
 
 
-def carry(what: Callable[[], T], url: str, doing: str) -> T:
-    """Run one operation on the store at `url`, trying again with backoff where that helps; `doing` is "read" or "written".
+def carry(operation: Callable[[], T], url: str, doing: str, what: str = "store") -> T:
+    """Run one operation on `what` is at `url`, trying again with backoff where that helps; `doing` is "read" or "written".
 
     Raises FileNotFoundError where a file is not there, MpqError for everything else that stays wrong.
     """
@@ -78,19 +78,19 @@ def carry(what: Callable[[], T], url: str, doing: str) -> T:
             retry=retry_if_exception(is_passing),
             wait=wait_random_exponential(multiplier=0.25, max=8),
             stop=stop_after_attempt(_attempts()),
-            before_sleep=lambda state: _tell(state, url),
+            before_sleep=lambda state: _tell(state, f"{what} {url}"),
             reraise=True,
         ):
             with attempt:
-                return what()
+                return operation()
     except FileNotFoundError as error:
         if not _codes(error) & _NO_CONTAINER:
             raise
-        raise _sentence(error, url, doing) from None
+        raise _sentence(error, url, doing, what) from None
     except MpqError:
         raise
     except Exception as error:
-        raise _sentence(error, url, doing) from None
+        raise _sentence(error, url, doing, what) from None
     raise AssertionError("tenacity ends in a result or an exception")
 
 
@@ -101,10 +101,10 @@ def _attempts() -> int:
     return int(given)
 
 
-def _tell(state: RetryCallState, url: str) -> None:
+def _tell(state: RetryCallState, place: str) -> None:
     error = state.outcome.exception() if state.outcome else None
     seconds = state.next_action.sleep if state.next_action else 0.0
-    log.warning("The store %s answers with %s: trying again in %.1f s", url, why(error) if error else "nothing", seconds)
+    log.warning("The %s answers with %s: trying again in %.1f s", place, why(error) if error else "nothing", seconds)
 
 
 def is_passing(error: BaseException) -> bool:
@@ -127,7 +127,7 @@ def why(error: BaseException) -> str:
     return (told if len(told) <= 200 else told[:199] + "…") or type(error).__name__
 
 
-def _sentence(error: BaseException, url: str, doing: str) -> MpqError:
+def _sentence(error: BaseException, url: str, doing: str, what: str) -> MpqError:
     local = url.startswith("file:") or "://" not in url
     if _codes(error) & _NO_CONTAINER:
         advice = "there is no such bucket or container; create it first, or correct the URL"
@@ -139,7 +139,7 @@ def _sentence(error: BaseException, url: str, doing: str) -> MpqError:
         advice = f"tried {_attempts()} times; check that the service is reachable, then run again: what is whole is re-used"
     else:
         advice = f"check that it exists and that you may {'write to' if doing == 'written' else 'read'} it"
-    return MpqError(f"The store {url} cannot be {doing} ({why(error)}): {advice}.")
+    return MpqError(f"The {what} {url} cannot be {doing} ({why(error)}): {advice}.")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

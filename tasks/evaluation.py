@@ -17,7 +17,7 @@ from tasks.progress import tracked
 from tasks.stage import Output, read, stage
 
 
-@stage("base_losses")
+@stage("base_losses", retries=1)
 def evaluate_base(model: dict[str, str], blocks: TableRef, batch: int) -> Output:
     """The base model's loss of each evaluation sample."""
     from mpq.evaluate import losses
@@ -41,7 +41,7 @@ def evaluate_plan(
     return {"plan_losses": frame}
 
 
-@stage("task_scores")
+@stage("task_scores", retries=1)
 def evaluate_base_task(
     model: dict[str, str], task: str, data: str, data_dir: str | None, limit: int | None, batch: int
 ) -> Output:

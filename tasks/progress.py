@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.context import TaskRunContext
+from prefect.context import FlowRunContext, TaskRunContext
 from rich.progress import Progress
 
 _terminal: Progress | None = None
@@ -31,7 +31,7 @@ def terminal(progress: Progress) -> Iterator[None]:
 def tracked(label: str) -> Iterator[Callable[[int, int], None]]:
     """A callback (done, total) for a long computation, shown wherever someone may look."""
     bar = _terminal.add_task(label, total=None) if _terminal else None
-    artifact = create_progress_artifact(progress=0.0, description=label) if TaskRunContext.get() else None
+    artifact = create_progress_artifact(progress=0.0, description=label) if TaskRunContext.get() or FlowRunContext.get() else None
     last, lock = 0.0, threading.Lock()
 
     def advance(done: int, total: int) -> None:

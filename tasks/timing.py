@@ -92,7 +92,7 @@ def time_plans(
     with exclusive(device), tracked("TTFT of the plans") as progress:
         model = _random_model(folder, base).to(device)
         frame = measure_ttft(
-            model, plans, base=base, batch=spec.batch, length=spec.length, groups=read(groups), repeats=repeats, seed=spec.seed, compiled=spec.compile,
-            graph=spec.graph, progress=progress,
+            model, plans, base=base, batch=spec.batch, length=spec.length, groups=read(groups), repeats=repeats, seed=spec.seed,
+            target=spec.target, cap=spec.cap, compiled=spec.compile, graph=spec.graph, progress=progress,
         )  # fmt: skip
     return {"plan_ttft": frame.with_columns(pl.Series("plan", range(len(plans)), dtype=pl.Int64))}

@@ -12,10 +12,13 @@ import fsspec
 import numpy as np
 import polars as pl
 import pytest
+from models import write_checkpoint
 from object_storage import FaultyProxy, azure_connection, azure_server, free_port, s3_server
 
+from mpq.checkpoints import checkpoints
 from mpq.errors import MpqError
 from mpq.inventory import entries, verify
+from mpq.model import fetch
 from mpq.redaction import has_credentials, redact
 from mpq.spec import parse_spec
 from mpq.store import Damaged, Store
@@ -138,6 +141,41 @@ def test_download_faults_pass(fault: str, method: str, bucket: str, proxy: Fault
     assert Store(bucket).read_table(ref).equals(FRAME)
     if fault.isdecimal() or method == "GET":
         assert proxy.spoilt == [fault]
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "reset", "truncated", "short"])
+def test_a_checkpoint_comes_whole(
+    fault: str, bucket: str, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is found under a URL and fetched from it is as what was put there, whatever breaks off on the way; a new version is seen."""
+    monkeypatch.setenv("MPQ_CACHE", str(tmp_path / "cache"))
+    source = write_checkpoint(tmp_path / "model")
+    fs = fsspec.filesystem("s3")
+    for file in source.iterdir():
+        fs.pipe_file(f"{bucket}/a/{file.name}", file.read_bytes())
+    proxy.spoil(fault, "GET", 2)
+    (found,) = checkpoints([bucket])
+    proxy.spoil(fault, "GET", 2)
+    here = fetch(found.path)
+    assert proxy.spoilt
+    assert {p.name: p.read_bytes() for p in here.iterdir()} == {p.name: p.read_bytes() for p in source.iterdir()}
+    fs.pipe_file(f"{bucket}/a/config.json", (source / "config.json").read_bytes() + b" ")
+    assert fetch(found.path) != here
+
+
+def test_checkpoints_that_cannot_be_had(bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing there, access refused, a service that stays away: one sentence, and the secret is not in it."""
+    monkeypatch.setenv("MPQ_STORE_ATTEMPTS", "2")
+    for fault, message in [
+        ("", "There is no checkpoint at|has no config"),
+        ("403", "access is refused"),
+        ("503", "tried 2 times"),
+    ]:
+        proxy.spoil(fault or "503", "GET", 100 if fault else 0)
+        for ask in (fetch, lambda url: checkpoints([url])) if fault else (fetch,):
+            with pytest.raises(MpqError, match=message) as caught:
+                ask(f"{bucket}/a")
+            assert SECRET not in said(caught)
 
 
 def test_refused_connections_pass(bucket: str, proxy: FaultyProxy) -> None:

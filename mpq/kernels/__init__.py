@@ -57,9 +57,10 @@ def native_kernels(device: str) -> Any:
 
 
 def device_name(device: str = "cpu") -> str:
-    """The device's model, as timing tables carry it: `AMD EPYC (avx512_bf16, avx512_vnni)`, `NVIDIA H200`."""
+    """The device's model, as timing tables carry it: `AMD EPYC (avx512_bf16, avx512_vnni), 2 threads`, `NVIDIA H200`."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     features = [shown for key, shown in _FEATURES.items() if capabilities.get(key)]
-    return f"{capabilities.get('cpu_name') or 'CPU'} ({', '.join(features) or 'no bf16 or int8 instructions'})"
+    name = f"{capabilities.get('cpu_name') or 'CPU'} ({', '.join(features) or 'no bf16 or int8 instructions'})"
+    return f"{name}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"

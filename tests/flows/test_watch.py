@@ -17,6 +17,7 @@ import pytest
 from models import ROOT, small_model, write_checkpoint
 
 from deployments.processes import until
+from flows.calibrate import calibrate
 from flows.records import Claim, Records
 from flows.watch import watch
 from mpq.changes import compare, moves
@@ -174,3 +175,12 @@ def test_records_are_of_content(spec: RunSpec) -> None:
     assert Records(spec.model_copy(update={"name": "other", "out": "/elsewhere"})).key("f") == key
     assert Records(spec.model_copy(update={"taus": (0.5,)})).key("f") != key
     assert json.dumps(Records(spec).done("f")) == "null"
+
+
+def test_credentials_in_a_checkpoint_are_refused(spec: RunSpec) -> None:
+    """A URL with a password is refused by every flow that takes one, in a sentence without it."""
+    url = "s3://AKIATESTER:wJalrPlantedSecret@127.0.0.1:9/team/model"
+    for call in (lambda: watch([url], spec), lambda: calibrate(spec, checkpoint=url)):
+        with pytest.raises(MpqError, match="carries credentials") as caught:
+            call()
+        assert "wJalrPlantedSecret" not in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,10 +52,21 @@ def test_the_state_of_a_card(nvml: Any) -> None:
     assert gpu_state("cuda:0") == {}
 
 
-def test_nothing_is_told_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU has no such state, and neither has a machine without NVML's bindings."""
+def test_without_the_bindings_nvidia_smi_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A CPU has no such state; without NVML's bindings nvidia-smi tells it, one that fails or is not there tells nothing."""
     assert gpu_state("cpu") == {}
     monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1-2"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     module._handle.cache_clear()
+    assert gpu_state("cuda:0") == {}
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\n[ "$1" = --id=GPU-1-2 ] && echo "1980, 2619, 61, 512.30, 0x0000000000000024"\n')
+    smi.chmod(0o755)
+    assert gpu_state("cuda:0") == {
+        "sm_clock_mhz": 1980, "memory_clock_mhz": 2619, "temperature_c": 61, "power_w": 512.3,
+        "throttled": "power cap, thermal (software)",
+    }  # fmt: skip
+    smi.write_text("#!/bin/sh\nexit 9\n")
     assert gpu_state("cuda:0") == {}
     module._handle.cache_clear()

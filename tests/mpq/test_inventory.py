@@ -192,6 +192,15 @@ def test_gc_takes_what_a_kill_left(team: Team) -> None:
     assert not [w for w in waste if w.path.endswith("meta.json") and kept.key in w.path]
 
 
+def test_gc_keeps_what_watch_remembers(team: Team) -> None:
+    """Records of watched checkpoints stay, with the tables behind their plans, or every checkpoint would be calibrated again."""
+    lone = team.refs["lone gains"]
+    team.store.write_bytes("watched", content_key("a checkpoint"), b"{}", "json", upstream=(lone.key,))
+    waste, _ = unneeded(team.store, entries(team.store), [team.refs["plans"].key], time.time() + 1)
+    assert waste
+    assert not [w for w in waste if w.path.startswith("watched") or lone.key in w.path]
+
+
 def test_gc_refuses_to_guess(team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing to keep, a record that cannot be read, damage on the way back, a store that is none: a sentence, nothing goes."""
     monkeypatch.chdir(tmp_path)

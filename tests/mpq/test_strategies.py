@@ -93,6 +93,24 @@ def test_prediction_is_base_less_gain() -> None:
     )
 
 
+def test_a_doubtful_gain_counts_at_its_lower_end() -> None:
+    """`cautious` takes a gain whose interval includes zero at the interval's lower end, every other as it is."""
+    doubtful = timing().with_columns(significant=pl.int_range(pl.len()) % 2 == 0)
+    mean, lower, cautious = (
+        gains_et(GROUPS, doubtful, sensitivity(), "fp32", "ulp", b)["gain"] for b in ("mean", "lower", "cautious")
+    )
+    assert set(cautious - mean) | set(cautious - lower) > {0.0}
+    assert all(c in (m, low) for c, m, low in zip(cautious, mean, lower, strict=True))
+
+
+def test_a_format_that_loses_time_is_left_alone() -> None:
+    """However much loss is allowed, the program lowers nothing to what is slower than base."""
+    slower = timing().with_columns(gain_s=-pl.col("gain_s").abs())
+    gains = gains_et(GROUPS, slower, sensitivity(), "fp32", "ulp")
+    plan, _ = choose("ip_et", "et", GROUPS, gains, tau=1e6, mean_square_loss=4.0, base="fp32")
+    assert plan.share_lowered == 0
+
+
 def test_theoretical_gains_by_hand() -> None:
     """Δ_f · MACs in BF16 MACs (eq. 28), bytes of weights (29, 30)."""
     op = GROUPS.row(0, named=True)

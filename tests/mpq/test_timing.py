@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,10 @@ from transformers import AutoConfig
 
 from mpq.apply import Mixed
 from mpq.errors import MpqError
-from mpq.pairs import Timed, gain_statistics, interleave, undisturbed
+from mpq.pairs import Pairs, Timed, gain_statistics, interleave, undisturbed
 from mpq.prefill import Prefill
 from mpq.tables import SCHEMAS, table
-from mpq.timing import measure, measure_ttft, timing_model
+from mpq.timing import TRIES, measure, measure_ttft, timing_model
 
 CONFIG = AutoConfig.for_model(
     "llama",
@@ -163,7 +163,7 @@ def test_the_timing_table(method: Any) -> None:
     frame = measure(
         model, groups(), requests, base="fp32", batch=2, length=8, repeats=3, method=method, progress=lambda *t: ticks.append(t)
     )
-    assert dict(frame.schema) == SCHEMAS["timing"]
+    assert dict(frame.drop("measured_unix_s").schema) == SCHEMAS["timing"]
     assert frame["configuration"].to_list() == [list(c) for _, cs in requests for c in cs]
     assert frame["instances"].to_list() == [2 if method == "signature" else 1] * 4
     assert frame["group"].to_list() == [0, 0, 0, 1]
@@ -242,3 +242,38 @@ def test_a_masked_language_model_is_timed_too() -> None:
     plan = {"bert.encoder.layer.0.attention.self.query": "int8", "bert.encoder.layer.0.attention.self.qk_matmul": "bf16"}
     frame = measure_ttft(timing_model(config, "fp32"), [plan], base="fp32", batch=1, length=8, repeats=2)
     assert float(frame["ttft_s"].item()) > 0
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, slowness: Callable[[int], float], gain_s: float = 0.02) -> tuple[pl.DataFrame, int]:
+    """A timing table on a machine that is `slowness(k)` times slower in its k-th comparison, and how many it took."""
+    made = 0
+
+    def interleaved(base: Timed, config: Timed, repeats: int, seed: int, **how: Any) -> Pairs:
+        nonlocal made
+        slow = slowness(made)
+        made += 1
+        return Pairs(np.full(repeats, 0.1 * slow), np.full(repeats, (0.1 - gain_s) * slow), 0.0, 0.0)
+
+    monkeypatch.setattr("mpq.timing.interleave", interleaved)
+    monkeypatch.setattr("mpq.timing.PAUSE_S", 0.0)
+    every = [("o", [("bf16",), ("int8",)])]
+    return measure(timing_model(CONFIG, "fp32"), groups(), every, base="fp32", batch=1, length=8, repeats=3), made
+
+
+def test_a_busy_machine_is_waited_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison while base is far slower than it was is made again; a machine that stays busy is asked TRIES times, no more."""
+    frame, made = compared(monkeypatch, lambda k: 3.0 if k == 1 else 1.0)
+    assert (frame["base_ttft_s"].to_list(), made) == ([0.1, 0.1], 3)
+    frame, made = compared(monkeypatch, lambda k: 3.0 if k else 1.0)
+    assert (sorted(frame["base_ttft_s"]), made) == (pytest.approx([0.1, 0.3]), 1 + TRIES)
+    frame, made = compared(monkeypatch, lambda k: 1.0 + 0.01 * k)
+    assert made == 2, "drift is no trouble: each comparison has its own base"
+
+
+def test_what_is_no_gain_for_sure_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`significant` where the interval excludes zero; when each row was measured is in the table."""
+    frame, _ = compared(monkeypatch, lambda k: 1.0)
+    assert frame["significant"].to_list() == [True, True]
+    assert frame.sort("measured")["measured_unix_s"].is_sorted()
+    frame, _ = compared(monkeypatch, lambda k: 1.0, gain_s=0.0)
+    assert frame["significant"].to_list() == [False, False]
