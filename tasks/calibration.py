@@ -40,7 +40,7 @@ def _npy(array: np.ndarray) -> tuple[bytes, str]:
     return buffer.getvalue(), "npy"
 
 
-@stage("model", "calibration", "evaluation_text", "drawn", retries=1)
+@stage("model", "calibration", "evaluation_text", "drawn")
 def load_model(folder: str, calibration: CalibrationSpec, evaluation: EvaluationSpec) -> Output:
     """Facts of the checkpoint, the blocks of tokens to calibrate and to evaluate on, and which ones were drawn."""
     from mpq.draw import draw

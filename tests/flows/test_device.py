@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,53 +12,56 @@ from models import ROOT
 
 HOLD = """
 import sys, time
+from pathlib import Path
 from tasks.device import exclusive
 with exclusive(sys.argv[1], alone=sys.argv[2] == "alone"):
-    print("held", flush=True)
+    Path(sys.argv[3]).touch()
     time.sleep(600)
 """
 
 
-def holder(folder: Path, device: str = "cpu", how: str = "alone") -> subprocess.Popen[str]:
+class Holder:
     """A process that takes the device and keeps it."""
-    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", HOLD, device, how]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, process_group=0)
 
+    def __init__(self, folder: Path, name: str, device: str = "cpu", how: str = "alone") -> None:
+        self._mark = folder / name
+        environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", HOLD, device, how, str(self._mark)]
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment)
 
-def has_it(process: subprocess.Popen[str]) -> bool:
-    """Whether the process has said so."""
-    assert process.stdout is not None
-    os.set_blocking(process.stdout.fileno(), False)
-    return "held" in (process.stdout.read() or "")
+    def has_it(self) -> bool:
+        """Whether it holds the device, or has."""
+        return self._mark.exists()
 
+    def wait(self) -> None:
+        """Until it has its device."""
+        deadline = time.monotonic() + 120
+        while not self.has_it():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
-def wait_for(process: subprocess.Popen[str]) -> None:
-    """Until the process has its device."""
-    deadline = time.monotonic() + 60
-    while not has_it(process):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    def kill(self) -> None:
+        """With -9."""
+        self.process.kill()
+        self.process.wait()
 
 
 def test_a_device_is_held_by_one_process(tmp_path: Path) -> None:
     """A second process waits, one that times nothing too; another device is free; the lock goes with a holder that is killed."""
-    first, processes = holder(tmp_path), []
+    holders = [Holder(tmp_path, "first")]
     try:
-        wait_for(first)
-        second, other = holder(tmp_path, how="shared"), holder(tmp_path, "another")
-        processes = [second, other]
-        wait_for(other)
-        time.sleep(1)
-        assert not has_it(second)
-        os.killpg(first.pid, signal.SIGKILL)
-        wait_for(second)
-        beside, alone = holder(tmp_path, how="shared"), holder(tmp_path)
-        processes += [beside, alone]
-        wait_for(beside)
-        time.sleep(1)
-        assert not has_it(alone), "a timing waits for what is not timed"
+        holders[0].wait()
+        holders += [Holder(tmp_path, "second", how="shared"), Holder(tmp_path, "other", "another")]
+        _, second, other = holders
+        other.wait()
+        time.sleep(2)
+        assert not second.has_it()
+        holders[0].kill()
+        second.wait()
+        holders += [Holder(tmp_path, "beside", how="shared"), Holder(tmp_path, "alone")]
+        holders[3].wait()
+        time.sleep(2)
+        assert not holders[4].has_it(), "a timing waits for what is not timed"
     finally:
-        for process in (first, *processes):
-            process.kill()
-            process.wait()
+        for holder in holders:
+            holder.kill()
