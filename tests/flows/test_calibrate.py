@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -243,10 +244,16 @@ def test_names_say_what_runs_on_what(spec: RunSpec, caplog: pytest.LogCaptureFix
     assert change(spec, name="the-model").title == "the-model"
 
 
-def test_a_task_that_takes_too_long(spec: RunSpec) -> None:
+def test_a_task_that_takes_too_long(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that exceeds the spec's time is given up with a sentence that names it."""
-    with pytest.raises(MpqError, match=r"load tiny model took longer than 0.001 s: .*runner.timeout_s"):
-        calibrate(change(spec, runner={"timeout_s": 0.001}))
+
+    def slowly(*args: object) -> None:
+        for _ in range(6000):
+            time.sleep(0.01)
+
+    monkeypatch.setattr("mpq.draw.draw", slowly)
+    with pytest.raises(MpqError, match=r"load tiny model took longer than 1 s: .*runner.timeout_s"):
+        calibrate(change(spec, runner={"timeout_s": 1}))
 
 
 def test_a_failure_inside_a_task_is_told(spec: RunSpec, tmp_path: Path) -> None:
