@@ -258,3 +258,20 @@ def test_the_demo_checkpoint_is_above_chance(model: torch.nn.Module, tokenizer: 
     for task, chance in (("hellaswag", 0.25), ("winogrande", 0.5)):
         n = 100
         assert value[task, "acc"] > chance + 4 * math.sqrt(chance * (1 - chance) / n)
+
+
+def test_any_other_task_by_name(model: torch.nn.Module, tokenizer: object, lowered: dict[str, str], tmp_path: Path) -> None:
+    """A task of the harness that mpq knows nothing of, from local files of its schema: its own metrics, beside base."""
+    (tmp_path / "copa").mkdir()
+    rows = [
+        {"premise": f"The list of {n} names was empty.", "choice1": "The loop ended.", "choice2": "The file grew.", "question": q, "idx": n, "label": n % 2}
+        for n, q in enumerate(["effect", "cause", "effect", "cause"])
+    ]  # fmt: skip
+    for split in ("train", "validation"):
+        (tmp_path / "copa" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    frame = evaluate_tasks(model, tokenizer, lowered, ["copa"], base="fp32", seeds=[0], data_dir=tmp_path)
+    assert set(frame["task"]) == {"copa"}
+    assert {"acc", "acc_diff"} <= set(frame["metric"])
+    acc = frame.row(by_predicate=pl.col("metric") == "acc", named=True)
+    assert 0 <= acc["value"] <= 1
+    assert 0 <= acc["base_value"] <= 1
