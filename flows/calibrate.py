@@ -20,7 +20,7 @@ from flows.outputs import publish, write_outputs
 from flows.place import placed
 from flows.planning import code_of
 from flows.stages import Stages
-from mpq.checkpoints import refused
+from mpq.checkpoints import refuse_credentials
 from mpq.draw import in_words
 from mpq.spec import RunSpec
 from mpq.store import Store, TableRef, content_key
@@ -58,7 +58,7 @@ def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
     """
     if not checkpoint:
         return spec
-    refused([checkpoint])
+    refuse_credentials([checkpoint])
     name = f"{spec.name}-{checkpoint.rstrip('/').rpartition('/')[2]}"
     return spec.model_copy(update={"name": name, "model": spec.model.model_copy(update={"path": checkpoint, "revision": None})})
 

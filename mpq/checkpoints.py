@@ -41,7 +41,7 @@ def checkpoints(urls: Iterable[str]) -> list[Found]:
     return [found[path] for path in sorted(found)]
 
 
-def refused(urls: Iterable[str]) -> None:
+def refuse_credentials(urls: Iterable[str]) -> None:
     """Raise MpqError, in a sentence without them, where one of the URLs carries credentials."""
     for url in urls:
         try:

@@ -225,13 +225,12 @@ def unneeded(store: Store, held: Sequence[Entry], kept: Iterable[str], before_un
     """What may go, `meta.json` before its data so that no reader sees an entry without; and the kept keys that are missing.
 
     Kept are the entries of the keys `kept` and of all that they came from, whatever was written after `before_unix_s` (a run
-    that is under way has no record yet), and what watch remembers, or it would calibrate everything again. Raises MpqError where a kept entry's metadata is damaged, since what it came
-    from cannot be told.
+    that is under way has no record yet), and what watch remembers, or it would calibrate everything again. Raises MpqError
+    where a kept entry's metadata is damaged, since what it came from cannot be told.
     """
     index, needed, missing, open_keys = by_key(held), set[str](), list[str](), list(dict.fromkeys(kept))
-    recent = [e.key for e in held if any(f.modified_unix_s >= before_unix_s for f in e.files.values())]
-    recent += [e.key for e in held if e.kind == "watched"]
-    open_keys += [key for key in dict.fromkeys(recent) if key not in open_keys]
+    stay = [e.key for e in held if e.kind == "watched" or any(f.modified_unix_s >= before_unix_s for f in e.files.values())]
+    open_keys += [key for key in dict.fromkeys(stay) if key not in open_keys]
     while open_keys:
         key = open_keys.pop()
         if key in needed:

@@ -46,7 +46,7 @@ _NO_CONTAINER = {"NoSuchBucket", "ContainerNotFound"}
 
 
 def open_filesystem(url: str, options: Mapping[str, Any], what: str = "store") -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of the URL or local path of `what`, and the path in it. Raises MpqError where there is none."""
+    """The file system of a URL or local path, and the path in it; sentences call it `what`. Raises MpqError where there is none."""
     url = url if "://" in url else Path(url).absolute().as_uri()
     protocol = url.partition("://")[0]
     options = dict(options)
@@ -69,7 +69,9 @@ def open_filesystem(url: str, options: Mapping[str, Any], what: str = "store") -
 
 
 def carry(operation: Callable[[], T], url: str, doing: str, what: str = "store") -> T:
-    """Run one operation on `what` is at `url`, trying again with backoff where that helps; `doing` is "read" or "written".
+    """Run one operation on what lies at `url`, trying again with backoff where that helps.
+
+    Sentences call it `what` and say that it cannot be `doing`: "read" or "written".
 
     Raises FileNotFoundError where a file is not there, MpqError for everything else that stays wrong.
     """
