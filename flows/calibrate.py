@@ -20,7 +20,6 @@ from flows.outputs import publish, write_outputs
 from flows.place import placed
 from flows.planning import code_of
 from flows.stages import Stages
-from mpq.checkpoints import refuse_credentials
 from mpq.draw import in_words
 from mpq.spec import RunSpec
 from mpq.store import Store, TableRef, content_key
@@ -52,13 +51,9 @@ def calibrate(spec: RunSpec, checkpoint: str | None = None) -> dict[str, Any]:
 
 
 def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
-    """The spec for another checkpoint of its kind, whose results go to a folder of their own; without one, the spec.
-
-    Raises MpqError where the checkpoint's URL carries credentials.
-    """
+    """The spec for another checkpoint of its kind, whose results go to a folder of their own; without one, the spec."""
     if not checkpoint:
         return spec
-    refuse_credentials([checkpoint])
     name = f"{spec.name}-{checkpoint.rstrip('/').rpartition('/')[2]}"
     return spec.model_copy(update={"name": name, "model": spec.model.model_copy(update={"path": checkpoint, "revision": None})})
 

@@ -13,7 +13,6 @@ from typing import Any
 import fsspec
 
 from mpq.errors import MpqError
-from mpq.redaction import without_credentials
 from mpq.transport import carry, open_filesystem
 
 
@@ -39,15 +38,6 @@ def checkpoints(urls: Iterable[str]) -> list[Found]:
         else:
             found.update({f.path: f for f in _under(url)})
     return [found[path] for path in sorted(found)]
-
-
-def refuse_credentials(urls: Iterable[str]) -> None:
-    """Raise MpqError, in a sentence without them, where one of the URLs carries credentials."""
-    for url in urls:
-        try:
-            without_credentials(url)
-        except ValueError as error:
-            raise MpqError(str(error)) from None
 
 
 def settled(urls: Iterable[str], seconds: float) -> tuple[list[Found], list[Found]]:

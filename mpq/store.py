@@ -36,8 +36,7 @@ import polars as pl
 
 from mpq import __version__
 from mpq.errors import MpqError
-from mpq.redaction import without_credentials
-from mpq.transport import OBJECT_STORES, carry, open_filesystem, why
+from mpq.transport import OBJECT_STORES, carry, open_filesystem, refuse_credentials, why
 
 log = logging.getLogger("mpq")
 
@@ -133,10 +132,7 @@ class Store:
     _options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        try:
-            without_credentials(self.url)
-        except ValueError as error:
-            raise MpqError(str(error)) from None
+        refuse_credentials(self.url)
 
     def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
         return open_filesystem(self.url, self._options)

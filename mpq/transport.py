@@ -17,7 +17,7 @@ import fsspec
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from mpq.errors import MpqError
-from mpq.redaction import redact
+from mpq.redaction import redact, without_credentials
 
 log = logging.getLogger("mpq")
 T = TypeVar("T")
@@ -45,8 +45,19 @@ _NO_CREDENTIALS = {
 _NO_CONTAINER = {"NoSuchBucket", "ContainerNotFound"}
 
 
+def refuse_credentials(url: str) -> None:
+    """Raise MpqError, in a sentence without them, where the URL carries credentials."""
+    try:
+        without_credentials(url)
+    except ValueError as error:
+        raise MpqError(str(error)) from None
+
+
 def open_filesystem(url: str, options: Mapping[str, Any], what: str = "store") -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL or local path, and the path in it; sentences call it `what`. Raises MpqError where there is none."""
+    """The file system of a URL or local path, and the path in it; sentences call it `what`. Raises MpqError where there is none
+    or the URL carries credentials.
+    """
+    refuse_credentials(url)
     url = url if "://" in url else Path(url).absolute().as_uri()
     protocol = url.partition("://")[0]
     options = dict(options)

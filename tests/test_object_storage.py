@@ -163,6 +163,14 @@ def test_a_checkpoint_comes_whole(
     assert fetch(found.path) != here
 
 
+def test_credentials_in_a_checkpoints_url_are_refused() -> None:
+    """Before anything is asked of the server, wherever a checkpoint's URL is taken from."""
+    for ask in (fetch, lambda url: checkpoints([url])):
+        with pytest.raises(MpqError, match="carries credentials") as caught:
+            ask(f"s3://AKIATESTER:{SECRET}@127.0.0.1:9/model")
+        assert SECRET not in said(caught)
+
+
 def test_checkpoints_that_cannot_be_had(bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing there, access refused, a service that stays away: one sentence, and the secret is not in it."""
     monkeypatch.setenv("MPQ_STORE_ATTEMPTS", "2")
