@@ -56,11 +56,11 @@ def additivity(found: Findings) -> list[str]:
 def page(run: Path, figures: list[str]) -> str:
     """The part of the page between the markers."""
     record, tables = read_run(run)
-    found, first = find(tables), table_1(tables)
+    found, summary, first = find(tables), summarize(tables), table_1(tables)
     facts = record["facts"]
     shown = "; ".join(f"{k} {facts[k]}" for k in ("model", "base", "device", "prefill", "torch") if k in facts)
-    told = [*summarize(tables).sentences, *found.sentences]
-    warned = [*summarize(tables).warnings, *found.warnings]
+    told = [*summary.sentences, *found.sentences]
+    warned = [*summary.warnings, *found.warnings]
     pictures = [f"![Figure {n}](reproduction/figure_{n}.png)" for n in figures]
     return "\n".join([
         BEGIN, f"Run `{record['name']}`: {shown}.", "", "### Accuracy, average of the tasks (points), beside the paper's", "",

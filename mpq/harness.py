@@ -60,8 +60,8 @@ def evaluate_tasks(
     """Metrics of a plan on harness tasks, a row for each seed, task and metric: seed, task, metric, value, base_value.
 
     Beside each metric m of the harness stand `m_diff`, plan minus base over the same documents, and `m_diff_stderr`, the
-    standard error of that paired difference (base_value 0 for both). `tasks` are names, or open already. `limit` takes the first documents only; without it
-    the whole dataset evaluates. `base_scores` spares evaluating the base model again. Raises MpqError for unknown tasks,
+    standard error of that paired difference (base_value 0 for both). `tasks` are names, or open already. `limit` takes the
+    first documents only; without it the whole dataset evaluates. `base_scores` spares evaluating the base model again. Raises MpqError for unknown tasks,
     unusable datasets, plans of other models and log-likelihoods or metrics that are not finite.
     """
     with nullcontext(tasks) if isinstance(tasks, Tasks) else open_tasks(tasks, data_dir) as opened:
