@@ -1,14 +1,18 @@
 """The CPU's native linears and attention beside torch's own, interleaved: `python bench/kernels.py`.
 
-Square weights of each width, BF16 activations (what a BF16 model hands over). INT8 includes the quantization of the activations,
-per token (what runs in a plan) and per tensor (no third pass; one outlying token costs all others their precision: the error column).
-Attention is causal, heads in groups of four, in FP32 (what an FP32 model hands over): torch's fused SDPA in FP32 is the base, SDPA
-in BF16 with its casts, and INT8 in both products. Ratios are medians over pairs of the base's seconds to ours, with their
+Square weights of each width, BF16 activations (what a BF16 model hands over), beside torch's own BF16 linear. INT8 includes the
+quantization of the activations, per token (what runs in a plan) and, with VNNI, per tensor (one outlying token costs all others their
+precision: the error column; its activations are read twice, once for the scale). Attention is causal, heads in groups of four, in
+FP32 (what an FP32 model hands over): torch's fused SDPA in FP32 is the base, SDPA in BF16 with its casts, and INT8 in both products.
+BGEMM is Q x K alone, beside torch's FP32 product.
+
+Ratios are medians over rounds (each runs the base and every kernel once, in random order) of the base's seconds to ours, with their
 range; above 1 is faster than the base. Errors are relative to the float64 product. Last line: JSON.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,11 +24,11 @@ from record import record
 from torch import Tensor
 
 from mpq.formats import get_format
-from mpq.kernels import cpu, int8_attention, rows
+from mpq.kernels import cpu, int8_attention, native_formats, rows
 from mpq.pairs import keep_memory
 from mpq.quantize import quantize, scale_of
 
-TOKENS, WIDTHS, PAIRS = (512, 2048, 4096), (512, 1024, 2048, 4096), 7
+TOKENS, WIDTHS, ROUNDS = (512, 1024, 2048, 4096), (512, 1024, 2048, 4096), 7
 Inputs: TypeAlias = tuple[Tensor, ...]
 Run: TypeAlias = Callable[..., Tensor]
 
@@ -37,7 +41,7 @@ def per_tensor(weight: Tensor) -> Callable[[Tensor], Tensor]:
     flat, zero = scale.flatten(), torch.zeros(weight.shape[0], dtype=torch.int32)
 
     def forward(x: Tensor) -> Tensor:
-        step = float(x.abs().amax()) / 127
+        step = max(map(abs, map(float, torch.aminmax(x)))) / 127
         codes = torch.quantize_per_tensor(x.float(), step, rows.ZERO_POINT, torch.quint8).int_repr()
         return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
             codes, step, rows.ZERO_POINT, packed, flat, zero, None, 1.0, 0, x.dtype, "none", [], ""
@@ -52,20 +56,26 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def compare(base: Run, kernels: dict[str, Run], want: Tensor, make: Callable[[], Inputs]) -> dict[str, dict[str, object]]:
-    """For each kernel: base's seconds over its own, median and range of PAIRS pairs, and its error."""
-    ratios: dict[str, list[float]] = {name: [] for name in kernels}
-    for _ in range(PAIRS + 1):  # the first compiles and prepares
-        for name, kernel in kernels.items():
+    """For each kernel: base's seconds over its own, median and range of ROUNDS rounds, and its error."""
+    seconds: dict[str, list[float]] = {name: [] for name in ("", *kernels)}
+    runs = list({"": base, **kernels}.items())
+    rng = random.Random(0)
+    for _ in range(ROUNDS + 1):  # the first compiles and prepares
+        rng.shuffle(runs)
+        for name, run in runs:
             fresh = make()  # other tensors: nothing made of the last ones is re-used
             start = time.perf_counter()
-            base(*fresh)
-            middle = time.perf_counter()
-            kernel(*fresh)
-            ratios[name].append((middle - start) / (time.perf_counter() - middle))
-    return {
-        name: {"ratio": float(np.median(r[1:])), "range": [min(r[1:]), max(r[1:])], "error": error(kernels[name](*make()), want)}
-        for name, r in ratios.items()
-    }
+            run(*fresh)
+            seconds[name].append(time.perf_counter() - start)
+    found: dict[str, dict[str, object]] = {}
+    for name, kernel in kernels.items():
+        r = np.divide(seconds[""][1:], seconds[name][1:])
+        found[name] = {
+            "ratio": float(np.median(r)),
+            "range": [float(r.min()), float(r.max())],
+            "error": error(kernel(*make()), want),
+        }
+    return found
 
 
 def linears() -> Iterator[dict[str, object]]:
@@ -73,9 +83,10 @@ def linears() -> Iterator[dict[str, object]]:
     for width in WIDTHS:
         weight = torch.randn(width, width, dtype=torch.bfloat16)
         kernels = {
+            "fp32": partial(linear_in_fp32, weight.float()),
             "bf16": cpu.linear(weight, None, get_format("bf16")),
             "int8 per token": cpu.linear(weight, None, get_format("int8")),
-            "int8 per tensor": per_tensor(weight),
+            **({"int8 per tensor": per_tensor(weight)} if cpu.has_quantized_linear() else {}),
         }
         for tokens in TOKENS:
             x = torch.randn(tokens, width, dtype=torch.bfloat16) * torch.logspace(-1, 1, tokens)[:, None].to(torch.bfloat16)
@@ -83,6 +94,28 @@ def linears() -> Iterator[dict[str, object]]:
             torch_own = partial(torch.nn.functional.linear, weight=weight)
             found = compare(torch_own, kernels, want, lambda x=x: (x.clone(),))
             yield {"tokens": tokens, "width": width, **found}
+
+
+def linear_in_fp32(weight: Tensor, x: Tensor) -> Tensor:
+    """torch's own FP32 linear on BF16 activations."""
+    return torch.nn.functional.linear(x.float(), weight).to(x.dtype)
+
+
+def bgemms() -> Iterator[dict[str, object]]:
+    """Q x K of an FP32 model."""
+    names = [f for f in ("bf16", "int8") if f in native_formats("cpu", "bgemm")]
+    for tokens in TOKENS[:-1]:
+        for heads, size in ((8, 64), (16, 128)):
+            q, k = torch.randn(heads, tokens, size), torch.randn(heads, tokens, size)
+            kernels: dict[str, Run] = {n: partial(product_in, cpu.bgemm(get_format(n))) for n in names}
+            want = q.double() @ k.double().mT
+            found = compare(partial(product_in, torch.matmul), kernels, want, lambda q=q, k=k: (q.clone(), k.clone()))
+            yield {"tokens": tokens, "heads": heads, "head_size": size, **found}
+
+
+def product_in(product: Run, q: Tensor, k: Tensor) -> Tensor:
+    """q times k's transpose."""
+    return product(q, k.mT)
 
 
 def attention_in(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -117,10 +150,10 @@ def attentions() -> Iterator[dict[str, object]]:
 def main() -> None:
     keep_memory()
     torch.manual_seed(0)
-    result: dict[str, list[dict[str, object]]] = {"linear": [], "attention": []}
-    for name, rows_of in (("linear", linears), ("attention", attentions)):
+    result: dict[str, list[dict[str, object]]] = {}
+    for name, rows_of in (("attention", attentions), ("bgemm", bgemms), ("linear", linears)):
         for row in rows_of():
-            result[name].append(row)
+            result.setdefault(name, []).append(row)
             told = {n: f"{r['ratio']:.2f} (error {r['error']:.1e})" if isinstance(r, dict) else r for n, r in row.items()}
             print(name, told, flush=True)
     record("kernels", result)

@@ -87,7 +87,8 @@ def code_version(*modules: str) -> str:
         path = Path((spec and spec.origin) or "")
         digest.update(name.encode() + b"\0" + path.read_bytes())
         if (native := path.with_suffix(".cpp")).exists():
-            digest.update(native.read_bytes())
+            for file in (native, *sorted(path.parent.glob("*.h"))):
+                digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

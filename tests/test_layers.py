@@ -12,11 +12,11 @@ from models import ROOT
 
 LAYERS = [
     ["redaction", "errors"],
-    ["formats", "solver", "presolve", "slices"],
-    ["spec", "tables", "quantize", "pairs", "kernels.compiler", "kernels.fp8", "gpu_state", "transport"],
-    ["kernels.bgemm", "kernels.flash"],
+    ["formats", "solver", "presolve", "slices", "kernels.compiler"],
+    ["spec", "tables", "quantize", "pairs", "kernels.fp8", "gpu_state", "transport"],
+    ["kernels.bgemm", "kernels.flash", "kernels.rows", "kernels.int8_attention", "kernels.int8_linear"],
     ["store", "graph", "plan", "model", "attention", "design"],
-    ["kernels", "kernels.cpu", "kernels.cuda", "kernels.emulated", "kernels.rows", "kernels.rounding", "kernels.int8_attention"],
+    ["kernels", "kernels.cpu", "kernels.cuda", "kernels.emulated", "kernels.rounding"],
     ["task_data", "checkpoints", "changes"],
     ["partition", "apply", "runs", "inventory"],
     ["prefill"],

@@ -10,10 +10,11 @@ import torch
 
 from mpq.errors import MpqError
 from mpq.kernels import int8_attention
+from mpq.kernels.compiler import features
 
 Kind: TypeAlias = Literal["linear", "bgemm"]
 
-# BF16 runs on every CPU, fast where there is AMX or AVX512-BF16; INT8 through oneDNN (kernels/cpu.py)
+# BF16 runs on every CPU, fast where there is AMX or AVX512-BF16; INT8 through oneDNN or a kernel of ours (kernels/cpu.py)
 _CPU: dict[Kind, tuple[str, ...]] = {"linear": ("fp32", "bf16", "int8"), "bgemm": ("fp32", "bf16")}
 # the compute capability from which a GPU has matrix instructions for a format (CUDA programming guide, arithmetic throughput);
 # E5M2 stands for activations beside E4M3 weights, which attention has none of (kernels/cuda.py)
@@ -60,7 +61,7 @@ def device_name(device: str = "cpu") -> str:
     """The device's model, as timing tables carry it: `AMD EPYC (avx512_bf16, avx512_vnni), 2 threads`, `NVIDIA H200`."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    features = [shown for key, shown in _FEATURES.items() if capabilities.get(key)]
-    name = f"{capabilities.get('cpu_name') or 'CPU'} ({', '.join(features) or 'no bf16 or int8 instructions'})"
+    has = features()
+    shown = [name for key, name in _FEATURES.items() if has.get(key)]
+    name = f"{has.get('cpu_name') or 'CPU'} ({', '.join(shown) or 'no bf16 or int8 instructions'})"
     return f"{name}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"

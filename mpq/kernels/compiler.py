@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,14 @@ def compiled(source: Path) -> ctypes.CDLL:
     if not compiler:
         raise OSError("no C++ compiler (g++, clang++ or $CXX)")
     # -march=native: the library of one machine is not the next one's, even under a home folder that they share
-    made_with = (source.read_bytes(), compiler.encode(), *(f.encode() for f in _FLAGS), torch.__config__.show().encode(), *_cpu())
+    text = (source.read_bytes(), *(header.read_bytes() for header in sorted(source.parent.glob("*.h"))))
+    made_with = (
+        *text,
+        compiler.encode(),
+        *(f.encode() for f in _FLAGS),
+        torch.__config__.show().encode(),
+        repr(sorted(features().items())).encode(),
+    )
     folder = Path(tempfile.gettempdir()) / f"mpq-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -34,6 +42,6 @@ def compiled(source: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def _cpu() -> list[bytes]:
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return [repr(sorted(features.items())).encode()]
+def features() -> dict[str, Any]:
+    """What torch says of this CPU: its instructions by name (avx2, avx512_vnni, …), architecture and cpu_name; empty where it cannot."""
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}

@@ -1,4 +1,4 @@
-"""Native kernels of a CPU: FP32 and BF16 by casting, INT8 by oneDNN's prepacked quantized linear.
+"""Native kernels of a CPU: FP32 and BF16 by casting, INT8 by oneDNN's prepacked quantized linear or by ours.
 
 INT8 has one scale for each token and one for each output channel, as kernels/emulated.py rounds it. A call is three passes:
 
@@ -10,6 +10,9 @@ Codes are stored as round(x / scale) + 128 in u8, with a zero point of 128: the 
 codes give the same numbers from oneDNN's reference loop where there is no AMX (an AMD Zen 5: a thousand times slower).
 oneDNN takes one scale for all tokens at most, hence the third pass. A scale per tensor would save it, but one outlying
 token then costs all others their precision (bench/kernels.py measures both).
+
+Without VNNI those instructions saturate; there int8_linear.py multiplies codes in 16 bits, on AVX2. And where BF16 has no instructions,
+oneDNN multiplies it element by element: FP32's product of the rounded operands is the same sum, and up to seven times as fast.
 
 Between neighbours in 16 bits inside an FP32 model nothing is cast: a linear may be asked to leave its output in BF16, or to
 return to FP32 (apply.Mixed knows who reads it).
@@ -31,7 +34,8 @@ import torch
 from torch import Tensor
 
 from mpq.formats import Format
-from mpq.kernels import int8_attention, rows
+from mpq.kernels import int8_attention, int8_linear, rows
+from mpq.kernels.compiler import features
 from mpq.kernels.emulated import Linear, Product
 from mpq.quantize import quantize, scale_of
 
@@ -77,15 +81,19 @@ def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: floa
     `perturb_*` multiply the scales of INT8; the other formats have none.
     """
     if fmt.kind == "int":
-        make = _onednn_linear if has_quantized_linear() else _int_mm_linear
+        make = _onednn_linear if has_quantized_linear() else _avx2_linear if int8_linear.available() else _int_mm_linear
         return make(weight.detach(), None if bias is None else bias.detach(), fmt, perturb_input, perturb_weight)
     dtype = getattr(torch, fmt.dtype)
-    cast = weight.detach().to(dtype)
-    cast_bias = None if bias is None else bias.detach().to(dtype)
+    computed = _computed_in(dtype)
+    cast = weight.detach().to(dtype).to(computed)
+    cast_bias = None if bias is None else bias.detach().to(dtype).to(computed)
 
     def forward(x: Tensor, out: torch.dtype | None = None) -> Tensor:
         compiling = torch.compiler.is_compiling()  # then inductor shares casts, and fuses them with what surrounds them
-        lowered = x.to(dtype) if compiling or x.dtype == dtype else _last.get(x, dtype, lambda: x.to(dtype))
+        if compiling or x.dtype == computed == dtype:
+            lowered = x.to(dtype).to(computed)
+        else:
+            lowered = _last.get(x, dtype, lambda: x.to(dtype).to(computed))
         return torch.nn.functional.linear(lowered, cast, cast_bias).to(out or x.dtype)
 
     return forward
@@ -96,22 +104,27 @@ def bgemm(fmt: Format) -> Product:
     if fmt.kind == "int":
         return int8_attention.bgemm
     dtype = getattr(torch, fmt.dtype)
+    computed = _computed_in(dtype)
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        return torch.matmul(a.to(dtype), b.to(dtype)).to(a.dtype)
+        return torch.matmul(a.to(dtype).to(computed), b.to(dtype).to(computed)).to(a.dtype)
 
     return product
 
 
 @functools.cache
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """In what to multiply operands rounded to `dtype`: itself, but for BF16 on an x86 CPU for which oneDNN has no fast path."""
+    has = features()
+    without = has.get("architecture") == "x86_64" and not (has.get("avx512_f") or has.get("avx_ne_convert"))
+    return torch.float32 if dtype == torch.bfloat16 and without else dtype
+
+
+@functools.cache
 def has_quantized_linear() -> bool:
     """Whether oneDNN's quantized linear is there, on instructions that add u8 x s8 products without saturating (VNNI, AMX)."""
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     found = hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(torch.ops.onednn, "qlinear_prepack")
-    if found and any(features.get(f) for f in ("avx512_vnni", "avx_vnni", "amx_int8")):
-        return True
-    log.warning("No oneDNN quantized linear for this CPU: INT8 runs on torch._int_mm, which is seldom faster than BF16.")
-    return False
+    return found and any(features().get(f) for f in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 def _onednn_product(codes: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,7 +163,32 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_inp
     return forward
 
 
+def _avx2_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float, perturb_weight: float) -> Linear:
+    scale = scale_of(weight, fmt, "row") * perturb_weight
+    packed = int8_linear.pack(quantize(weight, fmt, scale), scale.flatten(), bias)
+
+    def forward(x: Tensor, out: torch.dtype | None = None) -> Tensor:
+        read, wanted = _FAST.get(x.dtype, torch.float32), out or x.dtype
+
+        def codes_of_rows() -> tuple[Tensor, Tensor]:
+            return int8_linear.quantize(_rows(x).to(read), perturb_input)
+
+        codes, row_scale = codes_of_rows() if torch.compiler.is_compiling() else _last.get(x, perturb_input, codes_of_rows)
+        y = int8_linear.product(codes, row_scale, packed, _FAST.get(wanted, torch.float32))
+        return y.to(wanted).view(*x.shape[:-1], -1)
+
+    return forward
+
+
+@functools.cache
+def _say_slow() -> None:
+    log.warning(
+        "No fast INT8 linear for this CPU, or no C++ compiler: INT8 runs on torch._int_mm, which is seldom faster than FP32."
+    )
+
+
 def _int_mm_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float, perturb_weight: float) -> Linear:
+    _say_slow()
     scale = scale_of(weight, fmt, "row") * perturb_weight
     codes, scale = quantize(weight, fmt, scale).t(), scale.flatten()
 

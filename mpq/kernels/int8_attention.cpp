@@ -4,63 +4,18 @@
 // The second operand of a product is packed into tiles of 16 columns by 4 steps of the sum, so that one instruction adds
 // 4 steps of 16 columns: packed[tile][step / 4][column][step % 4]. The first operand's 4 codes are broadcast. Codes of Q are
 // unsigned with zero point 128, hence the term 128 * sum of the column's codes; P is not negative and needs none.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include <immintrin.h>
 #include <omp.h>
+
+#include "codes.h"
 
 namespace {
 
 constexpr int kTile = 16;                 // columns of a tile: 16 sums of 32 bits fill a register
 constexpr int kRows = 6, kTiles = 4;      // sums held in registers at once: 6 rows by 4 tiles of 32 registers
 constexpr int kBlock = 48;                // query rows whose scores stay in the cache
-constexpr float kTiny = 1.17549435e-38f;  // the smallest normal FP32: a row of zeros has scale 1
-
-inline float to_float(float x) { return x; }
-inline float to_float(uint16_t x) {
-  uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-inline void store(float* at, float x) { *at = x; }
-inline void store(uint16_t* at, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  *at = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
-}
-
-inline int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-inline float step_of(float largest) {
-  const float step = largest / 127.0f;
-  return step > kTiny ? step : 1.0f;
-}
-
-inline int32_t code_of(float x, float step) {
-  float code = std::nearbyint(x / step);
-  code = code < -127.0f ? -127.0f : code;
-  return static_cast<int32_t>(code > 127.0f ? 127.0f : code);
-}
-
-// codes + zero of one row, and the scale that it has to itself
-template <typename T, typename Code>
-float quantize_row(const T* row, int64_t k, int32_t zero, Code* codes) {
-  float largest = 0.0f;
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < k; ++i) {
-    const float size = std::fabs(to_float(row[i]));
-    largest = size > largest ? size : largest;
-  }
-  const float step = step_of(largest);
-#pragma omp simd
-  for (int64_t i = 0; i < k; ++i) codes[i] = static_cast<Code>(code_of(to_float(row[i]), step) + zero);
-  return step;
-}
 
 // The second operand of a product: n columns, summed over k steps.
 struct Packed {

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpq.kernels.compiler import compiled
+from mpq.kernels.compiler import compiled, features
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +28,7 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 @functools.cache
 def available() -> bool:
     """Whether this CPU has VNNI and the kernels could be compiled; the reason why not is said in the log."""
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if not features.get("avx512_vnni"):
+    if not features().get("avx512_vnni"):
         return False
     try:
         _library()

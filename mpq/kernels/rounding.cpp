@@ -4,36 +4,16 @@
 // A float with m mantissa bits has the step 2^(e - m) where 2^e <= |v| < 2^(e + 1). The last bit of 1.5 * 2^(e + 23 - m) in
 // FP32 is worth that step: adding it lets FP32's own addition round v to nearest, ties to even, and taking it away again is
 // exact. Subnormals have the step of the smallest normals. Integers have one step everywhere, no NaN and one zero.
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "codes.h"
 
 namespace {
 
-constexpr float kTiny = 1.17549435e-38f;  // the smallest normal FP32: a neighbourhood below it has scale 1
 constexpr uint32_t kSign = 0x80000000u, kExponent = 0x7f800000u, kHalf = 0x00400000u;
 constexpr int64_t kFew = 16384;  // elements that one thread rounds sooner than two
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
 inline uint32_t size_bits(float x) { return bits_of(x) & ~kSign; }  // order as magnitudes do, NaN above all
-
-inline uint32_t to_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
-  const uint32_t bits = bits_of(x);
-  return x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
-inline float to_float(float x) { return x; }
-inline float to_float(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }  // BF16 is the upper half of FP32
-inline void store(float* at, float x) { *at = x; }
-inline void store(uint16_t* at, float x) { *at = static_cast<uint16_t>(to_bf16(x)); }
 
 inline float clamped(float v, float limit) {  // NaN stays NaN
   v = v < -limit ? -limit : v;

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from mpq.errors import MpqError
 from mpq.formats import FORMATS, get_format
-from mpq.kernels import check_native, cpu, device_name, emulated, int8_attention, native_formats, rows
+from mpq.kernels import check_native, compiler, cpu, device_name, emulated, int8_attention, int8_linear, native_formats, rows
 
 needs_vnni = pytest.mark.skipif(not int8_attention.available(), reason="this CPU has no AVX512-VNNI, or there is no C++ compiler")
 SHAPES = [(1, 1, 1), (1, 33, 7), (5, 17, 19), (37, 64, 130), (128, 48, 1)]  # T, K, C
@@ -87,34 +89,85 @@ def test_native_equals_emulated(name: str, shape: tuple[int, int, int]) -> None:
         close(native, fake.double().numpy(), x.double().numpy(), weight.T.double().numpy(), 1e-2 if name == "bf16" else 1e-5)
 
 
-def test_int8_fallback_equals_the_prepacked_kernel(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Without oneDNN's quantized linear the same numbers come from torch._int_mm, and the log says so."""
+INT8_LINEARS = {
+    "onednn": (cpu._onednn_linear, cpu.has_quantized_linear),
+    "avx2": (cpu._avx2_linear, int8_linear.available),
+    "int_mm": (cpu._int_mm_linear, lambda: True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (250, 77, 145), (3, 2049, 16)])
+@pytest.mark.parametrize("name", INT8_LINEARS)
+def test_each_int8_linear_equals_the_emulated_one(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Whatever a CPU runs INT8 on (oneDNN, our AVX2 kernel, torch._int_mm), the numbers are the same, in either output dtype."""
+    make, usable = INT8_LINEARS[name]
+    if not usable():
+        pytest.skip(f"this CPU has no INT8 by {name}")
+    x, weight, bias = tensors(*shape, dtype)
+    fmt = get_format("int8")
+    for perturb, added in ((1.0, None), (1.04, bias)):
+        got = make(weight, added, fmt, perturb, perturb)
+        want = emulated.linear(weight.float(), None if added is None else added.float(), fmt, perturb, perturb)(x.float())
+        size = x.double().abs().numpy() @ weight.double().abs().T.numpy() + 1
+        for out, share in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            y = got(x, out)
+            assert y.dtype == out
+            assert (np.abs(y.double().numpy() - want.double().numpy()) <= share * size).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bf16_without_instructions_is_the_same_product(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU multiplies rounded operands in FP32, linears and attention's products differ by the order of a sum alone."""
+    x, weight, bias = tensors(*shape)
+    results = []
+    for computed in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(cpu, "_computed_in", lambda _, computed=computed: computed)
+        results.append((cpu.linear(weight, bias, get_format("bf16"))(x.clone()), cpu.bgemm(get_format("bf16"))(x, weight.T)))
+    size = x.abs() @ weight.T.abs() + bias.abs()
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ((ours - theirs).abs() <= 1e-2 * size).all()  # torch's own BF16 product rounds its output once more
+
+
+def test_int8_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """On a CPU of which nothing is known INT8 runs on torch._int_mm, and the log says that it is slow."""
     x, weight, bias = tensors(40, 64, 24)
     want = cpu.linear(weight, bias, get_format("int8"))(x)
-    cpu.has_quantized_linear.cache_clear()
+    cached = (cpu.has_quantized_linear, int8_linear.available, cpu._say_slow)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     try:
+        for function in cached:
+            function.cache_clear()
         with caplog.at_level(logging.WARNING):
-            got = cpu.linear(weight, bias, get_format("int8"))(x)
+            got = cpu.linear(weight, bias, get_format("int8"))(x.clone())
     finally:
-        cpu.has_quantized_linear.cache_clear()
+        for function in cached:
+            function.cache_clear()
     assert "torch._int_mm" in caplog.text
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
 
-def test_int8_without_a_compiler_gives_the_same_numbers(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("cached", "use"), [(rows.passes, rows.passes), (int8_linear._library, int8_linear.available)])
+def test_int8_without_a_compiler_says_so(
+    cached: Any, use: Callable[[], object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where C++ cannot be compiled torch quantizes the activations, the log says so, the result is the same."""
+    """Where C++ cannot be compiled, torch quantizes the activations and multiplies: the log says so, and INT8 goes on."""
+    if not compiler.features().get("avx2"):
+        pytest.skip("this CPU has no AVX2")
     x, weight, bias = tensors(40, 64, 24)
     want = cpu.linear(weight, bias, get_format("int8"))(x)
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    rows.passes.cache_clear()
+    functions = {cached, use}
     try:
+        for function in functions:
+            function.cache_clear()  # type: ignore[attr-defined]
         with caplog.at_level(logging.WARNING):
+            use()
             got = cpu.linear(weight, bias, get_format("int8"))(x.clone())
     finally:
-        rows.passes.cache_clear()
+        for function in functions:
+            function.cache_clear()  # type: ignore[attr-defined]
     assert "/no/such/compiler" in caplog.text
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
@@ -144,7 +197,7 @@ def test_what_was_made_of_an_input_is_not_kept_too_long(name: str) -> None:
     """Two linears share what they make of one tensor; another tensor, and one changed in place, are read anew."""
     x, weight, _ = tensors(12, 20, 9)
     one, two = (cpu.linear(w, None, get_format(name)) for w in (weight, weight.flip(0)))
-    assert torch.equal(one(x), two(x).flip(1))
+    torch.testing.assert_close(one(x), two(x).flip(1))
     fresh = one(x * 2)
     x.mul_(2)
     assert torch.equal(one(x), fresh)
