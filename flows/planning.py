@@ -75,11 +75,9 @@ class Planning:
     def _made_with(self) -> tuple[str, ...]:
         """What a time depends on besides the model: device, libraries, kernels."""
         cuda = ("kernels.cuda", "kernels.fp8", "kernels.flash", "kernels.bgemm")
-        kernels = (
-            "kernels",
-            *(cuda if self.spec.model.device != "cpu" else ("kernels.cpu", "kernels.rows", "kernels.int8_attention")),
-        )
-        code = code_of("timing", "prefill", "pairs", "apply", "attention", *kernels)
+        cpu = ("kernels.cpu", "kernels.rows", "kernels.int8_attention", "kernels.int8_linear")
+        kernels = ("kernels", *(cpu if self.spec.model.device == "cpu" else cuda))
+        code = code_of("timing", "prefill", "pairs", "machine", "apply", "attention", *kernels)
         return self.device_name, version("torch"), version("transformers"), code
 
     def load(self) -> References:

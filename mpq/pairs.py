@@ -1,41 +1,41 @@
 """Pairs of timings, base beside what is compared with it, on a machine that is never quite quiet.
 
 Both halves of a pair meet the same drift; the order within pairs is balanced and random; medians shrug off spikes. Pairs that
-a busy machine disturbed are told by their own slowness and by the time that the hypervisor took, and measured again.
+a busy machine disturbed are told by their own slowness and by what the machine did meanwhile (machine.py), and measured again.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+
+from mpq.machine import Interval, between, calm, load_average, reading
 
 Timed: TypeAlias = Callable[[], float]  # one run; returns its seconds
 RESAMPLES = 2000
 SLOWEST = 1.05  # a run is disturbed when it takes this many medians and lies SPREADS deviations above
 SPREADS = 6.0
-STOLEN = 0.10  # or when the hypervisor took this share of the pair's time
 
 
 @dataclass(frozen=True)
 class Pairs:
     """Seconds of base and of what was compared with it, pair by pair; and what the machine was doing.
 
-    `disturbed` pairs were measured and left out. `steal_share` is the share of all cores' time that the hypervisor took.
+    `disturbed` pairs were measured and left out; `beside` covers them too.
     """
 
     base_s: np.ndarray
     config_s: np.ndarray
     load_average: float
-    steal_share: float
+    beside: Interval
     disturbed: int = 0
 
 
@@ -51,12 +51,12 @@ def gain_statistics(base_s: np.ndarray, config_s: np.ndarray, seed: int = 0) -> 
     return float(np.median(differences)), float(low), float(high)
 
 
-def undisturbed(base_s: np.ndarray, config_s: np.ndarray, stolen: np.ndarray) -> np.ndarray:
-    """Which pairs to keep: neither half far above its median, little time stolen. At least half are kept always.
+def undisturbed(base_s: np.ndarray, config_s: np.ndarray, calm: np.ndarray) -> np.ndarray:
+    """Which pairs to keep: neither half far above its median, the machine calm meanwhile. At least half are kept always.
 
     Each half is held against the median of its kind, so a pair is left out for slowness on either side, never for its gain.
     """
-    keep = np.asarray(stolen) <= STOLEN
+    keep = np.array(calm, dtype=bool)
     for seconds in (np.asarray(base_s), np.asarray(config_s)):
         middle = np.median(seconds)
         spread = 1.4826 * np.median(np.abs(seconds - middle))  # the standard deviation, were they normal
@@ -77,25 +77,24 @@ def interleave(
     """
     rng, order = np.random.default_rng(seed), np.arange(2)
     seconds: tuple[list[float], list[float]] = ([], [])
-    stolen: list[float] = []
+    meanwhile: list[Interval] = []
     most = max(repeats, cap or (2 if target is None else 4) * repeats)
     with _quiet():
-        first = before = _cpu_ticks()
+        first, start = reading(), time.perf_counter()
+        before, since = first, start
         while True:
             # each second pair mirrors the one before, so that steady drift favours neither side
-            order = order[::-1] if len(stolen) % 2 else rng.permutation(2)
+            order = order[::-1] if len(meanwhile) % 2 else rng.permutation(2)
             for which in order:
                 seconds[which].append((base, config)[which]())
-            after = _cpu_ticks()
-            stolen.append((after[0] - before[0]) / max(1, after[1] - before[1]))
-            before = after
+            after, now = reading(), time.perf_counter()
+            meanwhile.append(between(before, after, now - since))
+            before, since = after, now
             base_s, config_s = np.array(seconds[0]), np.array(seconds[1])
-            keep = undisturbed(base_s, config_s, np.array(stolen))
-            if len(stolen) >= most or (keep.sum() >= repeats and _settled(base_s[keep], config_s[keep], target, seed)):
+            keep = undisturbed(base_s, config_s, calm(meanwhile))
+            if len(meanwhile) >= most or (keep.sum() >= repeats and _settled(base_s[keep], config_s[keep], target, seed)):
                 break
-    steal = (before[0] - first[0]) / max(1, before[1] - first[1])
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return Pairs(base_s[keep], config_s[keep], load, float(steal), int((~keep).sum()))
+    return Pairs(base_s[keep], config_s[keep], load_average(), between(first, before, since - start), int((~keep).sum()))
 
 
 def _settled(base_s: np.ndarray, config_s: np.ndarray, target: float | None, seed: int) -> bool:
@@ -126,12 +125,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _cpu_ticks() -> tuple[int, int]:
-    """(stolen by the hypervisor, total) clock ticks of all CPUs so far; zeros where /proc/stat is missing."""
-    try:
-        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    except (OSError, ValueError, IndexError):
-        return 0, 0
-    return (fields[7] if len(fields) > 7 else 0), sum(fields)

@@ -103,7 +103,8 @@ def measure_each(
 
     `requests` pairs a signature of the table `groups` with configurations, formats in op order. With method `signature` all groups of the
     signature are switched at once and the gain divided by their number; with `group` (the paper's) its first group alone.
-    On a GPU further columns tell its clocks, temperature, power and throttling (gpu_state.py) after each comparison.
+    Further columns tell how long this process's threads waited for a core and, where known, the cores' clock (machine.py), and on a GPU its clocks,
+    temperature, power and throttling (gpu_state.py) after each comparison.
     The configuration that is all base has gain 0 by definition. `target` and `cap`: see interleave; `compiled` and `graph`: see
     prefill.py. `wanted` is asked, just before a place is measured, whether it still is.
     Raises MpqError before anything is measured where a format is not native, a signature is unknown, or a configuration
@@ -136,8 +137,8 @@ def measure_each(
             if not (all_base and signature in base_pairs):
                 pairs = session.compare({} if all_base else formats, seed + TRIES * done)
                 base_pairs[signature] = pairs
-            state = {"measured_unix_s": time.time(), **gpu_state(device)}
             pairs = base_pairs[signature]
+            state = {"measured_unix_s": time.time(), **_cpu_state(pairs), **gpu_state(device)}
             gain, low, high = (0.0, 0.0, 0.0) if all_base else gain_statistics(pairs.base_s, pairs.config_s, seed)
             base_ttft_s = float(np.median(pairs.base_s))
             row = {
@@ -146,7 +147,7 @@ def measure_each(
                 "ttft_s": base_ttft_s if all_base else float(np.median(pairs.config_s)),
                 "gain_s": gain / len(ops), "gain_ci_low_s": low / len(ops), "gain_ci_high_s": high / len(ops),
                 "device": device_name(str(device)), "method": method, "batch": batch, "length": length,
-                "load_average": pairs.load_average, "steal_share": pairs.steal_share, "disturbed": pairs.disturbed,
+                "load_average": pairs.load_average, "steal_share": pairs.beside.steal_share, "disturbed": pairs.disturbed,
                 "measured": done, "significant": bool(low > 0 or high < 0), "mode": prefill.mode,
             }  # fmt: skip
             yield place, pl.concat([table("timing", [row]), pl.DataFrame([state])], how="horizontal")
@@ -183,7 +184,7 @@ def measure_ttft(
 
     The table `groups` tells who reads whose output: neighbours in BF16 then run without casts in between, as in measure.
     Columns: ttft_s, base_ttft_s (medians), gain_s, gain_ci_low_s, gain_ci_high_s, repeats, device, batch, length,
-    load_average, steal_share, disturbed, mode. Raises MpqError where the model lacks an op or the device a kernel.
+    load_average, steal_share, disturbed, mode, waited_share, clock_mhz. Raises MpqError where the model lacks an op or the device a kernel.
     """
     device = str(next(model.parameters()).device)
     prefill = Prefill(model, batch, length, seed=seed, compiled=compiled, graph=graph)
@@ -198,8 +199,9 @@ def measure_ttft(
                 {
                     "ttft_s": float(np.median(pairs.config_s)), "base_ttft_s": float(np.median(pairs.base_s)), "gain_s": gain,
                     "gain_ci_low_s": low, "gain_ci_high_s": high, "repeats": len(pairs.base_s), "device": device_name(device),
-                    "batch": batch, "length": length, "load_average": pairs.load_average, "steal_share": pairs.steal_share,
-                    "disturbed": pairs.disturbed, "mode": prefill.mode, **gpu_state(device),
+                    "batch": batch, "length": length, "load_average": pairs.load_average,
+                    "steal_share": pairs.beside.steal_share, "disturbed": pairs.disturbed, "mode": prefill.mode,
+                    **_cpu_state(pairs), **gpu_state(device),
                 }
             )  # fmt: skip
             if progress:
@@ -264,6 +266,11 @@ class _Session:
             self._patience_s -= pause_s
             time.sleep(pause_s)
         return pairs
+
+
+def _cpu_state(pairs: Pairs) -> dict[str, float]:
+    known = {"clock_mhz": pairs.beside.clock_mhz} if np.isfinite(pairs.beside.clock_mhz) else {}
+    return {"waited_share": pairs.beside.waited_share, **known}
 
 
 def _members(groups: pl.DataFrame, signature: str, method: Method) -> list[list[tuple[str, str]]]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from mpq.apply import Mixed
 from mpq.errors import MpqError
+from mpq.machine import Interval, Reading
 from mpq.pairs import Pairs, Timed, gain_statistics, interleave, undisturbed
 from mpq.prefill import Prefill
 from mpq.tables import SCHEMAS, table
@@ -48,10 +49,13 @@ def groups() -> pl.DataFrame:
     return table("groups", rows)
 
 
+CALM = Reading(ticks=0, stolen=0, waited_s=0.0, clock_mhz=np.nan)
+
+
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hypervisor that takes no time: the fake machine's times are its own, whatever the real one is doing."""
-    monkeypatch.setattr("mpq.pairs._cpu_ticks", lambda: (0, 0))
+    """Nobody takes time: the fake machine's times are its own, whatever the real one is doing."""
+    monkeypatch.setattr("mpq.pairs.reading", lambda: CALM)
 
 
 class Machine:
@@ -86,7 +90,7 @@ def test_pairs_hold_one_of_each_in_random_order() -> None:
     np.testing.assert_allclose(pairs[0].base_s, 3.0)
     np.testing.assert_allclose(pairs[0].config_s, 2.0)
     assert gc.isenabled()
-    assert 0 <= pairs[0].steal_share <= 1
+    assert pairs[0].beside.steal_share == 0
 
 
 @pytest.mark.usefixtures("quiet")
@@ -126,11 +130,11 @@ def test_disturbed_pairs_are_measured_again() -> None:
     assert interleave(*steady.both, 15).disturbed == 0
 
 
-def test_stolen_time_disturbs_and_half_is_always_kept() -> None:
-    """A pair during which the hypervisor took a fifth of the time goes; where it takes it all along, nothing does."""
-    even = np.ones(6)
-    assert undisturbed(even, even, np.array([0, 0, 0.2, 0, 0, 0])).tolist() == [True, True, False, True, True, True]
-    assert undisturbed(even, even, np.full(6, 0.2)).all()
+def test_a_pair_beside_others_is_left_out_and_half_is_always_kept() -> None:
+    """A pair during which the machine was not calm goes; where it never was, nothing does."""
+    even, calm = np.ones(6), np.array([True, True, False, True, True, True])
+    assert undisturbed(even, even, calm).tolist() == calm.tolist()
+    assert undisturbed(even, even, np.zeros(6, dtype=bool)).all()
 
 
 def test_gain_is_the_median_difference() -> None:
@@ -163,7 +167,7 @@ def test_the_timing_table(method: Any) -> None:
     frame = measure(
         model, groups(), requests, base="fp32", batch=2, length=8, repeats=3, method=method, progress=lambda *t: ticks.append(t)
     )
-    assert dict(frame.drop("measured_unix_s").schema) == SCHEMAS["timing"]
+    assert dict(frame.drop("measured_unix_s", "waited_share", "clock_mhz", strict=False).schema) == SCHEMAS["timing"]
     assert frame["configuration"].to_list() == [list(c) for _, cs in requests for c in cs]
     assert frame["instances"].to_list() == [2 if method == "signature" else 1] * 4
     assert frame["group"].to_list() == [0, 0, 0, 1]
@@ -252,7 +256,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, slowness: Callable[[int], float], 
         nonlocal made
         slow = slowness(made)
         made += 1
-        return Pairs(np.full(repeats, 0.1 * slow), np.full(repeats, (0.1 - gain_s) * slow), 0.0, 0.0)
+        return Pairs(np.full(repeats, 0.1 * slow), np.full(repeats, (0.1 - gain_s) * slow), 0.0, Interval(0.0, 0.0, np.nan))
 
     monkeypatch.setattr("mpq.timing.interleave", interleaved)
     monkeypatch.setattr("mpq.timing.PAUSE_S", 0.0)
