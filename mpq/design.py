@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -162,6 +163,28 @@ def sums(groups: pl.DataFrame, gains: pl.DataFrame, plans: Iterable[Mapping[str,
     )
     ops_of = list(members.agg("op").iter_rows())
     return [math.fsum(gain[g, tuple(plan.get(op, base) for op in ops)] for g, ops in ops_of) for plan in plans]
+
+
+def half_widths(groups: pl.DataFrame, timing: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str) -> list[float]:
+    """For each plan the half width (s) of the 95 % interval of its groups' summed gains, from the intervals of the timing table.
+
+    One measurement that serves several groups of a signature errs in all of them alike; different ones err apart. Raises KeyError for a
+    configuration that the table lacks.
+    """
+    half = {
+        (r["signature"], tuple(r["configuration"])): (r["gain_ci_high_s"] - r["gain_ci_low_s"]) / 2
+        for r in timing.iter_rows(named=True)
+    }
+    members = groups.filter(pl.col("signature").is_in(timing["signature"].unique().implode()))
+    ops_of = [
+        (signature, rows["op"].to_list())
+        for (_, signature), rows in members.sort("order").group_by(["group", "signature"], maintain_order=True)
+    ]
+    out = []
+    for plan in plans:
+        chosen = Counter((signature, tuple(plan.get(op, base) for op in ops)) for signature, ops in ops_of)
+        out.append(math.hypot(*(count * half[which] for which, count in chosen.items() if set(which[1]) != {base})))
+    return out
 
 
 def neighbours(groups: pl.DataFrame, formats: Mapping[str, str], base: str) -> float:

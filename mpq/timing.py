@@ -221,8 +221,8 @@ def base_ttft(model: nn.Module, base: str, batch: int, length: int, repeats: int
 
 class _Session:
     """Comparisons against one base, re-anchored through the run: a base far slower than the fastest one so far says that the
-    machine is busy with something else, and the comparison is made again after a pause, TRIES times at most. Pauses
-    together take no longer than the measuring has."""
+    machine is busy with something else, and the comparison is made again after a pause, TRIES times at most; then its speed is
+    taken for the machine's. Pauses together take no longer than the measuring has."""
 
     def __init__(
         self, model: nn.Module, base: str, feeds: Mapping[str, tuple[str, ...]], prefill: Prefill, repeats: int,
@@ -265,6 +265,8 @@ class _Session:
                 break
             self._patience_s -= pause_s
             time.sleep(pause_s)
+        else:
+            self._fastest = base_s
         return pairs
 
 

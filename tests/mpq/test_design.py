@@ -17,6 +17,7 @@ from mpq.design import (
     choices_of,
     complete,
     design,
+    half_widths,
     interaction,
     neighbours,
     refine,
@@ -151,6 +152,20 @@ def test_anchors_are_the_fastest_plan_and_everything_in_each_format() -> None:
     assert [set(plan.values()) for plan in plans if len(set(plan.values())) == 1] == [{f} for f in formats]
     nothing = gains.filter(pl.col("configuration").list.eval(pl.element() == BASE).list.all())
     assert anchors(groups(), nothing, BASE) == []
+
+
+def test_half_widths_add_up_where_one_measurement_serves_several_groups() -> None:
+    """By hand: two blocks in one configuration err alike (2 x 3 ms), a third in another errs apart (4 ms); base errs nowhere."""
+    device = Device()
+    everything, first = ("int8",) * N, ("int8", *[BASE] * (N - 1))
+    timing = device.measure([("block", (BASE,) * N), ("block", everything), ("block", first)])
+    widths = pl.Series([0.0, 3e-3, 4e-3])
+    timing = timing.with_columns(gain_ci_low_s=pl.col("gain_s") - widths, gain_ci_high_s=pl.col("gain_s") + widths)
+    plan = {f"l.{g}.op{i}": "int8" for g in (0, 1) for i in range(N)}
+    got = half_widths(groups(), timing, [{}, plan, plan | {"l.2.op0": "int8"}], BASE)
+    np.testing.assert_allclose(got, [0.0, 6e-3, math.hypot(6e-3, 4e-3)])
+    with pytest.raises(KeyError):
+        half_widths(groups(), timing, [{"l.0.op1": "int8"}], BASE)
 
 
 def test_neighbours_are_lowered_groups_in_a_row() -> None:
