@@ -43,7 +43,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	touch $@
 
 # one measurement alone: make bench-kernels, bench-timing, …; its result goes to bench/results/<device>/
-bench: bench-sensitivity bench-solver bench-kernels bench-timing bench-evaluation bench-fanout
+bench: bench-sensitivity bench-solver bench-kernels bench-timing bench-campaign bench-evaluation bench-fanout
 
 # on a machine with an NVIDIA GPU, by its own python3: needs no installation (bench/gpu_campaign.py says what it lacks)
 bench-gpu:

@@ -1,7 +1,9 @@
 """Is the time model right? Gains of groups against sums of their ops', TTFT of whole plans predicted and measured, and the cost.
 
     python bench/timing.py [demo | wide | checkpoint folder …]
+    python bench/timing.py --again bench/results/<device> [demo | wide …]
 
+The second measures nothing: it works out results and pictures of an earlier campaign from its tables, after a change to the time model.
 On this machine's CPU, base FP32 with BF16 and INT8 native, for two shapes with random weights: the demo's, and a Llama of width 1024
 whose products take longer than what is around them. Plans: random ones of every share of lowered ops, the fastest by the gains, and
 the fastest up to the middle of the model. Writes timing-<shape>.json, tables and two pictures beside the other results of this
@@ -10,6 +12,9 @@ device; each shape's last line is JSON. Sections and figure numbers are those of
 
 from __future__ import annotations
 
+import ast
+import datetime
+import json
 import random
 import sys
 from pathlib import Path
@@ -35,6 +40,7 @@ BASE = "fp32"
 KINDS: tuple[Kind, ...] = ("linear", "bgemm")
 FORMATS = {kind: tuple(f for f in ("bf16", "int8") if f in native_formats("cpu", kind)) for kind in KINDS}
 REPEATS, LIMIT, PLANS = 9, 64, 24
+ANCHOR, FASTEST, HALF = "anchor", "the fastest", "the fastest, first half"
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 WIDE = LlamaConfig(
     vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4
@@ -98,13 +104,12 @@ def half(plan: dict[str, str], groups: pl.DataFrame) -> dict[str, str]:
     return {op: plan[op] for op in first if op in plan}
 
 
-def figure_3a(tested: pl.DataFrame) -> Figure:
+def figure_3a(measured_s: np.ndarray, predicted_s: np.ndarray) -> Figure:
     """TTFT of whole plans, measured against predicted."""
     figure = Figure(figsize=(4.8, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    predicted, measured = tested["predicted_ttft_s"].to_numpy() * 1e3, tested["ttft_s"].to_numpy() * 1e3
-    axes.plot(predicted, measured, "o", color="#0072b2", markerfacecolor="none", label="plans")
-    ends = [measured.min() * 0.95, measured.max() * 1.05]
+    axes.plot(predicted_s * 1e3, measured_s * 1e3, "o", color="#0072b2", markerfacecolor="none", label="plans")
+    ends = [measured_s.min() * 950, measured_s.max() * 1050]
     axes.plot(ends, ends, color="#444", linewidth=1, label="equal")
     axes.set_xlabel("TTFT, predicted (ms)")
     axes.set_ylabel("TTFT, measured (ms)")
@@ -121,63 +126,103 @@ def run(name: str, config: Any, batch: int, length: int) -> None:
     model = timing_model(config, BASE)
     shape: dict[str, Any] = {"base": BASE, "batch": batch, "length": length}
     requests = [(s, design(c, LIMIT)) for s, c in choices.items()]
-    timing = measure(model, groups, requests, repeats=REPEATS, target=0.01, cap=3 * REPEATS, **shape)
+    timing = measure(model, groups, requests, repeats=REPEATS, target=0.01, cap=2 * REPEATS, **shape)
+    rng = random.Random(0)
+    whole = anchors(groups, coefficients(groups, complete(timing, choices, BASE)), BASE)
+    named = {FASTEST: whole[0], HALF: half(whole[0], groups)}
+    plans = [*whole, *named.values(), *(random_plan(groups, (i + 1) / PLANS, rng) for i in range(PLANS))]
+    names = [*[ANCHOR] * len(whole), *named, *["random"] * PLANS]
+    seconds = measure_ttft(model, plans, groups=groups, repeats=REPEATS + 2, target=0.005, cap=3 * REPEATS, **shape)
+    tested = seconds.with_columns(pl.Series("plan", [str(p) for p in plans]), pl.Series("name", names))
+    out = folder_of()
+    timing.write_parquet(out / f"timing-{name}.parquet")
+    tested.write_parquet(out / f"timing-{name}-plans.parquet")
+    record(f"timing-{name}", {**shape, "repeats": REPEATS, **worked_out(name, groups, timing, tested, out)})
 
+
+def again(folder: Path, name: str, config: Any, batch: int, length: int) -> None:
+    """Work out the results of an earlier campaign from its tables; what it was measured on and when stays."""
+    timing, tested = (pl.read_parquet(folder / f"timing-{name}{part}.parquet") for part in ("", "-plans"))
+    if "name" not in tested.columns:  # campaigns before 2026-11-25 did not write it: plans come in this order
+        anchored = tested.height - 2 - PLANS
+        tested = tested.with_columns(pl.Series("name", [*[ANCHOR] * anchored, FASTEST, HALF, *["random"] * PLANS]))
+    groups = groups_table(partition(trace(config)), batch, length)
+    file = folder / f"timing-{name}.json"
+    told = json.loads(file.read_text())
+    kept = {k: v for k, v in told["result"].items() if k in ("base", "batch", "length", "repeats")}
+    told["result"] = kept | worked_out(name, groups, timing, tested, folder)
+    file.write_text(json.dumps(told | {"worked_out": datetime.date.today().isoformat()}, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(told))
+
+
+def coefficients(groups: pl.DataFrame, timing: pl.DataFrame, bound: str = "mean") -> pl.DataFrame:
+    """The gains table of a completed timing table, whatever it does to the loss."""
+    named = sorted({f for c in timing["configuration"] for f in c})
     no_loss = table("sensitivity", [
         {"op": op, "operand": "input", "format": f, "noise_model": "ulp", "n_samples": 1, "loss_mse": 0.0, "sensitivity": 0.0}
-        for op in groups["op"] for f in ("bf16", "int8")
+        for op in groups["op"] for f in named
     ])  # fmt: skip
-    gains = gains_et(groups, complete(timing, choices, BASE), no_loss, BASE, "ulp")
-    rng = random.Random(0)
-    whole = anchors(groups, gains, BASE)
-    named = {"the fastest": whole[0], "the fastest, first half": half(whole[0], groups)}
-    plans = [*whole, *named.values(), *(random_plan(groups, (i + 1) / PLANS, rng) for i in range(PLANS))]
-    seconds = measure_ttft(model, plans, groups=groups, repeats=REPEATS + 2, target=0.005, cap=4 * REPEATS, **shape)
-    total = sums(groups, gains, plans, BASE)
-    pairs = [neighbours(groups, plan, BASE) for plan in plans]
-    term = interaction(pairs[: len(whole)], total[: len(whole)], seconds["gain_s"][: len(whole)].to_list())
-    base_s = seconds["base_ttft_s"]
-    result = seconds.with_columns(
-        (base_s - pl.Series(total)).alias("additive_ttft_s"), (base_s - pl.Series(total) - term * pl.Series(pairs)).alias("predicted_ttft_s"),
-    )  # fmt: skip
-    by_name = list(zip(named, result[len(whole) :].iter_rows(named=True), strict=False))
-    tested = result[len(whole) + 1 :]  # the first ones anchor the interaction term, and the fastest is one of them measured again
-    errors = {n: (tested[f"{n}_ttft_s"] / tested["ttft_s"] - 1).abs() for n in ("additive", "predicted")}
-    measured_gain, predicted_gain = tested["gain_s"].to_numpy(), (tested["base_ttft_s"] - tested["predicted_ttft_s"]).to_numpy()
-    own = (tested["gain_ci_high_s"] - tested["gain_ci_low_s"]).to_numpy() / 2
-    noise = np.hypot(own, half_widths(groups, timing, plans, BASE)[-tested.height :]) / 1.96  # standard errors, were they normal
+    return gains_et(groups, timing, no_loss, BASE, "ulp", bound)
+
+
+def worked_out(name: str, groups: pl.DataFrame, timing: pl.DataFrame, plans: pl.DataFrame, out: Path) -> dict[str, Any]:
+    """How well gains measured group by group foretell whole plans: by gains as measured, and pooled (gain_model.py).
+
+    Plans that anchor the interaction term are left out, and so is the fastest, one of them measured again.
+    """
+    choices: Choices = {}
+    for (signature,), rows in timing.group_by(["signature"], maintain_order=True):
+        columns = zip(*rows["configuration"], strict=True)
+        choices[str(signature)] = [tuple(sorted(set(c), key=lambda f: (f != BASE, f))) for c in columns]
+    whole, formats = complete(timing, choices, BASE), [ast.literal_eval(p) for p in plans["plan"]]
+    pairs = np.array([neighbours(groups, plan, BASE) for plan in formats])
+    anchored = (plans["name"] == ANCHOR).to_numpy()
+    held_out = ~anchored & (plans["name"] != FASTEST).to_numpy()
+    base_s, ttft_s, gain_s = (plans[c].to_numpy() for c in ("base_ttft_s", "ttft_s", "gain_s"))
+    found: dict[str, Any] = {}
+    predicted: dict[str, np.ndarray] = {}
+    for bound in ("mean", "pooled"):
+        total = np.array(sums(groups, coefficients(groups, whole, bound), formats, BASE))
+        term = interaction(pairs[anchored].tolist(), total[anchored].tolist(), gain_s[anchored].tolist())
+        for kind, gains in (("additive", total), ("predicted", total + term * pairs)):
+            key = kind if bound == "mean" else f"{kind}_{bound}"
+            predicted[key], error = gains, np.abs((base_s - gains) / ttft_s - 1)[held_out]
+            found |= {
+                f"{key}_error_median": float(np.median(error)), f"{key}_error_90": float(np.quantile(error, 0.9)),
+                f"{key}_r2_ttft": r2(ttft_s[held_out], (ttft_s - base_s + gains)[held_out]),
+                f"{key}_r2_gain": r2(gain_s[held_out], (gain_s - gains)[held_out]),
+            }  # fmt: skip
+        found["interaction_ms_a_pair" if bound == "mean" else f"interaction_ms_a_pair_{bound}"] = term * 1e3
+    own = (plans["gain_ci_high_s"] - plans["gain_ci_low_s"]).to_numpy() / 2
+    noise = np.hypot(own, half_widths(groups, whole, formats, BASE)) / 1.96  # standard errors, were they normal
+    figure, first = figure_1(timing, groups)
+    figure.savefig(out / f"timing-{name}-figure-1.png", dpi=150)
+    figure_3a(ttft_s[held_out], (base_s - predicted["predicted"])[held_out]).savefig(
+        out / f"timing-{name}-figure-3a.png", dpi=150
+    )
     ours = sum(len(design(c, 10**9)) for c in _choices_1b().values())
     paper = sum(len(design(c, 10**9)) for c in _choices_1b(every=True).values())
-
-    out = folder_of()
-    figure, first = figure_1(timing.filter(pl.col("repeats") > 0), groups)
-    figure.savefig(out / f"timing-{name}-figure-1.png", dpi=150)
-    figure_3a(tested).savefig(out / f"timing-{name}-figure-3a.png", dpi=150)
-    timing.write_parquet(out / f"timing-{name}.parquet")
-    result.with_columns(pl.Series("plan", [str(p) for p in plans])).write_parquet(out / f"timing-{name}-plans.parquet")
-    record(f"timing-{name}", {
-        **shape, "repeats": REPEATS, "base_ttft_ms": float(base_s.median() * 1e3),  # type: ignore[operator]
+    return {
+        "base_ttft_ms": float(np.median(base_s) * 1e3), "configurations_measured": timing.height, "disturbed_pairs": int(timing["disturbed"].sum()),
         "plans_by_name": {
-            n: {"base_ms": r["base_ttft_s"] * 1e3, "predicted_ms": r["predicted_ttft_s"] * 1e3, "measured_ms": r["ttft_s"] * 1e3,
-                "error": r["predicted_ttft_s"] / r["ttft_s"] - 1}
-            for n, r in by_name
+            n: {"base_ms": base_s[i] * 1e3, "measured_ms": ttft_s[i] * 1e3,
+                **{f"{k}_ms": float((base_s - predicted[k])[i] * 1e3) for k in ("predicted", "predicted_pooled")}}
+            for n in (FASTEST, HALF) for i in np.flatnonzero(plans["name"] == n)
         },
-        "configurations_measured": timing.height, "disturbed_pairs": int(timing["disturbed"].sum()), "figure_1": first, "plans": tested.height,
-        "interaction_ms_a_pair": term * 1e3, "ttft_error_median": float(errors["predicted"].median()),  # type: ignore[arg-type]
-        "ttft_error_90": float(errors["predicted"].quantile(0.9)), "additive_ttft_error_median": float(errors["additive"].median()),  # type: ignore[arg-type]
-        "r2_ttft": r2(tested["ttft_s"].to_numpy(), (tested["ttft_s"] - tested["predicted_ttft_s"]).to_numpy()),
-        "r2_gain": r2(measured_gain, measured_gain - predicted_gain), "r2_gain_of_a_perfect_model": r2(measured_gain, noise),
+        "figure_1": first, "plans": int(held_out.sum()), **found, "r2_gain_of_a_perfect_model": r2(gain_s[held_out], noise[held_out]),
         "measurements_1b": {"by signature": ours, "by group": paper, "ratio": paper / ours},
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def main() -> None:
-    for name in sys.argv[1:] or ["demo", "wide"]:
-        if name == "wide":
-            run(name, WIDE, 1, 256)
+    earlier = sys.argv[1:2] == ["--again"]
+    for name in sys.argv[1 + 2 * earlier :] or ["demo", "wide"]:
+        folder = DEMO if name == "demo" else Path(name)
+        shape = (WIDE, 1, 256) if name == "wide" else (load_config(folder), 4, 256)
+        if earlier:
+            again(Path(sys.argv[2]), folder.name, *shape)
         else:
-            folder = DEMO if name == "demo" else Path(name)
-            run(folder.name, load_config(folder), 4, 256)
+            run(folder.name, *shape)
 
 
 def _choices_1b(*, every: bool = False) -> Choices:

@@ -245,7 +245,7 @@ class Planning:
             choices = self._choices(groups) if objective == "et" else {}
             key = content_key(
                 objective, groups.sha256, sums["sensitivity"].sha256, [t.sha256 for t in of], formats, base, spec.noise_model,
-                spec.timing.bound, code_of("gains", "design", "formats", "tables"),
+                spec.timing.bound, code_of("gains", "design", "gain_model", "formats", "tables"),
             )  # fmt: skip
             inputs = {
                 "objective": objective, "groups": groups, "sensitivity": sums["sensitivity"], "timing": of, "formats": list(formats),

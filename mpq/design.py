@@ -1,9 +1,7 @@
 """Groups with more configurations than one can measure: measure a design, predict the rest with a stated error, and
 measure what the solver then chooses, until everything chosen has been measured.
 
-A parallel block has nine ops: 19,683 configurations in three formats. Within a group gains do not quite add up (products that
-read the same activations share their cast, a fused attention is left or kept whole), so the model behind the prediction has a
-term for each (op, format), one for each pair of neighbours that are both lowered, and one for lowering everything.
+A parallel block has nine ops: 19,683 configurations in three formats. What predicts them is gain_model.py.
 """
 
 from __future__ import annotations
@@ -13,19 +11,17 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import polars as pl
 
+from mpq.gain_model import Choices, Configuration, GainModel
 from mpq.tables import table
 
-Configuration: TypeAlias = tuple[str, ...]
-Choices: TypeAlias = Sequence[Sequence[str]]  # for each op of a group the formats that it may take, base first
 Wanted: TypeAlias = tuple[str, Configuration]  # signature, configuration
 CANDIDATES = 20_000  # configurations of one group that the program may choose from
-RIDGE = 1e-3
+NORMAL_95 = 1.96  # half a 95 % interval, in standard errors
 
 
 def choices_of(group: pl.DataFrame, formats: Mapping[str, Sequence[str]], base: str) -> list[tuple[str, ...]]:
@@ -57,59 +53,45 @@ def candidates(choices: Choices, measured: Iterable[Configuration], seed: int = 
     return list(dict.fromkeys([*measured, *design(choices, CANDIDATES, seed)]))
 
 
-@dataclass(frozen=True)
-class GainModel:
-    """Gains (s) of a signature's configurations, fitted to those measured. `error_s` is the leave-one-out RMS error."""
-
-    choices: tuple[tuple[str, ...], ...]
-    weights: np.ndarray
-    error_s: float
-
-    @classmethod
-    def fit(cls, choices: Choices, gains: Mapping[Configuration, float]) -> GainModel:
-        """Ridge regression of the measured gains; all-base is zero by definition, so there is no constant."""
-        fixed = tuple(tuple(c) for c in choices)
-        x = np.array([_features(fixed, c) for c in gains])
-        y = np.array(list(gains.values()))
-        gram = x.T @ x + RIDGE * np.eye(x.shape[1])
-        weights = np.linalg.solve(gram, x.T @ y)
-        hat = np.einsum("ij,ij->i", x, np.linalg.solve(gram, x.T).T)
-        informed = hat < 1 - 1e-6  # left out, a row that alone decides a weight can tell nothing
-        residual = (y - x @ weights)[informed] / (1 - hat[informed])
-        return cls(fixed, weights, float(np.sqrt(np.mean(residual**2))) if informed.any() else math.inf)
-
-    def predict(self, configurations: Sequence[Configuration]) -> np.ndarray:
-        """Gains in seconds, (configurations,)."""
-        return np.asarray(np.array([_features(self.choices, c) for c in configurations]) @ self.weights)
-
-
-def _features(choices: tuple[tuple[str, ...], ...], configuration: Configuration) -> list[float]:
-    lowered = [f != c[0] for f, c in zip(configuration, choices, strict=True)]
-    each = [float(f == other) for f, c in zip(configuration, choices, strict=True) for other in c[1:]]
-    pairs = [float(a and b) for a, b in itertools.pairwise(lowered)]
-    return [*each, *pairs, float(all(low for low, c in zip(lowered, choices, strict=True) if len(c) > 1))]
-
-
 def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) -> pl.DataFrame:
     """The timing table with a row for each configuration that may be chosen and was not measured: `repeats` 0, its gain
-    predicted, its interval two errors to each side. A signature measured in full stays as it is."""
-    rows: list[dict[str, object]] = []
+    predicted, its interval that of the prediction (95 %). Measured rows stay as they are.
+
+    The further column `pooled_gain_s` is what all measured configurations of the signature together say of a row's gain
+    (gain_model.py): of many noisy gains the largest is too large, and a program looks for the largest.
+    """
+    parts: list[pl.DataFrame] = []
     for signature, per_op in choices.items():
         of = timing.filter(pl.col("signature") == signature)
-        gains = {tuple(r["configuration"]): r["gain_s"] for r in of.iter_rows(named=True)}
-        missing = [c for c in candidates(per_op, gains) if c not in gains]
-        if not missing or of.is_empty():
+        if of.is_empty():
             continue
-        model = GainModel.fit(per_op, gains)
-        like = of.row(0, named=True)
-        base_s, n = float(of["base_ttft_s"].median()), like["instances"]  # type: ignore[arg-type]
-        for configuration, gain in zip(missing, model.predict(missing), strict=True):
-            rows.append(like | {
-                "configuration": list(configuration), "repeats": 0, "base_ttft_s": base_s, "ttft_s": base_s - n * gain,
-                "gain_s": gain, "gain_ci_low_s": gain - 2 * model.error_s, "gain_ci_high_s": gain + 2 * model.error_s,
-                "disturbed": 0, "measured": None, "significant": abs(gain) > 2 * model.error_s,
-            })  # fmt: skip
-    return pl.concat([timing, table("timing", rows)], how="diagonal_relaxed") if rows else timing
+        measured = [tuple(c) for c in of["configuration"]]
+        missing = [c for c in candidates(per_op, measured) if c not in set(measured)]
+        if sum(len(c) > 1 for c in per_op) < 2 and not missing:  # one op's formats tell nothing of each other
+            parts.append(of.with_columns(pooled_gain_s=pl.col("gain_s")))
+            continue
+        model = GainModel.fit(per_op, measured, of["gain_s"].to_list(), standard_errors(of).tolist())
+        gain, error = model.predict([*measured, *missing])
+        like, base_s = of.row(0, named=True), float(of["base_ttft_s"].median())  # type: ignore[arg-type]
+        rows = [
+            like | {
+                "configuration": list(c), "repeats": 0, "base_ttft_s": base_s, "ttft_s": base_s - like["instances"] * g,
+                "gain_s": g, "gain_ci_low_s": g - NORMAL_95 * e, "gain_ci_high_s": g + NORMAL_95 * e,
+                "disturbed": 0, "measured": None, "significant": abs(g) > NORMAL_95 * e,
+            }
+            for c, g, e in zip(missing, gain[of.height :].tolist(), error[of.height :].tolist(), strict=True)
+        ]  # fmt: skip
+        both = pl.concat([of, table("timing", rows)], how="diagonal_relaxed")
+        parts.append(both.with_columns(pl.Series("pooled_gain_s", gain)))
+    return pl.concat(parts, how="diagonal_relaxed") if parts else timing
+
+
+def standard_errors(timing: pl.DataFrame) -> np.ndarray:
+    """Of each row's gain (s), from its interval. With few pairs an interval may be narrow by luck: where there is one at all, no
+    error is taken for less than half of the usual one."""
+    errors = ((timing["gain_ci_high_s"] - timing["gain_ci_low_s"]) / (2 * NORMAL_95)).to_numpy()
+    unsure = errors > 0
+    return np.maximum(errors, np.where(unsure, np.median(errors[unsure]) / 2, 0.0)) if unsure.any() else errors
 
 
 def unmeasured(timing: pl.DataFrame, groups: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str) -> list[Wanted]:
@@ -188,11 +170,15 @@ def half_widths(groups: pl.DataFrame, timing: pl.DataFrame, plans: Iterable[Mapp
 
 
 def neighbours(groups: pl.DataFrame, formats: Mapping[str, str], base: str) -> float:
-    """How many groups of a plan follow a lowered group and are lowered themselves; partly lowered ones count by their shares."""
-    lowered = pl.col("op").replace_strict({op: f != base for op, f in formats.items()}, default=False, return_dtype=pl.Boolean)
-    order = groups.group_by("group").agg(pl.col("order").min(), lowered.mean().alias("share")).sort("order")
-    shares = order["share"].to_numpy()
-    return float(shares[1:] @ shares[:-1])
+    """How many groups of a plan are in the same lowered format as the group before them; partly lowered ones count by their shares.
+
+    Of two formats in a row each meets what a base product would have left it, so they do not count.
+    """
+    named = pl.col("op").replace_strict(dict(formats), default=base, return_dtype=pl.String)
+    lowered = sorted({f for f in formats.values() if f != base})
+    shares = groups.group_by("group").agg(pl.col("order").min(), *((named == f).mean().alias(f) for f in lowered)).sort("order")
+    of = shares.select(lowered).to_numpy()
+    return float((of[1:] * of[:-1]).sum())
 
 
 def interaction(neighbours: Sequence[float], sums_s: Sequence[float], measured_s: Sequence[float]) -> float:

@@ -39,15 +39,17 @@ def gains_et(
 ) -> pl.DataFrame:
     """IP-ET: seconds gained, measured for the group's signature (or, by the paper's way, for the group itself).
 
-    `bound` says which end of a gain counts: `mean` (its median), `lower` (its interval's lower end), or `cautious` (the
-    lower end where the interval includes zero). A configuration measured twice counts as it was the last time.
+    `bound` says what of a gain counts: `mean` (its median), `lower` (its interval's lower end), `cautious` (the lower end where
+    the interval includes zero), or `pooled` (what all of its signature's configurations say of it: design.complete). A
+    configuration measured twice counts as it was the last time.
     """
     losses = loss_by_op(sensitivity, noise_model)
     measured: dict[str, dict[tuple[str, ...], float]] = {}
     for row in timing.iter_rows(named=True):
         unsure = row["gain_ci_low_s"] <= 0 <= row["gain_ci_high_s"]
         lower = bound == "lower" or (bound == "cautious" and unsure)
-        measured.setdefault(row["signature"], {})[tuple(row["configuration"])] = row["gain_ci_low_s" if lower else "gain_s"]
+        counts = "pooled_gain_s" if bound == "pooled" else "gain_ci_low_s" if lower else "gain_s"
+        measured.setdefault(row["signature"], {})[tuple(row["configuration"])] = row[counts]
     rows: list[dict[str, object]] = []
     for group in _groups(groups):
         of_signature = measured.get(group["signature"])

@@ -12,7 +12,7 @@ from models import ROOT
 
 LAYERS = [
     ["redaction", "errors"],
-    ["formats", "solver", "presolve", "slices", "machine", "kernels.compiler"],
+    ["formats", "solver", "presolve", "slices", "machine", "gain_model", "kernels.compiler"],
     ["spec", "tables", "quantize", "pairs", "kernels.fp8", "gpu_state", "transport"],
     ["kernels.bgemm", "kernels.flash", "kernels.rows", "kernels.int8_attention", "kernels.int8_linear"],
     ["store", "graph", "plan", "model", "attention", "design"],
