@@ -17,7 +17,7 @@ import polars as pl
 from record import folder_of, record
 from transformers import LlamaConfig
 
-from mpq.design import choices_of, design, half_widths
+from mpq.design import choices_of, complete, design, half_widths
 from mpq.gains import gains_et, solve_table
 from mpq.graph import trace
 from mpq.kernels import native_formats
@@ -39,14 +39,19 @@ def apart(groups: pl.DataFrame) -> pl.DataFrame:
     return groups.with_columns(pl.concat_str("signature", pl.lit("@"), "group").alias("signature"))
 
 
-def timed(model: Any, groups: pl.DataFrame) -> tuple[pl.DataFrame, float]:
-    """Every configuration of every signature of the table, and the seconds that it took."""
-    choices = {
+def choices(groups: pl.DataFrame) -> dict[str, list[tuple[str, ...]]]:
+    """For each signature the formats that its ops may take."""
+    return {
         str(s): choices_of(rows.filter(pl.col("group") == pl.col("group").min()), FORMATS, BASE)
         for (s,), rows in groups.sort("order").group_by(["signature"], maintain_order=True)
     }
+
+
+def timed(model: Any, groups: pl.DataFrame) -> tuple[pl.DataFrame, float]:
+    """Every configuration of every signature of the table, and the seconds that it took."""
     start = time.perf_counter()
-    frame = measure(model, groups, [(s, design(c, 10**9)) for s, c in choices.items()], repeats=REPEATS, **SHAPE)
+    requests = [(s, design(c, 10**9)) for s, c in choices(groups).items()]
+    frame = measure(model, groups, requests, repeats=REPEATS, **SHAPE)
     return frame, time.perf_counter() - start
 
 
@@ -76,7 +81,8 @@ def differences(by_signature: pl.DataFrame, by_group: pl.DataFrame) -> dict[str,
 
 def chosen(groups: pl.DataFrame, timing: pl.DataFrame, sensitivity: pl.DataFrame, budget: float) -> dict[str, Any]:
     """The plan of the largest gain under a share of the largest loss: op → format, its gain and the interval's half width (s)."""
-    gains = gains_et(groups, timing, sensitivity, BASE, "ulp")
+    timing = complete(timing, choices(groups), BASE)
+    gains = gains_et(groups, timing, sensitivity, BASE, "ulp", "pooled")
     most = gains.group_by("group").agg(pl.col("loss_mse").max())["loss_mse"].sum()
     rows, _ = solve_table(gains, budget * most)
     ops = dict(groups.sort("order").group_by("group", maintain_order=True).agg("op").iter_rows())

@@ -158,6 +158,9 @@ def base_by_mode(c: Campaign, model: nn.Module) -> dict[str, float]:
                 timed = prefill.ready(Mixed(model, base=c.base, backend="native"), {})
                 found[prefill.mode] = float(np.median([timed() for _ in range(c.repeats)]))
     c.say("base TTFT (s) by mode", {k: round(v, 4) for k, v in found.items()})
+    best = min(found, key=found.__getitem__)
+    if ("compiled" in best) != c.compiled:
+        c.say(f"base is fastest {best}: call again with{'out' * c.compiled} --compile for plans against the best base")
     return found
 
 

@@ -155,7 +155,7 @@ def again(folder: Path, name: str, config: Any, batch: int, length: int) -> None
     print(json.dumps(told))
 
 
-def coefficients(groups: pl.DataFrame, timing: pl.DataFrame, bound: str = "mean") -> pl.DataFrame:
+def coefficients(groups: pl.DataFrame, timing: pl.DataFrame, bound: str = "pooled") -> pl.DataFrame:
     """The gains table of a completed timing table, whatever it does to the loss."""
     named = sorted({f for c in timing["configuration"] for f in c})
     no_loss = table("sensitivity", [
@@ -166,7 +166,7 @@ def coefficients(groups: pl.DataFrame, timing: pl.DataFrame, bound: str = "mean"
 
 
 def worked_out(name: str, groups: pl.DataFrame, timing: pl.DataFrame, plans: pl.DataFrame, out: Path) -> dict[str, Any]:
-    """How well gains measured group by group foretell whole plans: by gains as measured, and pooled (gain_model.py).
+    """How well gains measured group by group foretell whole plans: pooled (gain_model.py), and as measured (names that end in `_mean`).
 
     Plans that anchor the interaction term are left out, and so is the fastest, one of them measured again.
     """
@@ -181,18 +181,18 @@ def worked_out(name: str, groups: pl.DataFrame, timing: pl.DataFrame, plans: pl.
     base_s, ttft_s, gain_s = (plans[c].to_numpy() for c in ("base_ttft_s", "ttft_s", "gain_s"))
     found: dict[str, Any] = {}
     predicted: dict[str, np.ndarray] = {}
-    for bound in ("mean", "pooled"):
+    for bound in ("pooled", "mean"):
         total = np.array(sums(groups, coefficients(groups, whole, bound), formats, BASE))
         term = interaction(pairs[anchored].tolist(), total[anchored].tolist(), gain_s[anchored].tolist())
         for kind, gains in (("additive", total), ("predicted", total + term * pairs)):
-            key = kind if bound == "mean" else f"{kind}_{bound}"
+            key = kind if bound == "pooled" else f"{kind}_{bound}"
             predicted[key], error = gains, np.abs((base_s - gains) / ttft_s - 1)[held_out]
             found |= {
                 f"{key}_error_median": float(np.median(error)), f"{key}_error_90": float(np.quantile(error, 0.9)),
                 f"{key}_r2_ttft": r2(ttft_s[held_out], (ttft_s - base_s + gains)[held_out]),
                 f"{key}_r2_gain": r2(gain_s[held_out], (gain_s - gains)[held_out]),
             }  # fmt: skip
-        found["interaction_ms_a_pair" if bound == "mean" else f"interaction_ms_a_pair_{bound}"] = term * 1e3
+        found["interaction_ms_a_pair" if bound == "pooled" else f"interaction_ms_a_pair_{bound}"] = term * 1e3
     own = (plans["gain_ci_high_s"] - plans["gain_ci_low_s"]).to_numpy() / 2
     noise = np.hypot(own, half_widths(groups, whole, formats, BASE)) / 1.96  # standard errors, were they normal
     figure, first = figure_1(timing, groups)
@@ -206,7 +206,7 @@ def worked_out(name: str, groups: pl.DataFrame, timing: pl.DataFrame, plans: pl.
         "base_ttft_ms": float(np.median(base_s) * 1e3), "configurations_measured": timing.height, "disturbed_pairs": int(timing["disturbed"].sum()),
         "plans_by_name": {
             n: {"base_ms": base_s[i] * 1e3, "measured_ms": ttft_s[i] * 1e3,
-                **{f"{k}_ms": float((base_s - predicted[k])[i] * 1e3) for k in ("predicted", "predicted_pooled")}}
+                **{f"{k}_ms": float((base_s - predicted[k])[i] * 1e3) for k in ("predicted", "predicted_mean")}}
             for n in (FASTEST, HALF) for i in np.flatnonzero(plans["name"] == n)
         },
         "figure_1": first, "plans": int(held_out.sum()), **found, "r2_gain_of_a_perfect_model": r2(gain_s[held_out], noise[held_out]),

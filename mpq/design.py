@@ -57,8 +57,8 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) ->
     """The timing table with a row for each configuration that may be chosen and was not measured: `repeats` 0, its gain
     predicted, its interval that of the prediction (95 %). Measured rows stay as they are.
 
-    The further column `pooled_gain_s` is what all measured configurations of the signature together say of a row's gain
-    (gain_model.py): of many noisy gains the largest is too large, and a program looks for the largest.
+    The further columns `pooled_gain_s` and `pooled_error_s` are what all measured configurations of the signature together say of a
+    row's gain (gain_model.py), and its standard error: of many noisy gains the largest is too large, and a program looks for the largest.
     """
     parts: list[pl.DataFrame] = []
     for signature, per_op in choices.items():
@@ -68,7 +68,7 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) ->
         measured = [tuple(c) for c in of["configuration"]]
         missing = [c for c in candidates(per_op, measured) if c not in set(measured)]
         if sum(len(c) > 1 for c in per_op) < 2 and not missing:  # one op's formats tell nothing of each other
-            parts.append(of.with_columns(pooled_gain_s=pl.col("gain_s")))
+            parts.append(of.with_columns(pl.Series("pooled_error_s", standard_errors(of)), pooled_gain_s=pl.col("gain_s")))
             continue
         model = GainModel.fit(per_op, measured, of["gain_s"].to_list(), standard_errors(of).tolist())
         gain, error = model.predict([*measured, *missing])
@@ -82,7 +82,7 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) ->
             for c, g, e in zip(missing, gain[of.height :].tolist(), error[of.height :].tolist(), strict=True)
         ]  # fmt: skip
         both = pl.concat([of, table("timing", rows)], how="diagonal_relaxed")
-        parts.append(both.with_columns(pl.Series("pooled_gain_s", gain)))
+        parts.append(both.with_columns(pl.Series("pooled_gain_s", gain), pl.Series("pooled_error_s", error)))
     return pl.concat(parts, how="diagonal_relaxed") if parts else timing
 
 
@@ -148,15 +148,15 @@ def sums(groups: pl.DataFrame, gains: pl.DataFrame, plans: Iterable[Mapping[str,
 
 
 def half_widths(groups: pl.DataFrame, timing: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str) -> list[float]:
-    """For each plan the half width (s) of the 95 % interval of its groups' summed gains, from the intervals of the timing table.
+    """For each plan the half width (s) of the 95 % interval of its groups' summed gains, from the pooled errors of a completed timing
+    table, else from the gains' own intervals.
 
     One measurement that serves several groups of a signature errs in all of them alike; different ones err apart. Raises KeyError for a
     configuration that the table lacks.
     """
-    half = {
-        (r["signature"], tuple(r["configuration"])): (r["gain_ci_high_s"] - r["gain_ci_low_s"]) / 2
-        for r in timing.iter_rows(named=True)
-    }
+    own, pooled = (pl.col("gain_ci_high_s") - pl.col("gain_ci_low_s")) / 2, NORMAL_95 * pl.col("pooled_error_s")
+    rows = timing.select("signature", "configuration", pooled if "pooled_error_s" in timing.columns else own)
+    half = {(signature, tuple(configuration)): width for signature, configuration, width in rows.iter_rows()}
     members = groups.filter(pl.col("signature").is_in(timing["signature"].unique().implode()))
     ops_of = [
         (signature, rows["op"].to_list())

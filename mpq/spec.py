@@ -102,10 +102,10 @@ class TimingSpec(_Strict):
     )
     rounds: int = Field(6, ge=0, description="Rounds of solving and measuring what was chosen")
     slice: int | None = Field(None, ge=1, description="Configurations per task; chosen by what a task costs, if left out")
-    bound: Literal["mean", "lower", "cautious", "pooled"] = Field(
-        "mean",
-        description="Plan with the gain, with its interval's lower end, with that where the interval includes zero, or with what all "
-        "configurations of the signature say of it (on noisy machines)",
+    bound: Literal["pooled", "mean", "lower", "cautious"] = Field(
+        "pooled",
+        description="Plan with what all configurations of a signature together say of a gain, with the gain as measured, with its "
+        "interval's lower end, or with that where the interval includes zero",
     )
     target: float | None = Field(None, gt=0, lt=1, description="Repeat until gains are known to ± this share of TTFT")
     cap: int | None = Field(None, ge=2, description="Pairs at most; 2 x repeats, or 4 x with a target, if left out")
