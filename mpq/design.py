@@ -55,7 +55,7 @@ def candidates(choices: Choices, measured: Iterable[Configuration], seed: int = 
 
 def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) -> pl.DataFrame:
     """The timing table with a row for each configuration that may be chosen and was not measured: `repeats` 0, its gain
-    predicted, its interval that of the prediction (95 %). Measured rows stay as they are.
+    predicted, its interval that of the prediction (95 %). Measured rows stay as they are; what `choices` does not allow is left out.
 
     The further columns `pooled_gain_s` and `pooled_error_s` are what all measured configurations of the signature together say of a
     row's gain (gain_model.py), and its standard error: of many noisy gains the largest is too large, and a program looks for the largest.
@@ -63,10 +63,12 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) ->
     parts: list[pl.DataFrame] = []
     for signature, per_op in choices.items():
         of = timing.filter(pl.col("signature") == signature)
-        if of.is_empty():
+        allowed = [all(f in c for f, c in zip(configuration, per_op, strict=True)) for configuration in of["configuration"]]
+        if (of := of.filter(pl.Series(allowed, dtype=pl.Boolean))).is_empty():
             continue
         measured = [tuple(c) for c in of["configuration"]]
-        missing = [c for c in candidates(per_op, measured) if c not in set(measured)]
+        seen = set(measured)
+        missing = [c for c in candidates(per_op, measured) if c not in seen]
         if sum(len(c) > 1 for c in per_op) < 2 and not missing:  # one op's formats tell nothing of each other
             parts.append(of.with_columns(pl.Series("pooled_error_s", standard_errors(of)), pooled_gain_s=pl.col("gain_s")))
             continue

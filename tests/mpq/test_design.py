@@ -106,6 +106,15 @@ def test_completed_tables_hold_every_candidate() -> None:
     np.testing.assert_allclose(full["pooled_gain_s"], full["gain_s"], atol=1e-6)  # nothing to doubt in gains that are certain
 
 
+def test_what_may_no_longer_be_chosen_is_left_out() -> None:
+    """Measured in INT8 as well, and now to be planned in FP8 alone: no row of a completed table has INT8."""
+    timing = Device().measure([("block", c) for c in design(CHOICES["block"], 60)])
+    narrow = complete(timing, {"block": [(BASE, "fp8_e4m3")] * N}, BASE)
+    assert narrow.height == 2**N
+    assert set(narrow["configuration"].explode()) == {BASE, "fp8_e4m3"}
+    assert complete(timing.clear(), CHOICES, BASE).is_empty()
+
+
 def test_pooled_gains_are_nearer_the_truth_than_noisy_measurements() -> None:
     """Of 200 gains, each known to ± 0.3 ms, the largest is too large by far; pooled, what is promised is there."""
     device = Device(noise_s=1.5e-4)
