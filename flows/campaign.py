@@ -63,7 +63,7 @@ def campaign(
         architecture = architecture_key(load_config(run.folder))
         groups = run.partition(architecture)
         timed = run.timing(groups, architecture)
-    times = pl.concat([read(ref) for ref in timed])
+    times = pl.concat([read(ref) for ref in timed], how="diagonal_relaxed")
     best = times.group_by("signature", maintain_order=True).agg(
         pl.len().alias("configurations"), pl.col("instances").first(),
         (pl.col("gain_s").max() * 1e3).alias("best_gain_ms"), (pl.col("base_ttft_s").median() * 1e3).alias("base_ttft_ms"),

@@ -75,9 +75,10 @@ class Planning:
     def _made_with(self) -> tuple[str, ...]:
         """What a time depends on besides the model: device, libraries, kernels."""
         cuda = ("kernels.cuda", "kernels.fp8", "kernels.flash", "kernels.bgemm")
-        cpu = ("kernels.cpu", "kernels.rows", "kernels.int8_attention", "kernels.int8_linear")
-        kernels = ("kernels", *(cpu if self.spec.model.device == "cpu" else cuda))
-        code = code_of("timing", "prefill", "pairs", "machine", "apply", "attention", *kernels)
+        cpu = ("kernels.compiler", "kernels.rows", "kernels.int8_attention", "kernels.int8_linear")
+        # kernels.cpu: CUDA's linears in 16 bits are its own, too
+        kernels = ("kernels", "kernels.cpu", *(cpu if self.spec.model.device == "cpu" else cuda))
+        code = code_of("timing", "prefill", "pairs", "machine", "apply", "attention", "partition", *kernels)
         return self.device_name, version("torch"), version("transformers"), code
 
     def load(self) -> References:
@@ -215,7 +216,7 @@ class Planning:
             gains = self._gains(["et"], groups, sums, timed)
             solved = self._solve(["et"], groups, sums, timed, gains)
             plans = [p["formats"] for p in read_json(solved[0]["plan_files"]) if p["strategy"] == "ip_et"]
-            wanted = unmeasured(pl.concat([read(t) for t in timed]), read(groups), plans, spec.model.base)
+            wanted = unmeasured(pl.concat([read(t) for t in timed], how="diagonal_relaxed"), read(groups), plans, spec.model.base)
             if not wanted:
                 break
             timed = [*timed, *self._measured("timing of chosen", groups, architecture, wanted)]
@@ -229,7 +230,9 @@ class Planning:
         solved = self._solve(objectives, groups, sums, timed, gains, anchor)
         if timed:
             plans = [p["formats"] for p in read_json(solved[objectives.index("et")]["plan_files"]) if p["strategy"] == "ip_et"]
-            if left := unmeasured(pl.concat([read(t) for t in timed]), read(groups), plans, spec.model.base):
+            if left := unmeasured(
+                pl.concat([read(t) for t in timed], how="diagonal_relaxed"), read(groups), plans, spec.model.base
+            ):
                 tell(
                     f"{len(left)} configurations of the plans for et are predicted, not measured: timing.rounds was {spec.timing.rounds}."
                 )
@@ -267,7 +270,7 @@ class Planning:
             taus, anchored = list(part.taus or spec.taus), anchor if objective == "et" else None
             key = content_key(
                 objective, part, groups.sha256, built["gains"].sha256, sums["loss"].sha256, taus, base, spec.solver, self.fingerprint,
-                anchored and anchored.sha256, code_of("solver", "presolve", "strategies", "design", "plan", "tables"),
+                anchored and anchored.sha256, code_of("solver", "presolve", "strategies", "gains", "design", "plan", "tables"),
             )  # fmt: skip
             inputs = {
                 "objective": objective, "part": part, "groups": groups, "gains": built["gains"], "loss": sums["loss"], "timing": of,

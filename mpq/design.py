@@ -20,6 +20,7 @@ from mpq.gain_model import Choices, Configuration, GainModel
 from mpq.tables import table
 
 Wanted: TypeAlias = tuple[str, Configuration]  # signature, configuration
+POOLED = 1024  # so many measured gains are not pooled, which takes the cube of their number
 CANDIDATES = 20_000  # configurations of one group that the program may choose from
 NORMAL_95 = 1.96  # half a 95 % interval, in standard errors
 
@@ -69,10 +70,11 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) ->
         measured = [tuple(c) for c in of["configuration"]]
         seen = set(measured)
         missing = [c for c in candidates(per_op, measured) if c not in seen]
-        if sum(len(c) > 1 for c in per_op) < 2 and not missing:  # one op's formats tell nothing of each other
-            parts.append(of.with_columns(pl.Series("pooled_error_s", standard_errors(of)), pooled_gain_s=pl.col("gain_s")))
+        alone = sum(len(c) > 1 for c in per_op) < 2  # one op's formats tell nothing of each other
+        if not missing and (alone or of.height > POOLED):
+            parts.append(of.with_columns(pl.Series("pooled_error_s", standard_errors(of, base)), pooled_gain_s=pl.col("gain_s")))
             continue
-        model = GainModel.fit(per_op, measured, of["gain_s"].to_list(), standard_errors(of).tolist())
+        model = GainModel.fit(per_op, measured, of["gain_s"].to_list(), standard_errors(of, base).tolist())
         gain, error = model.predict([*measured, *missing])
         like, base_s = of.row(0, named=True), float(of["base_ttft_s"].median())  # type: ignore[arg-type]
         rows = [
@@ -88,12 +90,12 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) ->
     return pl.concat(parts, how="diagonal_relaxed") if parts else timing
 
 
-def standard_errors(timing: pl.DataFrame) -> np.ndarray:
-    """Of each row's gain (s), from its interval. With few pairs an interval may be narrow by luck: where there is one at all, no
-    error is taken for less than half of the usual one."""
+def standard_errors(timing: pl.DataFrame, base: str) -> np.ndarray:
+    """Of each row's gain (s), from its interval. With few pairs an interval may be narrow by luck: no error is taken for less than half
+    of the usual one. All-base gains nothing for certain."""
     errors = ((timing["gain_ci_high_s"] - timing["gain_ci_low_s"]) / (2 * NORMAL_95)).to_numpy()
-    unsure = errors > 0
-    return np.maximum(errors, np.where(unsure, np.median(errors[unsure]) / 2, 0.0)) if unsure.any() else errors
+    lowered = np.array([set(c) != {base} for c in timing["configuration"]])
+    return np.where(lowered, np.maximum(errors, np.median(errors[lowered]) / 2 if lowered.any() else 0.0), 0.0)
 
 
 def unmeasured(timing: pl.DataFrame, groups: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str) -> list[Wanted]:
@@ -150,15 +152,16 @@ def sums(groups: pl.DataFrame, gains: pl.DataFrame, plans: Iterable[Mapping[str,
 
 
 def half_widths(groups: pl.DataFrame, timing: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str) -> list[float]:
-    """For each plan the half width (s) of the 95 % interval of its groups' summed gains, from the pooled errors of a completed timing
-    table, else from the gains' own intervals.
+    """For each plan the half width (s) of the 95 % interval of its groups' summed gains, from the intervals of the timing table:
+    of gains as measured. Pooled ones err less.
 
     One measurement that serves several groups of a signature errs in all of them alike; different ones err apart. Raises KeyError for a
     configuration that the table lacks.
     """
-    own, pooled = (pl.col("gain_ci_high_s") - pl.col("gain_ci_low_s")) / 2, NORMAL_95 * pl.col("pooled_error_s")
-    rows = timing.select("signature", "configuration", pooled if "pooled_error_s" in timing.columns else own)
-    half = {(signature, tuple(configuration)): width for signature, configuration, width in rows.iter_rows()}
+    half = {
+        (r["signature"], tuple(r["configuration"])): (r["gain_ci_high_s"] - r["gain_ci_low_s"]) / 2
+        for r in timing.iter_rows(named=True)
+    }
     members = groups.filter(pl.col("signature").is_in(timing["signature"].unique().implode()))
     ops_of = [
         (signature, rows["op"].to_list())

@@ -7,9 +7,9 @@ The covariance of two configurations is a product over ops,
     k(c, c') = σ² Π_i (1 + a_i [c_i = c'_i]) / (1 + a_i),
 
 which multiplied out is a term for every subset of ops: single changes, pairs, triples…, the higher ones the smaller. A small a_i
-makes op i nearly additive, a large one lets it change what all others gain. σ and the a_i are those under which the measured gains are
-likeliest (marginal likelihood: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, eq. 5.8), each gain with
-the error of its own interval.
+makes op i nearly additive, a large one lets it change what all others gain. σ and the a_i are those that the measured gains make
+likeliest (marginal likelihood: Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, eq. 5.8; times a wide prior), each
+gain with the error of its own interval.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class GainModel:
     def predict(self, configurations: Sequence[Configuration]) -> tuple[np.ndarray, np.ndarray]:
         """Gains and their standard errors in seconds, each (configurations,).
 
-        For a measured configuration this is what it and all others say together, of less error than its own measurement.
+        For a measured configuration this is what it and all others say together.
         """
         same = _same(_codes(self.choices, configurations), self._measured)
         cov = _covariance(self._variance, torch.tensor(self.a), same)
@@ -103,7 +103,7 @@ def _root(q: torch.Tensor, same: Sequence[torch.Tensor], noise: torch.Tensor) ->
 
 
 def _likeliest(x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """log σ² and the log a_i under which gains y of configurations x are likeliest."""
+    """log σ² and the log a_i that gains y of configurations x make likeliest, given the prior."""
     same = _same(x, x)
     q = torch.tensor([0.0] + [-1.0] * x.shape[1], dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS([q], max_iter=STEPS, line_search_fn="strong_wolfe")

@@ -41,9 +41,11 @@ def gains_et(
 
     `bound` says what of a gain counts: `mean` (its median), `lower` (its interval's lower end), `cautious` (the lower end where
     the interval includes zero), or `pooled` (what all of its signature's configurations say of it: design.complete). A
-    configuration measured twice counts as it was the last time.
+    configuration measured twice counts as it was the last time, unless pooled.
     """
     losses = loss_by_op(sensitivity, noise_model)
+    if bound == "pooled" and "pooled_gain_s" not in timing.columns:
+        raise MpqError("The timing table has no pooled gains: expected what design.complete makes of it, or another bound.")
     measured: dict[str, dict[tuple[str, ...], float]] = {}
     for row in timing.iter_rows(named=True):
         unsure = row["gain_ci_low_s"] <= 0 <= row["gain_ci_high_s"]

@@ -13,13 +13,13 @@ import numpy as np
 
 STOLEN = 0.10  # a pair is disturbed when the hypervisor took this share of the cores' time,
 WAITED = 0.10  # or this process's threads together stood in the queue for a core for this share of the time,
-SLOW_CLOCK = 0.95  # or the cores' clock was under this share of its median
+SLOW_CLOCK = 0.95  # or the fastest core's clock was under this share of its median
 
 
 @dataclass(frozen=True)
 class Reading:
     """Counters at one moment: clock ticks of all cores since the start and those of them stolen by the hypervisor; the seconds that
-    this process's threads could have run and waited for a core, summed over them; the cores' mean clock, NaN where unknown."""
+    this process's threads could have run and waited for a core, summed over them; the fastest core's clock (idle ones may rest), NaN where unknown."""
 
     ticks: int
     stolen: int
@@ -29,7 +29,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Interval:
-    """What happened between two readings: shares of the time, and the mean clock (MHz; NaN where unknown)."""
+    """What happened between two readings: shares of the time, and the fastest core's clock (MHz; NaN where unknown)."""
 
     steal_share: float
     waited_share: float
@@ -54,9 +54,7 @@ def reading(proc: Path = Path("/proc"), cpus: Path = Path("/sys/devices/system/c
             clocks.append(int((cpu / "cpufreq" / "scaling_cur_freq").read_text()) / 1e3)
         except (OSError, ValueError):  # virtual machines have none
             continue
-    return Reading(
-        sum(fields), fields[7] if len(fields) > 7 else 0, waited_ns / 1e9, float(np.mean(clocks)) if clocks else np.nan
-    )
+    return Reading(sum(fields), fields[7] if len(fields) > 7 else 0, waited_ns / 1e9, max(clocks) if clocks else np.nan)
 
 
 def between(first: Reading, last: Reading, seconds: float) -> Interval:
@@ -69,13 +67,18 @@ def between(first: Reading, last: Reading, seconds: float) -> Interval:
 
 
 def calm(intervals: list[Interval]) -> np.ndarray:
-    """For each interval, whether nobody else took the cores and their clock was as always."""
+    """For each interval, whether nobody else took the cores and their clock was as always. What most intervals show is how this
+    machine is (more threads than cores, say), and is held against none."""
     steal, waited, clock = (
         np.array([getattr(i, name) for i in intervals]) for name in ("steal_share", "waited_share", "clock_mhz")
     )
     known = clock[np.isfinite(clock)]
     slow = np.isfinite(clock) & (clock < SLOW_CLOCK * np.median(known)) if len(known) else np.zeros(len(clock), dtype=bool)
-    return np.asarray((steal <= STOLEN) & (waited <= WAITED) & ~slow)
+    calm = np.ones(len(intervals), dtype=bool)
+    for disturbed in (steal > STOLEN, waited > WAITED, slow):
+        if 2 * disturbed.sum() <= len(intervals):
+            calm &= ~disturbed
+    return calm
 
 
 def load_average() -> float:

@@ -263,10 +263,11 @@ class _Session:
             self._fastest = min(self._fastest, base_s)
             if base_s <= BUSY * self._fastest or pause_s > self._patience_s:
                 break
-            self._patience_s -= pause_s
-            time.sleep(pause_s)
-        else:
-            self._fastest = base_s
+            if attempt + 1 < TRIES:
+                self._patience_s -= pause_s
+                time.sleep(pause_s)
+            else:
+                self._fastest = base_s
         return pairs
 
 

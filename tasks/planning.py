@@ -29,7 +29,7 @@ def build_gains(
 
     tables = read(groups), read(sensitivity)
     if objective == "et":
-        measured = complete(pl.concat([read(t) for t in timing]), choices, base)
+        measured = complete(pl.concat([read(t) for t in timing], how="diagonal_relaxed"), choices, base)
         return {"gains": gains_et(tables[0], measured, tables[1], base, noise_model, bound)}
     build = gains_tt if objective == "tt" else gains_m
     return {"gains": build(tables[0], tables[1], formats, base, noise_model)}
@@ -45,7 +45,7 @@ def solve(
     from mpq.strategies import choose
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
-    base_ttft = float(pl.concat([read(t) for t in timing])["base_ttft_s"].median()) if timing else None  # type: ignore[arg-type]
+    base_ttft = float(pl.concat([read(t) for t in timing], how="diagonal_relaxed")["base_ttft_s"].median()) if timing else None  # type: ignore[arg-type]
     term = 0.0
     if anchor:
         whole = anchors(*tables, base)

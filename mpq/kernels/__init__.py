@@ -10,7 +10,7 @@ import torch
 
 from mpq.errors import MpqError
 from mpq.kernels import int8_attention
-from mpq.kernels.compiler import features
+from mpq.kernels.compiler import features, find_compiler
 
 Kind: TypeAlias = Literal["linear", "bgemm"]
 
@@ -22,8 +22,8 @@ _CUDA: dict[Kind, dict[str, tuple[int, int]]] = {
     "linear": {"fp32": (0, 0), "fp16": (7, 0), "bf16": (8, 0), "fp8_e4m3": (8, 9), "fp8_e5m2": (8, 9)},
     "bgemm": {"fp32": (0, 0), "fp16": (7, 0), "bf16": (8, 0), "fp8_e4m3": (8, 9)},
 }
-# the CPU features that decide how fast BF16 and INT8 are, by torch's names and as the kernel prints them
-_FEATURES = {"amx_bf16": "amx_bf16", "amx_int8": "amx_int8", "avx512_bf16": "avx512_bf16", "avx512_vnni": "avx512_vnni"}
+# the CPU features that decide how fast BF16 and INT8 are, by torch's names
+_FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_ne_convert", "avx_vnni")
 
 
 def native_formats(device: str = "cpu", kind: Kind = "linear") -> tuple[str, ...]:
@@ -62,6 +62,8 @@ def device_name(device: str = "cpu") -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     has = features()
-    shown = [name for key, name in _FEATURES.items() if has.get(key)]
+    shown = [name for name in _FEATURES if has.get(name)]
+    if not find_compiler():  # its kernels are others, and slower
+        shown.append("no C++ compiler")
     name = f"{has.get('cpu_name') or 'CPU'} ({', '.join(shown) or 'no bf16 or int8 instructions'})"
     return f"{name}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"

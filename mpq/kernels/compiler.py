@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
 def compiled(source: Path) -> ctypes.CDLL:
     """The library of one C++ file. Raises OSError or subprocess.SubprocessError where it cannot be compiled or loaded."""
-    compiler = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
-    if not compiler:
+    by = find_compiler()
+    if not by:
         raise OSError("no C++ compiler (g++, clang++ or $CXX)")
     # -march=native: the library of one machine is not the next one's, even under a home folder that they share
     text = (source.read_bytes(), *(header.read_bytes() for header in sorted(source.parent.glob("*.h"))))
     made_with = (
         *text,
-        compiler.encode(),
+        by.encode(),
         *(f.encode() for f in _FLAGS),
         torch.__config__.show().encode(),
         repr(sorted(features().items())).encode(),
@@ -37,9 +37,18 @@ def compiled(source: Path) -> ctypes.CDLL:
     library = folder / f"{source.stem}-{hashlib.sha256(b'/'.join(made_with)).hexdigest()[:16]}.so"
     if not library.exists():
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as new:
-            subprocess.run([compiler, *_FLAGS, str(source), "-o", new.name], check=True, capture_output=True, timeout=120)
+            command = [by, *_FLAGS, str(source), "-o", new.name]
+            told = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            if told.returncode:
+                why = (told.stderr.strip() or "no message").splitlines()[0]
+                raise OSError(f"{by} cannot compile {source.name}: {why}")
         os.replace(new.name, library)
     return ctypes.CDLL(str(library))
+
+
+def find_compiler() -> str:
+    """The C++ compiler of this machine; empty where there is none."""
+    return os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
 
 
 def features() -> dict[str, Any]:

@@ -12,7 +12,7 @@ oneDNN takes one scale for all tokens at most, hence the third pass. A scale per
 token then costs all others their precision (bench/kernels.py measures both).
 
 Without VNNI those instructions saturate; there int8_linear.py multiplies codes in 16 bits, on AVX2. And where BF16 has no instructions,
-oneDNN multiplies it element by element: FP32's product of the rounded operands is the same sum, and up to seven times as fast.
+oneDNN multiplies it element by element: FP32's product of the rounded operands is the same sum, and five to eight times as fast.
 
 Between neighbours in 16 bits inside an FP32 model nothing is cast: a linear may be asked to leave its output in BF16, or to
 return to FP32 (apply.Mixed knows who reads it).
@@ -84,7 +84,7 @@ def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: floa
         make = _onednn_linear if has_quantized_linear() else _avx2_linear if int8_linear.available() else _int_mm_linear
         return make(weight.detach(), None if bias is None else bias.detach(), fmt, perturb_input, perturb_weight)
     dtype = getattr(torch, fmt.dtype)
-    computed = _computed_in(dtype)
+    computed = _computed_in(dtype, weight.device.type)
     cast = weight.detach().to(dtype).to(computed)
     cast_bias = None if bias is None else bias.detach().to(dtype).to(computed)
 
@@ -104,18 +104,21 @@ def bgemm(fmt: Format) -> Product:
     if fmt.kind == "int":
         return int8_attention.bgemm
     dtype = getattr(torch, fmt.dtype)
-    computed = _computed_in(dtype)
 
     def product(a: Tensor, b: Tensor) -> Tensor:
+        computed = _computed_in(dtype, a.device.type)
         return torch.matmul(a.to(dtype).to(computed), b.to(dtype).to(computed)).to(a.dtype)
 
     return product
 
 
 @functools.cache
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
-    """In what to multiply operands rounded to `dtype`: itself, but for BF16 on an x86 CPU for which oneDNN has no fast path."""
-    has = features()
+def _computed_in(dtype: torch.dtype, device: str) -> torch.dtype:
+    """In what to multiply operands rounded to `dtype`: itself, but for BF16 on an x86 CPU for which oneDNN has no fast path.
+
+    kernels/cuda.py comes here too with its 16-bit linears, and a GPU's host decides nothing.
+    """
+    has = features() if device == "cpu" else {}
     without = has.get("architecture") == "x86_64" and not (has.get("avx512_f") or has.get("avx_ne_convert"))
     return torch.float32 if dtype == torch.bfloat16 and without else dtype
 
@@ -158,7 +161,7 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_inp
             codes, row_scale = _last.get(x, perturb_input, lambda: rows.passes().quantize(_rows(x).to(read), perturb_input))
         y = (_product if compiling else _onednn_product)(codes, packed, scale, zero, written)
         passes = rows.TorchPasses() if compiling else rows.passes()
-        return passes.rescale(y, row_scale, bias).to(wanted).view(*x.shape[:-1], -1)
+        return passes.rescale(y, row_scale, bias).to(wanted).view(*x.shape[:-1], scale.shape[0])
 
     return forward
 
@@ -175,7 +178,7 @@ def _avx2_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input
 
         codes, row_scale = codes_of_rows() if torch.compiler.is_compiling() else _last.get(x, perturb_input, codes_of_rows)
         y = int8_linear.product(codes, row_scale, packed, _FAST.get(wanted, torch.float32))
-        return y.to(wanted).view(*x.shape[:-1], -1)
+        return y.to(wanted).view(*x.shape[:-1], packed.scale.shape[0])
 
     return forward
 
@@ -183,7 +186,8 @@ def _avx2_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input
 @functools.cache
 def _say_slow() -> None:
     log.warning(
-        "No fast INT8 linear for this CPU, or no C++ compiler: INT8 runs on torch._int_mm, which is seldom faster than FP32."
+        "No fast INT8 linear for this CPU, or no C++17 compiler: INT8 runs on torch._int_mm, which may be far slower than FP32. With AVX2, "
+        "install g++ 9 or clang 5 or newer."
     )
 
 
@@ -196,6 +200,6 @@ def _int_mm_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_inp
         rows = x.reshape(-1, x.shape[-1])
         row_scale = scale_of(rows, fmt, "row") * perturb_input
         product = torch._int_mm(quantize(rows, fmt, row_scale), codes).float() * row_scale * scale
-        return (product if bias is None else product + bias).to(out or x.dtype).view(*x.shape[:-1], -1)
+        return (product if bias is None else product + bias).to(out or x.dtype).view(*x.shape[:-1], scale.shape[0])
 
     return forward

@@ -18,11 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mpq.errors import MpqError
 from mpq.kernels.compiler import compiled, features
 
 log = logging.getLogger(__name__)
 
 COLUMNS = 16  # of a panel of weights
+LONGEST = (2**31 - 1) // 127**2  # terms of ±127 · ±127 that 32 bits can sum
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -60,6 +62,10 @@ def _library() -> ctypes.CDLL:
 def pack(codes: Tensor, scale: Tensor, bias: Tensor | None) -> Packed:
     """Codes (C, K) of a weight, its output channels' scales (C) and bias (C) or None."""
     rows, k = codes.shape
+    if k > LONGEST:
+        raise MpqError(
+            f"An INT8 product sums at most {LONGEST:,} terms in 32 bits, got {k:,}: leave this product in another format."
+        )
     panels, pairs = -(-rows // COLUMNS), -(-k // 2)
     filled = torch.zeros(panels * COLUMNS, pairs * 2, dtype=torch.int16)
     filled[:rows, :k] = codes

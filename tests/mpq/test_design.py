@@ -20,9 +20,11 @@ from mpq.design import (
     interaction,
     neighbours,
     refine,
+    standard_errors,
     sums,
     unmeasured,
 )
+from mpq.errors import MpqError
 from mpq.gains import gains_et
 from mpq.strategies import choose
 from mpq.tables import table
@@ -104,6 +106,28 @@ def test_completed_tables_hold_every_candidate() -> None:
     assert (guessed["gain_ci_low_s"] < guessed["gain_s"]).all()
     assert complete(full, CHOICES, BASE).height == 3**N
     np.testing.assert_allclose(full["pooled_gain_s"], full["gain_s"], atol=1e-6)  # nothing to doubt in gains that are certain
+
+
+def test_no_lowered_gain_is_certain_by_luck() -> None:
+    """Nine of ten gains are known to ± 1 ms; one, 17 ms where its neighbours say 2, has an interval of no width: it is doubted too."""
+    device = Device()
+    timing = device.measure([("block", c) for c in design(CHOICES["block"], 120)])
+    lucky = timing["configuration"].to_list().index(["int8", *[BASE] * (N - 1)])
+    half = np.full(timing.height, 1e-3) * (np.arange(timing.height) != 0)
+    half[lucky] = 0.0
+    gain = timing["gain_s"].to_numpy().copy()
+    gain[lucky] = 17e-3
+    timing = timing.with_columns(
+        pl.Series("gain_s", gain), pl.Series("gain_ci_low_s", gain - half), pl.Series("gain_ci_high_s", gain + half)
+    )
+    errors = standard_errors(timing, BASE)
+    assert errors[0] == 0
+    assert errors[lucky] == pytest.approx(np.median(errors) / 2)
+    full = complete(timing, CHOICES, BASE)
+    assert full["pooled_gain_s"][lucky] < 17e-3
+    assert full["pooled_error_s"][lucky] > 1e-4
+    with pytest.raises(MpqError, match="no pooled gains"):
+        gains_et(groups(), timing, sensitivity(), BASE, "ulp", "pooled")
 
 
 def test_what_may_no_longer_be_chosen_is_left_out() -> None:

@@ -116,13 +116,36 @@ def test_each_int8_linear_equals_the_emulated_one(name: str, shape: tuple[int, i
             assert (np.abs(y.double().numpy() - want.double().numpy()) <= share * size).all()
 
 
+def test_what_multiplies_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP32 where an x86 CPU has neither AVX512 nor AVX-NE-CONVERT; itself elsewhere, and on a GPU whatever its host is."""
+    old = {"architecture": "x86_64", "avx2": True}
+    hosts = [old, old | {"avx512_f": True}, old | {"avx_ne_convert": True}, {"architecture": "aarch64"}, {}]
+    found = []
+    for has in hosts:
+        monkeypatch.setattr(cpu, "features", lambda has=has: has)
+        found.append([cpu._computed_in.__wrapped__(dtype, "cpu") for dtype in (torch.bfloat16, torch.float16)])
+        assert cpu._computed_in.__wrapped__(torch.bfloat16, "cuda") == torch.bfloat16
+    assert found == [[torch.float32, torch.float16], *[[torch.bfloat16, torch.float16]] * 4]
+    x, weight, _ = tensors(4, 8, 6)
+    made = cpu.linear(weight.to("meta"), None, get_format("bf16"))(x.to("meta"))
+    assert made.shape == (4, 6)
+
+
+def test_int8_of_nothing_and_of_too_much() -> None:
+    """No tokens give no rows; a product with more terms than 32 bits can sum is refused."""
+    linear = cpu.linear(torch.ones(6, 8), None, get_format("int8"))
+    assert linear(torch.ones(2, 0, 8)).shape == (2, 0, 6)
+    with pytest.raises(MpqError, match="133,144 terms"):
+        int8_linear.pack(torch.zeros(1, 133_145, dtype=torch.int8), torch.ones(1), None)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bf16_without_instructions_is_the_same_product(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a CPU multiplies rounded operands in FP32, linears and attention's products differ by the order of a sum alone."""
     x, weight, bias = tensors(*shape)
     results = []
     for computed in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(cpu, "_computed_in", lambda _, computed=computed: computed)
+        monkeypatch.setattr(cpu, "_computed_in", lambda *_, computed=computed: computed)
         results.append((cpu.linear(weight, bias, get_format("bf16"))(x.clone()), cpu.bgemm(get_format("bf16"))(x, weight.T)))
     size = x.abs() @ weight.T.abs() + bias.abs()
     for ours, theirs in zip(*results, strict=True):

@@ -32,6 +32,13 @@ def test_time_taken_by_others_and_a_slow_clock_are_no_calm() -> None:
     ]
 
 
+def test_what_a_machine_always_shows_is_no_disturbance() -> None:
+    """Threads that always wait (more of them than cores) disturb no pair; stolen time beside that still does."""
+    always = [interval(waited=0.5) for _ in range(5)]
+    assert calm(always).all()
+    assert calm([*always, interval(steal=0.3, waited=0.5)]).tolist() == [True] * 5 + [False]
+
+
 def test_an_interval_is_the_difference_of_two_readings() -> None:
     """Shares of all cores' ticks and of the seconds between; threads that ended make nothing negative."""
     first, last = Reading(1000, 10, 5.0, 3000.0), Reading(1200, 30, 5.5, 2000.0)
@@ -53,7 +60,7 @@ def test_files_as_linux_has_them(tmp_path: Path) -> None:
         (cpus / f"cpu{core}" / "cpufreq" / "scaling_cur_freq").write_text(khz)
     (cpus / "cpu2").mkdir()
     (cpus / "cpufreq").mkdir()
-    assert reading(proc, cpus) == Reading(1000, 35, 3.0, 2700.0)
+    assert reading(proc, cpus) == Reading(1000, 35, 3.0, 3000.0)
     (proc / "stat").write_text("nothing of the kind")
     nothing = reading(proc, tmp_path / "none")
     assert (nothing.ticks, nothing.stolen, math.isnan(nothing.clock_mhz)) == (0, 0, True)
@@ -75,4 +82,4 @@ def test_others_on_the_cores_are_seen() -> None:
             other.kill()
             other.wait()
     assert waited > 0.1
-    assert not calm([interval(waited=waited)]).all()
+    assert calm([interval(), interval(waited=waited), interval()]).tolist() == [True, False, True]
