@@ -104,9 +104,9 @@ def bgemm(fmt: Format) -> Product:
     if fmt.kind == "int":
         return int8_attention.bgemm
     dtype = getattr(torch, fmt.dtype)
+    computed = _computed_in(dtype, "cpu")
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        computed = _computed_in(dtype, a.device.type)
         return torch.matmul(a.to(dtype).to(computed), b.to(dtype).to(computed)).to(a.dtype)
 
     return product
