@@ -12,19 +12,19 @@ device; each shape's last line is JSON. Sections and figure numbers are those of
 
 from __future__ import annotations
 
+import argparse
 import ast
 import datetime
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
-from record import folder_of, record
+from record import RESULTS, folder_of, record
 from transformers import LlamaConfig
 
 from mpq.design import anchors, choices_of, complete, design, interaction, neighbours, standard_errors, sums
@@ -233,12 +233,19 @@ def left_out(timing: pl.DataFrame, choices: Choices) -> dict[str, Any]:
 
 
 def main() -> None:
-    earlier = sys.argv[1:2] == ["--again"]
-    for name in sys.argv[1 + 2 * earlier :] or ["demo", "wide"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", default=["demo", "wide"])
+    parser.add_argument("--again", type=Path, metavar="FOLDER", help="results of an earlier campaign")
+    asked = parser.parse_args()
+    for name in asked.shapes:
         folder = DEMO if name == "demo" else Path(name)
+        if asked.again and not (asked.again / f"timing-{folder.name}-plans.parquet").exists():
+            parser.error(
+                f"{asked.again} has no campaign of {name}: expected one of {RESULTS}, and a shape that was measured there"
+            )
         shape = (WIDE, 1, 256) if name == "wide" else (load_config(folder), 4, 256)
-        if earlier:
-            again(Path(sys.argv[2]), folder.name, *shape)
+        if asked.again:
+            again(asked.again, folder.name, *shape)
         else:
             run(folder.name, *shape)
 

@@ -12,7 +12,7 @@ import polars as pl
 import typer
 
 from mpq import __version__
-from mpq.console import bar, emit, log, read_frame, results_for_people, write_file, write_frame
+from mpq.console import bar, emit, log, read_frame, results_for_people, timing_for_people, write_file, write_frame
 from mpq.errors import MpqError
 from mpq.spec import RunSpec
 from mpq.store_cli import store_app
@@ -174,7 +174,8 @@ def time(
             timing_model(config, base).to(device), groups, requests, base=base, batch=batch, length=length, repeats=repeats,
             method=method, seed=seed, target=target or None, cap=cap, compiled=compile, progress=progress,
         )  # fmt: skip
-    emit(frame, json_, out, "timing")
+    facts = {"device": frame["device"][0], "base TTFT (ms)": float(frame["base_ttft_s"].median()) * 1e3}  # type: ignore[arg-type]
+    emit(frame, json_, out, "timing", None if json_ else facts, timing_for_people(frame, base))
 
 
 @app.command()

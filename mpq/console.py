@@ -67,6 +67,22 @@ def results_for_people(results: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def timing_for_people(timing: pl.DataFrame, base: str) -> pl.DataFrame:
+    """The timing table in columns that fit a terminal, each signature's largest gain first: ops, base as a dot; what all its groups gain
+    together (ms, ± half the 95 % interval, % of base's TTFT); whether that is surely not zero."""
+    half = (pl.col("gain_ci_high_s") - pl.col("gain_ci_low_s")) / 2 * pl.col("instances")
+    gain = pl.col("gain_s") * pl.col("instances")
+    return timing.sort("group", "signature", -gain).select(
+        pl.col("signature").str.replace(r"-[0-9a-f]+$", "").str.replace_all("+", " ", literal=True).alias("ops"),
+        pl.col("instances").alias("×"),
+        pl.col("configuration").list.eval(pl.element().replace(base, "·")).alias("formats"),
+        (gain * 1e3).round(2).alias("gain ms"),
+        (half * 1e3).round(2).alias("± ms"),
+        (gain / pl.col("base_ttft_s") * 100).round(1).alias("% of TTFT"),
+        pl.when(pl.col("significant")).then(pl.lit("yes")).otherwise(pl.lit("–")).alias("sure"),
+    )
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.4g}"

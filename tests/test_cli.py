@@ -20,7 +20,7 @@ from mpq.runs import write_run
 def mpq(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run `mpq` in a process of its own."""
     command = [sys.executable, "-c", "from mpq.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=os.environ | {"COLUMNS": "80"})
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,12 @@ def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
     )
     assert timing.returncode == 0, timing.stderr
     assert set(pl.read_parquet(tmp_path / "t.parquet")["configuration"].list.first()) <= {"fp32", "bf16"}
+    shown = mpq("time", checkpoint, "--formats", "bf16", "--batch", 1, "--length", 8, "--repeats", 2)
+    assert shown.returncode == 0, shown.stderr
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    words = [line.split()[:5] for line in shown.stdout.splitlines()]
+    assert ["gate_proj", "up_proj", "2", "bf16", "·"] in words, "op names and formats in one line, base as a dot"
+    assert "base TTFT (ms): " in shown.stdout
     gains = pl.DataFrame({
         "objective": "et", "group": [0, 0, 1, 1], "configuration": [["fp32"], ["bf16"]] * 2,
         "gain": [0.0, 1.0, 0.0, 3.0], "loss_mse": [0.0, 2e-9, 0.0, 3e-9],
