@@ -218,7 +218,8 @@ def worked_out(name: str, groups: pl.DataFrame, timing: pl.DataFrame, plans: pl.
 def left_out(timing: pl.DataFrame, choices: Choices) -> dict[str, Any]:
     """How far gains of the largest group are from what all other measurements of it predict, beside their own errors (ms, RMS)."""
     signature = max(choices, key=lambda s: math.prod(map(len, choices[s])))
-    rows = timing.filter(pl.col("signature") == signature, pl.col("configuration").list.unique().list.join("") != BASE)
+    lowered = pl.Series([set(c) != {BASE} for c in timing["configuration"]])
+    rows = timing.filter(lowered & (timing["signature"] == signature))
     errors, instances = standard_errors(rows, BASE), rows["instances"][0]
     model = GainModel.fit(
         choices[signature], [tuple(c) for c in rows["configuration"]], rows["gain_s"].to_list(), errors.tolist()
@@ -243,6 +244,8 @@ def main() -> None:
             parser.error(
                 f"{asked.again} has no campaign of {name}: expected one of {RESULTS}, and a shape that was measured there"
             )
+        if name != "wide" and not (folder / "config.json").exists():
+            parser.error(f"{name}: expected demo, wide or the folder of a checkpoint")
         shape = (WIDE, 1, 256) if name == "wide" else (load_config(folder), 4, 256)
         if asked.again:
             again(asked.again, folder.name, *shape)

@@ -12,7 +12,7 @@ import polars as pl
 import typer
 
 from mpq import __version__
-from mpq.console import bar, emit, log, read_frame, results_for_people, timing_for_people, write_file, write_frame
+from mpq.console import bar, emit, log, read_frame, results_for_people, timing_for_people, writable, write_file, write_frame
 from mpq.errors import MpqError
 from mpq.spec import RunSpec
 from mpq.store_cli import store_app
@@ -26,7 +26,7 @@ app.add_typer(store_app, name="store")
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder or fsspec URL of a checkpoint in Hugging Face layout.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Write the table to FILE: .parquet, .json or .csv.", metavar="FILE")]
+Out = Annotated[Path | None, typer.Option("--out", callback=writable, help="Write the table to FILE: .parquet, .json or .csv.", metavar="FILE")]  # fmt: skip
 Base = Annotated[str, typer.Option(help="Format that the model runs in when nothing is lowered: fp32, bf16 or fp16.")]
 Formats = Annotated[str, typer.Option(help="Formats to lower to, separated by commas (see `mpq formats`).")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
@@ -294,7 +294,7 @@ def report(
 def run(
     spec: Annotated[Path, typer.Argument(help="A run's YAML file: model, calibration, objectives, τ (see examples/demo.yaml).")],
     store: Annotated[str | None, typer.Option(help="Another store than the spec's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the results table to FILE as well.", metavar="FILE")] = None,
+    out: Annotated[Path | None, typer.Option(callback=writable, help="Write the results table to FILE as well.", metavar="FILE")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")] = False, json_: AsJson = False,
 ) -> None:  # fmt: skip
     """Do it all: a checkpoint in; plans, their evaluation and a report out. A second run re-uses what is done."""
@@ -311,7 +311,7 @@ def reproduce(
     spec: Annotated[Path, typer.Argument(help="The sweep's YAML file: as for run, with draws of random, seeds and tasks (see examples/reproduce.yaml).")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many evaluations are to do and about how long they take, and stop.")] = False,
     store: Annotated[str | None, typer.Option(help="Another store than the spec's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write Table 1 (with --dry-run: the forecast) to FILE as well.", metavar="FILE")] = None,
+    out: Annotated[Path | None, typer.Option(callback=writable, help="Write Table 1 (with --dry-run: the forecast) to FILE as well.", metavar="FILE")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")] = False, json_: AsJson = False,
 ) -> None:  # fmt: skip
     """Repeat the paper's evaluation: every strategy, τ, seed and task; figures 1 to 9 and Table 1.

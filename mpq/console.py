@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.table import Table
 from mpq.errors import MpqError
 
 log = Console(stderr=True)
+SUFFIXES = (".parquet", ".json", ".csv")  # of tables
 
 
 def emit(
@@ -89,15 +91,23 @@ def _cell(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
 
 
+def writable(out: Path | None) -> Path | None:
+    """The file that --out names, or None. Raises MpqError where a table cannot go there: asked before hours of measuring, not after."""
+    if out is not None and out.suffix not in SUFFIXES:
+        raise MpqError(f"--out {out}: expected a name that ends in {', '.join(SUFFIXES)}.")
+    if out is not None and not os.access(out.parent, os.W_OK | os.X_OK):
+        raise MpqError(f"--out {out} cannot be written: {out.parent} is no folder, or not yours to write to.")
+    return out
+
+
 def write_frame(frame: pl.DataFrame, out: Path) -> None:
     """Write a table as Parquet, JSON or CSV by suffix. Raises MpqError for another suffix or a folder that is not there."""
+    writable(out)
     writers: dict[str, Callable[[Path], Any]] = {
         ".parquet": frame.write_parquet,
         ".json": frame.write_json,
         ".csv": lambda path: frame.with_columns(pl.col(pl.List(pl.String)).list.join(" ")).write_csv(path),
     }
-    if out.suffix not in writers:
-        raise MpqError(f"--out {out}: expected a name that ends in {', '.join(writers)}.")
     try:
         writers[out.suffix](out)
     except OSError as error:

@@ -74,11 +74,11 @@ def calm(intervals: list[Interval]) -> np.ndarray:
     )
     known = clock[np.isfinite(clock)]
     slow = np.isfinite(clock) & (clock < SLOW_CLOCK * np.median(known)) if len(known) else np.zeros(len(clock), dtype=bool)
-    calm = np.ones(len(intervals), dtype=bool)
+    undisturbed = np.ones(len(intervals), dtype=bool)
     for disturbed in (steal > STOLEN, waited > WAITED, slow):
         if 2 * disturbed.sum() <= len(intervals):
-            calm &= ~disturbed
-    return calm
+            undisturbed &= ~disturbed
+    return undisturbed
 
 
 def load_average() -> float:

@@ -122,6 +122,12 @@ MISTAKES = {
     ),
     "no run": (["report", "nope"], "No run at nope"),
     "unknown suffix": (["formats", "--out", "x.xlsx"], "expected a name that ends in .parquet"),
+    # said before anything is measured: the model, which is none, is not even looked at
+    "unknown suffix of what takes long": (["time", "no/such/model", "--out", "x.xlsx"], "expected a name that ends in .parquet"),
+    "no folder for what takes long": (
+        ["sensitivity", "no/such/model", "--calibration", "x.txt", "--out", "no/such/t.csv"],
+        "no/such is no folder",
+    ),
     "usage": (["partition"], "Missing argument"),
 }
 

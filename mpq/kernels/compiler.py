@@ -40,6 +40,7 @@ def compiled(source: Path) -> ctypes.CDLL:
             command = [by, *_FLAGS, str(source), "-o", new.name]
             told = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if told.returncode:
+                os.unlink(new.name)
                 why = (told.stderr.strip() or "no message").splitlines()[0]
                 raise OSError(f"{by} cannot compile {source.name}: {why}")
         os.replace(new.name, library)
