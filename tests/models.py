@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +62,15 @@ def small_spec(folder: Path) -> RunSpec:
         "store": (folder / "store").as_uri(),
         "out": str(folder / "out"),
     })  # fmt: skip
+
+
+def own_prefect(home: Path) -> dict[str, str]:
+    """The environment of a process that starts a Prefect server of its own under `home`, where it has all the time it needs."""
+    if not home.exists():
+        home.mkdir(parents=True)
+        shutil.copy(DATABASE, home / "prefect.db")  # Prefect takes seconds to make an empty one
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+        "PREFECT_HOME": str(home), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip

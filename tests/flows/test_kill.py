@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import models
 import pytest
 import yaml
-from models import DEMO, ROOT
+from models import DEMO, ROOT, own_prefect
 
 from mpq.spec import RunSpec
 
 
 def start(spec: Path, home: Path, command: str = "run") -> subprocess.Popen[str]:
     """`mpq run` or another command in a process group of its own, its ephemeral Prefect server included."""
-    environment = {**os.environ, "PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    for name in (
-        "PREFECT_API_URL",
-        "PREFECT_TEST_MODE",
-        "PREFECT_API_DATABASE_CONNECTION_URL",
-        "PREFECT_RESULTS_LOCAL_STORAGE_PATH",
-    ):
-        environment.pop(name, None)
-    if not home.exists():
-        home.mkdir(parents=True)
-        shutil.copy(models.DATABASE, home / "prefect.db")  # Prefect takes seconds to make an empty one
     arguments = [sys.executable, "-c", "from mpq.cli import main; main()", command, str(spec)]
     return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        arguments,
+        cwd=ROOT,
+        env=own_prefect(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 

@@ -14,7 +14,7 @@ from contextvars import copy_context
 from pathlib import Path
 
 import pytest
-from models import ROOT, small_model, write_checkpoint
+from models import ROOT, own_prefect, small_model, write_checkpoint
 
 from deployments.processes import until
 from flows.calibrate import calibrate
@@ -135,13 +135,12 @@ def test_a_watch_that_was_killed(folder: Path, spec: RunSpec, tmp_path: Path) ->
     )
     file = tmp_path / "spec.json"
     file.write_text(spec.model_dump_json())
-    home = {"PREFECT_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-    (tmp_path / "home").mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), str(file)], cwd=ROOT, env={**plain, **home}, start_new_session=True
+        [sys.executable, "-c", code, str(folder), str(file)], cwd=ROOT, env=own_prefect(tmp_path / "home"), start_new_session=True
     )
-    until("a shard's table", lambda: list((tmp_path / "store" / "sensitivity").glob("*/meta.json")), 240)
+    stored = tmp_path / "store" / "sensitivity"
+    until("a shard's table or the watch's end", lambda: process.poll() is not None or list(stored.glob("*/meta.json")), 240)
+    assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert [row["status"] for row in watch([str(folder)], spec, settle_s=0, lease_s=20)] == ["in progress in another run"]
