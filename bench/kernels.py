@@ -1,8 +1,8 @@
 """The CPU's native linears and attention beside torch's own, interleaved: `python bench/kernels.py`.
 
 Square weights of each width, BF16 activations (what a BF16 model hands over), beside torch's own BF16 linear. INT8 includes the
-quantization of the activations, per token (what runs in a plan) and, with VNNI, per tensor (one outlying token costs all others their
-precision: the error column; its activations are read twice, once for the scale). Attention is causal, heads in groups of four, in
+quantization of the activations, per token (what runs in a plan) and per tensor (one outlying token costs all others their precision:
+the error column; its activations are read twice, once for the scale). Attention is causal, heads in groups of four, in
 FP32 (what an FP32 model hands over): torch's fused SDPA in FP32 is the base, SDPA in BF16 with its casts, and INT8 in both products.
 BGEMM is Q x K alone, beside torch's FP32 product.
 
@@ -24,7 +24,7 @@ from record import record
 from torch import Tensor
 
 from mpq.formats import get_format
-from mpq.kernels import cpu, int8_attention, native_formats, rows
+from mpq.kernels import cpu, int8_attention, int8_linear, native_formats, rows
 from mpq.pairs import keep_memory
 from mpq.quantize import quantize, scale_of
 
@@ -34,20 +34,36 @@ Run: TypeAlias = Callable[..., Tensor]
 
 
 def per_tensor(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """INT8 with one scale for all activations: fused into oneDNN's product whole."""
+    """INT8 with one scale for all activations: the largest, then the codes, in two sweeps that torch.compile makes; all scales in the
+    product itself."""
     fmt = get_format("int8")
     scale = scale_of(weight, fmt, "row")
+    codes_of = torch.compile(codes_of_all, dynamic=True)
+    if not cpu.has_quantized_linear():
+        own = int8_linear.pack(quantize(weight, fmt, scale), scale.flatten(), None)
+
+        def multiplied(x: Tensor) -> Tensor:
+            codes, step = codes_of(x, torch.int16)
+            return int8_linear.product(codes, step.expand(x.shape[0], 1).contiguous(), own, x.dtype)
+
+        return multiplied
     packed = torch.ops.onednn.qlinear_prepack(quantize(weight, fmt, scale).contiguous(), None)
     flat, zero = scale.flatten(), torch.zeros(weight.shape[0], dtype=torch.int32)
 
     def forward(x: Tensor) -> Tensor:
-        step = max(map(abs, map(float, torch.aminmax(x)))) / 127
-        codes = torch.quantize_per_tensor(x.float(), step, rows.ZERO_POINT, torch.quint8).int_repr()
+        codes, step = codes_of(x, torch.uint8)
         return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
-            codes, step, rows.ZERO_POINT, packed, flat, zero, None, 1.0, 0, x.dtype, "none", [], ""
+            codes, float(step), rows.ZERO_POINT, packed, flat, zero, None, 1.0, 0, x.dtype, "none", [], ""
         )  # fmt: skip
 
     return forward
+
+
+def codes_of_all(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes of activations under one scale, with the zero point in unsigned ones, and the scale."""
+    step = x.abs().amax().float() / 127
+    codes = (x.float() / step).round() + (rows.ZERO_POINT if dtype == torch.uint8 else 0)
+    return codes.to(dtype), step
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -86,7 +102,7 @@ def linears() -> Iterator[dict[str, object]]:
             "fp32": partial(linear_in_fp32, weight.float()),
             "bf16": cpu.linear(weight, None, get_format("bf16")),
             "int8 per token": cpu.linear(weight, None, get_format("int8")),
-            **({"int8 per tensor": per_tensor(weight)} if cpu.has_quantized_linear() else {}),
+            **({"int8 per tensor": per_tensor(weight)} if cpu.has_quantized_linear() or int8_linear.available() else {}),
         }
         for tokens in TOKENS:
             x = torch.randn(tokens, width, dtype=torch.bfloat16) * torch.logspace(-1, 1, tokens)[:, None].to(torch.bfloat16)

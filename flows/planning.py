@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import polars as pl
 from prefect.runtime import flow_run
@@ -19,7 +20,14 @@ from tasks import calibration, planning, timing
 from tasks.checkpoint import source_of
 from tasks.stage import References, read, read_json
 
+if TYPE_CHECKING:
+    from mpq.design import Wanted
+
 KINDS: tuple[Kind, ...] = ("linear", "bgemm")
+# the modules of mpq that a measured time depends on; kernels.cpu is CUDA's too: its linears in 16 bits
+TIMING = ("timing", "prefill", "pairs", "machine", "apply", "attention", "partition", "kernels", "kernels.cpu")
+CPU_KERNELS = ("kernels.compiler", "kernels.rows", "kernels.int8_attention", "kernels.int8_linear")
+CUDA_KERNELS = ("kernels.cuda", "kernels.fp8", "kernels.flash", "kernels.bgemm")
 
 
 class Planning:
@@ -74,11 +82,7 @@ class Planning:
     @cached_property
     def _made_with(self) -> tuple[str, ...]:
         """What a time depends on besides the model: device, libraries, kernels."""
-        cuda = ("kernels.cuda", "kernels.fp8", "kernels.flash", "kernels.bgemm")
-        cpu = ("kernels.compiler", "kernels.rows", "kernels.int8_attention", "kernels.int8_linear")
-        # kernels.cpu: CUDA's linears in 16 bits are its own, too
-        kernels = ("kernels", "kernels.cpu", *(cpu if self.spec.model.device == "cpu" else cuda))
-        code = code_of("timing", "prefill", "pairs", "machine", "apply", "attention", "partition", *kernels)
+        code = code_of(*TIMING, *(CPU_KERNELS if self.spec.model.device == "cpu" else CUDA_KERNELS))
         return self.device_name, version("torch"), version("transformers"), code
 
     def load(self) -> References:
@@ -151,9 +155,7 @@ class Planning:
             found.setdefault(str(signature), choices_of(rows, formats, spec.model.base))
         return found
 
-    def _measured(
-        self, stage: str, groups: TableRef, architecture: str, wanted: Sequence[tuple[str, tuple[str, ...]]]
-    ) -> list[TableRef]:
+    def _measured(self, stage: str, groups: TableRef, architecture: str, wanted: Sequence[Wanted]) -> list[TableRef]:
         """One timing table of everything wanted; what the store has not is measured, an entry a configuration."""
         base, part = self.spec.model.base, self.spec.timing.model_dump(exclude={"slice", "bound", "limit", "rounds"})
         keys = {content_key(architecture, groups.sha256, s, c, base, part, self._made_with): (s, c) for s, c in wanted}
@@ -168,7 +170,7 @@ class Planning:
         label = f"{stage} {self.spec.title}"
         return [self.stages.run_one(stage, (timing.merge_measurements, key, label, inputs))["timing"]]
 
-    def _slices(self, missing: dict[str, tuple[str, tuple[str, ...]]], groups: TableRef, architecture: str) -> list[Call]:
+    def _slices(self, missing: dict[str, Wanted], groups: TableRef, architecture: str) -> list[Call]:
         """Tasks for what is to be measured, some configurations of one signature each.
 
         In an order of this flow run's own: of two runs at once, each finds done what the other began with.
@@ -209,17 +211,18 @@ class Planning:
     ) -> tuple[list[References], list[TableRef]]:
         """Plans for each objective, and the timing tables that they rest on: for measured time it solves, measures what was
         chosen and not yet measured, and solves again."""
-        from mpq.design import anchors, unmeasured
+        from mpq.design import anchors, refine
 
         spec, objectives = self.spec, list(self.objectives)
-        for _ in range(spec.timing.rounds if timed else 0):
-            gains = self._gains(["et"], groups, sums, timed)
-            solved = self._solve(["et"], groups, sums, timed, gains)
-            plans = [p["formats"] for p in read_json(solved[0]["plan_files"]) if p["strategy"] == "ip_et"]
-            wanted = unmeasured(pl.concat([read(t) for t in timed], how="diagonal_relaxed"), read(groups), plans, spec.model.base)
-            if not wanted:
-                break
-            timed = [*timed, *self._measured("timing of chosen", groups, architecture, wanted)]
+
+        def chosen(timed: list[TableRef]) -> list[Wanted]:
+            solved = self._solve(["et"], groups, sums, timed, self._gains(["et"], groups, sums, timed))
+            return self._unmeasured(groups, timed, solved[0])
+
+        def measure(timed: list[TableRef], wanted: list[Wanted]) -> list[TableRef]:
+            return [*timed, *self._measured("timing of chosen", groups, architecture, wanted)]
+
+        timed, _ = refine(timed, chosen, measure, spec.timing.rounds if timed else 0)
         gains = self._gains(objectives, groups, sums, timed)
         anchor = None
         if timed:
@@ -228,15 +231,19 @@ class Planning:
                 self.time_plans(groups, whole, self.held_out.ttft_repeats, architecture, "TTFT of anchors") if whole else None
             )
         solved = self._solve(objectives, groups, sums, timed, gains, anchor)
-        if timed:
-            plans = [p["formats"] for p in read_json(solved[objectives.index("et")]["plan_files"]) if p["strategy"] == "ip_et"]
-            if left := unmeasured(
-                pl.concat([read(t) for t in timed], how="diagonal_relaxed"), read(groups), plans, spec.model.base
-            ):
-                tell(
-                    f"{len(left)} configurations of the plans for et are predicted, not measured: timing.rounds was {spec.timing.rounds}."
-                )
+        if timed and (left := self._unmeasured(groups, timed, solved[objectives.index("et")])):
+            tell(
+                f"{len(left)} configurations of the plans for et are predicted, not measured: timing.rounds was {spec.timing.rounds}."
+            )
         return solved, timed
+
+    def _unmeasured(self, groups: TableRef, timed: list[TableRef], solved: References) -> list[Wanted]:
+        """What IP-ET's plans put a group in and no timing table has measured."""
+        from mpq.design import unmeasured
+
+        plans = [p["formats"] for p in read_json(solved["plan_files"]) if p["strategy"] == "ip_et"]
+        timing = pl.concat([read(t) for t in timed], how="diagonal_relaxed")
+        return unmeasured(timing, read(groups), plans, self.spec.model.base)
 
     def _gains(
         self, objectives: Sequence[Objective], groups: TableRef, sums: References, timed: list[TableRef]

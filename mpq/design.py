@@ -11,7 +11,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import polars as pl
@@ -20,6 +20,7 @@ from mpq.gain_model import Choices, Configuration, GainModel
 from mpq.tables import table
 
 Wanted: TypeAlias = tuple[str, Configuration]  # signature, configuration
+Timed = TypeVar("Timed")
 POOLED = 1024  # so many measured gains are not pooled, which takes the cube of their number
 CANDIDATES = 20_000  # configurations of one group that the program may choose from
 NORMAL_95 = 1.96  # half a 95 % interval, in standard errors
@@ -110,20 +111,19 @@ def unmeasured(timing: pl.DataFrame, groups: pl.DataFrame, plans: Iterable[Mappi
 
 
 def refine(
-    timing: pl.DataFrame, groups: pl.DataFrame, choices: Mapping[str, Choices], base: str, *,
-    measure: Callable[[list[Wanted]], pl.DataFrame], solve: Callable[[pl.DataFrame], Sequence[Mapping[str, str]]], rounds: int = 8,
-) -> tuple[pl.DataFrame, int]:  # fmt: skip
+    timed: Timed, chosen: Callable[[Timed], list[Wanted]], measure: Callable[[Timed, list[Wanted]], Timed], rounds: int
+) -> tuple[Timed, int]:
     """Solve, measure what was chosen and not yet measured, solve again, until everything chosen is measured or `rounds` are over.
 
-    `solve` gives plans from a completed timing table, `measure` the timing rows of what is asked. Returns the measured rows and
-    the number of rounds in which something was measured.
+    `timed` is what has been measured, in whatever form its owner holds it; `chosen` solves and says what of the plan is `unmeasured`;
+    `measure` returns `timed` with that in it. Returns what was measured, and the rounds in which something was.
     """
     for done in range(rounds):
-        wanted = unmeasured(timing, groups, solve(complete(timing, choices, base)), base)
+        wanted = chosen(timed)
         if not wanted:
-            return timing, done
-        timing = pl.concat([timing, measure(wanted)], how="diagonal_relaxed")
-    return timing, rounds
+            return timed, done
+        timed = measure(timed, wanted)
+    return timed, rounds
 
 
 def anchors(groups: pl.DataFrame, gains: pl.DataFrame, base: str) -> list[dict[str, str]]:

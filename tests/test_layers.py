@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from models import ROOT
 
+from flows.planning import CPU_KERNELS, CUDA_KERNELS, TIMING
+
 LAYERS = [
     ["redaction", "errors"],
     ["formats", "solver", "presolve", "slices", "machine", "gain_model", "kernels.compiler"],
@@ -58,6 +60,26 @@ def test_imports_go_down(path: Path) -> None:
         top = other.partition(".")[0]
         assert top not in ("prefect", "tasks"), f"{name} imports {other}"
         assert top != "flows" or name == "mpq.cli"
+
+
+# what a measurement runs through and its time does not depend on: messages, tables' columns, what values are rounded to, the trace whose
+# groups are in the key by their content, what is recorded beside a time
+TIMELESS = {"errors", "redaction", "tables", "formats", "graph", "gpu_state", "quantize", "kernels.emulated", "kernels.rounding"}
+
+
+@pytest.mark.parametrize(("device", "kernels"), [("cpu", CPU_KERNELS), ("cuda", CUDA_KERNELS)])
+def test_timing_keys_name_what_timing_runs_through(device: str, kernels: tuple[str, ...]) -> None:
+    """Every module that timing imports, whatever through, is in the key of what is measured; a change of it measures again."""
+    reached, ahead = set[str](), ["timing", f"kernels.{device}"]
+    others = set(CPU_KERNELS) if device == "cuda" else set()  # a CPU's own kernels do not run on a GPU
+    while ahead:
+        name = ahead.pop()
+        if name not in reached | TIMELESS | others:
+            reached.add(name)
+            path = ROOT.joinpath("mpq", *name.split("."))
+            file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            ahead += [other.removeprefix("mpq.") for other in imports(file) if other in LEVEL]
+    assert reached == {*TIMING, *kernels}
 
 
 def test_reports_need_no_torch() -> None:

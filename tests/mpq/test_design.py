@@ -170,7 +170,11 @@ def test_the_loop_ends_with_everything_chosen_measured(share: float) -> None:
 
     device = Device()
     start = device.measure([("block", c) for c in design(CHOICES["block"], 60)])
-    timing, rounds = refine(start, table_, CHOICES, BASE, measure=device.measure, solve=lambda t: [plan_of(t)])
+
+    def chosen(timing: pl.DataFrame) -> list[tuple[str, tuple[str, ...]]]:
+        return unmeasured(timing, table_, [plan_of(complete(timing, CHOICES, BASE))], BASE)
+
+    timing, rounds = refine(start, chosen, lambda timing, wanted: pl.concat([timing, device.measure(wanted)]), 8)
     assert rounds < 8
     plan = plan_of(complete(timing, CHOICES, BASE))
     assert not unmeasured(timing, table_, [plan], BASE)
