@@ -12,7 +12,7 @@ oneDNN takes one scale for all tokens at most, hence the third pass. A scale per
 token then costs all others their precision (bench/kernels.py measures both).
 
 Without VNNI those instructions saturate; there int8_linear.py multiplies codes in 16 bits, on AVX2. And where BF16 has no instructions,
-oneDNN multiplies it element by element: FP32's product of the rounded operands is the same sum, and five to eight times as fast.
+oneDNN multiplies it element by element: FP32's product of the rounded operands is the same sum, and five to ten times as fast.
 
 Between neighbours in 16 bits inside an FP32 model nothing is cast: a linear may be asked to leave its output in BF16, or to
 return to FP32 (apply.Mixed knows who reads it).
