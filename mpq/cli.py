@@ -12,7 +12,7 @@ import polars as pl
 import typer
 
 from mpq import __version__
-from mpq.console import bar, emit, log, read_frame, results_for_people, timing_for_people, writable, write_file, write_frame
+from mpq.console import bar, emit, emit_results, log, read_frame, timing_for_people, writable, write_file, write_frame
 from mpq.errors import MpqError
 from mpq.spec import RunSpec
 from mpq.store_cli import store_app
@@ -287,7 +287,7 @@ def report(
             "left out": " ".join(write_figures(tables, figures, record["facts"].get("base", ""))) or "nothing",
         }
     results = results_table(tables)
-    emit(results, json_, None, "results", extra, results_for_people(results))
+    emit_results(results, json_, None, extra)
 
 
 @app.command()
@@ -303,7 +303,7 @@ def run(
     from flows.terminal import run_in_terminal
 
     results, where = run_in_terminal(checked, log)
-    emit(results, json_, out, "results", where, results_for_people(results))
+    emit_results(results, json_, out, where)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,15 @@ def emit(
         log.print(f"… {frame.height - 200} rows more: use --json or --out")
     for name, value in (extra or {}).items():
         Console().print(f"{name}: {_cell(value)}", highlight=False)
+
+
+def emit_results(results: pl.DataFrame, as_json: bool, out: Path | None, extra: Mapping[str, Any]) -> None:
+    """`emit` a run's results table, and say on stderr where the machine changed speed meanwhile."""
+    from mpq.drift import drift_of
+
+    emit(results, as_json, out, "results", dict(extra), results_for_people(results))
+    if changed := drift_of(results):
+        log.print(f"[yellow]note:[/] {changed}", highlight=False)
 
 
 def results_for_people(results: pl.DataFrame) -> pl.DataFrame:

@@ -23,7 +23,7 @@ LAYERS = [
     ["partition", "apply", "runs", "inventory"],
     ["prefill"],
     ["sensitivity", "timing", "gains", "evaluate", "harness", "draw", "pace"],
-    ["strategies", "report", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"],
+    ["strategies", "report", "drift", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"],
     ["console"],
     ["store_cli"],
     ["cli"],
