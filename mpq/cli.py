@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 
 import polars as pl
 import typer
+from rich.markup import escape
 
-from mpq import __version__
-from mpq.console import bar, emit, emit_results, log, read_frame, timing_for_people, writable, write_file, write_frame
+from mpq import __version__, shown
+from mpq.console import bar, emit, emit_results, log, read_frame, writable, write_file, write_frame
 from mpq.errors import MpqError
 from mpq.spec import RunSpec
 from mpq.store_cli import store_app
@@ -39,12 +40,8 @@ def main() -> None:
     try:
         app()
     except MpqError as error:
-        log.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        log.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _version(show: bool) -> None:
@@ -63,7 +60,7 @@ def _top(
 def _names(formats: str) -> list[str]:
     from mpq.formats import get_format
 
-    return [get_format(f).name for f in formats.split(",") if f.strip()]
+    return [get_format(f).name for f in formats.split(",")]
 
 
 @app.command()
@@ -101,7 +98,7 @@ def partition(
 
     with log.status("tracing"):
         frame = groups_table(partition_graph(trace(load_config(fetch(model, revision)))), batch, length)
-    emit(frame, json_, out, "groups")
+    emit(frame, json_, out, "groups", shown_as=shown.groups(frame))
 
 
 @app.command()
@@ -119,23 +116,26 @@ def sensitivity(
     revision: Revision = None, json_: AsJson = False, out: Out = None,
 ) -> None:  # fmt: skip
     """Measure how much rounding each operand of each product would move the loss (nats²)."""
-    from mpq.graph import trace
+    names, base = _names(formats), _names(base)[0]
     from mpq.model import fetch, load_config, load_model, read_blocks
-    from mpq.partition import partition as partition_graph
-    from mpq.sensitivity import measure_sensitivity
     from mpq.spec import TextSpec
 
-    names, folder = _names(formats), fetch(model, revision)
+    folder = fetch(model, revision)
     config = load_config(folder)
     text = TextSpec(source=calibration, samples=samples, length=length, batch=batch, seed=seed, field=field, split=split)
     blocks = read_blocks(text, folder, config.get_text_config().vocab_size)
+    from mpq.graph import trace  # after what a mistake may be in: transformers takes seconds to load its models
+    from mpq.partition import partition as partition_graph
+    from mpq.sensitivity import measure_sensitivity
+
     ops = [(op.name, op.kind) for group in partition_graph(trace(config)) for op in group.ops if op.kind != "other"]
     with bar("sensitivity") as progress:
         frame, loss = measure_sensitivity(
-            load_model(folder, base, device), ops, blocks, formats=names, base=_names(base)[0], batch=batch, base_term=base_term,
+            load_model(folder, base, device), ops, blocks, formats=names, base=base, batch=batch, base_term=base_term,
             checkpoint_activations=checkpoint_activations, progress=progress,
         )  # fmt: skip
-    emit(frame, json_, out, "sensitivity", {"loss": loss.row(0, named=True)} if json_ else None)
+    facts = {"loss": loss.row(0, named=True)} if json_ else None
+    emit(frame, json_, out, "sensitivity", facts, shown.sensitivity(frame, base))
 
 
 @app.command()
@@ -152,17 +152,18 @@ def time(
     seed: int = 0, revision: Revision = None, json_: AsJson = False, out: Out = None,
 ) -> None:  # fmt: skip
     """Measure the time to first token gained by each configuration of each group, on this device's native kernels."""
+    names, base = _names(formats), _names(base)[0]
     from mpq.design import choices_of, design
-    from mpq.graph import trace
     from mpq.kernels import check_native, native_formats
     from mpq.model import fetch, load_config
+
+    check_native(names, device)
+    config = load_config(fetch(model, revision))
+    from mpq.graph import trace
     from mpq.partition import groups_table
     from mpq.partition import partition as partition_graph
     from mpq.timing import measure, timing_model
 
-    names, base = _names(formats), _names(base)[0]
-    check_native(names, device)
-    config = load_config(fetch(model, revision))
     groups = groups_table(partition_graph(trace(config)), batch, length)
     native = {k: [f for f in names if f in native_formats(device, k)] for k in ("linear", "bgemm")}
     requests = []
@@ -175,7 +176,7 @@ def time(
             method=method, seed=seed, target=target or None, cap=cap, compiled=compile, progress=progress,
         )  # fmt: skip
     facts = {"device": frame["device"][0], "base TTFT (ms)": float(frame["base_ttft_s"].median()) * 1e3}  # type: ignore[arg-type]
-    emit(frame, json_, out, "timing", None if json_ else facts, timing_for_people(frame, base))
+    emit(frame, json_, out, "timing", None if json_ else facts, shown.timing(frame, base))
 
 
 @app.command()
@@ -213,11 +214,7 @@ def evaluate(
 
     And TTFT beside base's, where the device has kernels for all of the plan's formats.
     """
-    from mpq.evaluate import evaluate_loss, losses
-    from mpq.kernels import runs_natively
-    from mpq.model import fetch, fingerprint, load_config, load_model, read_blocks
     from mpq.plan import Plan
-    from mpq.spec import TextSpec
 
     try:
         chosen = Plan.from_json(plan.read_text(encoding="utf-8"))
@@ -226,11 +223,17 @@ def evaluate(
     model, text = model or chosen.provenance.get("model"), text or chosen.provenance.get("evaluation")
     if not model or not text:
         raise MpqError("The plan does not say which model and text it belongs to: give --model and --text.")
+    from mpq.model import fetch, fingerprint, load_config, load_model, read_blocks
+    from mpq.spec import TextSpec
+
     folder = fetch(model)
     chosen.check_model(fingerprint(folder))
     config = load_config(folder)
     vocabulary = config.get_text_config().vocab_size
     blocks = read_blocks(TextSpec(source=text, samples=samples, length=length, batch=batch), folder, vocabulary)
+    from mpq.evaluate import evaluate_loss, losses
+    from mpq.kernels import runs_natively
+
     loaded = load_model(folder, chosen.base, device)
     with bar("evaluation") as progress:
         base_losses = losses(loaded, blocks, batch)

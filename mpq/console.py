@@ -27,7 +27,7 @@ def emit(
 ) -> None:  # fmt: skip
     """Print a table for people, or as JSON (`extra` beside it under its own keys), and write it where `--out` says.
 
-    People are shown `shown_as` where it is given: the same rows in fewer, shorter columns.
+    People are shown `shown_as` where it is given: the table in fewer, shorter columns (shown.py).
     """
     if out:
         write_frame(frame, out)
@@ -44,54 +44,20 @@ def emit(
     for row in told.head(200).iter_rows():
         shown.add_row(*(_cell(v) for v in row))
     Console().print(shown)
-    if frame.height > 200:
-        log.print(f"… {frame.height - 200} rows more: use --json or --out")
+    if told.height > 200:
+        log.print(f"… {told.height - 200} rows more: use --json or --out")
     for name, value in (extra or {}).items():
         Console().print(f"{name}: {_cell(value)}", highlight=False)
 
 
 def emit_results(results: pl.DataFrame, as_json: bool, out: Path | None, extra: Mapping[str, Any]) -> None:
     """`emit` a run's results table, and say on stderr where the machine changed speed meanwhile."""
+    from mpq import shown
     from mpq.drift import drift_of
 
-    emit(results, as_json, out, "results", dict(extra), results_for_people(results))
+    emit(results, as_json, out, "results", dict(extra), shown.results(results))
     if changed := drift_of(results):
         log.print(f"[yellow]note:[/] {changed}", highlight=False)
-
-
-def results_for_people(results: pl.DataFrame) -> pl.DataFrame:
-    """The results table in columns that fit a terminal: loss MSE (nats²) and TTFT (ms), predicted and measured, ops lowered in %."""
-
-    def milliseconds(column: str) -> pl.Expr:
-        return (pl.col(column) * 1e3).round(1)
-
-    return results.select(
-        pl.col("objective").alias("for"),
-        "strategy",
-        pl.col("tau").alias("τ"),
-        pl.col("predicted_loss_mse").round_sig_figs(3).alias("MSE pred."),
-        pl.col("measured_loss_mse").round_sig_figs(3).alias("MSE meas."),
-        milliseconds("predicted_ttft_s").alias("ms pred."),
-        milliseconds("measured_ttft_s").alias("ms meas."),
-        milliseconds("base_ttft_s").alias("base"),
-        (pl.col("share_lowered") * 100).round(0).alias("low %"),
-    )
-
-
-def timing_for_people(timing: pl.DataFrame, base: str) -> pl.DataFrame:
-    """The timing table in columns that fit a terminal, each signature's largest gain first: ops, base as a dot; what all its groups gain
-    together (ms, ± half the 95 % interval, % of base's TTFT); whether that is surely not zero."""
-    half = (pl.col("gain_ci_high_s") - pl.col("gain_ci_low_s")) / 2 * pl.col("instances")
-    gain = pl.col("gain_s") * pl.col("instances")
-    return timing.sort("group", "signature", -gain).select(
-        pl.col("signature").str.replace(r"-[0-9a-f]+$", "").str.replace_all("+", " ", literal=True).alias("ops"),
-        pl.col("instances").alias("×"),
-        pl.col("configuration").list.eval(pl.element().replace(base, "·")).alias("formats"),
-        (gain * 1e3).round(2).alias("gain ms"),
-        (half * 1e3).round(2).alias("± ms"),
-        (gain / pl.col("base_ttft_s") * 100).round(1).alias("% of TTFT"),
-        pl.when(pl.col("significant")).then(pl.lit("yes")).otherwise(pl.lit("–")).alias("sure"),
-    )
 
 
 def _cell(value: Any) -> str:

@@ -39,12 +39,14 @@ def test_formats_as_json() -> None:
 
 
 def test_partition_writes_parquet(checkpoint: Path, tmp_path: Path) -> None:
-    """`--out FILE.parquet` holds the groups table."""
-    done = mpq("partition", checkpoint, "--out", tmp_path / "g.parquet", "--json")
+    """`--out FILE.parquet` holds the groups table; people see it in 80 characters."""
+    done = mpq("partition", checkpoint, "--out", tmp_path / "g.parquet")
     assert done.returncode == 0, done.stderr
     frame = pl.read_parquet(tmp_path / "g.parquet")
     assert frame.columns[:4] == ["group", "order", "op", "kind"]
-    assert json.loads(done.stdout) == json.loads(frame.write_json())
+    shown = done.stdout.splitlines()
+    assert max(map(len, shown)) <= 80
+    assert ["1", "model.layers.0.self_attn.o_proj", "32", "→", "32"] in [line.split()[:5] for line in shown]
 
 
 def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
@@ -100,6 +102,8 @@ def test_help_teaches() -> None:
 
 MISTAKES = {
     "missing checkpoint": (["partition", "./nope"], "No checkpoint at ./nope"),
+    "no base": (["time", "{model}", "--base", ""], "Unknown format ''"),
+    "no format": (["sensitivity", "{model}", "--calibration", "nope.txt", "--formats", ""], "Unknown format ''"),
     "unknown format": (["time", "{model}", "--formats", "int9"], "Unknown format 'int9'"),
     "format that is not native": (["time", "{model}", "--formats", "fp8_e4m3"], "native"),
     "empty calibration": (["sensitivity", "{model}", "--calibration", "{empty}", "--length", "16"], "empty"),

@@ -13,7 +13,7 @@ from models import ROOT
 from flows.planning import CPU_KERNELS, CUDA_KERNELS, TIMING
 
 LAYERS = [
-    ["redaction", "errors"],
+    ["redaction", "errors", "shown"],
     ["formats", "solver", "presolve", "slices", "machine", "gain_model", "kernels.compiler"],
     ["spec", "tables", "quantize", "pairs", "kernels.fp8", "gpu_state", "transport"],
     ["kernels.bgemm", "kernels.flash", "kernels.rows", "kernels.int8_attention", "kernels.int8_linear"],
