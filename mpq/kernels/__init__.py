@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -10,7 +11,7 @@ import torch
 
 from mpq.errors import MpqError
 from mpq.kernels import int8_attention
-from mpq.kernels.compiler import features, find_compiler
+from mpq.kernels.compiler import features, find_compiler, generation
 
 Kind: TypeAlias = Literal["linear", "bgemm"]
 
@@ -58,12 +59,15 @@ def native_kernels(device: str) -> Any:
 
 
 def device_name(device: str = "cpu") -> str:
-    """The device's model, as timing tables carry it: `AMD EPYC (avx512_bf16, avx512_vnni), 2 threads`, `NVIDIA H200`."""
+    """The device's model, as timing tables carry it: `AMD EPYC family 25 model 17 (avx512_bf16, avx512_vnni), 2 threads`, `NVIDIA H200`."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     has = features()
     shown = [name for name in _FEATURES if has.get(name)]
     if not find_compiler():  # its kernels are others, and slower
         shown.append("no C++ compiler")
-    name = f"{has.get('cpu_name') or 'CPU'} ({', '.join(shown) or 'no bf16 or int8 instructions'})"
-    return f"{name}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    name = has.get("cpu_name") or "CPU"
+    if not re.search(r"\d", name):  # a virtual machine's: all generations are called the same
+        name += generation()
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    return f"{name} ({', '.join(shown) or 'no bf16 or int8 instructions'}), {threads}"

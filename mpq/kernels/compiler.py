@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -55,3 +56,10 @@ def find_compiler() -> str:
 def features() -> dict[str, Any]:
     """What torch says of this CPU: its instructions by name (avx2, avx512_vnni, …), architecture and cpu_name; empty where it cannot."""
     return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def generation(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """` family 25 model 1`, as an x86 CPU numbers its generations; empty where Linux does not say."""
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    found = [re.search(rf"^{key}\s*:\s*(\d+)$", text, re.MULTILINE) for key in ("cpu family", "model")]
+    return "".join(f" {word} {m[1]}" for word, m in zip(("family", "model"), found, strict=True) if m)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from mpq.errors import MpqError
 from mpq.formats import FORMATS, get_format
 from mpq.kernels import check_native, cpu, device_name, emulated, int8_attention, native_formats
+from mpq.kernels.compiler import generation
 
 needs_vnni = pytest.mark.skipif(not int8_attention.available(), reason="this CPU has no AVX512-VNNI, or there is no C++ compiler")
 
@@ -212,3 +214,15 @@ def test_what_is_native_is_said_and_the_rest_refused(monkeypatch: pytest.MonkeyP
     assert re.search(r"\(.+\), \d+ threads?$", device_name("cpu"))
     monkeypatch.setattr("mpq.kernels.find_compiler", lambda: "")
     assert "no C++ compiler" in device_name("cpu"), "its kernels are others, and its times are not for machines that have one"
+
+
+def test_generations_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A virtual machine calls every generation the same; a model with a number is named by it; other systems say less."""
+    text = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\ncpu family\t: 25\nmodel\t\t: 1\n"
+    (tmp_path / "cpuinfo").write_text(text)
+    assert generation(tmp_path / "cpuinfo") == " family 25 model 1"
+    assert generation(tmp_path / "nothing") == ""
+    monkeypatch.setattr("mpq.kernels.generation", lambda: " family 25 model 1")
+    for name, shown in (("AMD EPYC", "AMD EPYC family 25 model 1 ("), ("AMD EPYC 7763", "AMD EPYC 7763 (")):
+        monkeypatch.setattr("mpq.kernels.features", lambda name=name: {"cpu_name": name})
+        assert device_name("cpu").startswith(shown)
