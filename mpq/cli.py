@@ -13,8 +13,9 @@ import typer
 from rich.markup import escape
 
 from mpq import __version__, shown
-from mpq.console import bar, emit, emit_results, log, read_frame, writable, write_file, write_frame
+from mpq.console import SUFFIXES, bar, emit, emit_results, log, read_frame, report_file, writable, write_file, write_frame
 from mpq.errors import MpqError
+from mpq.formats import lowered_and_base
 from mpq.spec import RunSpec
 from mpq.store_cli import store_app
 
@@ -57,12 +58,6 @@ def _top(
     pass
 
 
-def _names(formats: str) -> list[str]:
-    from mpq.formats import get_format
-
-    return [get_format(f).name for f in formats.split(",")]
-
-
 @app.command()
 def formats(json_: AsJson = False, out: Out = None) -> None:
     """List the formats: bits, range, rounding noise, theoretical time of a multiply-accumulate."""
@@ -70,16 +65,8 @@ def formats(json_: AsJson = False, out: Out = None) -> None:
 
     from mpq.formats import FORMATS
 
-    keep = [
-        "name",
-        "kind",
-        "bits",
-        "exponent_bits",
-        "mantissa_bits",
-        "maximum",
-        "mac_time",
-        *(["source"] if json_ or out else []),
-    ]
+    keep = ["name", "kind", "bits", "exponent_bits", "mantissa_bits", "maximum", "mac_time"]
+    keep += ["source"] if json_ or out else []
     emit(pl.DataFrame([{k: asdict(f)[k] for k in keep} for f in FORMATS.values()]), json_, out, "formats")
 
 
@@ -116,10 +103,12 @@ def sensitivity(
     revision: Revision = None, json_: AsJson = False, out: Out = None,
 ) -> None:  # fmt: skip
     """Measure how much rounding each operand of each product would move the loss (nats²)."""
-    names, base = _names(formats), _names(base)[0]
+    names, base = lowered_and_base(formats, base)
+    from mpq.devices import check_device
     from mpq.model import fetch, load_config, load_model, read_blocks
     from mpq.spec import TextSpec
 
+    check_device(device)
     folder = fetch(model, revision)
     config = load_config(folder)
     text = TextSpec(source=calibration, samples=samples, length=length, batch=batch, seed=seed, field=field, split=split)
@@ -152,7 +141,7 @@ def time(
     seed: int = 0, revision: Revision = None, json_: AsJson = False, out: Out = None,
 ) -> None:  # fmt: skip
     """Measure the time to first token gained by each configuration of each group, on this device's native kernels."""
-    names, base = _names(formats), _names(base)[0]
+    names, base = lowered_and_base(formats, base)
     from mpq.design import choices_of, design
     from mpq.kernels import check_native, native_formats
     from mpq.model import fetch, load_config
@@ -223,9 +212,11 @@ def evaluate(
     model, text = model or chosen.provenance.get("model"), text or chosen.provenance.get("evaluation")
     if not model or not text:
         raise MpqError("The plan does not say which model and text it belongs to: give --model and --text.")
+    from mpq.devices import check_device
     from mpq.model import fetch, fingerprint, load_config, load_model, read_blocks
     from mpq.spec import TextSpec
 
+    check_device(device)
     folder = fetch(model)
     chosen.check_model(fingerprint(folder))
     config = load_config(folder)
@@ -257,7 +248,11 @@ def evaluate(
             )  # fmt: skip
         timed = {"seed": 0, "metric": "ttft_s", "value": seconds["ttft_s"][0], "base_value": seconds["base_ttft_s"][0]}
         frame = pl.concat([frame, pl.DataFrame([timed], schema=frame.schema)])
-        extra |= {"predicted_ttft_s": chosen.predicted_ttft_s, "prefill": f"{rows} × {tokens} tokens"}
+        extra |= {
+            "predicted_ttft_s": chosen.predicted_ttft_s,
+            "predicted_of_base_s": chosen.base_ttft_s,
+            "prefill": f"{rows} × {tokens} tokens",
+        }
     emit(frame, json_, out, "evaluation", extra)
 
 
@@ -265,14 +260,15 @@ def evaluate(
 def report(
     run: Annotated[Path, typer.Argument(help="A run's folder, as `mpq run` writes it (it holds run.json).")],
     figures: Annotated[Path | None, typer.Option(help="Write figures 1 to 9 (SVG, PNG) and Table 1 (CSV, Markdown) here as well.", metavar="FOLDER")] = None,
-    json_: AsJson = False, out: Annotated[Path | None, typer.Option(help="Where to write; RUN/report.html if left out.")] = None,
+    json_: AsJson = False,
+    out: Annotated[Path | None, typer.Option(callback=report_file, help="Where to write: .html, .png (the frontier), or a table's .parquet, .json, .csv; RUN/report.html if left out.", metavar="FILE")] = None,
 ) -> None:  # fmt: skip
     """Write the HTML report of a finished run again, from its tables alone."""
     from mpq.report import results_table, write_report
     from mpq.runs import read_run
 
     record, tables = read_run(run)
-    if out and out.suffix in (".parquet", ".json", ".csv"):
+    if out and out.suffix in SUFFIXES:
         write_frame(results_table(tables), out)
     elif out and out.suffix == ".png":
         from mpq.figures import frontier_png
@@ -285,12 +281,9 @@ def report(
     if figures:
         from mpq.paper_figures import write_figures
 
-        extra |= {
-            "figures": str(figures),
-            "left out": " ".join(write_figures(tables, figures, record["facts"].get("base", ""))) or "nothing",
-        }
-    results = results_table(tables)
-    emit_results(results, json_, None, extra)
+        left_out = write_figures(tables, figures, record["facts"].get("base", ""))
+        extra |= {"figures": str(figures), "left out": " ".join(left_out) or "nothing"}
+    emit_results(results_table(tables), json_, None, extra)
 
 
 @app.command()

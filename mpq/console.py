@@ -68,8 +68,17 @@ def _cell(value: Any) -> str:
 
 def writable(out: Path | None) -> Path | None:
     """The file that --out names, or None. Raises MpqError where a table cannot go there: asked before hours of measuring, not after."""
-    if out is not None and out.suffix not in SUFFIXES:
-        raise MpqError(f"--out {out}: expected a name that ends in {', '.join(SUFFIXES)}.")
+    return _writable(out, SUFFIXES)
+
+
+def report_file(out: Path | None) -> Path | None:
+    """`writable`, for what may be a page or a picture as well."""
+    return _writable(out, (".html", ".png", *SUFFIXES))
+
+
+def _writable(out: Path | None, suffixes: tuple[str, ...]) -> Path | None:
+    if out is not None and out.suffix not in suffixes:
+        raise MpqError(f"--out {out}: expected a name that ends in {', '.join(suffixes)}.")
     if out is not None and not os.access(out.parent, os.W_OK | os.X_OK):
         raise MpqError(f"--out {out} cannot be written: {out.parent} is no folder, or not yours to write to.")
     return out

@@ -38,12 +38,14 @@ from mpq.drawing import (
 )
 from mpq.report import OBJECTIVES, STRATEGIES, Tables, plan_results, results_table, table_of
 
+AT_ONE_SPEED = "; times at the machine's speed while configurations were timed"
+
 
 def frontier(results: pl.DataFrame, objective: str = "et") -> Figure:
     """Measured loss MSE (nats², log) against what the objective gains, a line for each strategy, τ at its ends.
 
-    `et`: against the measured TTFT in ms (predicted where no plan was timed), the base TTFT as a line. Others: against the
-    predicted gain. `results` is `results_table`'s.
+    `et`: against the measured TTFT in ms, at the speed that the machine had while configurations were timed (drift.py; predicted where no
+    plan was timed), the base TTFT as a line. Others: against the predicted gain. `results` is `results_table`'s.
     """
     figure, (axes,) = new_figure(4.8, 3.7)
     _draw_frontier(axes, results, objective)
@@ -55,7 +57,7 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
     unit = OBJECTIVES[objective]
     timed = rows["measured_ttft_s"].is_not_null().any()
     x = (
-        pl.col("measured_ttft_s" if timed else "predicted_ttft_s") if objective == "et" else pl.col("predicted_gain")
+        pl.col("carried_ttft_s" if timed else "predicted_ttft_s") if objective == "et" else pl.col("predicted_gain")
     ) * unit.scale
     rows = rows.with_columns(x.alias("x")).drop_nulls("x").sort("tau")
     for strategy in rows["strategy"].unique(maintain_order=True).sort():
@@ -70,7 +72,10 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
             for i, (right, up, side) in {0: low, len(xs) - 1: (6, 6, "left")}.items():
                 label, at = f"τ {of['tau'][i]:g}", (xs[i], ys[i])
                 axes.annotate(label, at, (right, up), textcoords="offset points", ha=side, color=INK, fontsize=SMALL)
-    if objective == "et" and (base := rows["base_ttft_s"].drop_nulls()).len():
+    if (
+        objective == "et"
+        and (base := rows.select(pl.coalesce("solved_base_ttft_s", "base_ttft_s")).to_series().drop_nulls()).len()
+    ):
         axes.axvline(float(base.median() or 0) * unit.scale, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="base model")  # type: ignore[arg-type]
     axes.set_xlabel(
         f"TTFT, {'measured' if timed else 'predicted'} (ms)"
@@ -86,23 +91,25 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
 def predicted_against_measured(plans: pl.DataFrame, what: Literal["loss", "ttft", "gain"]) -> Figure:
     """Measured against predicted loss MSE (nats², log–log), TTFT (ms) or time gain (ms), a mark for each plan, with the diagonal.
 
-    `plans` is `plan_results`'s or `results_table`'s. On the loss, the dotted lines are half and twice the prediction.
+    `plans` is `plan_results`'s or `results_table`'s; measured times are at the speed of timing (drift.py). On the loss, the dotted lines are half and twice the prediction.
     """
     figure, (axes,) = new_figure(4.8, 4.2)
-    quantity = {"loss": "loss_mse", "ttft": "ttft_s", "gain": "gain"}[what]
+    predicted, measured = {
+        "loss": ("predicted_loss_mse", "measured_loss_mse"),
+        "ttft": ("predicted_ttft_s", "carried_ttft_s"),
+        "gain": ("predicted_gain", "carried_gain_s"),
+    }[what]
     unit, scale = ("nats²", 1.0) if what == "loss" else ("ms", 1e3)
-    if what == "gain":  # which may be below zero
-        rows = plans.with_columns(measured_gain=pl.col("base_ttft_s") - pl.col("measured_ttft_s"))
-        rows = rows.drop_nulls(["predicted_gain", "measured_gain"])
-    else:
-        rows = plans.filter((pl.col(f"predicted_{quantity}") > 0) & (pl.col(f"measured_{quantity}") > 0))
+    rows = plans.drop_nulls([predicted, measured])
+    if what != "gain":  # which may be below zero
+        rows = rows.filter((pl.col(predicted) > 0) & (pl.col(measured) > 0))
     for strategy in sorted(rows["strategy"].unique().sort(), key=lambda s: STRATEGIES.index(s) if s in STRATEGIES else 99):
         of, (colour, marker, _) = rows.filter(pl.col("strategy") == strategy), LOOKS.get(strategy, (INK, "D", "-."))
         marker = {"ip_tt": "D", "ip_m": "v"}.get(strategy, marker)
-        x, y = (of[f"{side}_{quantity}"] * scale for side in ("predicted", "measured"))
+        x, y = (of[side] * scale for side in (predicted, measured))
         axes.plot(x, y, linestyle="none", marker=marker, markersize=6, markerfacecolor="none", color=colour, label=strategy)
     if not rows.is_empty():
-        both = pl.concat([rows[f"predicted_{quantity}"], rows[f"measured_{quantity}"]]) * scale
+        both = pl.concat([rows[predicted], rows[measured]]) * scale
         low, high = float(both.min() or 0), float(both.max() or 1)  # type: ignore[arg-type]
         pad = 0.15 * (high - low) or 0.01 * high
         ends = (low * 0.6, high * 1.6) if what == "loss" else (low - pad, high + pad)
@@ -290,10 +297,13 @@ def report_figures(tables: Tables, base: str) -> dict[str, list[tuple[str, str]]
 
     for objective in OBJECTIVES:
         if objective in measured["objective"]:
-            add("frontier", f"Loss MSE against {OBJECTIVES[objective].name} ({objective})", frontier(results, objective))
+            speed = AT_ONE_SPEED if objective == "et" else ""
+            add("frontier", f"Loss MSE against {OBJECTIVES[objective].name} ({objective}){speed}", frontier(results, objective))
     if results.drop_nulls(["predicted_ttft_s", "measured_ttft_s"]).height:
         add(
-            "predicted", "TTFT, predicted and measured, all plans timed", predicted_against_measured(plan_results(tables), "ttft")
+            "predicted",
+            f"TTFT, predicted and measured, all plans timed{AT_ONE_SPEED}",
+            predicted_against_measured(plan_results(tables), "ttft"),
         )
     for strategy in STRATEGIES:
         if strategy.startswith("ip_") and strategy in plans["strategy"]:

@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 
 from mpq.accuracy import AVERAGE, averages, differences, name_of_task, shared_taus, tasks_of
-from mpq.drift import carried, drift_of
+from mpq.drift import drift_of
 from mpq.report import OBJECTIVES, RATIO_RANGE, Tables, plan_results, table_of
 
 TTFT_ERROR = 0.05  # a median |measured / predicted − 1| of TTFT above it breaks the additivity of time
@@ -76,9 +76,9 @@ def find(tables: Tables) -> Findings:
     found = Findings(additivity_of(tables), [*_on_loss(tables), *_on_accuracy(tables)], gain_r2_of(tables))
     _tell_accuracy(found)
     _tell_loss(found)
-    if changed := drift_of(plan_results(tables)):
-        found.warnings.append(changed)
-    _tell_additivity(found)
+    changed = drift_of(plan_results(tables))
+    found.warnings.extend([changed] if changed else [])
+    _tell_additivity(found, "The machine's own changes of speed are part of that. " if changed else "")
     return found
 
 
@@ -89,7 +89,7 @@ def additivity_of(tables: Tables) -> list[Additivity]:
     machine had while configurations were timed (drift.py): a change of it breaks no sum.
     """
     plans = plan_results(tables)
-    timed = carried(plans.filter(pl.col("objective") == "et"))
+    timed = plans.filter(pl.col("objective") == "et")
     loss = ("measured_loss_mse", "predicted_loss_mse")
     pairs = [
         ("loss MSE", "all", plans, *loss),
@@ -113,7 +113,7 @@ def additivity_of(tables: Tables) -> list[Additivity]:
 
 def gain_r2_of(tables: Tables) -> float | None:
     """R² of the predicted time gains, losses of time included; None of fewer than three different plans."""
-    plans = carried(plan_results(tables)).filter(
+    plans = plan_results(tables).filter(
         (pl.col("objective") == "et") & pl.col("carried_gain_s").is_finite() & pl.col("predicted_gain").is_finite()
     )
     plans = plans.unique("measured_ttft_s")
@@ -236,7 +236,7 @@ def _tell_one(
         found.sentences.append(f"{what}, {OBJECTIVES[objective].name}: {own} is {' and '.join(parts)}.")
 
 
-def _tell_additivity(found: Findings) -> None:
+def _tell_additivity(found: Findings, why: str = "") -> None:
     on_loss = [(a.quantity, a.objective) for a in found.additivity if a.quantity == "loss MSE"]
     roughly = on_loss[1:] or on_loss  # each objective by itself, where there are several
     for a in found.additivity:
@@ -259,8 +259,8 @@ def _tell_additivity(found: Findings) -> None:
             )
         if a.quantity == "TTFT" and a.error > TTFT_ERROR:
             found.warnings.append(
-                f"The time gains do not add up over groups here: at one speed of the machine predicted TTFT is off by {a.error:.1%} in the "
-                f"median of {a.plans} plans, above {TTFT_ERROR:.0%}. Trust the measured times, not the predicted ones."
+                f"The time gains do not add up over groups here: measured TTFT, at one speed of the machine, leaves the predicted one by {a.error:.1%} in "
+                f"the median of {a.plans} plans, above {TTFT_ERROR:.0%}. {why}Trust the measured times, not the predicted ones."
             )
     if found.gain_r2 is not None:
         found.sentences.append(
@@ -269,7 +269,7 @@ def _tell_additivity(found: Findings) -> None:
         if found.gain_r2 < GAIN_R2:
             found.warnings.append(
                 f"The time gains do not add up over groups here: predicted gains explain the measured ones with R² = {found.gain_r2:.2f}, "
-                f"below {GAIN_R2:g}. Trust the measured times, not the predicted ones."
+                f"below {GAIN_R2:g}. {why}Trust the measured times, not the predicted ones."
             )
     short = [a for a in found.additivity if (a.quantity, a.objective) == ("loss MSE", "all") and a.plans < ENOUGH_PLANS]
     if short:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpq.devices import check_device
 from mpq.errors import MpqError
 from mpq.formats import get_format
 from mpq.spec import TextSpec
@@ -164,12 +165,13 @@ def load_config(folder: Path) -> Any:
 def load_model(folder: Path, base: str, device: str = "cpu") -> nn.Module:
     """The model in its base format, in evaluation mode, without gradients on its parameters.
 
-    Raises MpqError for weights that cannot be read, are missing or have the wrong shape: transformers would fill those
+    Raises MpqError for a device that is not there and for weights that cannot be read, are missing or have the wrong shape: transformers would fill those
     with random numbers.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
+    check_device(device)
     weight_files(folder)
     config = load_config(folder)
     shown = hf_logging.get_verbosity()

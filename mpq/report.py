@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import polars as pl
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mpq.drift import carried
 from mpq.formats import FORMATS
 from mpq.tables import SCHEMAS, validate
 
@@ -57,8 +58,8 @@ def results_table(tables: Tables) -> pl.DataFrame:
 
     Loss MSE in nats², times in seconds, `share_lowered` 0 to 1, `seeds` the number of measurements behind the loss MSE.
     Behind them: standard deviations over those measurements, the budget, the predicted gain and what the solver said.
-    `base_ttft_s` was measured beside the plan, `solved_base_ttft_s` while configurations were timed. What was not predicted or not
-    measured is null.
+    `base_ttft_s` was measured beside the plan, `solved_base_ttft_s` while configurations were timed, at whose speed `carried_ttft_s`
+    and `carried_gain_s` are what was measured (drift.py). What was not predicted or not measured is null.
     """
     return _merged(tables, _KEYS).drop("plan_seed", strict=False)
 
@@ -85,17 +86,18 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
         )  # fmt: skip
         merged = merged.join(measured, on=keys, how="full", coalesce=True)
     place = {name: i for i, name in enumerate((*OBJECTIVES, *STRATEGIES))}
-    return merged.with_columns(
+    whole = merged.with_columns(
         pl.coalesce("base_ttft_s", "solved_base_ttft_s").alias("base_ttft_s"), pl.col("seeds").fill_null(0)
     ).sort(
         pl.col("objective").replace_strict(place, default=99), pl.col("strategy").replace_strict(place, default=99), *keys
     ).select(*keys, *_NUMBERS, "seeds", *_FURTHER, "status", "solver", "note")  # fmt: skip
+    return carried(whole)
 
 
 def gain_of(row: Mapping[str, Any]) -> tuple[float | None, bool]:
     """What a row of results gains, in the objective's unit of the tables, and whether that was measured."""
-    if row["objective"] == "et" and row["measured_ttft_s"] is not None:
-        return row["base_ttft_s"] - row["measured_ttft_s"], True
+    if row["objective"] == "et" and row["carried_gain_s"] is not None:
+        return row["carried_gain_s"], True
     return row["predicted_gain"], False
 
 
@@ -135,7 +137,7 @@ def summarize(tables: Tables) -> Summary:
     timed = [r for r in rows if r["objective"] == "et" and r["measured_ttft_s"] is not None]
     known = [r for r in plans if r["predicted_loss_mse"] and r["measured_loss_mse"] is not None]
     times = [r for r in plans if r["predicted_ttft_s"] and r["measured_ttft_s"]]
-    gains = [(r["predicted_gain"], r["base_ttft_s"] - r["measured_ttft_s"]) for r in times]
+    gains = [(r["predicted_gain"], r["carried_gain_s"]) for r in times]
     over = [
         r
         for r in plans
@@ -147,7 +149,7 @@ def summarize(tables: Tables) -> Summary:
         ),
         best=min(timed, key=lambda r: r["measured_ttft_s"] / r["base_ttft_s"], default=None),
         loss_error=_median_error((r["predicted_loss_mse"], r["measured_loss_mse"]) for r in known),
-        ttft_error=_median_error((r["predicted_ttft_s"], r["measured_ttft_s"]) for r in times),
+        ttft_error=_median_error((r["predicted_ttft_s"], r["carried_ttft_s"]) for r in times),
         gain_error=_median_error(gains),
         over_bound=tuple(over),
         out_of_range=tuple(
@@ -167,7 +169,8 @@ def _winner(rows: Sequence[dict[str, Any]], objective: str, tau: float) -> Winne
     top, row = ranked[0]
     equal = [r["strategy"] for g, r in ranked if math.isclose(g, top, rel_tol=1e-9)]
     second = ranked[len(equal)] if len(equal) < len(ranked) else None
-    share = top / row["base_ttft_s"] if objective == "et" and row["base_ttft_s"] else None
+    base = row["solved_base_ttft_s"] or row["base_ttft_s"]
+    share = top / base if objective == "et" and base else None
     return Winner(
         objective, tau, tuple(equal), top, share, measured, second[1]["strategy"] if second else "", second[0] if second else None
     )
@@ -203,7 +206,7 @@ def _tell(summary: Summary, n_losses: int, n_times: int) -> None:
         say(f"Predicted loss MSE is off by {summary.loss_error:.0%} of the measured one (median of {n_losses} plans).")
     if summary.ttft_error is not None:
         say(
-            f"Predicted TTFT is off by {summary.ttft_error:.1%} of the measured one (median of {n_times} plans)"
+            f"Predicted TTFT is off by {summary.ttft_error:.1%} of the measured one at one speed of the machine (median of {n_times} plans)"
             + (f", the time gained by {summary.gain_error:.0%}." if summary.gain_error is not None else ".")
         )
     if summary.over_bound:
@@ -269,7 +272,7 @@ def _amount(objective: str, gain: float | None) -> str:
 def _rows(tables: Tables, summary: Summary) -> dict[str, list[dict[str, Any]]]:
     """The rows of the page's tables; the template says which columns it shows."""
     ratio = pl.when(pl.col("predicted_loss_mse") > 0).then(pl.col("measured_loss_mse") / pl.col("predicted_loss_mse"))
-    error = pl.col("predicted_ttft_s") / pl.col("measured_ttft_s") - 1
+    error = pl.col("predicted_ttft_s") / pl.col("carried_ttft_s") - 1
     results = results_table(tables).with_columns(ratio=ratio, ttft_error=error).to_dicts()
     groups = table_of(tables, "groups").sort("order").group_by("group", "signature", maintain_order=True)
     timing = table_of(tables, "timing").sort("signature", "gain_s", descending=[False, True])

@@ -25,12 +25,12 @@ def results(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def groups(table: pl.DataFrame) -> pl.DataFrame:
-    """The groups table in columns that fit a terminal: an op's group, name, features in and out, millions of MACs and of weights."""
+    """The groups table in columns that fit a terminal: an op's group, name, features in and out, billions of MACs, millions of weights."""
     features = pl.format("{} → {}", "in_features", "out_features")
     return table.sort("order").select(
         "group", "op",
-        pl.when(pl.col("kind") == "linear").then(features).otherwise(pl.format("{} heads", "heads")).alias("shape"),
-        (pl.col("macs") / 1e6).round(1).alias("M MACs"),
+        pl.when(pl.col("kind") == "bgemm").then(pl.format("{} heads", "heads")).otherwise(features).alias("shape"),
+        (pl.col("macs") / 1e9).round_sig_figs(4).alias("G MACs"),
         (pl.col("parameters") / 1e6).round(2).alias("M weights"),
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ def sensitivity(table: pl.DataFrame, base: str) -> pl.DataFrame:
     lowered = table.filter(pl.col("noise_model") == "ulp", pl.col("format") != base)
     by_op = lowered.pivot("format", index="op", values="loss_mse", aggregate_function="sum", maintain_order=True)
     formats = [c for c in by_op.columns if c != "op"]
-    return by_op.sort(pl.max_horizontal(formats), descending=True) if formats else by_op
+    return by_op.sort(pl.max_horizontal(formats), descending=True)
 
 
 def timing(table: pl.DataFrame, base: str) -> pl.DataFrame:

@@ -13,8 +13,8 @@ from models import ROOT
 from flows.planning import CPU_KERNELS, CUDA_KERNELS, TIMING
 
 LAYERS = [
-    ["redaction", "errors", "shown"],
-    ["formats", "solver", "presolve", "slices", "machine", "gain_model", "kernels.compiler"],
+    ["redaction", "errors", "shown", "drift"],
+    ["formats", "devices", "solver", "presolve", "slices", "machine", "gain_model", "kernels.compiler"],
     ["spec", "tables", "quantize", "pairs", "kernels.fp8", "gpu_state", "transport"],
     ["kernels.bgemm", "kernels.flash", "kernels.rows", "kernels.int8_attention", "kernels.int8_linear"],
     ["store", "graph", "plan", "model", "attention", "design"],
@@ -23,7 +23,7 @@ LAYERS = [
     ["partition", "apply", "runs", "inventory"],
     ["prefill"],
     ["sensitivity", "timing", "gains", "evaluate", "harness", "draw", "pace"],
-    ["strategies", "report", "drift", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"],
+    ["strategies", "report", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"],
     ["console"],
     ["store_cli"],
     ["cli"],
@@ -64,7 +64,18 @@ def test_imports_go_down(path: Path) -> None:
 
 # what a measurement runs through and its time does not depend on: messages, tables' columns, what values are rounded to, the trace whose
 # groups are in the key by their content, what is recorded beside a time
-TIMELESS = {"errors", "redaction", "tables", "formats", "graph", "gpu_state", "quantize", "kernels.emulated", "kernels.rounding"}
+TIMELESS = {
+    "errors",
+    "redaction",
+    "devices",
+    "tables",
+    "formats",
+    "graph",
+    "gpu_state",
+    "quantize",
+    "kernels.emulated",
+    "kernels.rounding",
+}
 
 
 @pytest.mark.parametrize(("device", "kernels"), [("cpu", CPU_KERNELS), ("cuda", CUDA_KERNELS)])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
 
+from mpq.devices import check_device
 from mpq.errors import MpqError
 from mpq.kernels import int8_attention
 from mpq.kernels.compiler import features, find_compiler, generation
@@ -38,11 +38,12 @@ def native_formats(device: str = "cpu", kind: Kind = "linear") -> tuple[str, ...
 
 
 def check_native(formats: Iterable[str], device: str = "cpu", kind: Kind = "linear") -> None:
-    """Raise MpqError, naming the formats that `device` can run, unless it can run all of `formats`."""
+    """Raise MpqError, naming the formats that `device` can run, unless it is there and can run all of `formats`."""
+    check_device(device)
     native = native_formats(device, kind)
     foreign = sorted(set(formats) - set(native))
     if foreign:
-        can = f"it can run {', '.join(native)}" if native else "mpq has no native kernels for it"
+        can = f"it can run {', '.join(native)}"
         raise MpqError(f"{device} has no native {kind} in {', '.join(foreign)}: {can}. Emulate the plan, or leave these out.")
 
 
@@ -60,14 +61,13 @@ def native_kernels(device: str) -> Any:
 
 def device_name(device: str = "cpu") -> str:
     """The device's model, as timing tables carry it: `AMD EPYC family 25 model 17 (avx512_bf16, avx512_vnni), 2 threads`, `NVIDIA H200`."""
-    if device.startswith("cuda"):
+    check_device(device)
+    if device != "cpu":
         return torch.cuda.get_device_name(device)
     has = features()
     shown = [name for name in _FEATURES if has.get(name)]
     if not find_compiler():  # its kernels are others, and slower
         shown.append("no C++ compiler")
-    name = has.get("cpu_name") or "CPU"
-    if not re.search(r"\d", name):  # a virtual machine's: all generations are called the same
-        name += generation()
+    name = f"{has.get('cpu_name') or 'CPU'}{generation()}"  # a hypervisor calls all generations the same
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     return f"{name} ({', '.join(shown) or 'no bf16 or int8 instructions'}), {threads}"

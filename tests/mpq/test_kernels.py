@@ -12,6 +12,7 @@ import torch
 from operands import SHAPES, seeded, tensors
 from torch import Tensor
 
+from mpq.devices import check_device
 from mpq.errors import MpqError
 from mpq.formats import FORMATS, get_format
 from mpq.kernels import check_native, cpu, device_name, emulated, int8_attention, native_formats
@@ -209,7 +210,7 @@ def test_what_is_native_is_said_and_the_rest_refused(monkeypatch: pytest.MonkeyP
         check_native(["bf16", "fp8_e4m3"], "cpu")
     with pytest.raises(MpqError, match=r"native bgemm in fp8_e5m2.*can run fp32, bf16"):
         check_native(["fp8_e5m2"], "cpu", "bgemm")
-    with pytest.raises(MpqError, match="no native kernels"):
+    with pytest.raises(MpqError, match="Unknown device 'tpu:0'"):
         check_native(["bf16"], "tpu:0")
     assert re.search(r"\(.+\), \d+ threads?$", device_name("cpu"))
     monkeypatch.setattr("mpq.kernels.find_compiler", lambda: "")
@@ -217,12 +218,35 @@ def test_what_is_native_is_said_and_the_rest_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_generations_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A virtual machine calls every generation the same; a model with a number is named by it; other systems say less."""
+    """A virtual machine calls every generation the same; other systems say less."""
     text = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\ncpu family\t: 25\nmodel\t\t: 1\n"
     (tmp_path / "cpuinfo").write_text(text)
     assert generation(tmp_path / "cpuinfo") == " family 25 model 1"
     assert generation(tmp_path / "nothing") == ""
     monkeypatch.setattr("mpq.kernels.generation", lambda: " family 25 model 1")
-    for name, shown in (("AMD EPYC", "AMD EPYC family 25 model 1 ("), ("AMD EPYC 7763", "AMD EPYC 7763 (")):
-        monkeypatch.setattr("mpq.kernels.features", lambda name=name: {"cpu_name": name})
-        assert device_name("cpu").startswith(shown)
+    monkeypatch.setattr("mpq.kernels.features", lambda: {"cpu_name": "AMD EPYC"})
+    assert device_name("cpu").startswith("AMD EPYC family 25 model 1 (")
+
+
+@pytest.mark.parametrize(
+    ("device", "build", "count", "words"),
+    [
+        ("gpu", "13.0", 1, "Unknown device 'gpu': expected cpu, cuda or cuda:N"),
+        ("cuda", None, 0, "built for CPUs"),
+        ("cuda", "13.0", 0, "no NVIDIA GPU or no driver"),
+        ("cuda:2", "13.0", 2, "torch sees 2 GPUs, counted from cuda:0"),
+    ],
+)
+def test_a_device_that_is_not_there_is_told(
+    device: str, build: str | None, count: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is no device, this torch knows none, the machine has none, or not that many."""
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for check in (check_device, device_name):
+        with pytest.raises(MpqError, match=re.escape(words)):
+            check(device)
+    check_device("cpu")
+    if count:
+        check_device(f"cuda:{count - 1}")

@@ -1,0 +1,26 @@
+"""Whether a device is there: asked before anything is loaded for it."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from mpq.errors import MpqError
+
+
+def check_device(device: str) -> None:
+    """Raise MpqError unless `device` is the CPU or a GPU that torch sees, saying what it is and what can be done."""
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if not found:
+        raise MpqError(f"Unknown device {device!r}: expected cpu, cuda or cuda:N.")
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        why = "this torch is built for CPUs" if torch.version.cuda is None else "torch sees no NVIDIA GPU or no driver for it"
+        raise MpqError(
+            f"There is no {device} here: {why}. Use --device cpu (in a spec: model.device), or a machine and a torch that have one."
+        )
+    count = torch.cuda.device_count()
+    if int(found[1] or 0) >= count:
+        raise MpqError(f"There is no {device} here: torch sees {count} GPU{'s' if count > 1 else ''}, counted from cuda:0.")
