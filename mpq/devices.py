@@ -22,5 +22,5 @@ def check_device(device: str) -> None:
             f"There is no {device} here: {why}. Use --device cpu (in a spec: model.device), or a machine and a torch that have one."
         )
     count = torch.cuda.device_count()
-    if int(found[1] or 0) >= count:
+    if found[1] and int(found[1]) >= count:
         raise MpqError(f"There is no {device} here: torch sees {count} GPU{'s' if count > 1 else ''}, counted from cuda:0.")
