@@ -75,12 +75,10 @@ class Pipeline(Evaluating):
 
     def tables(self) -> tuple[dict[str, list[TableRef]], list[TableRef], str]:
         """Every table of the run, the plans as JSON, and the architecture's key."""
-        from mpq.devices import check_device
         from mpq.kernels import check_native
 
-        self.stages.place.ask(check_device, self.spec.model.device)
-        if "et" in self.objectives:  # before hours of work, not after
-            self.stages.place.ask(check_native, self.objectives["et"].formats, self.spec.model.device)
+        formats = self.objectives["et"].formats if "et" in self.objectives else ()
+        self.stages.place.ask(check_native, formats, self.spec.model.device)  # before hours of work, not after
         loaded = self.load()
         architecture = read_json(loaded["model"])["architecture"]
         groups = self.partition(architecture)

@@ -13,9 +13,8 @@ import typer
 from rich.markup import escape
 
 from mpq import __version__, shown
-from mpq.console import SUFFIXES, bar, emit, emit_results, log, read_frame, report_file, writable, write_file, write_frame
-from mpq.errors import MpqError
-from mpq.formats import lowered_and_base
+from mpq.console import SUFFIXES, bar, emit, emit_results, log, lowered_and_base, report_file, writable, write_file, write_frame
+from mpq.errors import MpqError, is_out_of_memory
 from mpq.spec import RunSpec
 from mpq.store_cli import store_app
 
@@ -41,8 +40,16 @@ def main() -> None:
     try:
         app()
     except MpqError as error:
-        log.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        _fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail("There is not enough memory for that: lower the batch or the length (of a spec's text, of its timing).")
+
+
+def _fail(sentence: str) -> None:
+    log.print(f"[bold red]Error:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
+    sys.exit(2)
 
 
 def _version(show: bool) -> None:
@@ -123,8 +130,7 @@ def sensitivity(
             load_model(folder, base, device), ops, blocks, formats=names, base=base, batch=batch, base_term=base_term,
             checkpoint_activations=checkpoint_activations, progress=progress,
         )  # fmt: skip
-    facts = {"loss": loss.row(0, named=True)} if json_ else None
-    emit(frame, json_, out, "sensitivity", facts, shown.sensitivity(frame, base))
+    emit(frame, json_, out, "sensitivity", {"loss": loss.row(0, named=True)} if json_ else None, shown.sensitivity(frame, base))
 
 
 @app.command()
@@ -179,6 +185,7 @@ def solve(
     """Choose one configuration for each group: the largest gain whose loss MSE stays within the budget."""
     from dataclasses import asdict
 
+    from mpq.console import read_frame
     from mpq.gains import solve_table
 
     frame = read_frame(gains)

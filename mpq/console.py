@@ -66,6 +66,21 @@ def _cell(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
 
 
+def lowered_and_base(formats: str, base: str) -> tuple[list[str], str]:
+    """The formats to lower to, named with commas between them, and the base. Raises MpqError where a name is unknown or empty, the base is
+    none that a model runs in throughout, or nothing is left to lower to."""
+    from mpq.formats import get_format
+
+    if "" in map(str.strip, formats.split(",")):
+        raise MpqError(f"--formats {formats!r} has an empty name: expected names with commas between them, such as bf16,int8.")
+    names, of = [get_format(f).name for f in formats.split(",")], get_format(base)
+    if of.needs_scale:
+        raise MpqError(f"The base format must be fp32, bf16 or fp16, not {of.name}: no model runs in that throughout.")
+    if not set(names) - {of.name}:
+        raise MpqError(f"--formats {formats} is the base alone, nothing to lower to: name another format (see `mpq formats`).")
+    return names, of.name
+
+
 def writable(out: Path | None) -> Path | None:
     """The file that --out names, or None. Raises MpqError where a table cannot go there: asked before hours of measuring, not after."""
     return _writable(out, SUFFIXES)

@@ -13,3 +13,8 @@ class MpqError(ValueError):
 
     def __init__(self, sentence: str = ""):
         super().__init__(redact(sentence))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator raised it: torch has a class of error for a GPU's, a text for the CPU's."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)

@@ -83,16 +83,3 @@ def get_format(name: str) -> Format:
     if key not in FORMATS:
         raise MpqError(f"Unknown format {name!r}: expected one of {', '.join(FORMATS)} (see `mpq formats`).")
     return FORMATS[key]
-
-
-def lowered_and_base(formats: str, base: str) -> tuple[list[str], str]:
-    """The formats to lower to, named with commas between them, and the base. Raises MpqError where a name is unknown or empty, the base is
-    none that a model runs in throughout, or nothing is left to lower to."""
-    if "" in map(str.strip, formats.split(",")):
-        raise MpqError(f"--formats {formats!r} has an empty name: expected names with commas between them, such as bf16,int8.")
-    names, of = [get_format(f).name for f in formats.split(",")], get_format(base)
-    if of.needs_scale:
-        raise MpqError(f"The base format must be fp32, bf16 or fp16, not {of.name}: no model runs in that throughout.")
-    if not set(names) - {of.name}:
-        raise MpqError(f"--formats {formats} is the base alone, nothing to lower to: name another format (see `mpq formats`).")
-    return names, of.name

@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 import polars as pl
 
+from mpq.errors import MpqError
 from mpq.graph import Graph, Op
 from mpq.tables import table
 
@@ -64,7 +65,12 @@ def macs(op: Op, batch: int, length: int) -> int:
 
 
 def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataFrame:
-    """The `groups` table, and a column `feeds`: the ops that read an op's output as it is, where nothing else does."""
+    """The `groups` table of a prefill of `batch` × `length` tokens, and a column `feeds`: the ops that read an op's output as it is, where
+    nothing else does. Raises MpqError for a prefill with more multiply-accumulates than its column holds."""
+    if any(macs(op, batch, length) >= 2**63 for group in groups for op in group.ops):
+        raise MpqError(
+            f"A prefill of {batch:,} × {length:,} tokens has more multiply-accumulates than 64 bits count: lower batch or length."
+        )
     rows: list[dict[str, object]] = []
     for group in groups:
         for op in group.ops:

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from models import ROOT, write_checkpoint
 
+from mpq import cli
 from mpq.plan import Plan
 from mpq.runs import write_run
 
@@ -102,6 +104,10 @@ def test_help_teaches() -> None:
 
 MISTAKES = {
     "missing checkpoint": (["partition", "./nope"], "No checkpoint at ./nope"),
+    "a prefill beyond all measure": (
+        ["partition", "{model}", "--length", "10000000000"],
+        "10,000,000,000 tokens has more multiply",
+    ),
     "no base": (["time", "{model}", "--base", ""], "Unknown format ''"),
     "base of 8 bits": (["time", "{model}", "--base", "int8"], "must be fp32, bf16 or fp16, not int8"),
     "two bases": (["time", "{model}", "--base", "bf16,fp16"], "Unknown format 'bf16,fp16'"),
@@ -171,3 +177,16 @@ def test_the_documented_cli_is_the_real_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "typer", "mpq.cli", "utils", "docs", "--name", "mpq", "--output", tmp_path / "cli.md"]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True, env={**os.environ, "TERMINAL_WIDTH": "100"})
     assert (tmp_path / "cli.md").read_text() == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch's own refusal of a tensor that no memory holds; other errors of the program stay what they are."""
+    for make, told in (
+        (lambda: torch.empty(2**50, dtype=torch.uint8), SystemExit),
+        (lambda: torch.empty(2) @ torch.empty(3), RuntimeError),
+    ):
+        monkeypatch.setattr(cli, "app", make)
+        with pytest.raises(told) as caught:
+            cli.main()
+    assert "not enough memory for that: lower the batch" in " ".join(capsys.readouterr().err.split())
+    assert "size" in str(caught.value)

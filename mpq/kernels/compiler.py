@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import re
@@ -58,6 +59,7 @@ def features() -> dict[str, Any]:
     return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
 
 
+@functools.cache
 def generation(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """` family 25 model 1`, as an x86 CPU numbers its generations; empty where Linux does not say."""
     text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""

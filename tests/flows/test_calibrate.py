@@ -133,7 +133,10 @@ def test_a_lost_prefect_loses_nothing(spec: RunSpec, monkeypatch: pytest.MonkeyP
 
 
 def test_mistakes_stop_the_flow_at_once(spec: RunSpec) -> None:
-    """A format that is not native and an unreachable store are told before anything is computed."""
+    """A format that is not native, a device that is not there and an unreachable store are told before anything is computed."""
+    with pytest.raises(MpqError, match="There is no cuda:99 here"):
+        calibrate(change(spec, model={"device": "cuda:99"}).model_copy(update={"objectives": {"m": spec.objectives["m"]}}))
+    assert not any(Path(spec.store.removeprefix("file://")).glob("*/*"))
     with pytest.raises(MpqError, match="native"):
         calibrate(change(spec, objectives={"et": {"formats": ["fp8_e4m3"]}}))
     with pytest.raises(MpqError, match="store"):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from functools import partial
 
 import polars as pl
 import pytest
+from matplotlib.figure import Figure
 from synthetic import BASE_TTFT, TAUS, make_run
 
+from mpq.console import emit_results
 from mpq.drift import carried, drift_of
+from mpq.figures import frontier, predicted_against_measured
 from mpq.findings import find
 from mpq.report import plan_results, results_table, summarize
 
@@ -73,6 +79,28 @@ def test_a_time_model_that_errs_is_still_told() -> None:
     """On a machine of half the speed, plans that take a fifth longer than their base explains: both are warned of."""
     told = find(slowed(2.0, 1.2)).warnings
     assert [words in " ".join(told) for words in ("The machine changed speed", "do not add up over groups")] == [True, True]
+
+
+def drawn(figure: Figure) -> list[tuple[list[float], list[float]]]:
+    """The points and lines of a figure's one pair of axes."""
+    return [(list(map(float, line.get_xdata())), list(map(float, line.get_ydata()))) for line in figure.axes[0].get_lines()]
+
+
+@pytest.mark.parametrize("figure_of", [frontier, *(partial(predicted_against_measured, what=what) for what in ("ttft", "gain"))])
+def test_figures_do_not_move_with_the_machine(figure_of: Callable[[pl.DataFrame], Figure]) -> None:
+    """At half the speed beside the plans every point and the base's line lie where they did."""
+    for (x, y), (x_steady, y_steady) in zip(*(drawn(figure_of(results_table(run))) for run in (slowed(2.0), RUN)), strict=True):
+        assert x == pytest.approx(x_steady)
+        assert y == pytest.approx(y_steady)
+
+
+def test_the_terminal_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the table, on stderr: what goes to a file or a pipe stays data."""
+    for run, told in ((slowed(2.0), True), (RUN, False)):
+        emit_results(results_table(run), True, None, {})
+        out, err = capsys.readouterr()
+        assert len(json.loads(out)["results"] if out.startswith("{") else json.loads(out)) == results_table(run).height
+        assert ("The machine changed speed" in " ".join(err.split())) == told
 
 
 def test_carried_by_hand() -> None:

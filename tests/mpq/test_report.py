@@ -139,9 +139,8 @@ def test_summary_agrees_with_the_numbers() -> None:
         if e["metric"] == "loss_mse":
             plan["mse"].append(e["value"])
         elif e["metric"] == "ttft_s":
-            speed = (
-                BASE_TTFT / e["base_value"]
-            )  # times are compared at the speed that the machine had while configurations were timed
+            # times are compared at the speed that the machine had while configurations were timed
+            speed = BASE_TTFT / e["base_value"]
             plan["ttft_s"], plan["base"], plan["carried"] = e["value"], e["base_value"], e["value"] * speed
     mse = {k: statistics.mean(p["mse"]) for k, p in plans.items()}
     assert summary.loss_error == pytest.approx(
