@@ -28,7 +28,9 @@ test: check
 check: $(VENV)/.installed
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
-	$(BIN)/mypy
+	@# mypy knows no package-dir: it is shown the package as it is once installed
+	mkdir -p .work/typed/mpq && ln -sfn $(CURDIR)/mpq/* $(CURDIR)/flows $(CURDIR)/tasks .work/typed/mpq/
+	MYPYPATH=.work/typed $(BIN)/mypy
 
 install: $(VENV)/.installed
 
@@ -38,7 +40,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	@# a torch for CUDA has brought the Triton that it needs; a CPU's tests need one for its interpreter
 	if $(BIN)/pip show --quiet triton 2>/dev/null; then grep -v ^triton requirements.lock; else cat requirements.lock; fi > $(VENV)/lock
-	$(BIN)/pip install --quiet --disable-pip-version-check -r $(VENV)/lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(VENV)/lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -54,7 +56,7 @@ bench-%: $(VENV)/.installed
 	$(BIN)/python bench/$*.py
 
 docs: $(VENV)/.installed
-	TERMINAL_WIDTH=100 $(BIN)/typer mpq.cli utils docs --name mpq --output docs/cli.md
+	TERMINAL_WIDTH=100 $(BIN)/typer mpq.cli.commands utils docs --name mpq --output docs/cli.md
 
 clean:
 	rm -rf $(VENV) .work

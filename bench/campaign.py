@@ -17,21 +17,30 @@ import polars as pl
 from record import folder_of, record
 from transformers import LlamaConfig
 
-from mpq.design import choices_of, complete, design, half_widths
-from mpq.gains import gains_et, solve_table
-from mpq.graph import trace
 from mpq.kernels import native_formats
-from mpq.partition import groups_table, partition
-from mpq.tables import table
-from mpq.timing import measure, measure_ttft, timing_model
+from mpq.models.graph import trace
+from mpq.models.partition import groups_table, partition
+from mpq.program.gains import gains_et, solve_table
+from mpq.store.tables import table
+from mpq.timing.design import choices_of, complete, design, half_widths
+from mpq.timing.measure import measure, measure_ttft, timing_model
 
 BASE, REPEATS, BUDGETS = "fp32", 5, (0.03, 0.1, 0.3, 0.6, 1.0)
-FORMATS = {"linear": ("int8",), "bgemm": ("int8" if "int8" in native_formats("cpu", "bgemm") else "bf16",)}
+FORMATS = {
+    "linear": ("int8",),
+    "bgemm": ("int8" if "int8" in native_formats("cpu", "bgemm") else "bf16",),
+}
 SHAPE: dict[str, Any] = {"base": BASE, "batch": 1, "length": 64}
 SLIM = LlamaConfig(
-    vocab_size=4096, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
-    num_key_value_heads=2, head_dim=64, tie_word_embeddings=True,
-)  # fmt: skip
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
 
 
 def apart(groups: pl.DataFrame) -> pl.DataFrame:
@@ -58,28 +67,54 @@ def timed(model: Any, groups: pl.DataFrame) -> tuple[pl.DataFrame, float]:
 def losses(groups: pl.DataFrame) -> pl.DataFrame:
     """A loss for each op and format, spread over three orders of magnitude: real ones are, and a plan then mixes formats."""
     rng = np.random.default_rng(0)
-    return table("sensitivity", [
-        {"op": op, "operand": "input", "format": f, "noise_model": "ulp", "n_samples": 1, "loss_mse": float(10 ** rng.uniform(-3, 0)), "sensitivity": 1.0}
-        for op, kind in groups.select("op", "kind").iter_rows() for f in FORMATS.get(kind, ())
-    ])  # fmt: skip
+    return table(
+        "sensitivity",
+        [
+            {
+                "op": op,
+                "operand": "input",
+                "format": f,
+                "noise_model": "ulp",
+                "n_samples": 1,
+                "loss_mse": float(10 ** rng.uniform(-3, 0)),
+                "sensitivity": 1.0,
+            }
+            for op, kind in groups.select("op", "kind").iter_rows()
+            for f in FORMATS.get(kind, ())
+        ],
+    )
 
 
 def differences(by_signature: pl.DataFrame, by_group: pl.DataFrame) -> dict[str, Any]:
     """How far the gains of the two tables are apart, against the widths of their intervals."""
     half = (pl.col("gain_ci_high_s") - pl.col("gain_ci_low_s")) / 2
     ours = by_signature.select("signature", "configuration", "gain_s", half.alias("half_s"))
-    theirs = by_group.select(pl.col("signature").str.split("@").list.first(), "configuration", "gain_s", half.alias("half_s"))
-    both = theirs.join(ours, on=["signature", "configuration"], suffix="_ours").filter(pl.col("half_s") > 0)
+    theirs = by_group.select(
+        pl.col("signature").str.split("@").list.first(),
+        "configuration",
+        "gain_s",
+        half.alias("half_s"),
+    )
+    both = theirs.join(ours, on=["signature", "configuration"], suffix="_ours").filter(
+        pl.col("half_s") > 0
+    )
     off = (both["gain_s"] - both["gain_s_ours"]).abs()
     allowed = (both["half_s"] ** 2 + both["half_s_ours"] ** 2).sqrt()
     return {
-        "gains": both.height, "within_interval": float((off <= allowed).mean()), "difference_median_ms": float(off.median()) * 1e3,
-        "half_interval_median_ms": {"by signature": float(both["half_s_ours"].median()) * 1e3, "by group": float(both["half_s"].median()) * 1e3},
+        "gains": both.height,
+        "within_interval": float((off <= allowed).mean()),
+        "difference_median_ms": float(off.median()) * 1e3,
+        "half_interval_median_ms": {
+            "by signature": float(both["half_s_ours"].median()) * 1e3,
+            "by group": float(both["half_s"].median()) * 1e3,
+        },
         "mean_difference_ms": float((both["gain_s"] - both["gain_s_ours"]).mean()) * 1e3,
-    }  # type: ignore[arg-type]  # fmt: skip
+    }  # type: ignore[arg-type]
 
 
-def chosen(groups: pl.DataFrame, timing: pl.DataFrame, sensitivity: pl.DataFrame, budget: float) -> dict[str, Any]:
+def chosen(
+    groups: pl.DataFrame, timing: pl.DataFrame, sensitivity: pl.DataFrame, budget: float
+) -> dict[str, Any]:
     """The plan of the largest gain under a share of the largest loss: op → format, its gain and the interval's half width (s)."""
     timing = complete(timing, choices(groups), BASE)
     gains = gains_et(groups, timing, sensitivity, BASE, "ulp", "pooled")
@@ -92,7 +127,11 @@ def chosen(groups: pl.DataFrame, timing: pl.DataFrame, sensitivity: pl.DataFrame
         for op, f in zip(ops[group], formats, strict=True)
         if f != BASE
     }
-    return {"plan": plan, "gain_s": float(rows["gain"].sum()), "half_s": half_widths(groups, timing, [plan], BASE)[0]}
+    return {
+        "plan": plan,
+        "gain_s": float(rows["gain"].sum()),
+        "half_s": half_widths(groups, timing, [plan], BASE)[0],
+    }
 
 
 def main() -> None:
@@ -107,23 +146,40 @@ def main() -> None:
         for b in BUDGETS
         for name, frame in (("by signature", groups), ("by group", apart(groups)))
     ]
-    whole = measure_ttft(model, [p["plan"] for p in plans], groups=groups, repeats=15, target=0.01, **SHAPE)
+    whole = measure_ttft(
+        model, [p["plan"] for p in plans], groups=groups, repeats=15, target=0.01, **SHAPE
+    )
     found = [
         {
-            "budget": p["budget"], "table": p["table"], "lowered": len(p["plan"]),
-            "predicted_gain_ms": p["gain_s"] * 1e3, "predicted_half_ms": p["half_s"] * 1e3,
-            "gain_ms": r["gain_s"] * 1e3, "gain_ci_ms": [r["gain_ci_low_s"] * 1e3, r["gain_ci_high_s"] * 1e3],
-            "base_ms": r["base_ttft_s"] * 1e3, "ttft_ms": r["ttft_s"] * 1e3,
+            "budget": p["budget"],
+            "table": p["table"],
+            "lowered": len(p["plan"]),
+            "predicted_gain_ms": p["gain_s"] * 1e3,
+            "predicted_half_ms": p["half_s"] * 1e3,
+            "gain_ms": r["gain_s"] * 1e3,
+            "gain_ci_ms": [r["gain_ci_low_s"] * 1e3, r["gain_ci_high_s"] * 1e3],
+            "base_ms": r["base_ttft_s"] * 1e3,
+            "ttft_ms": r["ttft_s"] * 1e3,
         }
         for p, r in zip(plans, whole.iter_rows(named=True), strict=True)
-    ]  # fmt: skip
+    ]
     for name, frame in tables.items():
         frame.write_parquet(folder_of() / f"campaign-{name.replace(' ', '-')}.parquet")
-    record("campaign", {
-        **SHAPE, "repeats": REPEATS, "measurements": {n: t.height for n, t in tables.items()}, "seconds": seconds,
-        "ratio": {"measurements": tables["by group"].height / tables["by signature"].height, "seconds": seconds["by group"] / seconds["by signature"]},
-        "gains": differences(tables["by signature"], tables["by group"]), "plans": found,
-    })  # fmt: skip
+    record(
+        "campaign",
+        {
+            **SHAPE,
+            "repeats": REPEATS,
+            "measurements": {n: t.height for n, t in tables.items()},
+            "seconds": seconds,
+            "ratio": {
+                "measurements": tables["by group"].height / tables["by signature"].height,
+                "seconds": seconds["by group"] / seconds["by signature"],
+            },
+            "gains": differences(tables["by signature"], tables["by group"]),
+            "plans": found,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -21,14 +21,16 @@ import numpy as np
 from record import record
 from torch import nn
 
-from mpq.apply import applied
-from mpq.evaluate import losses
-from mpq.graph import trace
-from mpq.harness import score
-from mpq.model import Blocks, load_config, load_model, load_tokenizer, read_blocks
-from mpq.partition import partition
+from mpq.evaluation.harness import score
+from mpq.evaluation.losses import losses
+from mpq.evaluation.task_data import Tasks, open_tasks, quiet
+from mpq.models.blocks import Blocks
+from mpq.models.checkpoint import load_config, load_model
+from mpq.models.graph import trace
+from mpq.models.partition import partition
+from mpq.models.text import load_tokenizer, read_blocks
+from mpq.running.apply import applied
 from mpq.spec import TextSpec
-from mpq.task_data import Tasks, open_tasks, quiet
 
 ROOT = Path(__file__).parent.parent
 DEMO, DATA = ROOT / "examples" / "demo", ROOT / "examples" / "tasks"
@@ -44,7 +46,9 @@ def plans() -> dict[str, dict[str, str]]:
     return {
         "FP8 linears": dict.fromkeys(linears, "fp8_e4m3"),
         "INT8 linears": dict.fromkeys(linears, "int8"),
-        "FP8 linears and Q K": dict.fromkeys((op for op in kinds if not op.endswith("av_matmul")), "fp8_e4m3"),
+        "FP8 linears and Q K": dict.fromkeys(
+            (op for op in kinds if not op.endswith("av_matmul")), "fp8_e4m3"
+        ),
         "FP8 everything": dict.fromkeys(kinds, "fp8_e4m3"),
         "INT8 everything": dict.fromkeys(kinds, "int8"),
         "mixed": {op: deal[i % len(deal)] for i, op in enumerate(kinds)},
@@ -58,7 +62,12 @@ def harness_alone(model: nn.Module, tokenizer: Any, tasks: Tasks, documents: int
 
     wanted: Any = {"tasks": dict(tasks.loaded), "groups": {}, "group_map": {}}
     with quiet():
-        evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH), wanted, limit=documents, bootstrap_iters=0)
+        evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH),
+            wanted,
+            limit=documents,
+            bootstrap_iters=0,
+        )
 
 
 def under(model: nn.Module, formats: Mapping[str, str], work: Callable[[], object]) -> None:
@@ -73,13 +82,19 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def compared(name: str, model: nn.Module, base: Callable[[], object], work: Callable[[], object]) -> list[dict[str, Any]]:
+def compared(
+    name: str, model: nn.Module, base: Callable[[], object], work: Callable[[], object]
+) -> list[dict[str, Any]]:
     """Each plan's `work` against `base`, in interleaved pairs; the first round prepares."""
     table = []
-    pairs: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {plan: [] for plan in plans()}
+    pairs: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {
+        plan: [] for plan in plans()
+    }
     for _ in range(PAIRS + 1):
         for plan, formats in plans().items():
-            pairs[plan].append((seconds(base), seconds(lambda formats=formats: under(model, formats, work))))  # type: ignore[misc]
+            pairs[plan].append(
+                (seconds(base), seconds(lambda formats=formats: under(model, formats, work)))
+            )  # type: ignore[misc]
     for plan, measured in pairs.items():
         times = np.array(measured[1:])  # (pairs, base and plan, wall and CPU)
         ratio = times[:, 1] / times[:, 0]
@@ -95,18 +110,25 @@ def compared(name: str, model: nn.Module, base: Callable[[], object], work: Call
                 f"{clock}_range": [float(ratio[:, i].min()), float(ratio[:, i].max())],
             }
         table.append(row)
-        print(f"{name}, {plan}: {row['wall_ratio']:.2f} of base in wall clock, {row['cpu_ratio']:.2f} in CPU seconds", flush=True)
+        print(
+            f"{name}, {plan}: {row['wall_ratio']:.2f} of base in wall clock, {row['cpu_ratio']:.2f} in CPU seconds",
+            flush=True,
+        )
     return table
 
 
 def held_out() -> Blocks:
-    return read_blocks(TextSpec(source=str(DEMO / "heldout.txt"), samples=32), DEMO, load_config(DEMO).vocab_size)
+    return read_blocks(
+        TextSpec(source=str(DEMO / "heldout.txt"), samples=32), DEMO, load_config(DEMO).vocab_size
+    )
 
 
 def peak_bytes(plan: str) -> int:
     """Peak resident memory of the losses under a plan (or `base`) above that of the loaded model, in a process of its own."""
     return int(
-        subprocess.run([sys.executable, __file__, "--peak", plan], capture_output=True, text=True, check=True).stdout.split()[-1]
+        subprocess.run(
+            [sys.executable, __file__, "--peak", plan], capture_output=True, text=True, check=True
+        ).stdout.split()[-1]
     )
 
 
@@ -119,7 +141,11 @@ def _peak(plan: str) -> None:
 
 
 def _high_water() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -127,15 +153,26 @@ def main(documents: int) -> None:
     model, tokenizer, blocks = load_model(DEMO, "fp32"), load_tokenizer(DEMO), held_out()
     with open_tasks(TASKS, DATA) as tasks:
         harness = compared(
-            "harness", model,
+            "harness",
+            model,
             lambda: harness_alone(model, tokenizer, tasks, documents),
             lambda: score(model, tokenizer, tasks, limit=documents, batch=BATCH),
-        )  # fmt: skip
+        )
     loss = compared("losses", model, lambda: losses(model, blocks), lambda: losses(model, blocks))
     peaks = {plan: peak_bytes(plan) for plan in ("base", *plans())}
     print({plan: f"{bytes_ / 1e6:.0f} MB" for plan, bytes_ in peaks.items()})
-    record("evaluation", {"documents": documents * len(TASKS), "pairs": PAIRS, "times": harness + loss, "peak_bytes": peaks})
+    record(
+        "evaluation",
+        {
+            "documents": documents * len(TASKS),
+            "pairs": PAIRS,
+            "times": harness + loss,
+            "peak_bytes": peaks,
+        },
+    )
 
 
 if __name__ == "__main__":
-    _peak(sys.argv[2]) if sys.argv[1:2] == ["--peak"] else main(int(sys.argv[1]) if sys.argv[1:] else 20)
+    _peak(sys.argv[2]) if sys.argv[1:2] == ["--peak"] else main(
+        int(sys.argv[1]) if sys.argv[1:] else 20
+    )

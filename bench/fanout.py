@@ -30,7 +30,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from deployments.processes import ROOT, Services
 
 TASKS, RUNS = 60, 3
-CONFIGURATIONS, DEVICES, CONFIGURATION_S, SPREAD = 20_000, (64, 1000), 2.0, 0.3  # an assumed campaign: 16 prefills of 125 ms each
+CONFIGURATIONS, DEVICES, CONFIGURATION_S, SPREAD = (
+    20_000,
+    (64, 1000),
+    2.0,
+    0.3,
+)  # an assumed campaign: 16 prefills of 125 ms each
 
 
 def told(values: list[float], digits: int = 4) -> dict[str, float]:
@@ -71,7 +76,11 @@ class Bench:
         return (self.running.home / f"store-{self.stores}").as_uri()
 
     def overhead(
-        self, runner: dict[str, Any], on: str = "accelerator", devices: int = 1, cached: bool = False
+        self,
+        runner: dict[str, Any],
+        on: str = "accelerator",
+        devices: int = 1,
+        cached: bool = False,
     ) -> dict[str, float]:
         """Seconds of a device's time that a task takes with nothing in it, by RUNS runs of TASKS tasks."""
         from bench.simulated import fan_out
@@ -83,7 +92,9 @@ class Bench:
             for _ in range(2 if cached else 1):
                 took = fan_out(RunnerSpec(**runner), store, TASKS, on=on)["seconds"]
             seconds.append(took * devices / TASKS)
-        print(f"{runner or on}{' cached' if cached else ''}: {seconds}", file=sys.stderr, flush=True)
+        print(
+            f"{runner or on}{' cached' if cached else ''}: {seconds}", file=sys.stderr, flush=True
+        )
         return told(seconds)
 
     def cpu(self, address: str) -> dict[str, float]:
@@ -94,7 +105,13 @@ class Bench:
         from bench.simulated import fan_out
         from mpq.spec import RunnerSpec
 
-        pids = {"flow": os.getpid(), **{n: self.running.processes[n].pid for n in ("scheduler", "server", "dask-0", "dask-1")}}
+        pids = {
+            "flow": os.getpid(),
+            **{
+                n: self.running.processes[n].pid
+                for n in ("scheduler", "server", "dask-0", "dask-1")
+            },
+        }
         here = time.process_time()
         before = {n: cpu_s(p) for n, p in pids.items() if n != "flow"}
         fan_out(RunnerSpec(kind="dask", address=address), self.store(), 2 * TASKS)
@@ -125,8 +142,8 @@ def building() -> dict[str, Any]:
     """Seconds to build a model with random weights, and the demo's TTFT."""
     from timing import LLAMA_1B
 
-    from mpq.model import load_config
-    from mpq.timing import base_ttft, timing_model
+    from mpq.models.checkpoint import load_config
+    from mpq.timing.measure import base_ttft, timing_model
 
     def seconds(build: Callable[[], Any]) -> tuple[float, Any]:
         start = time.perf_counter()
@@ -140,32 +157,61 @@ def building() -> dict[str, Any]:
     return {"demo": demo_s, "Llama-3.2-1B": llama_s, "demo_ttft_s": round(ttft_s, 4)}
 
 
-def simulation(task_s: float, central_s: float, build_s: float) -> tuple[Figure, list[dict[str, Any]]]:
+def simulation(
+    task_s: float, central_s: float, build_s: float
+) -> tuple[Figure, list[dict[str, Any]]]:
     """Campaigns over slices of every size, as a picture; and those of one configuration a task and of the chosen slices, in numbers."""
-    from mpq.slices import TaskCost, simulate, slice_size
+    from mpq.timing.slices import TaskCost, simulate, slice_size
 
     cost = TaskCost(build_s, CONFIGURATION_S, task_s, 1 / central_s)
-    sizes = sorted({max(1, round(1.25**k)) for k in range(45) if 1.25**k <= CONFIGURATIONS / min(DEVICES)})
+    sizes = sorted(
+        {max(1, round(1.25**k)) for k in range(45) if 1.25**k <= CONFIGURATIONS / min(DEVICES)}
+    )
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes, rows = figure.add_subplot(), []
     for devices, colour in zip(DEVICES, ("#0072b2", "#d55e00"), strict=True):
         runs = {s: simulate(CONFIGURATIONS, devices, s, cost, SPREAD) for s in sizes}
-        axes.plot(sizes, [r.seconds / 60 for r in runs.values()], color=colour, label=f"{devices:,} devices")
-        axes.axhline(CONFIGURATIONS * CONFIGURATION_S / devices / 60, color=colour, linestyle=":", linewidth=1)
+        axes.plot(
+            sizes,
+            [r.seconds / 60 for r in runs.values()],
+            color=colour,
+            label=f"{devices:,} devices",
+        )
+        axes.axhline(
+            CONFIGURATIONS * CONFIGURATION_S / devices / 60,
+            color=colour,
+            linestyle=":",
+            linewidth=1,
+        )
         chosen = slice_size(CONFIGURATIONS, devices, cost)
         for size in (1, chosen):
             run = simulate(CONFIGURATIONS, devices, size, cost, SPREAD)
-            rows.append({
-                "devices": devices, "slice": size, "minutes": round(run.seconds / 60, 2), "measuring": round(run.measuring, 3),
-                "scheduler": round(run.scheduler, 3),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "devices": devices,
+                    "slice": size,
+                    "minutes": round(run.seconds / 60, 2),
+                    "measuring": round(run.measuring, 3),
+                    "scheduler": round(run.scheduler, 3),
+                }
+            )
         axes.plot([chosen], [rows[-1]["minutes"]], "o", color=colour, label=f"chosen: {chosen}")
     axes.plot(
-        sizes, [CONFIGURATIONS / s * central_s / 60 for s in sizes], "--", color="#444", linewidth=1, label="handing out alone"
+        sizes,
+        [CONFIGURATIONS / s * central_s / 60 for s in sizes],
+        "--",
+        color="#444",
+        linewidth=1,
+        label="handing out alone",
     )
-    axes.set(xscale="log", yscale="log", xlabel="configurations per task", ylabel="campaign (minutes)")
+    axes.set(
+        xscale="log", yscale="log", xlabel="configurations per task", ylabel="campaign (minutes)"
+    )
     axes.set_ylim(bottom=CONFIGURATIONS * CONFIGURATION_S / max(DEVICES) / 60 / 3)
-    axes.set_title(f"{CONFIGURATIONS:,} configurations of {CONFIGURATION_S:g} s; dotted: nothing but measuring", fontsize=10)
+    axes.set_title(
+        f"{CONFIGURATIONS:,} configurations of {CONFIGURATION_S:g} s; dotted: nothing but measuring",
+        fontsize=10,
+    )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
@@ -176,7 +222,11 @@ def main() -> None:
     load = os.getloadavg()[0]
     with services() as running:
         bench = Bench(running)
-        result: dict[str, Any] = {"tasks": TASKS, "runs": RUNS, "load_average_before": round(load, 1)}
+        result: dict[str, Any] = {
+            "tasks": TASKS,
+            "runs": RUNS,
+            "load_average_before": round(load, 1),
+        }
         task_s = result["task_s"] = {}
         task_s["threads"] = bench.overhead({}, "flow")
         task_s["cached"] = bench.overhead({}, "flow", cached=True)
@@ -205,8 +255,14 @@ def main() -> None:
     result["build_s"] = building()
     # of CPU seconds, which the rest of the machine hardly changes
     central_s = max(cpu[n] for n in ("flow", "scheduler", "server"))
-    figure, result["simulation"] = simulation(cpu["workers, all together"], central_s, result["build_s"]["Llama-3.2-1B"])
-    result["assumed"] = {"configurations": CONFIGURATIONS, "configuration_s": CONFIGURATION_S, "spread": SPREAD}
+    figure, result["simulation"] = simulation(
+        cpu["workers, all together"], central_s, result["build_s"]["Llama-3.2-1B"]
+    )
+    result["assumed"] = {
+        "configurations": CONFIGURATIONS,
+        "configuration_s": CONFIGURATION_S,
+        "spread": SPREAD,
+    }
     for path in (folder_of() / "fanout.png", ROOT / "docs" / "fan-out.png"):
         figure.savefig(path, dpi=150)
     result["load_average_after"] = round(os.getloadavg()[0], 1)

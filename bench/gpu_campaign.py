@@ -51,24 +51,62 @@ from record import folder_of, told
 from torch import nn
 from transformers import LlamaConfig
 
-from mpq.apply import Mixed
-from mpq.design import choices_of, design
-from mpq.formats import get_format
-from mpq.gpu_state import gpu_state
-from mpq.graph import trace
+from mpq.formats.format import get_format
 from mpq.kernels import native_formats
-from mpq.partition import groups_table, partition
-from mpq.prefill import Prefill, compiled_blocks
-from mpq.timing import measure, timing_model
+from mpq.models.graph import trace
+from mpq.models.partition import groups_table, partition
+from mpq.running.apply import Mixed
+from mpq.running.prefill import Prefill, compiled_blocks
+from mpq.timing.design import choices_of, design
+from mpq.timing.gpu_state import gpu_state
+from mpq.timing.measure import measure, timing_model
 
 SIZES: dict[str, tuple[dict[str, Any], int, int]] = {  # the published config.json, batch, length
-    "1b": ({"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}, 40, 1024),
-    "8b": ({"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False, "rms_norm_eps": 1e-5}, 10, 1024),
-    "tiny": ({"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}, 2, 24),
-}  # fmt: skip
+    "1b": (
+        {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+        },
+        40,
+        1024,
+    ),
+    "8b": (
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-5,
+        },
+        10,
+        1024,
+    ),
+    "tiny": (
+        {
+            "vocab_size": 131,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+        },
+        2,
+        24,
+    ),
+}
 PARTS = ("kernels", "timing", "plans")
 CHUNK, LIMIT = 8, 64  # configurations measured between two writes, and of one signature at most
 
@@ -92,10 +130,18 @@ class Campaign:
         cuda = self.device != "cpu"
         self.base, low = ("bf16", "fp8_e4m3") if cuda else ("fp32", "int8")
         kinds = {"linear": [low], "bgemm": [low if cuda else "bf16"]}
-        self.formats = {kind: [f for f in names if f in native_formats(self.device, kind)] for kind, names in kinds.items()}  # type: ignore[arg-type]
+        self.formats = {
+            kind: [f for f in names if f in native_formats(self.device, kind)]
+            for kind, names in kinds.items()
+        }  # type: ignore[arg-type]
         self.config = LlamaConfig(**SIZES[self.size][0], max_position_embeddings=8192)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.shape: dict[str, Any] = {"base": self.base, "batch": self.batch, "length": self.length, "compiled": self.compiled}
+        self.shape: dict[str, Any] = {
+            "base": self.base,
+            "batch": self.batch,
+            "length": self.length,
+            "compiled": self.compiled,
+        }
 
     def say(self, *words: object) -> None:
         """A line of progress with the seconds since the start."""
@@ -114,7 +160,9 @@ class Campaign:
         if not (self.resume and self.path(name).exists()):
             return None
         frame = pl.read_parquet(self.path(name))
-        same = frame.height and set(frame.select("batch", "length").rows()) == {(self.batch, self.length)}
+        same = frame.height and set(frame.select("batch", "length").rows()) == {
+            (self.batch, self.length)
+        }
         return frame if same else None
 
     def model(self) -> nn.Module:
@@ -131,19 +179,26 @@ def kernels(c: Campaign) -> dict[str, Any]:
     n = c.config
     q, kv = n.num_attention_heads * n.head_dim, n.num_key_value_heads * n.head_dim
     shapes = {
-        "q_proj": (n.hidden_size, q), "k_proj": (n.hidden_size, kv), "o_proj": (q, n.hidden_size),
-        "up_proj": (n.hidden_size, n.intermediate_size), "down_proj": (n.intermediate_size, n.hidden_size),
-    }  # fmt: skip
+        "q_proj": (n.hidden_size, q),
+        "k_proj": (n.hidden_size, kv),
+        "o_proj": (q, n.hidden_size),
+        "up_proj": (n.hidden_size, n.intermediate_size),
+        "down_proj": (n.intermediate_size, n.hidden_size),
+    }
     rows = gpu_kernels.linears(shapes, c.batch * c.length, c.device, base)
     c.say("linears done")
-    attention, tile = gpu_kernels.attentions(c.batch, c.length, n.num_attention_heads, n.num_key_value_heads, n.head_dim, c.device, base)  # fmt: skip
+    attention, tile = gpu_kernels.attentions(
+        c.batch, c.length, n.num_attention_heads, n.num_key_value_heads, n.head_dim, c.device, base
+    )
     frame = gpu_kernels.with_shares(rows + attention, found)
     frame.write_parquet(c.path("kernels.parquet"))
     title = f"Kernels of a {c.size} layer, {c.batch} x {c.length} tokens"
     gpu_kernels.roofline(frame, found, title).savefig(c.path("roofline.png"), dpi=150)
     for row in frame.iter_rows(named=True):
-        c.say(f"{row['kernel']:18} {row['way']:44} {row['seconds'] * 1e6:9.1f} µs {row['flops'] / 1e12:8.2f} TFLOP/s "
-              f"{row['bytes_per_s'] / 1e12:6.2f} TB/s {100 * row['share_of_ceiling']:4.0f} % of the ceiling")  # fmt: skip
+        c.say(
+            f"{row['kernel']:18} {row['way']:44} {row['seconds'] * 1e6:9.1f} µs {row['flops'] / 1e12:8.2f} TFLOP/s "
+            f"{row['bytes_per_s'] / 1e12:6.2f} TB/s {100 * row['share_of_ceiling']:4.0f} % of the ceiling"
+        )
     return {"ceilings": found, "attention_tile": tile, "state": gpu_state(c.device)}
 
 
@@ -160,14 +215,18 @@ def base_by_mode(c: Campaign, model: nn.Module) -> dict[str, float]:
     c.say("base TTFT (s) by mode", {k: round(v, 4) for k, v in found.items()})
     best = min(found, key=found.__getitem__)
     if ("compiled" in best) != c.compiled:
-        c.say(f"base is fastest {best}: call again with{'out' * c.compiled} --compile for plans against the best base")
+        c.say(
+            f"base is fastest {best}: call again with{'out' * c.compiled} --compile for plans against the best base"
+        )
     return found
 
 
 def choices_by_signature(c: Campaign, groups: pl.DataFrame) -> dict[str, list[tuple[str, ...]]]:
     """Each signature's formats by op."""
     choices: dict[str, list[tuple[str, ...]]] = {}
-    for (signature, _), rows in groups.sort("order").group_by(["signature", "group"], maintain_order=True):
+    for (signature, _), rows in groups.sort("order").group_by(
+        ["signature", "group"], maintain_order=True
+    ):
         choices.setdefault(str(signature), choices_of(rows, c.formats, c.base))
     return choices
 
@@ -175,13 +234,22 @@ def choices_by_signature(c: Campaign, groups: pl.DataFrame) -> dict[str, list[tu
 def timing(c: Campaign, model: nn.Module, groups: pl.DataFrame) -> pl.DataFrame:
     """Part `timing`: every configuration of every signature that has not been measured, in chunks, each written when it is done."""
     done, name = c.earlier("timing.parquet"), "timing.parquet"
-    seen = set() if done is None else {(s, tuple(f)) for s, f in done.select("signature", "configuration").iter_rows()}
+    seen = (
+        set()
+        if done is None
+        else {(s, tuple(f)) for s, f in done.select("signature", "configuration").iter_rows()}
+    )
     wanted = [
-        (s, f) for s, choice in choices_by_signature(c, groups).items() for f in design(choice, LIMIT) if (s, f) not in seen
+        (s, f)
+        for s, choice in choices_by_signature(c, groups).items()
+        for f in design(choice, LIMIT)
+        if (s, f) not in seen
     ]
     random.Random(0).shuffle(wanted)
     place = {s: i for i, s in enumerate(groups["signature"].unique(maintain_order=True))}
-    wanted.sort(key=lambda w: (place[w[0]], set(w[1]) != {c.base}))  # base first: plans can be made of what there is
+    wanted.sort(
+        key=lambda w: (place[w[0]], set(w[1]) != {c.base})
+    )  # base first: plans can be made of what there is
     c.say(f"{len(wanted)} configurations to measure, {len(seen)} measured earlier")
     slowest = 0.0
     while wanted and not (done is not None and c.late(slowest)):
@@ -194,8 +262,10 @@ def timing(c: Campaign, model: nn.Module, groups: pl.DataFrame) -> pl.DataFrame:
         done.write_parquet(c.path(name))
         slowest = max(slowest, time.monotonic() - start)
         best = rows.sort("gain_s")[-1].row(0, named=True)
-        c.say(f"{len(wanted)} left; of {best['instances']} x {signature[:40]} the best gains "
-              f"{1e3 * best['gain_s'] * best['instances']:.2f} ms of {1e3 * best['base_ttft_s']:.1f}: {', '.join(best['configuration'])}")  # fmt: skip
+        c.say(
+            f"{len(wanted)} left; of {best['instances']} x {signature[:40]} the best gains "
+            f"{1e3 * best['gain_s'] * best['instances']:.2f} ms of {1e3 * best['base_ttft_s']:.1f}: {', '.join(best['configuration'])}"
+        )
     if wanted:
         c.say(f"out of time with {len(wanted)} configurations unmeasured: call again with --resume")
     assert done is not None
@@ -203,32 +273,61 @@ def timing(c: Campaign, model: nn.Module, groups: pl.DataFrame) -> pl.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--parts", default=",".join(PARTS), help="of kernels, timing, plans; by commas")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help="of kernels, timing, plans; by commas"
+    )
     parser.add_argument("--batch", type=int)
     parser.add_argument("--length", type=int)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compile", action="store_true", help="each block through torch.compile, in a graph on CUDA")
-    parser.add_argument("--resume", action="store_true", help="go on from the timings of an earlier command")
-    parser.add_argument("--out", type=Path, help="the folder of results; bench/results/<device> if left out")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="each block through torch.compile, in a graph on CUDA",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the timings of an earlier command"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the folder of results; bench/results/<device> if left out"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="stop measuring after this time")
     asked = parser.parse_args()
     parts = asked.parts.split(",")
     if set(parts) - set(PARTS):
         parser.error(f"--parts {asked.parts}: expected some of {', '.join(PARTS)}")
     if asked.device != "cpu" and "fp8_e4m3" not in native_formats(asked.device):
-        parser.error(f"{asked.device} has no FP8 (needs an NVIDIA GPU of compute capability 8.9 or newer): try tiny --device cpu")
+        parser.error(
+            f"{asked.device} has no FP8 (needs an NVIDIA GPU of compute capability 8.9 or newer): try tiny --device cpu"
+        )
     _, batch, length = SIZES[asked.size]
     end = time.monotonic() + 60 * asked.minutes
     c = Campaign(
-        asked.size, asked.device, asked.batch or batch, asked.length or length, asked.repeats, asked.compile, asked.resume,
-        asked.out or folder_of(asked.device), end,
-    )  # fmt: skip
+        asked.size,
+        asked.device,
+        asked.batch or batch,
+        asked.length or length,
+        asked.repeats,
+        asked.compile,
+        asked.resume,
+        asked.out or folder_of(asked.device),
+        end,
+    )
     kept = c.path("summary.json")
-    result: dict[str, Any] = json.loads(kept.read_text())["result"] if c.resume and kept.exists() else {}
-    result |= {**c.shape, "size": c.size, "repeats": c.repeats, "formats": c.formats, "sensitivities": "made up"}
+    result: dict[str, Any] = (
+        json.loads(kept.read_text())["result"] if c.resume and kept.exists() else {}
+    )
+    result |= {
+        **c.shape,
+        "size": c.size,
+        "repeats": c.repeats,
+        "formats": c.formats,
+        "sensitivities": "made up",
+    }
     if "kernels" in parts:
         result["kernels"] = kernels(c)
     elif tile := result.get("kernels", {}).get("attention_tile"):
@@ -238,15 +337,21 @@ def main() -> None:
     frame, timed = pl.DataFrame(), None
     if {"timing", "plans"} & set(parts):
         groups = groups_table(partition(trace(c.config)), c.batch, c.length)
-        c.say(f"{groups.height} ops in {groups['group'].n_unique()} groups of {groups['signature'].n_unique()} signatures")
+        c.say(
+            f"{groups.height} ops in {groups['group'].n_unique()} groups of {groups['signature'].n_unique()} signatures"
+        )
         model = c.model()
-        c.say(f"model made, {sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters in {c.base}")
+        c.say(
+            f"model made, {sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters in {c.base}"
+        )
         result["base_ttft_s_by_mode"] = base_by_mode(c, model)
         timed = timing(c, model, groups) if "timing" in parts else c.earlier("timing.parquet")
         if "plans" in parts and timed is not None:
             frame = plans(c, model, groups, timed)
     if not frame.is_empty():
-        figure(frame, f"{c.size}, {c.batch} x {c.length} tokens").savefig(c.path("plans.png"), dpi=150)
+        figure(frame, f"{c.size}, {c.batch} x {c.length} tokens").savefig(
+            c.path("plans.png"), dpi=150
+        )
     result |= summary(timed, frame)
     text = told("gpu_campaign", result, c.device)
     kept.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from mpq.formats import get_format
+from mpq.formats.format import get_format
 from mpq.kernels import native_formats, native_kernels
 
 INSIDE, REPLAYS = 4, 7
@@ -68,8 +68,21 @@ def ceilings(device: str, base: torch.dtype) -> dict[str, float]:
     if "fp8_e4m3" in native_formats(device):
         codes, one = a.to(torch.float8_e4m3fn), torch.ones((), device=device)
         for name, fast in (("fp8_flops", True), ("fp8_slow_flops", False)):
-            found[name] = 2 * size**3 / seconds_of(lambda: torch._scaled_mm(
-                codes, codes.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast), device)  # fmt: skip
+            found[name] = (
+                2
+                * size**3
+                / seconds_of(
+                    lambda: torch._scaled_mm(
+                        codes,
+                        codes.T,
+                        scale_a=one,
+                        scale_b=one,
+                        out_dtype=torch.bfloat16,
+                        use_fast_accum=fast,
+                    ),
+                    device,
+                )
+            )
     return found
 
 
@@ -78,7 +91,9 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
-def linears(shapes: dict[str, tuple[int, int]], tokens: int, device: str, base: torch.dtype) -> list[Row]:
+def linears(
+    shapes: dict[str, tuple[int, int]], tokens: int, device: str, base: torch.dtype
+) -> list[Row]:
     """A row for each linear (name → K, C) and way of computing it; `error` is against float64 on unrounded operands."""
     rows: list[Row] = []
     make = native_kernels(device).linear
@@ -92,22 +107,40 @@ def linears(shapes: dict[str, tuple[int, int]], tokens: int, device: str, base: 
             e4m3 = get_format("fp8_e4m3")
             ways["fp8_e4m3 without fast accumulation"] = make(weight, None, e4m3, fast=False)
             ways["fp8_e4m3 by tensor"] = make(weight, None, e4m3, granularity="tensor")
-            ways["fp8_e4m3 by tensor, static"] = make(weight, None, e4m3, granularity="tensor", input_scale=0.01)
+            ways["fp8_e4m3 by tensor, static"] = make(
+                weight, None, e4m3, granularity="tensor", input_scale=0.01
+            )
         few = x[:64].double() @ weight.double().T
         for way, run in ways.items():
             # a view, each time another tensor: nothing that was made of the last one is used again
-            size = 1 if "fp8" in way or way == "int8" else torch.finfo(base if way == "base" else torch.bfloat16).bits // 8
-            rows.append({
-                "kernel": f"linear {name}", "way": way, "seconds": seconds_of(lambda: run(x.view(x.shape)), device),
-                "flop": 2.0 * tokens * k * c, "bytes": x.element_size() * tokens * (k + c) + size * k * c, "error": error(run(x[:64]), few),
-            })  # fmt: skip
+            size = (
+                1
+                if "fp8" in way or way == "int8"
+                else torch.finfo(base if way == "base" else torch.bfloat16).bits // 8
+            )
+            rows.append(
+                {
+                    "kernel": f"linear {name}",
+                    "way": way,
+                    "seconds": seconds_of(lambda: run(x.view(x.shape)), device),
+                    "flop": 2.0 * tokens * k * c,
+                    "bytes": x.element_size() * tokens * (k + c) + size * k * c,
+                    "error": error(run(x[:64]), few),
+                }
+            )
         if "fp8_e4m3" in ways:
             from mpq.kernels.fp8 import quantize_rows
 
-            rows.append({
-                "kernel": f"quantize {name}", "way": "fp8_e4m3", "seconds": seconds_of(lambda: quantize_rows(x, get_format("fp8_e4m3")), device),
-                "flop": 0.0, "bytes": (x.element_size() + 1.0) * tokens * k, "error": None,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "kernel": f"quantize {name}",
+                    "way": "fp8_e4m3",
+                    "seconds": seconds_of(lambda: quantize_rows(x, get_format("fp8_e4m3")), device),
+                    "flop": 0.0,
+                    "bytes": (x.element_size() + 1.0) * tokens * k,
+                    "error": None,
+                }
+            )
     return rows
 
 
@@ -120,21 +153,37 @@ def attentions(
     both products that causal attention needs, which is as much as the whole of one.
     """
     rows: list[Row] = []
-    q, k, v = (torch.randn(batch, length, h, dim, device=device, dtype=base).transpose(1, 2) for h in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(batch, length, h, dim, device=device, dtype=base).transpose(1, 2)
+        for h in (heads, kv_heads, kv_heads)
+    )
     about = {
         "flop": 2.0 * batch * heads * length**2 * dim,
         "bytes": 1.0 * q.element_size() * batch * length * dim * 2 * (heads + kv_heads),
     }
-    want = scaled_dot_product_attention(q[:1].double(), k[:1].double(), v[:1].double(), is_causal=True, enable_gqa=True)
+    want = scaled_dot_product_attention(
+        q[:1].double(), k[:1].double(), v[:1].double(), is_causal=True, enable_gqa=True
+    )
 
     def told(way: str, run: Callable[[], Tensor], transposed: bool) -> float:
         output = run()[:1]
         seconds = seconds_of(run, device)
-        rows.append({"kernel": "attention", "way": way, "seconds": seconds, **about,
-                     "error": error(output.transpose(1, 2) if transposed else output, want)})  # fmt: skip
+        rows.append(
+            {
+                "kernel": "attention",
+                "way": way,
+                "seconds": seconds,
+                **about,
+                "error": error(output.transpose(1, 2) if transposed else output, want),
+            }
+        )
         return seconds
 
-    told("base: SDPA", lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), False)
+    told(
+        "base: SDPA",
+        lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        False,
+    )
     if "fp8_e4m3" not in native_formats(device, "bgemm"):
         return rows, None
     from mpq.kernels import bgemm, flash
@@ -145,15 +194,28 @@ def attentions(
     for tile in TILES[place]:
         flash.TILES[place] = tile
         way = f"fused fp8_e4m3, fp8_e4m3, tile {tile}"
-        timed[tile] = told(way, lambda: flash.attention(q, k, v, e4m3, e4m3, scaling=scaling, causal=True), True)
+        timed[tile] = told(
+            way, lambda: flash.attention(q, k, v, e4m3, e4m3, scaling=scaling, causal=True), True
+        )
     flash.TILES[place] = min(timed, key=timed.__getitem__)
     for qk, av in ((e4m3, None), (None, e4m3), (None, None)):
         way = f"fused {', '.join(f.name if f else 'base' for f in (qk, av))}"
         told(way, lambda: flash.attention(q, k, v, qk, av, scaling=scaling, causal=True), True)
     p = torch.rand(batch, heads, length, length, device=device, dtype=base)
-    for way, run in (("product qk", lambda: bgemm.matmul(q, k.mT, e4m3)), ("product av", lambda: bgemm.matmul(p, v, e4m3))):
-        rows.append({"kernel": way, "way": "fp8_e4m3", "seconds": seconds_of(run, device), "flop": about["flop"],
-                     "bytes": 1.0 * p.numel() * p.element_size() + about["bytes"] / 2, "error": None})  # fmt: skip
+    for way, run in (
+        ("product qk", lambda: bgemm.matmul(q, k.mT, e4m3)),
+        ("product av", lambda: bgemm.matmul(p, v, e4m3)),
+    ):
+        rows.append(
+            {
+                "kernel": way,
+                "way": "fp8_e4m3",
+                "seconds": seconds_of(run, device),
+                "flop": about["flop"],
+                "bytes": 1.0 * p.numel() * p.element_size() + about["bytes"] / 2,
+                "error": None,
+            }
+        )
     return rows, flash.TILES[place]
 
 
@@ -180,15 +242,29 @@ def roofline(kernels: pl.DataFrame, found: dict[str, float], title: str) -> Figu
         if name in found:
             label = f"ceiling, {name.removesuffix('_flops')}: {found[name] / 1e12:.3g} TFLOP/s"
             axes.loglog(
-                intensity, np.minimum(intensity * found["bytes_per_s"], found[name]), color=color, linewidth=1, label=label
+                intensity,
+                np.minimum(intensity * found["bytes_per_s"], found[name]),
+                color=color,
+                linewidth=1,
+                label=label,
             )
     marks = {"linear": "o", "attention": "s", "product": "^"}
-    for (kernel, way), rows in kernels.filter(pl.col("flop") > 0).group_by("kernel", "way", maintain_order=True):
+    for (kernel, way), rows in kernels.filter(pl.col("flop") > 0).group_by(
+        "kernel", "way", maintain_order=True
+    ):
         low = "fp8" in str(way)
-        axes.loglog(rows["flop"] / rows["bytes"], rows["flops"], marks[str(kernel).split()[0]], markerfacecolor="none",
-                    color="#d55e00" if low else "#0072b2", markersize=6)  # fmt: skip
+        axes.loglog(
+            rows["flop"] / rows["bytes"],
+            rows["flops"],
+            marks[str(kernel).split()[0]],
+            markerfacecolor="none",
+            color="#d55e00" if low else "#0072b2",
+            markersize=6,
+        )
     for kind, mark in marks.items():
-        axes.plot([], [], mark, markerfacecolor="none", color="#0072b2", label=f"{kind} (orange: FP8)")
+        axes.plot(
+            [], [], mark, markerfacecolor="none", color="#0072b2", label=f"{kind} (orange: FP8)"
+        )
     axes.set_xlabel("operations per byte")
     axes.set_ylabel("operations per second")
     axes.set_title(title, fontsize=9)

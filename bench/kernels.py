@@ -23,10 +23,10 @@ import torch
 from record import record
 from torch import Tensor
 
-from mpq.formats import get_format
+from mpq.formats.format import get_format
+from mpq.formats.quantize import quantize, scale_of
 from mpq.kernels import cpu, int8_attention, int8_linear, native_formats, rows
-from mpq.pairs import keep_memory
-from mpq.quantize import quantize, scale_of
+from mpq.timing.pairs import keep_memory
 
 TOKENS, WIDTHS, ROUNDS = (512, 1024, 2048, 4096), (512, 1024, 2048, 4096), 7
 Inputs: TypeAlias = tuple[Tensor, ...]
@@ -53,8 +53,20 @@ def per_tensor(weight: Tensor) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         codes, step = codes_of(x, torch.uint8)
         return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
-            codes, float(step), rows.ZERO_POINT, packed, flat, zero, None, 1.0, 0, x.dtype, "none", [], ""
-        )  # fmt: skip
+            codes,
+            float(step),
+            rows.ZERO_POINT,
+            packed,
+            flat,
+            zero,
+            None,
+            1.0,
+            0,
+            x.dtype,
+            "none",
+            [],
+            "",
+        )
 
     return forward
 
@@ -68,10 +80,14 @@ def codes_of_all(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def error(got: Tensor, want: Tensor) -> float:
     """Root of the mean square error relative to the product's own."""
-    return float((got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt())
+    return float(
+        (got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt()
+    )
 
 
-def compare(base: Run, kernels: dict[str, Run], want: Tensor, make: Callable[[], Inputs]) -> dict[str, dict[str, object]]:
+def compare(
+    base: Run, kernels: dict[str, Run], want: Tensor, make: Callable[[], Inputs]
+) -> dict[str, dict[str, object]]:
     """For each kernel: base's seconds over its own, median and range of ROUNDS rounds, and its error."""
     seconds: dict[str, list[float]] = {name: [] for name in ("", *kernels)}
     runs = list({"": base, **kernels}.items())
@@ -102,10 +118,16 @@ def linears() -> Iterator[dict[str, object]]:
             "fp32": partial(linear_in_fp32, weight.float()),
             "bf16": cpu.linear(weight, None, get_format("bf16")),
             "int8 per token": cpu.linear(weight, None, get_format("int8")),
-            **({"int8 per tensor": per_tensor(weight)} if cpu.has_quantized_linear() or int8_linear.available() else {}),
+            **(
+                {"int8 per tensor": per_tensor(weight)}
+                if cpu.has_quantized_linear() or int8_linear.available()
+                else {}
+            ),
         }
         for tokens in TOKENS:
-            x = torch.randn(tokens, width, dtype=torch.bfloat16) * torch.logspace(-1, 1, tokens)[:, None].to(torch.bfloat16)
+            x = torch.randn(tokens, width, dtype=torch.bfloat16) * torch.logspace(-1, 1, tokens)[
+                :, None
+            ].to(torch.bfloat16)
             want = x.double() @ weight.double().T
             torch_own = partial(torch.nn.functional.linear, weight=weight)
             found = compare(torch_own, kernels, want, lambda x=x: (x.clone(),))
@@ -123,9 +145,16 @@ def bgemms() -> Iterator[dict[str, object]]:
     for tokens in TOKENS[:-1]:
         for heads, size in ((8, 64), (16, 128)):
             q, k = torch.randn(heads, tokens, size), torch.randn(heads, tokens, size)
-            kernels: dict[str, Run] = {n: partial(product_in, cpu.bgemm(get_format(n))) for n in names}
+            kernels: dict[str, Run] = {
+                n: partial(product_in, cpu.bgemm(get_format(n))) for n in names
+            }
             want = q.double() @ k.double().mT
-            found = compare(partial(product_in, torch.matmul), kernels, want, lambda q=q, k=k: (q.clone(), k.clone()))
+            found = compare(
+                partial(product_in, torch.matmul),
+                kernels,
+                want,
+                lambda q=q, k=k: (q.clone(), k.clone()),
+            )
             yield {"tokens": tokens, "heads": heads, "head_size": size, **found}
 
 
@@ -137,7 +166,9 @@ def product_in(product: Run, q: Tensor, k: Tensor) -> Tensor:
 def attention_in(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's fused causal attention in `dtype`, in q's dtype."""
     q16, k16, v16 = (t.to(dtype) for t in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q16, k16, v16, is_causal=True, enable_gqa=True).to(q.dtype)
+    return torch.nn.functional.scaled_dot_product_attention(
+        q16, k16, v16, is_causal=True, enable_gqa=True
+    ).to(q.dtype)
 
 
 def int8_attention_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -157,7 +188,10 @@ def attentions() -> Iterator[dict[str, object]]:
             q, k, v = (torch.randn(shape).transpose(1, 2) for shape in shapes)
             want = attention_in(torch.float64, q.double(), k.double(), v.double())
             found = compare(
-                partial(attention_in, torch.float32), kernels, want, lambda qkv=(q, k, v): tuple(t.clone() for t in qkv)
+                partial(attention_in, torch.float32),
+                kernels,
+                want,
+                lambda qkv=(q, k, v): tuple(t.clone() for t in qkv),
             )
             yield {"tokens": tokens, "heads": heads, "head_size": size, **found}
 
@@ -170,7 +204,10 @@ def main() -> None:
     for name, rows_of in (("attention", attentions), ("bgemm", bgemms), ("linear", linears)):
         for row in rows_of():
             result.setdefault(name, []).append(row)
-            told = {n: f"{r['ratio']:.2f} (error {r['error']:.1e})" if isinstance(r, dict) else r for n, r in row.items()}
+            told = {
+                n: f"{r['ratio']:.2f} (error {r['error']:.1e})" if isinstance(r, dict) else r
+                for n, r in row.items()
+            }
             print(name, told, flush=True)
     record("kernels", result)
 

@@ -27,13 +27,20 @@ def folder_of(device: str = "cpu") -> Path:
 def told(bench: str, result: Any, device: str = "cpu") -> dict[str, Any]:
     """The result with what it was measured with."""
     return {
-        "bench": bench, "date": datetime.date.today().isoformat(), "device": device_name(device), "cores": os.cpu_count(),
-        "python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}, "result": result,
-    }  # fmt: skip
+        "bench": bench,
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(device),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+        "result": result,
+    }
 
 
 def record(bench: str, result: Any, device: str = "cpu") -> None:
     """Write the result, and print it as the last line."""
     text = told(bench, result, device)
-    (folder_of(device) / f"{bench}.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    (folder_of(device) / f"{bench}.json").write_text(
+        json.dumps(text, indent=1) + "\n", encoding="utf-8"
+    )
     print(json.dumps(text))

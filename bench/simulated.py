@@ -14,12 +14,12 @@ import polars as pl
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.place import On, placed
-from flows.planning import Planning
-from flows.stages import Stages
+from mpq.flows.place import On, placed
+from mpq.flows.planning import Planning
+from mpq.flows.stages import Stages
 from mpq.spec import RunnerSpec, RunSpec
-from mpq.store import content_key
-from tasks.stage import batch, read, read_json
+from mpq.store.entries import content_key
+from mpq.tasks.stage import batch, read, read_json
 
 
 @batch("interval")
@@ -31,30 +31,56 @@ def occupy(
         if not missing(key):
             continue
         if begun:
-            with open(begun, "a", encoding="utf-8") as file:  # one small write: whole lines, whoever else appends
+            with open(
+                begun, "a", encoding="utf-8"
+            ) as file:  # one small write: whole lines, whoever else appends
                 file.write(f"{number} {os.getpid()}\n")
         start = time.monotonic()
         time.sleep(seconds)
-        yield key, pl.DataFrame({"number": number, "pid": os.getpid(), "start_s": start, "end_s": time.monotonic()})
+        yield (
+            key,
+            pl.DataFrame(
+                {"number": number, "pid": os.getpid(), "start_s": start, "end_s": time.monotonic()}
+            ),
+        )
 
 
 @flow(name="fan out", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
 def fan_out(
-    runner: RunnerSpec, store: str, tasks: int, seconds: float = 0.0, size: int = 1, begun: str = "", on: On = "accelerator"
+    runner: RunnerSpec,
+    store: str,
+    tasks: int,
+    seconds: float = 0.0,
+    size: int = 1,
+    begun: str = "",
+    on: On = "accelerator",
 ) -> dict[str, Any]:
     """Run `tasks` tasks of `size` measurements each; returns the intervals, the stages' accounts and the seconds to submit."""
     with placed(runner, "cpu") as place:
         stages = Stages(store, place)
         calls = [
-            (occupy, content_key("slice", t), f"task {t}", {
-                "wanted": {content_key("interval", n): n for n in range(t * size, (t + 1) * size)}, "seconds": seconds, "begun": begun,
-            })
+            (
+                occupy,
+                content_key("slice", t),
+                f"task {t}",
+                {
+                    "wanted": {
+                        content_key("interval", n): n for n in range(t * size, (t + 1) * size)
+                    },
+                    "seconds": seconds,
+                    "begun": begun,
+                },
+            )
             for t in range(tasks)
-        ]  # fmt: skip
+        ]
         start = time.perf_counter()
         done = stages.run("fan out", calls, on)
         took = time.perf_counter() - start
-    return {"intervals": [ref for references in done for ref in references.values()], "stages": stages.done, "seconds": took}
+    return {
+        "intervals": [ref for references in done for ref in references.values()],
+        "stages": stages.done,
+        "seconds": took,
+    }
 
 
 def intervals(outcome: dict[str, Any]) -> pl.DataFrame:
@@ -69,5 +95,7 @@ def sensitivity(spec: RunSpec) -> float:
         stages = Stages(spec.store, place)
         run = Planning(spec, stages)
         loaded = run.load()
-        run.sensitivity(run.partition(read_json(loaded["model"])["architecture"]), loaded["calibration"])
+        run.sensitivity(
+            run.partition(read_json(loaded["model"])["architecture"]), loaded["calibration"]
+        )
     return next(seconds for name, _, _, seconds in stages.done if name == "sensitivity")

@@ -27,31 +27,53 @@ from matplotlib.figure import Figure
 from record import RESULTS, folder_of, record
 from transformers import LlamaConfig
 
-from mpq.design import anchors, choices_of, complete, design, interaction, neighbours, standard_errors, sums
-from mpq.formats import get_format
-from mpq.gain_model import GainModel
-from mpq.gains import gains_et
-from mpq.graph import trace
+from mpq.formats.format import get_format
 from mpq.kernels import Kind, native_formats
-from mpq.model import load_config
-from mpq.partition import groups_table, partition
-from mpq.tables import table
-from mpq.timing import measure, measure_ttft, timing_model
+from mpq.models.checkpoint import load_config
+from mpq.models.graph import trace
+from mpq.models.partition import groups_table, partition
+from mpq.program.gains import gains_et
+from mpq.store.tables import table
+from mpq.timing.design import (
+    anchors,
+    choices_of,
+    complete,
+    design,
+    interaction,
+    neighbours,
+    standard_errors,
+    sums,
+)
+from mpq.timing.gain_model import GainModel
+from mpq.timing.measure import measure, measure_ttft, timing_model
 
 BASE = "fp32"
 KINDS: tuple[Kind, ...] = ("linear", "bgemm")
-FORMATS = {kind: tuple(f for f in ("bf16", "int8") if f in native_formats("cpu", kind)) for kind in KINDS}
+FORMATS = {
+    kind: tuple(f for f in ("bf16", "int8") if f in native_formats("cpu", kind)) for kind in KINDS
+}
 REPEATS, LIMIT, PLANS = 9, 64, 24
 ANCHOR, FASTEST, HALF = "anchor", "the fastest", "the fastest, first half"
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 WIDE = LlamaConfig(
-    vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4
+    vocab_size=8192,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=4,
 )
 Choices: TypeAlias = dict[str, list[tuple[str, ...]]]
 LLAMA_1B = LlamaConfig(  # Llama-3.2-1B's published config.json
-    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-)  # fmt: skip
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
 
 
 def r2(measured: np.ndarray, error: np.ndarray) -> float:
@@ -70,23 +92,43 @@ def figure_1(timing: pl.DataFrame, groups: pl.DataFrame) -> tuple[Figure, dict[s
     """The largest group: measured gain of each configuration against the sum of its ops' own, and against MACs."""
     signature = timing.group_by("signature").len().sort("len")["signature"][-1]
     rows = timing.filter(pl.col("signature") == signature)
-    ops = groups.filter(pl.col("signature") == signature, pl.col("group") == pl.col("group").min().over("signature")).sort(
-        "order"
-    )
+    ops = groups.filter(
+        pl.col("signature") == signature, pl.col("group") == pl.col("group").min().over("signature")
+    ).sort("order")
     gains = {tuple(r["configuration"]): r["gain_s"] for r in rows.iter_rows(named=True)}
     base = (BASE,) * ops.height
-    single = {(i, c[i]): g for c, g in gains.items() for i in range(len(c)) if sum(f != BASE for f in c) == 1 and c[i] != BASE}
+    single = {
+        (i, c[i]): g
+        for c, g in gains.items()
+        for i in range(len(c))
+        if sum(f != BASE for f in c) == 1 and c[i] != BASE
+    }
     time_of = {f: get_format(f).mac_time for f in {f for c in gains for f in c}}
     many = [c for c in gains if c != base]
     y = np.array([gains[c] for c in many]) * 1e3
     sums = np.array([sum(single[i, f] for i, f in enumerate(c) if f != BASE) for c in many]) * 1e3
-    macs = np.array([sum((time_of[BASE] - time_of[f]) * m for f, m in zip(c, ops["macs"], strict=True)) for c in many])
+    macs = np.array(
+        [
+            sum((time_of[BASE] - time_of[f]) * m for f, m in zip(c, ops["macs"], strict=True))
+            for c in many
+        ]
+    )
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     found: dict[str, Any] = {"signature": signature, "configurations": len(many)}
-    for axes, x, name in zip(figure.subplots(1, 2), (sums, macs), ("sum of per-op gains (ms)", "gain by MACs"), strict=True):
+    for axes, x, name in zip(
+        figure.subplots(1, 2),
+        (sums, macs),
+        ("sum of per-op gains (ms)", "gain by MACs"),
+        strict=True,
+    ):
         fitted, r2 = fit(x, y)
         axes.plot(x, y, "o", color="#0072b2", markerfacecolor="none", label="measured")
-        axes.plot(x[np.argsort(x)], fitted[np.argsort(x)], color="#d55e00", label=f"least squares, R² = {r2:.3f}")
+        axes.plot(
+            x[np.argsort(x)],
+            fitted[np.argsort(x)],
+            color="#d55e00",
+            label=f"least squares, R² = {r2:.3f}",
+        )
         axes.set_xlabel(name)
         axes.set_ylabel("measured gain of the group (ms)")
         axes.legend(frameon=False)
@@ -97,7 +139,11 @@ def figure_1(timing: pl.DataFrame, groups: pl.DataFrame) -> tuple[Figure, dict[s
 
 def random_plan(groups: pl.DataFrame, share: float, rng: random.Random) -> dict[str, str]:
     """Each op lowered with probability `share`, to a format of its kind."""
-    return {op: rng.choice(FORMATS[kind]) for op, kind in groups.select("op", "kind").iter_rows() if rng.random() < share}
+    return {
+        op: rng.choice(FORMATS[kind])
+        for op, kind in groups.select("op", "kind").iter_rows()
+        if rng.random() < share
+    }
 
 
 def half(plan: dict[str, str], groups: pl.DataFrame) -> dict[str, str]:
@@ -110,7 +156,14 @@ def figure_3a(measured_s: np.ndarray, predicted_s: np.ndarray) -> Figure:
     """TTFT of whole plans, measured against predicted."""
     figure = Figure(figsize=(4.8, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(predicted_s * 1e3, measured_s * 1e3, "o", color="#0072b2", markerfacecolor="none", label="plans")
+    axes.plot(
+        predicted_s * 1e3,
+        measured_s * 1e3,
+        "o",
+        color="#0072b2",
+        markerfacecolor="none",
+        label="plans",
+    )
     ends = [measured_s.min() * 950, measured_s.max() * 1050]
     axes.plot(ends, ends, color="#444", linewidth=1, label="equal")
     axes.set_xlabel("TTFT, predicted (ms)")
@@ -123,51 +176,89 @@ def run(name: str, config: Any, batch: int, length: int) -> None:
     """Measure one shape and record it."""
     groups = groups_table(partition(trace(config)), batch, length)
     choices: Choices = {}
-    for (signature, _), rows in groups.sort("order").group_by(["signature", "group"], maintain_order=True):
+    for (signature, _), rows in groups.sort("order").group_by(
+        ["signature", "group"], maintain_order=True
+    ):
         choices.setdefault(str(signature), choices_of(rows, FORMATS, BASE))
     model = timing_model(config, BASE)
     shape: dict[str, Any] = {"base": BASE, "batch": batch, "length": length}
     requests = [(s, design(c, LIMIT)) for s, c in choices.items()]
-    timing = measure(model, groups, requests, repeats=REPEATS, target=0.01, cap=2 * REPEATS, **shape)
+    timing = measure(
+        model, groups, requests, repeats=REPEATS, target=0.01, cap=2 * REPEATS, **shape
+    )
     rng = random.Random(0)
     whole = anchors(groups, coefficients(groups, complete(timing, choices, BASE)), BASE)
     named = {FASTEST: whole[0], HALF: half(whole[0], groups)}
-    plans = [*whole, *named.values(), *(random_plan(groups, (i + 1) / PLANS, rng) for i in range(PLANS))]
+    plans = [
+        *whole,
+        *named.values(),
+        *(random_plan(groups, (i + 1) / PLANS, rng) for i in range(PLANS)),
+    ]
     names = [*[ANCHOR] * len(whole), *named, *["random"] * PLANS]
-    seconds = measure_ttft(model, plans, groups=groups, repeats=REPEATS + 2, target=0.005, cap=3 * REPEATS, **shape)
-    tested = seconds.with_columns(pl.Series("plan", [str(p) for p in plans]), pl.Series("name", names))
+    seconds = measure_ttft(
+        model, plans, groups=groups, repeats=REPEATS + 2, target=0.005, cap=3 * REPEATS, **shape
+    )
+    tested = seconds.with_columns(
+        pl.Series("plan", [str(p) for p in plans]), pl.Series("name", names)
+    )
     out = folder_of()
     timing.write_parquet(out / f"timing-{name}.parquet")
     tested.write_parquet(out / f"timing-{name}-plans.parquet")
-    record(f"timing-{name}", {**shape, "repeats": REPEATS, **worked_out(name, groups, timing, tested, out)})
+    record(
+        f"timing-{name}",
+        {**shape, "repeats": REPEATS, **worked_out(name, groups, timing, tested, out)},
+    )
 
 
 def again(folder: Path, name: str, config: Any, batch: int, length: int) -> None:
     """Work out the results of an earlier campaign from its tables; what it was measured on and when stays."""
-    timing, tested = (pl.read_parquet(folder / f"timing-{name}{part}.parquet") for part in ("", "-plans"))
-    if "name" not in tested.columns:  # campaigns before 2026-11-25 did not write it: plans come in this order
+    timing, tested = (
+        pl.read_parquet(folder / f"timing-{name}{part}.parquet") for part in ("", "-plans")
+    )
+    if (
+        "name" not in tested.columns
+    ):  # campaigns before 2026-11-25 did not write it: plans come in this order
         anchored = tested.height - 2 - PLANS
-        tested = tested.with_columns(pl.Series("name", [*[ANCHOR] * anchored, FASTEST, HALF, *["random"] * PLANS]))
+        tested = tested.with_columns(
+            pl.Series("name", [*[ANCHOR] * anchored, FASTEST, HALF, *["random"] * PLANS])
+        )
     groups = groups_table(partition(trace(config)), batch, length)
     file = folder / f"timing-{name}.json"
     told = json.loads(file.read_text())
     kept = {k: v for k, v in told["result"].items() if k in ("base", "batch", "length", "repeats")}
     told["result"] = kept | worked_out(name, groups, timing, tested, folder)
-    file.write_text(json.dumps(told | {"worked_out": datetime.date.today().isoformat()}, indent=1) + "\n", encoding="utf-8")
+    file.write_text(
+        json.dumps(told | {"worked_out": datetime.date.today().isoformat()}, indent=1) + "\n",
+        encoding="utf-8",
+    )
     print(json.dumps(told))
 
 
 def coefficients(groups: pl.DataFrame, timing: pl.DataFrame, bound: str = "pooled") -> pl.DataFrame:
     """The gains table of a completed timing table, whatever it does to the loss."""
     named = sorted({f for c in timing["configuration"] for f in c})
-    no_loss = table("sensitivity", [
-        {"op": op, "operand": "input", "format": f, "noise_model": "ulp", "n_samples": 1, "loss_mse": 0.0, "sensitivity": 0.0}
-        for op in groups["op"] for f in named
-    ])  # fmt: skip
+    no_loss = table(
+        "sensitivity",
+        [
+            {
+                "op": op,
+                "operand": "input",
+                "format": f,
+                "noise_model": "ulp",
+                "n_samples": 1,
+                "loss_mse": 0.0,
+                "sensitivity": 0.0,
+            }
+            for op in groups["op"]
+            for f in named
+        ],
+    )
     return gains_et(groups, timing, no_loss, BASE, "ulp", bound)
 
 
-def worked_out(name: str, groups: pl.DataFrame, timing: pl.DataFrame, plans: pl.DataFrame, out: Path) -> dict[str, Any]:
+def worked_out(
+    name: str, groups: pl.DataFrame, timing: pl.DataFrame, plans: pl.DataFrame, out: Path
+) -> dict[str, Any]:
     """How well gains measured group by group foretell whole plans: pooled (gain_model.py), and as measured (names that end in `_mean`).
 
     Plans that anchor the interaction term are left out, and so is the fastest, one of them measured again.
@@ -175,7 +266,9 @@ def worked_out(name: str, groups: pl.DataFrame, timing: pl.DataFrame, plans: pl.
     choices: Choices = {}
     for (signature,), rows in timing.group_by(["signature"], maintain_order=True):
         columns = zip(*rows["configuration"], strict=True)
-        choices[str(signature)] = [tuple(sorted(set(c), key=lambda f: (f != BASE, f))) for c in columns]
+        choices[str(signature)] = [
+            tuple(sorted(set(c), key=lambda f: (f != BASE, f))) for c in columns
+        ]
     whole, formats = complete(timing, choices, BASE), [ast.literal_eval(p) for p in plans["plan"]]
     pairs = np.array([neighbours(groups, plan, BASE) for plan in formats])
     anchored = (plans["name"] == ANCHOR).to_numpy()
@@ -185,16 +278,21 @@ def worked_out(name: str, groups: pl.DataFrame, timing: pl.DataFrame, plans: pl.
     predicted: dict[str, np.ndarray] = {}
     for bound in ("pooled", "mean"):
         total = np.array(sums(groups, coefficients(groups, whole, bound), formats, BASE))
-        term = interaction(pairs[anchored].tolist(), total[anchored].tolist(), gain_s[anchored].tolist())
+        term = interaction(
+            pairs[anchored].tolist(), total[anchored].tolist(), gain_s[anchored].tolist()
+        )
         for kind, gains in (("additive", total), ("predicted", total + term * pairs)):
             key = kind if bound == "pooled" else f"{kind}_{bound}"
             predicted[key], error = gains, np.abs((base_s - gains) / ttft_s - 1)[held_out]
             found |= {
-                f"{key}_error_median": float(np.median(error)), f"{key}_error_90": float(np.quantile(error, 0.9)),
+                f"{key}_error_median": float(np.median(error)),
+                f"{key}_error_90": float(np.quantile(error, 0.9)),
                 f"{key}_r2_ttft": r2(ttft_s[held_out], (ttft_s - base_s + gains)[held_out]),
                 f"{key}_r2_gain": r2(gain_s[held_out], (gain_s - gains)[held_out]),
-            }  # fmt: skip
-        found["interaction_ms_a_pair" if bound == "pooled" else f"interaction_ms_a_pair_{bound}"] = term * 1e3
+            }
+        found[
+            "interaction_ms_a_pair" if bound == "pooled" else f"interaction_ms_a_pair_{bound}"
+        ] = term * 1e3
     figure, first = figure_1(timing, groups)
     figure.savefig(out / f"timing-{name}-figure-1.png", dpi=150)
     figure_3a(ttft_s[held_out], (base_s - predicted["predicted"])[held_out]).savefig(
@@ -203,16 +301,27 @@ def worked_out(name: str, groups: pl.DataFrame, timing: pl.DataFrame, plans: pl.
     ours = sum(len(design(c, 10**9)) for c in _choices_1b().values())
     paper = sum(len(design(c, 10**9)) for c in _choices_1b(every=True).values())
     return {
-        "base_ttft_ms": float(np.median(base_s) * 1e3), "configurations_measured": timing.height, "disturbed_pairs": int(timing["disturbed"].sum()),
+        "base_ttft_ms": float(np.median(base_s) * 1e3),
+        "configurations_measured": timing.height,
+        "disturbed_pairs": int(timing["disturbed"].sum()),
         "plans_by_name": {
-            n: {"base_ms": base_s[i] * 1e3, "measured_ms": ttft_s[i] * 1e3,
-                **{f"{k}_ms": float((base_s - predicted[k])[i] * 1e3) for k in ("predicted", "predicted_mean")}}
-            for n in (FASTEST, HALF) for i in np.flatnonzero(plans["name"] == n)
+            n: {
+                "base_ms": base_s[i] * 1e3,
+                "measured_ms": ttft_s[i] * 1e3,
+                **{
+                    f"{k}_ms": float((base_s - predicted[k])[i] * 1e3)
+                    for k in ("predicted", "predicted_mean")
+                },
+            }
+            for n in (FASTEST, HALF)
+            for i in np.flatnonzero(plans["name"] == n)
         },
-        "figure_1": first, "plans": int(held_out.sum()), **found,
+        "figure_1": first,
+        "plans": int(held_out.sum()),
+        **found,
         "left_out": left_out(timing, choices),
         "measurements_1b": {"by signature": ours, "by group": paper, "ratio": paper / ours},
-    }  # fmt: skip
+    }
 
 
 def left_out(timing: pl.DataFrame, choices: Choices) -> dict[str, Any]:
@@ -222,9 +331,14 @@ def left_out(timing: pl.DataFrame, choices: Choices) -> dict[str, Any]:
     rows = timing.filter(lowered & (timing["signature"] == signature))
     errors, instances = standard_errors(rows, BASE), rows["instances"][0]
     model = GainModel.fit(
-        choices[signature], [tuple(c) for c in rows["configuration"]], rows["gain_s"].to_list(), errors.tolist()
+        choices[signature],
+        [tuple(c) for c in rows["configuration"]],
+        rows["gain_s"].to_list(),
+        errors.tolist(),
     )
-    off, own = (float(np.sqrt(np.mean(of**2))) * 1e3 * instances for of in (model.left_out(), errors))
+    off, own = (
+        float(np.sqrt(np.mean(of**2))) * 1e3 * instances for of in (model.left_out(), errors)
+    )
     return {
         "of": math.prod(map(len, choices[signature])),
         "measured": rows.height,
@@ -234,9 +348,13 @@ def left_out(timing: pl.DataFrame, choices: Choices) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shapes", nargs="*", default=["demo", "wide"])
-    parser.add_argument("--again", type=Path, metavar="FOLDER", help="results of an earlier campaign")
+    parser.add_argument(
+        "--again", type=Path, metavar="FOLDER", help="results of an earlier campaign"
+    )
     asked = parser.parse_args()
     for name in asked.shapes:
         folder = DEMO if name == "demo" else Path(name)
@@ -259,7 +377,9 @@ def _choices_1b(*, every: bool = False) -> Choices:
     formats = {"linear": ("fp8_e4m3",), "bgemm": ("fp8_e4m3",)}
     return {
         str(g if every else s): choices_of(rows, formats, "bf16")
-        for (s, g), rows in frame.sort("order").group_by(["signature", "group"], maintain_order=True)
+        for (s, g), rows in frame.sort("order").group_by(
+            ["signature", "group"], maintain_order=True
+        )
     }
 
 

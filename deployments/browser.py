@@ -13,11 +13,23 @@ from typing import Any
 
 from websockets.sync.client import connect
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FLAGS = (
-    "--headless", "--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--disable-dev-shm-usage", "--remote-debugging-port=0",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-port=0",
+)
 
 
 class Browser:
@@ -25,7 +37,9 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         self.events: list[dict[str, Any]] = []
         self.last = 0
         try:
@@ -62,7 +76,13 @@ class Browser:
 
     def open(self, url: str, width: int = 1280, dark: bool = False) -> None:
         """Loads the page at this width in CSS pixels, to the end."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.events.clear()
@@ -72,7 +92,9 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression. An exception in it fails."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -82,8 +104,16 @@ class Browser:
 
     def picture(self, path: Path, part: tuple[int, int, int, int] | None = None) -> None:
         """A PNG of the whole page, or of a part of it: left, top, width and height in CSS pixels."""
-        clip = {"clip": dict(zip(("x", "y", "width", "height"), part, strict=True), scale=1)} if part else {}
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True, **clip)["data"]))
+        clip = (
+            {"clip": dict(zip(("x", "y", "width", "height"), part, strict=True), scale=1)}
+            if part
+            else {}
+        )
+        path.write_bytes(
+            base64.b64decode(
+                self.call("Page.captureScreenshot", captureBeyondViewport=True, **clip)["data"]
+            )
+        )
 
     def close(self) -> None:
         """Ends Chromium."""

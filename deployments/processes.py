@@ -50,13 +50,24 @@ class Services:
     def __init__(self, home: Path, more: Mapping[str, str] | None = None):
         self.home = home
         home.mkdir(parents=True, exist_ok=True)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "AWS_", "DASK_", "PYTEST_"))}
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("PREFECT_", "AWS_", "DASK_", "PYTEST_"))
+        }
         self.environment = {
-            **kept, "PREFECT_HOME": str(home / "prefect"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1",
-            "MPQ_CACHE": str(home / "cache"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            **kept,
+            "PREFECT_HOME": str(home / "prefect"),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "DO_NOT_TRACK": "1",
+            "MPQ_CACHE": str(home / "cache"),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5", "PREFECT_WORKER_QUERY_SECONDS": "2", **(more or {}),
-        }  # fmt: skip
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            **(more or {}),
+        }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.api = ""
         self.short: list[str] = []  # folders elsewhere: a socket's path may have 107 bytes
@@ -76,7 +87,9 @@ class Services:
             for pid in everyone:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # what it left behind when it was killed before
+            with contextlib.suppress(
+                ProcessLookupError, PermissionError
+            ):  # what it left behind when it was killed before
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         for folder in self.short:
@@ -86,7 +99,12 @@ class Services:
         """Start a process; its output goes to NAME.log."""
         with (self.home / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self.processes[name] = process
         return process
@@ -98,7 +116,9 @@ class Services:
     def prefect(self, *arguments: str) -> str:
         """Run a command of Prefect's CLI to its end. Raises RuntimeError with its output where it fails."""
         command = [sys.executable, "-m", "prefect", *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=180
+        )
         if done.returncode:
             raise RuntimeError(f"prefect {' '.join(arguments)}: {done.stdout}{done.stderr}")
         return done.stdout
@@ -106,7 +126,10 @@ class Services:
     def server(self) -> str:
         """A Prefect server with a database of its own; returns the URL of its API."""
         port = str(free_port())
-        self.environment |= {"PREFECT_SERVER_API_HOST": "127.0.0.1", "PREFECT_SERVER_API_PORT": port}
+        self.environment |= {
+            "PREFECT_SERVER_API_HOST": "127.0.0.1",
+            "PREFECT_SERVER_API_PORT": port,
+        }
         self.api = self.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
         self.start("server", sys.executable, "-m", "prefect", "server", "start")
         until("the Prefect server", lambda: httpx.get(f"{self.api}/health").is_success)
@@ -114,7 +137,20 @@ class Services:
 
     def worker(self) -> None:
         """A worker of the process pool that the deployments name, up and known to the server; two flow runs at a time."""
-        self.start("worker", sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "one", "--limit", "2")
+        self.start(
+            "worker",
+            sys.executable,
+            "-m",
+            "prefect",
+            "worker",
+            "start",
+            "--pool",
+            POOL,
+            "--name",
+            "one",
+            "--limit",
+            "2",
+        )
         until("the worker", lambda: self.post(f"work_pools/{POOL}/workers/filter", {}))
 
     def deploy(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -129,7 +165,14 @@ class Services:
     def keep_results(self, url: str) -> None:
         """Prefect's own results under `url`, by a block, for every flow that is started from here on."""
         code = f"from prefect.filesystems import RemoteFileSystem as R; R(basepath={url!r}).save('results', overwrite=True)"
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=self.environment, check=True, capture_output=True, timeout=120)
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=self.environment,
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
         self.environment["PREFECT_DEFAULT_RESULT_STORAGE_BLOCK"] = "remote-file-system/results"
 
     def s3(self, bucket: str) -> str:
@@ -137,9 +180,19 @@ class Services:
         port = free_port()
         address = f"http://127.0.0.1:{port}"
         self.environment |= {
-            "AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo", "AWS_DEFAULT_REGION": "us-east-1",
-        }  # fmt: skip
-        self.start("s3", str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port))
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "demo",
+            "AWS_SECRET_ACCESS_KEY": "demo",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        self.start(
+            "s3",
+            str(Path(sys.executable).parent / "moto_server"),
+            "-H",
+            "127.0.0.1",
+            "-p",
+            str(port),
+        )
         until("the S3 server", lambda: httpx.get(address).status_code)
         httpx.put(f"{address}/{bucket}").raise_for_status()
         return address
@@ -148,36 +201,77 @@ class Services:
         """The S3 server as an fsspec file system, for this process."""
         environment = self.environment
         return fsspec.filesystem(
-            "s3", key=environment["AWS_ACCESS_KEY_ID"], secret=environment["AWS_SECRET_ACCESS_KEY"],
-            client_kwargs={"endpoint_url": environment["AWS_ENDPOINT_URL"]}, skip_instance_cache=True, use_listings_cache=False,
-        )  # fmt: skip
+            "s3",
+            key=environment["AWS_ACCESS_KEY_ID"],
+            secret=environment["AWS_SECRET_ACCESS_KEY"],
+            client_kwargs={"endpoint_url": environment["AWS_ENDPOINT_URL"]},
+            skip_instance_cache=True,
+            use_listings_cache=False,
+        )
 
     def dask(self, workers: int = 2, resources: str = "accel=1", threads: int = 1) -> str:
         """A Dask scheduler and its workers, one accelerator each; returns the scheduler's address."""
         port = free_port()
         address = f"tcp://127.0.0.1:{port}"
         command = [sys.executable, "-m", "dask"]
-        self.start("scheduler", *command, "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
+        self.start(
+            "scheduler",
+            *command,
+            "scheduler",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--no-dashboard",
+        )
         until("the Dask scheduler", lambda: "Scheduler at" in self.log("scheduler"))
         for k in range(workers):
             self.dask_worker(address, f"dask-{k}", resources, threads)
         for k in range(workers):
-            until(f"Dask worker {k}", lambda name=f"dask-{k}": "Starting established connection" in self.log(name))
+            until(
+                f"Dask worker {k}",
+                lambda name=f"dask-{k}": "Starting established connection" in self.log(name),
+            )
         return address
 
-    def dask_worker(self, address: str, name: str, resources: str = "accel=1", threads: int = 1, *more: str) -> None:
+    def dask_worker(
+        self, address: str, name: str, resources: str = "accel=1", threads: int = 1, *more: str
+    ) -> None:
         """One more worker, without a nanny: killed, it is gone."""
         some = ["--resources", resources] if resources else []
         self.start(
-            name, sys.executable, "-m", "dask", "worker", address, "--nthreads", str(threads), "--no-nanny", "--no-dashboard",
-            "--host", "127.0.0.1", "--name", name, "--local-directory", str(self.home / name), *some, *more,
-        )  # fmt: skip
+            name,
+            sys.executable,
+            "-m",
+            "dask",
+            "worker",
+            address,
+            "--nthreads",
+            str(threads),
+            "--no-nanny",
+            "--no-dashboard",
+            "--host",
+            "127.0.0.1",
+            "--name",
+            name,
+            "--local-directory",
+            str(self.home / name),
+            *some,
+            *more,
+        )
 
     def ray(self, workers: int = 2, resources: str = '{"accel": 1}') -> str:
         """Nodes of a Ray cluster, the first one its head, one CPU and one accelerator each; returns the head's address."""
         port = free_port()
         self.short.append(tempfile.mkdtemp(prefix="ray-"))
-        head = ["--head", "--port", str(port), "--include-dashboard=false", "--temp-dir", self.short[-1]]
+        head = [
+            "--head",
+            "--port",
+            str(port),
+            "--include-dashboard=false",
+            "--temp-dir",
+            self.short[-1],
+        ]
         self._ray("ray-0", resources, *head)
         for k in range(1, workers):
             self.ray_worker(f"127.0.0.1:{port}", f"ray-{k}", resources)
@@ -188,7 +282,13 @@ class Services:
         self._ray(name, resources, "--address", address)
 
     def _ray(self, name: str, resources: str, *options: str) -> None:
-        command = [str(Path(sys.executable).parent / "ray"), "start", *options, "--block", "--disable-usage-stats"]
+        command = [
+            str(Path(sys.executable).parent / "ray"),
+            "start",
+            *options,
+            "--block",
+            "--disable-usage-stats",
+        ]
         some = [
             "--num-cpus",
             "1",
@@ -201,7 +301,10 @@ class Services:
         ]
         for _ in range(3):  # Ray gives a node 30 s to start, which a busy machine may take
             process = self.start(name, *command, *some)
-            until(f"Ray's {name}", lambda p=process: "Ray runtime started" in self.log(name) or p.poll() is not None)
+            until(
+                f"Ray's {name}",
+                lambda p=process: "Ray runtime started" in self.log(name) or p.poll() is not None,
+            )
             if process.poll() is None:
                 return
         raise RuntimeError(f"Ray's {name} did not start: {self.log(name)}")
@@ -209,7 +312,10 @@ class Services:
     def kill(self, name: str) -> None:
         """kill -9, children included."""
         process = self.processes[name]
-        for each in [process.pid, *(c.pid for c in psutil.Process(process.pid).children(recursive=True))]:
+        for each in [
+            process.pid,
+            *(c.pid for c in psutil.Process(process.pid).children(recursive=True)),
+        ]:
             os.kill(each, signal.SIGKILL)
         process.wait()
 
@@ -234,12 +340,21 @@ class Services:
 
     def runs(self, deployment: str, *states: str) -> list[dict[str, Any]]:
         """The deployment's flow runs in some state (their types, such as COMPLETED), the oldest first."""
-        body = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 50}
+        body = {
+            "deployments": {"name": {"any_": [deployment]}},
+            "sort": "EXPECTED_START_TIME_ASC",
+            "limit": 50,
+        }
         every: list[dict[str, Any]] = self.post("flow_runs/filter", body)
         return [run for run in every if not states or run["state_type"] in states]
 
     def ended(self, deployment: str, seconds: float = 240, number: int = 1) -> dict[str, Any]:
         """Wait for the deployment's n-th run to end; returns it."""
         over = "COMPLETED", "FAILED", "CRASHED", "CANCELLED"
-        runs = until(f"the end of {deployment}", lambda: (r := self.runs(deployment, *over))[number - 1 :] and r, seconds, 1.0)
+        runs = until(
+            f"the end of {deployment}",
+            lambda: (r := self.runs(deployment, *over))[number - 1 :] and r,
+            seconds,
+            1.0,
+        )
         return dict(runs[number - 1])

@@ -46,7 +46,9 @@ class Eyes:
         try:
             until("the page", there, 60)
         except TimeoutError:
-            raise TimeoutError(f"{self.browser.run('location.href')} does not show {missing}") from None
+            raise TimeoutError(
+                f"{self.browser.run('location.href')} does not show {missing}"
+            ) from None
 
     def press(self, what: str) -> None:
         """Press what a JavaScript expression finds, in the middle, as a mouse does."""
@@ -56,13 +58,19 @@ class Eyes:
             const box = found.getBoundingClientRect();
             return [box.x + box.width / 2, box.y + box.height / 2];
         }})()"""
-        x, y = until(f"{what} on {self.browser.run('location.href')}", lambda: self.browser.run(find), 30)
+        x, y = until(
+            f"{what} on {self.browser.run('location.href')}", lambda: self.browser.run(find), 30
+        )
         for kind in ("mousePressed", "mouseReleased"):
-            self.browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+            self.browser.call(
+                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
+            )
 
     def tab(self, name: str) -> None:
         """Go to the tab of this name."""
-        self.press(f"[...document.querySelectorAll('[role=tab]')].find(e => e.innerText.trim() === {json.dumps(name)})")
+        self.press(
+            f"[...document.querySelectorAll('[role=tab]')].find(e => e.innerText.trim() === {json.dumps(name)})"
+        )
 
     def graph(self, size: int) -> None:
         """Wait until the graph, which is drawn and not text, shows bars of completed tasks of `size` pixels together."""
@@ -73,7 +81,9 @@ class Eyes:
                 self.browser.picture(Path(file.name), (SIDE, 0, WIDTH - SIDE, 500))
                 pixels = imread(io.BytesIO(Path(file.name).read_bytes()))[..., :3] * 255
                 green = np.abs(pixels - DONE).max(axis=-1) < 4
-                green[np.count_nonzero(green, axis=1) > 250] = False  # the line of the whole run at the bottom
+                green[np.count_nonzero(green, axis=1) > 250] = (
+                    False  # the line of the whole run at the bottom
+                )
                 return int(green.sum()) > size
 
             until("the graph of tasks", drawn, 60, 2.0)
@@ -98,29 +108,48 @@ def take(services: Services, run: dict[str, Any], folder: Path) -> list[Path]:
             browser.picture(paths[-1], (left, top, WIDTH - left, height))
 
         try:
-            eyes.look(f"runs/flow-run/{run['id']}", run["name"], "Completed", "partition: 1 of 1 tasks cached")
+            eyes.look(
+                f"runs/flow-run/{run['id']}",
+                run["name"],
+                "Completed",
+                "partition: 1 of 1 tasks cached",
+            )
             eyes.graph(200)
             keep("run", 1000)
             eyes.tab("Task Runs")
-            eyes.press("[...document.querySelectorAll('button')].find(e => e.innerText.trim() === 'Newest to oldest')")
-            eyes.press("[...document.querySelectorAll('[role=option]')].find(e => e.innerText.trim() === 'Oldest to newest')")
+            eyes.press(
+                "[...document.querySelectorAll('button')].find(e => e.innerText.trim() === 'Newest to oldest')"
+            )
+            eyes.press(
+                "[...document.querySelectorAll('[role=option]')].find(e => e.innerText.trim() === 'Oldest to newest')"
+            )
             eyes.wait(f"partition {run['name']}", "Cached")
             keep("tasks", 1000, SIDE, BELOW_GRAPH)
             eyes.tab("Artifacts")
             eyes.wait(*KINDS, "PROGRESS")
             keep("artifacts", 1100, SIDE, BELOW_GRAPH)
             eyes.look(
-                f"artifacts/artifact/{ids['results']}", "predicted_loss_mse", "ip_et", "Predicted and measured", run["name"]
+                f"artifacts/artifact/{ids['results']}",
+                "predicted_loss_mse",
+                "ip_et",
+                "Predicted and measured",
+                run["name"],
             )
             keep("results", 620, SIDE)
             eyes.look(f"artifacts/artifact/{ids['frontier']}", "Frontier: ", run["name"])
             until(
                 "the picture",
-                lambda: browser.run("[...document.images].some(i => i.src.startsWith('data:') && i.naturalWidth > 300)"),
+                lambda: browser.run(
+                    "[...document.images].some(i => i.src.startsWith('data:') && i.naturalWidth > 300)"
+                ),
                 30,
             )
             keep("frontier", 620, SIDE)
-            eyes.look(f"deployments/deployment/{deployment}/run", "Tokens per block", "Bounds on the normalised RMSE of the loss")
+            eyes.look(
+                f"deployments/deployment/{deployment}/run",
+                "Tokens per block",
+                "Bounds on the normalised RMSE of the loss",
+            )
             keep("form", 1000)
         finally:
             browser.close()

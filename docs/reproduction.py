@@ -13,10 +13,10 @@ from pathlib import Path
 
 import polars as pl
 
-from mpq.accuracy import markdown, table_1
-from mpq.findings import Findings, find
-from mpq.report import summarize
-from mpq.runs import read_run
+from mpq.report.accuracy import markdown, table_1
+from mpq.report.findings import Findings, find
+from mpq.report.runs import read_run
+from mpq.report.summary import summarize
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- run:begin -->", "<!-- run:end -->"
@@ -33,10 +33,16 @@ def beside_the_paper(first: pl.DataFrame) -> list[str]:
     lines = ["| objective | strategy | ours | paper, 1B | paper, 8B |", "|---|---|---:|---:|---:|"]
     for row in first.iter_rows(named=True):
         ours, spread = row["average_acc"], row["average_acc_std"]
-        cell = "–" if ours is None else f"{round(ours, 2) + 0.0:+.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+        cell = (
+            "–"
+            if ours is None
+            else f"{round(ours, 2) + 0.0:+.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+        )
         paper = PAPER.get(row["objective"], {}).get(row["strategy"])
         theirs = " | ".join(f"{v:+.3f}" for v in paper) if paper else "– | –"
-        lines.append(f"| {row['objective']} | {row['strategy']} | {cell} | {theirs} |".replace("-", "−"))
+        lines.append(
+            f"| {row['objective']} | {row['strategy']} | {cell} | {theirs} |".replace("-", "−")
+        )
     return lines
 
 
@@ -58,16 +64,39 @@ def page(run: Path, figures: list[str]) -> str:
     record, tables = read_run(run)
     found, summary, first = find(tables), summarize(tables), table_1(tables)
     facts = record["facts"]
-    shown = "; ".join(f"{k} {facts[k]}" for k in ("model", "base", "device", "prefill", "torch") if k in facts)
+    shown = "; ".join(
+        f"{k} {facts[k]}" for k in ("model", "base", "device", "prefill", "torch") if k in facts
+    )
     told = [*summary.sentences, *found.sentences]
     warned = [*summary.warnings, *found.warnings]
     pictures = [f"![Figure {n}](reproduction/figure_{n}.png)" for n in figures]
-    return "\n".join([
-        BEGIN, f"Run `{record['name']}`: {shown}.", "", "### Accuracy, average of the tasks (points), beside the paper's", "",
-        *beside_the_paper(first), "", "### Table 1", "", markdown(first) if not first.is_empty() else "No task was evaluated.",
-        "### Do the assumptions hold? Measured over predicted", "", *additivity(found), "", "### What the report says of it", "",
-        *(f"- {s}" for s in told), *(f"- **Warning:** {w}" for w in warned), "", "### Figures", "", *pictures, END,
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            BEGIN,
+            f"Run `{record['name']}`: {shown}.",
+            "",
+            "### Accuracy, average of the tasks (points), beside the paper's",
+            "",
+            *beside_the_paper(first),
+            "",
+            "### Table 1",
+            "",
+            markdown(first) if not first.is_empty() else "No task was evaluated.",
+            "### Do the assumptions hold? Measured over predicted",
+            "",
+            *additivity(found),
+            "",
+            "### What the report says of it",
+            "",
+            *(f"- {s}" for s in told),
+            *(f"- **Warning:** {w}" for w in warned),
+            "",
+            "### Figures",
+            "",
+            *pictures,
+            END,
+        ]
+    )
 
 
 def main() -> None:

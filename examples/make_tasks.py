@@ -36,10 +36,14 @@ def windows(lines: list[str], rng: random.Random, before: int) -> list[int]:
     return starts
 
 
-def elsewhere(candidates: list[tuple[int, str]], at: int, like: str, count: int, rng: random.Random) -> list[str]:
+def elsewhere(
+    candidates: list[tuple[int, str]], at: int, like: str, count: int, rng: random.Random
+) -> list[str]:
     """`count` different texts from at least FAR lines away, of about the length of `like`."""
     near = [
-        t for line, t in candidates if abs(line - at) > FAR and abs(len(t) - len(like)) <= max(6, len(like) // 3) and t != like
+        t
+        for line, t in candidates
+        if abs(line - at) > FAR and abs(len(t) - len(like)) <= max(6, len(like) // 3) and t != like
     ]
     near = list(dict.fromkeys(near))
     return rng.sample(near, count) if len(near) >= count else []
@@ -61,8 +65,20 @@ def hellaswag(lines: list[str], rng: random.Random) -> list[Row]:
         label = rng.randrange(4)
         context = "\n".join([*lines[at - 4 : at], head]).strip("\n")
         endings = [*wrong[:label], end, *wrong[label:]]
-        rows.append({"ind": at, "activity_label": "Python", "ctx_a": context, "ctx_b": "", "ctx": context, "endings": endings,
-                     "source_id": f"heldout~{at}", "split": "", "split_type": "indomain", "label": str(label)})  # fmt: skip
+        rows.append(
+            {
+                "ind": at,
+                "activity_label": "Python",
+                "ctx_a": context,
+                "ctx_b": "",
+                "ctx": context,
+                "endings": endings,
+                "source_id": f"heldout~{at}",
+                "split": "",
+                "split_type": "indomain",
+                "label": str(label),
+            }
+        )
     return rows
 
 
@@ -85,7 +101,11 @@ def lambada_openai(lines: list[str], rng: random.Random) -> list[Row]:
         start = len(passage) - len(lines[at])
         for match in re.finditer(r"(?<=\S )[A-Za-z]{4,}\b(?![\w.(])", passage):
             word = match.group()
-            if match.start() >= start and word not in WORDS and len(re.findall(rf"\b{word}\b", passage[: match.start()])) >= 1:
+            if (
+                match.start() >= start
+                and word not in WORDS
+                and len(re.findall(rf"\b{word}\b", passage[: match.start()])) >= 1
+            ):
                 rows.append({"text": passage[: match.end()].lstrip("\n")})
                 break
     return rows
@@ -104,13 +124,24 @@ def winogrande(lines: list[str], rng: random.Random) -> list[Row]:
             if "_" in before or re.search(rf"\b{word}\b", before) or not again:
                 continue
             others = sorted({m.group() for m in names if m.end() <= match.start()} - {word})
-            others = [o for o in others if not re.search(rf"\b{o}\b", after) and abs(len(o) - len(word)) <= 4]
+            others = [
+                o
+                for o in others
+                if not re.search(rf"\b{o}\b", after) and abs(len(o) - len(word)) <= 4
+            ]
             if not others or not after.strip():
                 continue
             pair = [word, rng.choice(others)]
             rng.shuffle(pair)
             answer = str(pair.index(word) + 1)
-            rows.append({"sentence": f"{before}_{after}", "option1": pair[0], "option2": pair[1], "answer": answer})
+            rows.append(
+                {
+                    "sentence": f"{before}_{after}",
+                    "option1": pair[0],
+                    "option2": pair[1],
+                    "answer": answer,
+                }
+            )
             break
     return rows
 
@@ -143,7 +174,9 @@ def _function(lines: list[str], at: int) -> tuple[str, str] | None:
     if lines[first].strip().startswith(QUOTES):
         goal += "\n    " + lines[first].strip()
         if lines[first].count(QUOTES) == 1:
-            closing = (i for i in range(first + 1, min(first + 30, len(lines))) if QUOTES in lines[i])
+            closing = (
+                i for i in range(first + 1, min(first + 30, len(lines))) if QUOTES in lines[i]
+            )
             first = next(closing, len(lines))
         first += 1
     body: list[str] = []
@@ -168,7 +201,9 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=Path("examples/demo/heldout.txt"))
     parser.add_argument("--out", type=Path, default=Path("examples/tasks"))
     parser.add_argument("--documents", type=int, default=100, help="of the evaluated split")
-    parser.add_argument("--train", type=int, default=30, help="of the training split, where the task has one")
+    parser.add_argument(
+        "--train", type=int, default=30, help="of the training split, where the task has one"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -63,7 +63,9 @@ def train_tokenizer(texts: list[str], out: Path) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with `END` as its only special token, saved under `out`."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY, min_frequency=2, special_tokens=[END])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END, bos_token=END, pad_token=END)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token=END, bos_token=END, pad_token=END
+    )
     tokenizer.save_pretrained(out)
     return tokenizer
 
@@ -78,11 +80,20 @@ def tokens_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarra
 def new_model(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=384, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=6, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -102,7 +113,14 @@ def unigram_entropy(train: np.ndarray, heldout: np.ndarray) -> float:
     return float(np.mean([-math.log((counts[t] + 1) / total) for t in heldout.tolist()]))
 
 
-def train(model: LlamaForCausalLM, tokens: np.ndarray, heldout: np.ndarray, steps: int, batch: int, seed: int) -> None:
+def train(
+    model: LlamaForCausalLM,
+    tokens: np.ndarray,
+    heldout: np.ndarray,
+    steps: int,
+    batch: int,
+    seed: int,
+) -> None:
     """AdamW with warm-up and cosine decay, BF16 autocast, random blocks of the stream."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -122,8 +140,11 @@ def train(model: LlamaForCausalLM, tokens: np.ndarray, heldout: np.ndarray, step
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 99 or step == steps - 1:
             rate_s = (step + 1) * batch * BLOCK / (time.perf_counter() - start)
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  heldout {heldout_loss(model, heldout, 32):.3f}"
-                  f"  {rate_s:,.0f} tokens/s", flush=True)  # fmt: skip
+            print(
+                f"step {step + 1}/{steps}  loss {loss.item():.3f}  heldout {heldout_loss(model, heldout, 32):.3f}"
+                f"  {rate_s:,.0f} tokens/s",
+                flush=True,
+            )
 
 
 def model_card(numbers: dict[str, float | int | str]) -> str:
@@ -169,7 +190,9 @@ def main() -> None:
         "training tokens seen": args.steps * args.batch * BLOCK,
         "training stream, tokens": len(streams["train"]),
         "held-out loss, nats per token": round(heldout_loss(model.float(), streams["heldout"]), 4),
-        "unigram cross entropy, nats per token": round(unigram_entropy(streams["train"], streams["heldout"]), 4),
+        "unigram cross entropy, nats per token": round(
+            unigram_entropy(streams["train"], streams["heldout"]), 4
+        ),
         "made with": f"torch {torch.__version__}, seed {args.seed}, {args.steps} steps of {args.batch} x {BLOCK} tokens",
     }
     (args.out / "README.md").write_text(model_card(numbers), encoding="utf-8")

@@ -15,16 +15,16 @@ from prefect import flow
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.evaluating import Evaluating
-from flows.outputs import publish, write_outputs
-from flows.place import placed
-from flows.planning import code_of
-from flows.stages import Stages
-from mpq.draw import in_words
+from mpq.evaluation.draw import in_words
+from mpq.flows.evaluating import Evaluating
+from mpq.flows.outputs import publish, write_outputs
+from mpq.flows.place import placed
+from mpq.flows.planning import code_of
+from mpq.flows.stages import Stages
 from mpq.spec import RunSpec
-from mpq.store import Store, TableRef, content_key
-from tasks import evaluation
-from tasks.stage import read, read_json
+from mpq.store.entries import Store, TableRef, content_key
+from mpq.tasks import evaluation
+from mpq.tasks.stage import read, read_json
 
 
 def run_name() -> str:
@@ -55,7 +55,12 @@ def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
     if not checkpoint:
         return spec
     name = f"{spec.name}-{checkpoint.rstrip('/').rpartition('/')[2]}"
-    return spec.model_copy(update={"name": name, "model": spec.model.model_copy(update={"path": checkpoint, "revision": None})})
+    return spec.model_copy(
+        update={
+            "name": name,
+            "model": spec.model.model_copy(update={"path": checkpoint, "revision": None}),
+        }
+    )
 
 
 class Pipeline(Evaluating):
@@ -69,16 +74,22 @@ class Pipeline(Evaluating):
         out = write_outputs(self.spec, plans, report, tables, facts)
         publish(self.spec, tables, report, out)
         return {
-            "tables": tables, "out": out, "stages": self.stages.done, "architecture": architecture,
-            "fingerprint": self.fingerprint, "plan_files": plan_files,
-        }  # fmt: skip
+            "tables": tables,
+            "out": out,
+            "stages": self.stages.done,
+            "architecture": architecture,
+            "fingerprint": self.fingerprint,
+            "plan_files": plan_files,
+        }
 
     def tables(self) -> tuple[dict[str, list[TableRef]], list[TableRef], str]:
         """Every table of the run, the plans as JSON, and the architecture's key."""
         from mpq.kernels import check_native
 
         formats = self.objectives["et"].formats if "et" in self.objectives else ()
-        self.stages.place.ask(check_native, formats, self.spec.model.device)  # before hours of work, not after
+        self.stages.place.ask(
+            check_native, formats, self.spec.model.device
+        )  # before hours of work, not after
         loaded = self.load()
         architecture = read_json(loaded["model"])["architecture"]
         groups = self.partition(architecture)
@@ -87,29 +98,56 @@ class Pipeline(Evaluating):
         solved, timed = self.plans(groups, sums, timed, architecture)
         plan_files = [s["plan_files"] for s in solved]
         tables = {
-            "groups": [groups], "drawn": [loaded["drawn"]], "sensitivity": [sums["sensitivity"]], "loss": [sums["loss"]], "timing": timed,
-            "plans": [s["plans"] for s in solved], "solutions": [s["solutions"] for s in solved],
-        }  # fmt: skip
+            "groups": [groups],
+            "drawn": [loaded["drawn"]],
+            "sensitivity": [sums["sensitivity"]],
+            "loss": [sums["loss"]],
+            "timing": timed,
+            "plans": [s["plans"] for s in solved],
+            "solutions": [s["solutions"] for s in solved],
+        }
         if self.evaluating:
             plans = [plan for ref in plan_files for plan in read_json(ref)]
-            tables["evaluation"] = [self.evaluate(groups, plans, loaded["evaluation_text"], architecture)]
+            tables["evaluation"] = [
+                self.evaluate(groups, plans, loaded["evaluation_text"], architecture)
+            ]
         return tables, plan_files, architecture
 
     def report(self, tables: dict[str, list[TableRef]]) -> tuple[TableRef, dict[str, str]]:
         """The HTML report and the facts that it tells of the run."""
         spec = self.spec
         facts = {
-            "model": spec.model.path, "fingerprint": self.fingerprint[:16], "base": spec.model.base, "device": self.device_name,
-            **in_words(read(tables["drawn"][0])), "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens", "noise model": spec.noise_model,
-            "mpq": version("mpq"), "torch": version("torch"), "transformers": version("transformers"), "python": platform.python_version(),
-        }  # fmt: skip
-        template = (files("mpq") / "templates" / "report.html.j2").read_text(encoding="utf-8")
+            "model": spec.model.path,
+            "fingerprint": self.fingerprint[:16],
+            "base": spec.model.base,
+            "device": self.device_name,
+            **in_words(read(tables["drawn"][0])),
+            "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens",
+            "noise model": spec.noise_model,
+            "mpq": version("mpq"),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        }
+        template = (files("mpq.report") / "templates" / "report.html.j2").read_text(
+            encoding="utf-8"
+        )
         key = content_key(
             [r.sha256 for refs in tables.values() for r in refs],
             facts,
             spec.name,
             template,
-            code_of("report", "accuracy", "findings", "drawing", "figures", "attention_gain", "paper_figures"),
+            code_of(
+                "report.page",
+                "report.accuracy",
+                "report.findings",
+                "report.drawing",
+                "report.figures",
+                "paper.attention_gain",
+                "paper.figures",
+            ),
         )
         inputs = {"tables": tables, "title": spec.name, "facts": facts}
-        return self.stages.run_one("report", (evaluation.write_report, key, f"report {spec.title}", inputs))["report"], facts
+        return self.stages.run_one(
+            "report", (evaluation.write_report, key, f"report {spec.title}", inputs)
+        )["report"], facts

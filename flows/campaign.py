@@ -10,20 +10,32 @@ from prefect.artifacts import create_table_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.calibrate import Pipeline
-from flows.place import placed
-from flows.stages import Stages
 from mpq.errors import MpqError
+from mpq.flows.calibrate import Pipeline
+from mpq.flows.place import placed
+from mpq.flows.stages import Stages
 from mpq.spec import CalibrationSpec, ModelSpec, RunnerSpec, TimingSpec, parse_spec
-from mpq.store import Store
-from tasks.stage import read
+from mpq.store.entries import Store
+from mpq.tasks.stage import read
 
-Formats = Annotated[list[str], Field(min_length=1, description="Formats to time, of those native on the device")]
-Kind = Annotated[str | None, Field(description="Part of the device's name that must be there, such as H200 or EPYC")]
-Where = Annotated[str, Field(description="fsspec URL of the tables: that of the runs which are to find these times")]
+Formats = Annotated[
+    list[str], Field(min_length=1, description="Formats to time, of those native on the device")
+]
+Kind = Annotated[
+    str | None,
+    Field(description="Part of the device's name that must be there, such as H200 or EPYC"),
+]
+Where = Annotated[
+    str,
+    Field(description="fsspec URL of the tables: that of the runs which are to find these times"),
+]
 
 
-@flow(name="campaign", flow_run_name="campaign {model.path}", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+@flow(
+    name="campaign",
+    flow_run_name="campaign {model.path}",
+    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
+)
 def campaign(
     model: ModelSpec,
     formats: Formats,
@@ -45,13 +57,21 @@ def campaign(
         device_kind: Part of the device's name that must be there.
     """
     from mpq.kernels import check_native
-    from mpq.model import load_config
-    from mpq.partition import architecture_key
+    from mpq.models.checkpoint import load_config
+    from mpq.models.partition import architecture_key
 
     # the text of a run is never read here, its spec wants one
     text = CalibrationSpec(source="none").model_dump()
-    data = {"name": model.path, "model": model.model_dump(), "timing": timing.model_dump(), "runner": runner.model_dump()}
-    spec = parse_spec({**data, "calibration": text, "objectives": {"et": {"formats": formats}}, "store": store}, "campaign")
+    data = {
+        "name": model.path,
+        "model": model.model_dump(),
+        "timing": timing.model_dump(),
+        "runner": runner.model_dump(),
+    }
+    spec = parse_spec(
+        {**data, "calibration": text, "objectives": {"et": {"formats": formats}}, "store": store},
+        "campaign",
+    )
     Store(store).check()
     with placed(runner, model.device) as place:
         run = Pipeline(spec, Stages(store, place, timeout_s=runner.timeout_s))
@@ -65,8 +85,12 @@ def campaign(
         timed = run.timing(groups, architecture)
     times = pl.concat([read(ref) for ref in timed], how="diagonal_relaxed")
     best = times.group_by("signature", maintain_order=True).agg(
-        pl.len().alias("configurations"), pl.col("instances").first(),
-        (pl.col("gain_s").max() * 1e3).alias("best_gain_ms"), (pl.col("base_ttft_s").median() * 1e3).alias("base_ttft_ms"),
-    )  # fmt: skip
-    create_table_artifact(best.to_dicts(), key="campaign", description=f"Times of {model.path} on {run.device_name}")
+        pl.len().alias("configurations"),
+        pl.col("instances").first(),
+        (pl.col("gain_s").max() * 1e3).alias("best_gain_ms"),
+        (pl.col("base_ttft_s").median() * 1e3).alias("base_ttft_ms"),
+    )
+    create_table_artifact(
+        best.to_dicts(), key="campaign", description=f"Times of {model.path} on {run.device_name}"
+    )
     return {"groups": groups, "timing": timed, "device": run.device_name, "stages": run.stages.done}

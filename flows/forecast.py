@@ -6,16 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.place import On
-from flows.stages import Call, Stages
+from mpq.flows.place import On
+from mpq.flows.stages import Call, Stages
 from mpq.spec import EvaluationSpec, RunSpec
-from mpq.store import Store, TableRef
-from tasks.stage import References, kinds_of
+from mpq.store.entries import Store, TableRef
+from mpq.tasks.stage import References, kinds_of
 
-COMPUTED = frozenset({"load model", "partition", "pace"})  # seconds each, and the counts rest on them
-BACKWARD = (
-    4  # a sensitivity pass over a text in forward passes: forward, backward, and the sums of squares (bench/sensitivity.py)
-)
+COMPUTED = frozenset(
+    {"load model", "partition", "pace"}
+)  # seconds each, and the counts rest on them
+BACKWARD = 4  # a sensitivity pass over a text in forward passes: forward, backward, and the sums of squares (bench/sensitivity.py)
 TIMING = 3  # a timed pair in forward passes: base, configuration, and as much again for warming up and disturbed pairs
 EVALUATIONS = ("evaluate base", "evaluate", "tasks base", "tasks")
 
@@ -38,7 +38,9 @@ class Look(Stages):
     A reference to what is not there raises Damaged when it is read, which is where a look ends.
     """
 
-    asked: list[tuple[str, Call, bool]] = field(default_factory=list)  # stage, call, whether it is stored
+    asked: list[tuple[str, Call, bool]] = field(
+        default_factory=list
+    )  # stage, call, whether it is stored
 
     def run(self, name: str, calls: Iterable[Call], on: On = "flow") -> list[References]:
         """References to what is stored, and placeholders for the rest."""
@@ -50,7 +52,12 @@ class Look(Stages):
             task, key = call[:2]
             found = {kind: store.find(kind, key) for kind in kinds_of(task)}
             self.asked.append((name, call, all(found.values())))
-            out.append({kind: ref or TableRef(kind, key, "", 0, 0, store=self.store) for kind, ref in found.items()})
+            out.append(
+                {
+                    kind: ref or TableRef(kind, key, "", 0, 0, store=self.store)
+                    for kind, ref in found.items()
+                }
+            )
         return out
 
     def _account(self, name: str, tasks: int, cached: int, start: float) -> None:
@@ -58,8 +65,12 @@ class Look(Stages):
 
 
 def forecast(
-    asked: Iterable[tuple[str, Call, bool]], spec: RunSpec, held_out: EvaluationSpec, tokens: Mapping[str, int], pace: Mapping[str, float]
-) -> list[Work]:  # fmt: skip
+    asked: Iterable[tuple[str, Call, bool]],
+    spec: RunSpec,
+    held_out: EvaluationSpec,
+    tokens: Mapping[str, int],
+    pace: Mapping[str, float],
+) -> list[Work]:
     """The stages that a look met, in its order, with seconds by the tokens that they run the model on.
 
     `tokens` are those of the calibration, of the evaluation text and of each harness task; `pace` is measure_pace's row.
@@ -74,7 +85,13 @@ def forecast(
     return list(stages.values())
 
 
-def _passes(name: str, inputs: Mapping[str, Any], spec: RunSpec, tokens: Mapping[str, int], pace: Mapping[str, float]) -> float:
+def _passes(
+    name: str,
+    inputs: Mapping[str, Any],
+    spec: RunSpec,
+    tokens: Mapping[str, int],
+    pace: Mapping[str, float],
+) -> float:
     base, lowered = pace["base_s_per_token"], pace["lowered_s_per_token"]
     prefill = spec.timing.batch * spec.timing.length * TIMING
     match name:
@@ -94,12 +111,15 @@ def _passes(name: str, inputs: Mapping[str, Any], spec: RunSpec, tokens: Mapping
 def plans_at_most(spec: RunSpec) -> dict[str, int]:
     """For each objective, how many plans the spec asks for; several may turn out equal."""
     return {
-        objective: len(part.taus or spec.taus) * sum(part.random_seeds if s == "random" else 1 for s in part.strategies)
+        objective: len(part.taus or spec.taus)
+        * sum(part.random_seeds if s == "random" else 1 for s in part.strategies)
         for objective, part in spec.objectives.items()
     }
 
 
-def _bounds(spec: RunSpec, held_out: EvaluationSpec, tokens: Mapping[str, int], pace: Mapping[str, float]) -> list[Work]:
+def _bounds(
+    spec: RunSpec, held_out: EvaluationSpec, tokens: Mapping[str, int], pace: Mapping[str, float]
+) -> list[Work]:
     """Evaluations before the plans are known: every plan different from the others, nothing of it stored."""
     base, lowered = pace["base_s_per_token"], pace["lowered_s_per_token"]
     of_tasks, plans = [tokens[task] for task in held_out.tasks], plans_at_most(spec)
@@ -113,7 +133,9 @@ def _bounds(spec: RunSpec, held_out: EvaluationSpec, tokens: Mapping[str, int], 
             Work("tasks", runs * len(of_tasks), 0, lowered * runs * sum(of_tasks), True),
         ]
     if timed:
-        works.append(Work("TTFT of plans", 1, 0, base * timed * held_out.ttft_repeats * prefill, True))
+        works.append(
+            Work("TTFT of plans", 1, 0, base * timed * held_out.ttft_repeats * prefill, True)
+        )
     return works
 
 
@@ -135,7 +157,11 @@ def told(works: list[Work], spec: RunSpec, held_out: EvaluationSpec) -> str:
     rest = [w for w in works if w not in parts and w.seconds]
     if rest:
         lines.append(
-            "; ".join(f"{w.stage}: {w.tasks - w.cached} of {w.tasks} tasks to do, {duration(w.seconds)}" for w in rest) + "."
+            "; ".join(
+                f"{w.stage}: {w.tasks - w.cached} of {w.tasks} tasks to do, {duration(w.seconds)}"
+                for w in rest
+            )
+            + "."
         )
     if every:
         lines.append(f"in all {duration(every)}, estimated from one forward pass on this machine.")

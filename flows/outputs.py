@@ -14,16 +14,20 @@ import polars.selectors as cs
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from mpq.errors import MpqError
-from mpq.plan import Plan
-from mpq.runs import join_tables, write_run
+from mpq.program.plan import Plan
+from mpq.report.runs import join_tables, write_run
 from mpq.spec import RunSpec
-from mpq.store import Store, TableRef
+from mpq.store.entries import Store, TableRef
 
 Tables = Mapping[str, Sequence[TableRef]]
 
 
 def write_outputs(
-    spec: RunSpec, plans: Sequence[dict[str, Any]], report: TableRef, tables: Tables, facts: Mapping[str, str]
+    spec: RunSpec,
+    plans: Sequence[dict[str, Any]],
+    report: TableRef,
+    tables: Tables,
+    facts: Mapping[str, str],
 ) -> dict[str, str]:
     """Write plans, report and the run's record under the spec's `out`; returns their paths.
 
@@ -43,7 +47,9 @@ def write_outputs(
             draw = f"-seed{plan.seed}" if plan.strategy == "random" else ""
             path = out / "plans" / f"{plan.objective}-{plan.strategy}-tau{plan.tau:g}{draw}.json"
             path.write_text(plan.to_json(), encoding="utf-8")
-            if plan.strategy.startswith("ip_") and (not best or plan.objective == next(iter(spec.objectives))):
+            if plan.strategy.startswith("ip_") and (
+                not best or plan.objective == next(iter(spec.objectives))
+            ):
                 best = str(path)  # the first objective's at the largest τ
         (out / "report.html").write_bytes(Store(report.store).read_bytes(report))
         write_run(out, spec.name, facts, tables)
@@ -51,32 +57,49 @@ def write_outputs(
         raise MpqError(
             f"The output folder {out} cannot be written ({error}): set `out` in the spec to a folder of yours."
         ) from None
-    return {"report": str(out / "report.html"), "plans": str(out / "plans"), "plan": best or str(path)}
+    return {
+        "report": str(out / "report.html"),
+        "plans": str(out / "plans"),
+        "plan": best or str(path),
+    }
 
 
 def publish(spec: RunSpec, tables: Tables, report: TableRef, out: Mapping[str, str]) -> None:
     """Artifacts for Prefect's UI: tables, the frontier as a picture, links to report and plan."""
-    from mpq.figures import frontier_png
-    from mpq.report import results_table
+    from mpq.report.figures import frontier_png
+    from mpq.report.results import results_table
 
     frames = join_tables(tables)
     shown = {
-        "results": (results_table(frames), "Predicted and measured"), "groups": (frames["groups"], "Sequential groups"),
-        "solutions": (frames["solutions"], "Solutions of the program"), "evaluation": (frames.get("evaluation"), "Measured under each plan"),
-    }  # fmt: skip
+        "results": (results_table(frames), "Predicted and measured"),
+        "groups": (frames["groups"], "Sequential groups"),
+        "solutions": (frames["solutions"], "Solutions of the program"),
+        "evaluation": (frames.get("evaluation"), "Measured under each plan"),
+    }
     for key, (frame, what) in shown.items():
         if frame is not None:
-            create_table_artifact(rows_for_people(frame), key=key, description=f"{what}: {spec.name}")
+            create_table_artifact(
+                rows_for_people(frame), key=key, description=f"{what}: {spec.name}"
+            )
     picture = base64.b64encode(frontier_png(frames)).decode()
     create_markdown_artifact(
-        f"![frontier](data:image/png;base64,{picture})", key="frontier", description=f"Frontier: {spec.name}"
+        f"![frontier](data:image/png;base64,{picture})",
+        key="frontier",
+        description=f"Frontier: {spec.name}",
     )
     for key, stored in (("report", f"; in the store: {report.uri}"), ("plan", "")):
         path = Path(out[key]).absolute()
-        create_link_artifact(path.as_uri(), str(path), key=key, description=f"{key.capitalize()}: {spec.name}{stored}")
+        create_link_artifact(
+            path.as_uri(),
+            str(path),
+            key=key,
+            description=f"{key.capitalize()}: {spec.name}{stored}",
+        )
 
 
 def rows_for_people(frame: pl.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table with four significant digits."""
-    rows: list[dict[str, Any]] = json.loads(frame.with_columns(cs.float().round_sig_figs(4)).write_json())
+    rows: list[dict[str, Any]] = json.loads(
+        frame.with_columns(cs.float().round_sig_figs(4)).write_json()
+    )
     return rows

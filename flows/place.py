@@ -12,7 +12,7 @@ from prefect.futures import PrefectFuture
 
 from mpq.errors import MpqError
 from mpq.spec import RunnerSpec
-from tasks.device import identity
+from mpq.tasks.device import identity
 
 # flow: beside the flow, on its own threads; workers: anywhere; accelerator: where one is free, and alone on it
 On = Literal["flow", "workers", "accelerator"]
@@ -25,7 +25,9 @@ class Place:
     shared = False  # whether a path of this machine may mean nothing where tasks run
     accelerators = 1  # how many timings may run at once
 
-    def submit(self, task: Task[..., Any], parameters: dict[str, Any], on: On) -> PrefectFuture[Any]:
+    def submit(
+        self, task: Task[..., Any], parameters: dict[str, Any], on: On
+    ) -> PrefectFuture[Any]:
         """Start a task; the future is Prefect's."""
         future: PrefectFuture[Any] = task.submit(**parameters)
         return future
@@ -51,7 +53,9 @@ class DaskPlace(Place):
         self._runner, self._device = runner, device
         self.accelerators = len(_offering(runner.client))
 
-    def submit(self, task: Task[..., Any], parameters: dict[str, Any], on: On) -> PrefectFuture[Any]:
+    def submit(
+        self, task: Task[..., Any], parameters: dict[str, Any], on: On
+    ) -> PrefectFuture[Any]:
         """Start a task on a worker; on an accelerator's where the task needs it for itself or the model lies there."""
         import dask
 
@@ -71,13 +75,19 @@ class DaskPlace(Place):
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` says on a worker that has the device."""
         where = _offering(self._runner.client) or None
-        return self._runner.client.submit(function, *args, workers=where, pure=False).result(timeout=120)
+        return self._runner.client.submit(function, *args, workers=where, pure=False).result(
+            timeout=120
+        )
 
 
 def _offering(client: Any) -> list[str]:
     """The addresses of the Dask workers that offer an accelerator just now: some die, others join."""
     workers = client.scheduler_info(n_workers=-1)["workers"]
-    return [a for a, w in workers.items() if (w.get("resources") or {}).get("accel", 0) >= ACCELERATOR["accel"]]
+    return [
+        a
+        for a, w in workers.items()
+        if (w.get("resources") or {}).get("accel", 0) >= ACCELERATOR["accel"]
+    ]
 
 
 class RayPlace(Place):
@@ -89,7 +99,9 @@ class RayPlace(Place):
         self._runner, self._device = runner, device
         self.accelerators = sum(_nodes().values())
 
-    def submit(self, task: Task[..., Any], parameters: dict[str, Any], on: On) -> PrefectFuture[Any]:
+    def submit(
+        self, task: Task[..., Any], parameters: dict[str, Any], on: On
+    ) -> PrefectFuture[Any]:
         """Start a task on a node; on an accelerator's where the task needs it for itself or the model lies there."""
         from prefect_ray.context import remote_options
 
@@ -104,7 +116,9 @@ class RayPlace(Place):
 
     def result(self, future: PrefectFuture[Any]) -> Any:
         """As everywhere; nodes that keep dying under one task are told in a sentence."""
-        return _dying(super().result(future), "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")
+        return _dying(
+            super().result(future), "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError"
+        )
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` says on a node that has the device."""
@@ -125,13 +139,17 @@ def _on_nodes(nodes: Sequence[str | None], function: Callable[..., Any], *args: 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     where = [NodeAffinitySchedulingStrategy(n, soft=False) if n else "DEFAULT" for n in nodes]
-    asked = [ray.remote(function).options(num_cpus=0, scheduling_strategy=w).remote(*args) for w in where]
+    asked = [
+        ray.remote(function).options(num_cpus=0, scheduling_strategy=w).remote(*args) for w in where
+    ]
     return list(ray.get(asked, timeout=120))
 
 
 def _dying(result: Any, *names: str) -> Any:
     if type(result).__name__ in names:
-        return MpqError(f"The cluster's workers died again and again under one task ({result}): look at their memory and logs.")
+        return MpqError(
+            f"The cluster's workers died again and again under one task ({result}): look at their memory and logs."
+        )
     return result
 
 
@@ -176,11 +194,19 @@ def _dask(address: str, device: str) -> Iterator[Place]:
         try:
             workers = cluster.client.scheduler_info(n_workers=-1)["workers"]
         except (OSError, TimeoutError, ValueError) as error:
-            raise MpqError(f"The Dask scheduler at {address} cannot be reached ({error}): check that it runs.") from None
+            raise MpqError(
+                f"The Dask scheduler at {address} cannot be reached ({error}): check that it runs."
+            ) from None
         if not workers:
-            raise MpqError(f"The Dask cluster at {address} has no workers: start some with `dask worker {address}`.")
+            raise MpqError(
+                f"The Dask cluster at {address} has no workers: start some with `dask worker {address}`."
+            )
         run, accelerators = cluster.client.run, _offering(cluster.client)
-        _check_alike("Dask", lambda: run(identity), lambda: run(identity, device, workers=accelerators) if accelerators else {})
+        _check_alike(
+            "Dask",
+            lambda: run(identity),
+            lambda: run(identity, device, workers=accelerators) if accelerators else {},
+        )
         cluster.client.register_worker_callbacks(_unprofiled)  # type: ignore[no-untyped-call]
         yield DaskPlace(cluster, device)
 
@@ -204,11 +230,21 @@ def _ray(address: str, device: str) -> Iterator[Place]:
 
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
-        socket.create_connection((host, int(port)), timeout=10).close()  # ray.init would wait for minutes
-        ray.init(address, namespace="mpq", log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
+        socket.create_connection(
+            (host, int(port)), timeout=10
+        ).close()  # ray.init would wait for minutes
+        ray.init(
+            address,
+            namespace="mpq",
+            log_to_driver=False,
+            logging_level="warning",
+            ignore_reinit_error=True,
+        )
     except Exception as error:
         told = str(error).split("\n")[0]
-        raise MpqError(f"The Ray cluster at {address} cannot be reached ({told}): check that it runs.") from None
+        raise MpqError(
+            f"The Ray cluster at {address} cannot be reached ({told}): check that it runs."
+        ) from None
     try:
         nodes = _nodes()
         accelerators = [node for node, offered in nodes.items() if offered]
@@ -223,15 +259,21 @@ def _ray(address: str, device: str) -> Iterator[Place]:
         ray.shutdown()
 
 
-def _check_alike(cluster: str, codes: Callable[[], dict[str, str]], names: Callable[[], dict[str, str]]) -> None:
+def _check_alike(
+    cluster: str, codes: Callable[[], dict[str, str]], names: Callable[[], dict[str, str]]
+) -> None:
     """Keys say which code made a table and on which device: a worker with others would write what is not true."""
     mine = identity()
     try:
         theirs, kinds = codes(), set(names().values())
     except Exception as error:
-        raise MpqError(f"A worker of the {cluster} cluster cannot run mpq ({error}): install the same mpq there.") from None
+        raise MpqError(
+            f"A worker of the {cluster} cluster cannot run mpq ({error}): install the same mpq there."
+        ) from None
     if other := next((f"{a} has {code}" for a, code in theirs.items() if code != mine), None):
-        raise MpqError(f"The cluster's worker {other}, the flow {mine}: install the same versions everywhere.")
+        raise MpqError(
+            f"The cluster's worker {other}, the flow {mine}: install the same versions everywhere."
+        )
     if len(kinds) > 1:
         raise MpqError(
             f"The cluster's accelerators differ ({'; '.join(sorted(kinds))}): times of different devices do not mix, "

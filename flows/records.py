@@ -9,11 +9,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mpq.spec import RunSpec
-from mpq.store import Damaged, Store, TableRef, content_key
+from mpq.store.entries import Damaged, Store, TableRef, content_key
 
 SETTLE_S = 1.0  # of two runs that claim at once, the last writer holds: both have written by then
 # a record is of content: how the run is called, where it runs, in which pieces and where its results go make no other plan
-_NOT_CONTENT: Any = {"name": True, "model": {"path", "revision"}, "store": True, "out": True, "runner": True, "timing": {"slice"}}
+_NOT_CONTENT: Any = {
+    "name": True,
+    "model": {"path", "revision"},
+    "store": True,
+    "out": True,
+    "runner": True,
+    "timing": {"slice"},
+}
 
 
 class Records:
@@ -35,12 +42,21 @@ class Records:
         """The record of the checkpoint of this architecture that was calibrated last."""
         return self._read(self._latest(architecture))
 
-    def write(self, fingerprint: str, architecture: str, name: str, path: str, plans: list[TableRef]) -> None:
+    def write(
+        self, fingerprint: str, architecture: str, name: str, path: str, plans: list[TableRef]
+    ) -> None:
         """Record a calibration. The checkpoint's own record goes last: only then it counts as done."""
-        record = {"name": name, "checkpoint": path, "fingerprint": fingerprint, "plans": [asdict(r) for r in plans]}
+        record = {
+            "name": name,
+            "checkpoint": path,
+            "fingerprint": fingerprint,
+            "plans": [asdict(r) for r in plans],
+        }
         data, upstream = json.dumps(record).encode(), tuple(r.key for r in plans)
         for key in (self._latest(architecture), self.key(fingerprint)):
-            self._store.write_bytes("watched", key, data, "json", upstream=upstream, provenance={"stage": "watch"})
+            self._store.write_bytes(
+                "watched", key, data, "json", upstream=upstream, provenance={"stage": "watch"}
+            )
 
     def _latest(self, architecture: str) -> str:
         return content_key("latest", architecture, self._spec)
@@ -50,7 +66,9 @@ class Records:
         if ref is None:
             return None
         record: dict[str, Any] = json.loads(self._store.read_bytes(ref))
-        record["plans"] = [TableRef(**{**r, "upstream": tuple(r["upstream"])}) for r in record["plans"]]
+        record["plans"] = [
+            TableRef(**{**r, "upstream": tuple(r["upstream"])}) for r in record["plans"]
+        ]
         try:
             for plan in record["plans"]:
                 Store(plan.store).read_bytes(plan)

@@ -14,22 +14,28 @@ from prefect.artifacts import create_table_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.calibrate import Pipeline
-from flows.evaluating import EMULATION, Plans
-from flows.forecast import Look, Work, forecast, told
-from flows.place import placed
-from flows.planning import code_of
-from flows.stages import Stages, tell
-from mpq.runs import join_tables
+from mpq.flows.calibrate import Pipeline
+from mpq.flows.evaluating import EMULATION, Plans
+from mpq.flows.forecast import Look, Work, forecast, told
+from mpq.flows.place import placed
+from mpq.flows.planning import code_of
+from mpq.flows.stages import Stages, tell
+from mpq.report.runs import join_tables
 from mpq.spec import RunSpec
-from mpq.store import Damaged, Store, TableRef, content_key
-from tasks import calibration, evaluation
-from tasks.stage import read, read_json
+from mpq.store.entries import Damaged, Store, TableRef, content_key
+from mpq.tasks import calibration, evaluation
+from mpq.tasks.stage import read, read_json
 
-DryRun = Annotated[bool, Field(description="Say what would be computed and how long it takes, and stop")]
+DryRun = Annotated[
+    bool, Field(description="Say what would be computed and how long it takes, and stop")
+]
 
 
-@flow(name="reproduce", flow_run_name="reproduce {spec.name}", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+@flow(
+    name="reproduce",
+    flow_run_name="reproduce {spec.name}",
+    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
+)
 def reproduce(spec: RunSpec, dry_run: DryRun = False) -> dict[str, Any]:
     """Run the whole sweep of a spec, what is stored re-used; write report, figures 1 to 9 (SVG, PNG) and Table 1.
 
@@ -41,14 +47,16 @@ def reproduce(spec: RunSpec, dry_run: DryRun = False) -> dict[str, Any]:
         spec: The sweep: model, calibration, objectives with their τ and draws, evaluation with its seeds and tasks.
         dry_run: Say what would be computed and how long it takes, and stop.
     """
-    from mpq.paper_figures import write_figures
+    from mpq.paper.figures import write_figures
 
     Store(spec.store).check()
     with placed(spec.runner, spec.model.device, "et" in spec.objectives) as place:
         sweep = Sweep(spec, Stages(spec.store, place, timeout_s=spec.runner.timeout_s))
         works = sweep.foretold(sweep.tables)
         rows = [asdict(work) for work in works]
-        create_table_artifact(rows, key="forecast", description=f"What is left to compute: {spec.name}")
+        create_table_artifact(
+            rows, key="forecast", description=f"What is left to compute: {spec.name}"
+        )
         if dry_run:
             return {"forecast": rows}
         outcome = sweep.run()
@@ -65,7 +73,9 @@ class Sweep(Pipeline):
 
     _whole = False  # whether a look has come to the end, so that there is nothing new to tell
 
-    def evaluate(self, groups: TableRef, plans: Plans, blocks: TableRef, architecture: str) -> TableRef:
+    def evaluate(
+        self, groups: TableRef, plans: Plans, blocks: TableRef, architecture: str
+    ) -> TableRef:
         """As everywhere; the plans are known by now, so how many evaluations there are is too."""
         if not isinstance(self.stages, Look) and not self._whole:
             self.foretold(lambda: Pipeline.evaluate(self, groups, plans, blocks, architecture))
@@ -96,7 +106,9 @@ class Sweep(Pipeline):
         pace = {"base_s_per_token": 0.0, "lowered_s_per_token": 0.0}
         if not everything_stored:
             pace = read(self._pace(facts["architecture"])).row(0, named=True)
-        return forecast(look.asked, self.spec, self.held_out, {**texts, **facts["request_tokens"]}, pace)
+        return forecast(
+            look.asked, self.spec, self.held_out, {**texts, **facts["request_tokens"]}, pace
+        )
 
     def _pace(self, architecture: str) -> TableRef:
         """Seconds per token; keyed by the kind of device and the hour, since what else a machine does changes."""
@@ -111,7 +123,14 @@ class Sweep(Pipeline):
             part.batch,
             part.length,
             int(time.time() // 3600),
-            code_of("pace", *EMULATION),
+            code_of("evaluation.pace", *EMULATION),
         )
-        inputs = {"model": self.model, "formats": formats, "batch": part.batch, "length": part.length}
-        return self.stages.run_one("pace", (evaluation.measure_pace, key, f"pace {self.spec.name}", inputs), "workers")["pace"]
+        inputs = {
+            "model": self.model,
+            "formats": formats,
+            "batch": part.batch,
+            "length": part.length,
+        }
+        return self.stages.run_one(
+            "pace", (evaluation.measure_pace, key, f"pace {self.spec.name}", inputs), "workers"
+        )["pace"]

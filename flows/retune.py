@@ -8,25 +8,44 @@ from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.calibrate import Pipeline
-from flows.place import placed
-from flows.stages import Stages
 from mpq.errors import MpqError
+from mpq.flows.calibrate import Pipeline
+from mpq.flows.place import placed
+from mpq.flows.stages import Stages
 from mpq.spec import Objective, ObjectiveSpec, RunSpec, parse_spec
-from mpq.store import Store
+from mpq.store.entries import Store
 
-Taus = Annotated[list[float] | None, Field(description="Bounds on the normalised RMSE of the loss; the spec's own by default")]
-Chosen = Annotated[Objective | None, Field(description="et, tt or m; every objective of the spec by default")]
-Lowered = Annotated[list[str] | None, Field(description="Formats that the objective may choose, of those measured")]
-Evaluate = Annotated[bool, Field(description="Run the new plans on the evaluation text too: minutes, not seconds")]
+Taus = Annotated[
+    list[float] | None,
+    Field(description="Bounds on the normalised RMSE of the loss; the spec's own by default"),
+]
+Chosen = Annotated[
+    Objective | None, Field(description="et, tt or m; every objective of the spec by default")
+]
+Lowered = Annotated[
+    list[str] | None, Field(description="Formats that the objective may choose, of those measured")
+]
+Evaluate = Annotated[
+    bool, Field(description="Run the new plans on the evaluation text too: minutes, not seconds")
+]
 
 SOLVING = frozenset({"gains", "solve", "report"})
-EVALUATING = frozenset({"evaluate base", "evaluate", "tasks base", "tasks", "TTFT of plans", "collect"})
+EVALUATING = frozenset(
+    {"evaluate base", "evaluate", "tasks base", "tasks", "TTFT of plans", "collect"}
+)
 
 
-@flow(name="retune", flow_run_name="retune {spec.name}", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+@flow(
+    name="retune",
+    flow_run_name="retune {spec.name}",
+    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
+)
 def retune(
-    spec: RunSpec, taus: Taus = None, objective: Chosen = None, formats: Lowered = None, evaluate: Evaluate = False
+    spec: RunSpec,
+    taus: Taus = None,
+    objective: Chosen = None,
+    formats: Lowered = None,
+    evaluate: Evaluate = False,
 ) -> dict[str, Any]:
     """Solve again on the tables of an earlier calibrate with this spec; what it did not measure is a mistake told at once.
 
@@ -44,16 +63,22 @@ def retune(
     only = SOLVING | EVALUATING if evaluate else SOLVING
     with placed(tuned.runner, tuned.model.device, evaluate and "et" in tuned.objectives) as place:
         stages = Stages(spec.store, place, only, spec.runner.timeout_s)
-        return Pipeline(tuned, stages, [objective] if objective else [], evaluate, spec.formats).run()
+        return Pipeline(
+            tuned, stages, [objective] if objective else [], evaluate, spec.formats
+        ).run()
 
 
-def retuned(spec: RunSpec, taus: list[float] | None, objective: Objective | None, formats: list[str] | None) -> RunSpec:
+def retuned(
+    spec: RunSpec, taus: list[float] | None, objective: Objective | None, formats: list[str] | None
+) -> RunSpec:
     """The spec with other bounds and choices, whose measurements are those of `spec`.
 
     Raises MpqError for formats without an objective, and for what was not measured.
     """
     if formats and not objective:
-        raise MpqError("retune was given formats without an objective: say for which of et, tt and m they are.")
+        raise MpqError(
+            "retune was given formats without an objective: say for which of et, tt and m they are."
+        )
     if formats and (unknown := [f for f in formats if f not in spec.formats]):
         raise MpqError(
             f"{unknown[0]} was not measured under this spec, which has {', '.join(spec.formats)}: calibrate with it first."
@@ -65,7 +90,9 @@ def retuned(spec: RunSpec, taus: list[float] | None, objective: Objective | None
         if taus and (objective in (None, name)):
             part["taus"] = None
     if objective == "et" and "et" not in spec.objectives:
-        raise MpqError("The spec has no objective et, so nothing was timed: calibrate with it first.")
+        raise MpqError(
+            "The spec has no objective et, so nothing was timed: calibrate with it first."
+        )
     if objective and objective not in spec.objectives:
         data["objectives"][objective] = ObjectiveSpec(formats=spec.formats).model_dump(mode="json")
     if formats and objective:

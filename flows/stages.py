@@ -11,11 +11,11 @@ from typing import Any, cast
 from prefect import Task
 from prefect.logging import get_run_logger
 
-from flows.place import On, Place
 from mpq.errors import MpqError
-from mpq.store import Store
-from tasks.progress import tracked
-from tasks.stage import References, kinds_of
+from mpq.flows.place import On, Place
+from mpq.store.entries import Store
+from mpq.tasks.progress import tracked
+from mpq.tasks.stage import References, kinds_of
 
 Call = tuple[Task[..., References], str, str, dict[str, Any]]  # task, key, label, inputs
 Listener = Callable[[str, int, int, float], None]  # stage, tasks, cached, seconds
@@ -63,7 +63,11 @@ class Stages:
         if self.only is not None and name not in self.only:
             return self._stored(name, calls, start)
         futures = [
-            self.place.submit(self._timed(task), {"key": key, "store": self.store, "label": label, "inputs": inputs}, on)
+            self.place.submit(
+                self._timed(task),
+                {"key": key, "store": self.store, "label": label, "inputs": inputs},
+                on,
+            )
             for task, key, label, inputs in calls
         ]
         with tracked(name) if len(futures) > 1 else nullcontext(_nowhere) as progress:
@@ -72,9 +76,18 @@ class Stages:
                 progress(done, len(futures))
         results = [self.place.result(future) for future in futures]
         failed = next(
-            (self._told(r, call[2]) for r, call in zip(results, calls, strict=True) if isinstance(r, BaseException)), None
+            (
+                self._told(r, call[2])
+                for r, call in zip(results, calls, strict=True)
+                if isinstance(r, BaseException)
+            ),
+            None,
         )
-        cached = sum(future.state.name == "Cached" for future, r in zip(futures, results, strict=True) if isinstance(r, dict))
+        cached = sum(
+            future.state.name == "Cached"
+            for future, r in zip(futures, results, strict=True)
+            if isinstance(r, dict)
+        )
         self._account(name, len(futures), cached, start)
         if failed:
             raise failed
@@ -96,8 +109,12 @@ class Stages:
 
     def _stored(self, name: str, calls: list[Call], start: float) -> list[References]:
         store = Store(self.store)
-        found = [{kind: store.find(kind, key) for kind in kinds_of(task)} for task, key, _, _ in calls]
-        if missing := [call[2] for call, refs in zip(calls, found, strict=True) if not all(refs.values())]:
+        found = [
+            {kind: store.find(kind, key) for kind in kinds_of(task)} for task, key, _, _ in calls
+        ]
+        if missing := [
+            call[2] for call, refs in zip(calls, found, strict=True) if not all(refs.values())
+        ]:
             raise MpqError(
                 f"The store {self.store} has no table for {missing[0]} ({len(missing)} of {len(calls)} {name} tasks are missing): "
                 "run calibrate with this spec first."

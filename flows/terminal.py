@@ -12,18 +12,20 @@ import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flows.calibrate import calibrate
-from flows.reproduce import reproduce
-from flows.stages import listening
-from mpq.accuracy import table_1
 from mpq.errors import MpqError
-from mpq.report import results_table
-from mpq.runs import join_tables
+from mpq.flows.calibrate import calibrate
+from mpq.flows.reproduce import reproduce
+from mpq.flows.stages import listening
+from mpq.report.accuracy import table_1
+from mpq.report.results import results_table
+from mpq.report.runs import join_tables
 from mpq.spec import RunSpec
-from tasks.progress import terminal
+from mpq.tasks.progress import terminal
 
 
-def in_terminal(spec: RunSpec, console: Console, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def in_terminal(
+    spec: RunSpec, console: Console, run: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
     """What the flow that `run` calls returns, its progress on `console`."""
     start = time.perf_counter()
     bars = Progress(
@@ -36,9 +38,12 @@ def in_terminal(spec: RunSpec, console: Console, run: Callable[[], dict[str, Any
     )
 
     def on_stage(name: str, tasks: int, cached: int, seconds: float) -> None:
-        state = "cached" if cached == tasks else f"{cached} of {tasks} cached" if cached else "computed"
+        state = (
+            "cached" if cached == tasks else f"{cached} of {tasks} cached" if cached else "computed"
+        )
         bars.console.print(
-            f"  [green]✓[/] {name:<14} {tasks:>3} task{'s' if tasks != 1 else ' '}  {state:<16} {seconds:6.1f} s", highlight=False
+            f"  [green]✓[/] {name:<14} {tasks:>3} task{'s' if tasks != 1 else ' '}  {state:<16} {seconds:6.1f} s",
+            highlight=False,
         )
 
     def on_text(text: str) -> None:
@@ -70,7 +75,9 @@ def run_in_terminal(spec: RunSpec, console: Console) -> tuple[pl.DataFrame, dict
     return results_table(join_tables(outcome["tables"])), outcome["out"]
 
 
-def reproduce_in_terminal(spec: RunSpec, console: Console, dry_run: bool) -> tuple[pl.DataFrame, dict[str, str]]:
+def reproduce_in_terminal(
+    spec: RunSpec, console: Console, dry_run: bool
+) -> tuple[pl.DataFrame, dict[str, str]]:
     """Run the sweep with its cost and progress on `console`; returns Table 1, or the forecast of a dry run, and the paths."""
     outcome = in_terminal(spec, console, lambda: reproduce(spec, dry_run=dry_run))
     if dry_run:

@@ -12,25 +12,39 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from flows.calibrate import aimed_at, calibrate
-from flows.outputs import rows_for_people
-from flows.records import Claim, Records
-from mpq.changes import Change, compare
-from mpq.checkpoints import settled
 from mpq.errors import MpqError
-from mpq.plan import Plan
+from mpq.flows.calibrate import aimed_at, calibrate
+from mpq.flows.outputs import rows_for_people
+from mpq.flows.records import Claim, Records
+from mpq.models.discovery import settled
+from mpq.program.changes import Change, compare
+from mpq.program.plan import Plan
 from mpq.redaction import redact
 from mpq.spec import RunSpec
-from mpq.store import Store, TableRef
-from tasks.stage import read_json
+from mpq.store.entries import Store, TableRef
+from mpq.tasks.stage import read_json
 
-Urls = Annotated[list[str], Field(min_length=1, description="Folders, fsspec URLs or hub ids to look for checkpoints in")]
-Settle = Annotated[float, Field(ge=0, description="Seconds over which a checkpoint's files must not change")]
-Lease = Annotated[float, Field(ge=5, description="Seconds after which a run that says nothing any more counts as dead")]
+Urls = Annotated[
+    list[str],
+    Field(min_length=1, description="Folders, fsspec URLs or hub ids to look for checkpoints in"),
+]
+Settle = Annotated[
+    float, Field(ge=0, description="Seconds over which a checkpoint's files must not change")
+]
+Lease = Annotated[
+    float,
+    Field(ge=5, description="Seconds after which a run that says nothing any more counts as dead"),
+]
 
 
-@flow(name="watch", flow_run_name="watch {spec.name}", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
-def watch(urls: Urls, spec: RunSpec, settle_s: Settle = 5.0, lease_s: Lease = 120.0) -> list[dict[str, Any]]:
+@flow(
+    name="watch",
+    flow_run_name="watch {spec.name}",
+    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
+)
+def watch(
+    urls: Urls, spec: RunSpec, settle_s: Settle = 5.0, lease_s: Lease = 120.0
+) -> list[dict[str, Any]]:
     """Calibrate each checkpoint under `urls` that is new by content, once; tell what its plans changed.
 
     What is done is recorded in the store, so neither a restart nor another watch beside this one does it again, and a
@@ -46,7 +60,9 @@ def watch(urls: Urls, spec: RunSpec, settle_s: Settle = 5.0, lease_s: Lease = 12
     log = get_run_logger()
     Store(spec.store).check()
     whole, growing = settled(urls, settle_s)
-    outcome: list[dict[str, Any]] = [{"checkpoint": f.path, "status": "still being written"} for f in growing]
+    outcome: list[dict[str, Any]] = [
+        {"checkpoint": f.path, "status": "still being written"} for f in growing
+    ]
     failures = []
     for found in whole:
         try:
@@ -59,13 +75,15 @@ def watch(urls: Urls, spec: RunSpec, settle_s: Settle = 5.0, lease_s: Lease = 12
     rows = [{c: row.get(c, "") for c in columns} for row in outcome]
     create_table_artifact(rows, key="checkpoints", description=f"Checkpoints watched: {spec.name}")
     if failures:
-        raise MpqError(f"{len(failures)} of {len(whole)} checkpoints failed: {' | '.join(failures)}")
+        raise MpqError(
+            f"{len(failures)} of {len(whole)} checkpoints failed: {' | '.join(failures)}"
+        )
     return outcome
 
 
 def _one(path: str, spec: RunSpec, lease_s: float) -> dict[str, Any]:
     """Calibrate one checkpoint unless its content is known; returns what became of it."""
-    from mpq.model import fetch, fingerprint
+    from mpq.models.checkpoint import fetch, fingerprint
 
     content = fingerprint(fetch(path, spec.model.revision if path == spec.model.path else None))
     records = Records(spec)
@@ -81,14 +99,21 @@ def _one(path: str, spec: RunSpec, lease_s: float) -> dict[str, Any]:
         aimed = aimed.model_copy(update={"name": f"{aimed.name}-{content[:8]}"})
         result = calibrate(aimed)
         previous = records.latest(result["architecture"])
-        changes = compare(_plans(previous["plans"]), _plans(result["plan_files"])) if previous else []
+        changes = (
+            compare(_plans(previous["plans"]), _plans(result["plan_files"])) if previous else []
+        )
         if previous:
             publish_changes(changes, f"{previous['name']} → {aimed.name}")
         records.write(content, result["architecture"], aimed.name, path, result["plan_files"])
     return {
-        **told, "status": "calibrated", "name": aimed.name, "out": result["out"], "stages": result["stages"],
-        "compared_with": previous["name"] if previous else "", "changes": [c.row() for c in changes],
-    }  # fmt: skip
+        **told,
+        "status": "calibrated",
+        "name": aimed.name,
+        "out": result["out"],
+        "stages": result["stages"],
+        "compared_with": previous["name"] if previous else "",
+        "changes": [c.row() for c in changes],
+    }
 
 
 def _plans(references: list[TableRef]) -> list[Plan]:
@@ -99,11 +124,17 @@ def publish_changes(changes: list[Change], title: str) -> None:
     """The changes as a table artifact, and the ops that moved as lines of the log."""
     log = get_run_logger()
     create_table_artifact(
-        rows_for_people(pl.DataFrame([c.row() for c in changes])), key="changes", description=f"What changed: {title}"
+        rows_for_people(pl.DataFrame([c.row() for c in changes])),
+        key="changes",
+        description=f"What changed: {title}",
     )
     for change in changes:
         if change.strategy.startswith("ip_"):
             log.info(
-                "%s τ=%g: %d ops moved, gain %+.4g, predicted loss MSE %+.4g", change.strategy, change.tau, len(change.moved),
-                change.gain_after - change.gain_before, change.loss_mse_after - change.loss_mse_before,
-            )  # fmt: skip
+                "%s τ=%g: %d ops moved, gain %+.4g, predicted loss MSE %+.4g",
+                change.strategy,
+                change.tau,
+                len(change.moved),
+                change.gain_after - change.gain_before,
+                change.loss_mse_after - change.loss_mse_before,
+            )

@@ -17,10 +17,16 @@ def check_device(device: str) -> None:
     if device == "cpu":
         return
     if not torch.cuda.is_available():
-        why = "this torch is built for CPUs" if torch.version.cuda is None else "torch sees no NVIDIA GPU or no driver for it"
+        why = (
+            "this torch is built for CPUs"
+            if torch.version.cuda is None
+            else "torch sees no NVIDIA GPU or no driver for it"
+        )
         raise MpqError(
             f"There is no {device} here: {why}. Use --device cpu (in a spec: model.device), or a machine and a torch that have one."
         )
     count = torch.cuda.device_count()
     if found[1] and int(found[1]) >= count:
-        raise MpqError(f"There is no {device} here: torch sees {count} GPU{'s' if count > 1 else ''}, counted from cuda:0.")
+        raise MpqError(
+            f"There is no {device} here: torch sees {count} GPU{'s' if count > 1 else ''}, counted from cuda:0."
+        )

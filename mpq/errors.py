@@ -17,4 +17,13 @@ class MpqError(ValueError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator raised it: torch has a class of error for a GPU's, a text for the CPU's."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

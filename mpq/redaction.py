@@ -20,9 +20,13 @@ _NAME = (
 )
 _PARAMETER = re.compile(rf"((?:^|[?&;,\s'\"(]){_NAME}=)([^&;,\s'\")]+)", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(
-    r"SECRET|PASSWORD|PASSWD|TOKEN|ACCESS_KEY|ACCOUNT_KEY|API_KEY|CONNECTION_STRING|AUTH_STRING|SAS", re.IGNORECASE
+    r"SECRET|PASSWORD|PASSWD|TOKEN|ACCESS_KEY|ACCOUNT_KEY|API_KEY|CONNECTION_STRING|AUTH_STRING|SAS",
+    re.IGNORECASE,
 )
-_SECRET_FIELD = re.compile(r"\"[^\"]*(?:secret|key|token|passw|connection_string)[^\"]*\"\s*:\s*\"([^\"]+)\"", re.IGNORECASE)
+_SECRET_FIELD = re.compile(
+    r"\"[^\"]*(?:secret|key|token|passw|connection_string)[^\"]*\"\s*:\s*\"([^\"]+)\"",
+    re.IGNORECASE,
+)
 _SHORTEST = 8  # a shorter value is as likely a word of the message
 
 
@@ -56,7 +60,10 @@ def _environment() -> Iterator[str]:
     """The values that the environment's names say are secret."""
     for name, value in os.environ.items():
         if _SECRET_VARIABLE.search(name) and not name.upper().endswith(("_FILE", "_ID")):
-            parts = [value, *(part.partition("=")[2] for part in value.split(";") if "key=" in part.lower())]
+            parts = [
+                value,
+                *(part.partition("=")[2] for part in value.split(";") if "key=" in part.lower()),
+            ]
             yield from (part for part in parts if len(part) >= _SHORTEST)
         if name.startswith("FSSPEC_"):
             yield from (found for found in _SECRET_FIELD.findall(value) if len(found) >= _SHORTEST)

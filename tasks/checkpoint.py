@@ -24,13 +24,15 @@ def at_hand(source: str, fingerprint: str = "") -> Path:
 
     Raises MpqError where it cannot be had, or is not the one with this fingerprint any more.
     """
-    from mpq.model import fetch
-    from mpq.model import fingerprint as fingerprint_of_folder
+    from mpq.models.checkpoint import fetch
+    from mpq.models.checkpoint import fingerprint as fingerprint_of_folder
 
     if Path(source).is_dir():
         return Path(source)
     path, _, revision = (source, "", "") if "://" in source else source.partition("@")
     folder = fetch(path, revision or None)
     if fingerprint and fingerprint_of_folder(folder) != fingerprint:
-        raise MpqError(f"{path} has changed since the run began: run it again for the new checkpoint.")
+        raise MpqError(
+            f"{path} has changed since the run began: run it again for the new checkpoint."
+        )
     return folder

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import mpq
 from mpq.errors import MpqError
-from mpq.store import content_key
-from tasks.stage import stop_if_stored
+from mpq.store.entries import content_key
+from mpq.tasks.stage import stop_if_stored
 
 
 @contextmanager
@@ -29,8 +29,15 @@ def exclusive(device: str, alone: bool = True) -> Iterator[None]:
     Non-blocking attempts, so that a waiting task can still be cancelled.
     """
     # two workers may each call their own card `cuda`
-    which = f"{device}-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}" if device.startswith("cuda") else device
-    path = Path(tempfile.gettempdir()) / f"mpq-{os.getuid()}-{re.sub(r'[^A-Za-z0-9]+', '-', which).strip('-')}.lock"
+    which = (
+        f"{device}-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
+        if device.startswith("cuda")
+        else device
+    )
+    path = (
+        Path(tempfile.gettempdir())
+        / f"mpq-{os.getuid()}-{re.sub(r'[^A-Za-z0-9]+', '-', which).strip('-')}.lock"
+    )
     how = fcntl.LOCK_EX if alone or device != "cpu" else fcntl.LOCK_SH
     with path.open("a") as file:
         while True:
@@ -48,7 +55,9 @@ def check_device(device: str, name: str) -> None:
     from mpq.kernels import device_name
 
     if (here := device_name(device)) != name:
-        raise MpqError(f"{device} of {platform.node()} is {here}, the timing is for {name}: give each kind a cluster of its own.")
+        raise MpqError(
+            f"{device} of {platform.node()} is {here}, the timing is for {name}: give each kind a cluster of its own."
+        )
 
 
 def identity(device: str | None = None) -> str:
@@ -59,6 +68,6 @@ def identity(device: str | None = None) -> str:
 
 
 def _code() -> str:
-    folders = [Path(str(m.__file__)).parent for m in (mpq, import_module("tasks"))]
+    folders = [Path(str(m.__file__)).parent for m in (mpq, import_module("mpq.tasks"))]
     sources = sorted(f for folder in folders for f in folder.rglob("*.py"))
     return content_key([hashlib.sha256(f.read_bytes()).hexdigest() for f in sources])

@@ -8,36 +8,52 @@ from typing import Any
 import polars as pl
 
 from mpq.errors import MpqError
-from mpq.store import Store, TableRef
-from mpq.tables import table
-from tasks.calibration import blocks_of, model_of
-from tasks.checkpoint import at_hand
-from tasks.device import exclusive
-from tasks.progress import tracked
-from tasks.stage import Output, read, stage
+from mpq.store.entries import Store, TableRef
+from mpq.store.tables import table
+from mpq.tasks.calibration import blocks_of, model_of
+from mpq.tasks.checkpoint import at_hand
+from mpq.tasks.device import exclusive
+from mpq.tasks.progress import tracked
+from mpq.tasks.stage import Output, read, stage
 
 
 @stage("base_losses", retries=1)
 def evaluate_base(model: dict[str, str], blocks: TableRef, batch: int) -> Output:
     """The base model's loss of each evaluation sample."""
-    from mpq.evaluate import losses
+    from mpq.evaluation.losses import losses
 
     with exclusive(model["device"], alone=False):
-        return {"base_losses": pl.DataFrame({"loss": losses(model_of(**model), blocks_of(blocks), batch)})}
+        return {
+            "base_losses": pl.DataFrame(
+                {"loss": losses(model_of(**model), blocks_of(blocks), batch)}
+            )
+        }
 
 
 @stage("plan_losses", retries=1)
 def evaluate_plan(
-    model: dict[str, str], formats: dict[str, str], blocks: TableRef, base_losses: TableRef, seed: int, batch: int, what: str
+    model: dict[str, str],
+    formats: dict[str, str],
+    blocks: TableRef,
+    base_losses: TableRef,
+    seed: int,
+    batch: int,
+    what: str,
 ) -> Output:
     """Loss MSE, drift and perplexity under one plan, its scales perturbed by one seed."""
-    from mpq.evaluate import evaluate_loss
+    from mpq.evaluation.losses import evaluate_loss
 
     with exclusive(model["device"], alone=False), tracked(f"evaluate {what}") as progress:
         frame = evaluate_loss(
-            model_of(**model), formats, blocks_of(blocks), read(base_losses)["loss"].to_numpy(), base=model["base"],
-            seeds=[seed], batch=batch, progress=progress,
-        )  # fmt: skip
+            model_of(**model),
+            formats,
+            blocks_of(blocks),
+            read(base_losses)["loss"].to_numpy(),
+            base=model["base"],
+            seeds=[seed],
+            batch=batch,
+            progress=progress,
+        )
     return {"plan_losses": frame}
 
 
@@ -46,33 +62,55 @@ def evaluate_base_task(
     model: dict[str, str], task: str, data: str, data_dir: str | None, limit: int | None, batch: int
 ) -> Output:
     """The base model's scores on one harness task, document by document."""
-    from mpq.harness import score
+    from mpq.evaluation.harness import score
 
     with exclusive(model["device"]):
-        scores = score(model_of(**model), _tokenizer(**model), _opened(task, data_dir, data), limit=limit, batch=batch)
+        scores = score(
+            model_of(**model),
+            _tokenizer(**model),
+            _opened(task, data_dir, data),
+            limit=limit,
+            batch=batch,
+        )
     return {"task_scores": (scores.to_json().encode(), "json")}
 
 
 @stage("plan_tasks", retries=1)
 def evaluate_plan_task(
-    model: dict[str, str], task: str, data: str, data_dir: str | None, limit: int | None, batch: int, formats: dict[str, str], seed: int,
-    base_scores: TableRef, what: str,
-) -> Output:  # fmt: skip
+    model: dict[str, str],
+    task: str,
+    data: str,
+    data_dir: str | None,
+    limit: int | None,
+    batch: int,
+    formats: dict[str, str],
+    seed: int,
+    base_scores: TableRef,
+    what: str,
+) -> Output:
     """One harness task under one plan, its scales perturbed by one seed."""
-    from mpq.harness import Scores, evaluate_tasks
+    from mpq.evaluation.harness import Scores, evaluate_tasks
 
     with exclusive(model["device"]), tracked(f"{task} {what}") as progress:
         frame = evaluate_tasks(
-            model_of(**model), _tokenizer(**model), formats, _opened(task, data_dir, data), base=model["base"], seeds=[seed], limit=limit,
-            batch=batch, base_scores=Scores.from_json(Store(base_scores.store).read_bytes(base_scores)), progress=progress,
-        )  # fmt: skip
+            model_of(**model),
+            _tokenizer(**model),
+            formats,
+            _opened(task, data_dir, data),
+            base=model["base"],
+            seeds=[seed],
+            limit=limit,
+            batch=batch,
+            base_scores=Scores.from_json(Store(base_scores.store).read_bytes(base_scores)),
+            progress=progress,
+        )
     return {"plan_tasks": frame}
 
 
 @lru_cache(maxsize=16)
 def _opened(task: str, data_dir: str | None, data: str) -> Any:
     """The harness's task with its dataset read, kept for the next plan; `data` is the key of the dataset's content."""
-    from mpq.task_data import open_tasks
+    from mpq.evaluation.task_data import open_tasks
 
     with open_tasks([task], data_dir) as tasks:
         return tasks
@@ -95,10 +133,14 @@ def _tokenizer(folder: str, fingerprint: str, base: str, device: str) -> Any:
 @stage("pace")
 def measure_pace(model: dict[str, str], formats: dict[str, str], batch: int, length: int) -> Output:
     """Seconds per token of the model, in base and lowered."""
-    from mpq.pace import measure_pace as measure
+    from mpq.evaluation.pace import measure_pace as measure
 
     with exclusive(model["device"]):
-        return {"pace": measure(model_of(**model), formats, base=model["base"], batch=batch, length=length)}
+        return {
+            "pace": measure(
+                model_of(**model), formats, base=model["base"], batch=batch, length=length
+            )
+        }
 
 
 @stage("evaluation")
@@ -108,12 +150,23 @@ def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Ou
     frames = {ref.key: read(ref) for plan in plans for ref in plan["measured"]}
     rows: list[dict[str, object]] = []
     for plan in plans:
-        who = {"strategy": plan["strategy"], "objective": plan["objective"], "tau": plan["tau"], "plan_seed": plan["seed"]}
+        who = {
+            "strategy": plan["strategy"],
+            "objective": plan["objective"],
+            "tau": plan["tau"],
+            "plan_seed": plan["seed"],
+        }
         for ref in plan["measured"]:  # task scores name their task, the rest is the held-out text's
-            rows += [{**who, "task": "loss", **row} for row in frames[ref.key].iter_rows(named=True)]
+            rows += [
+                {**who, "task": "loss", **row} for row in frames[ref.key].iter_rows(named=True)
+            ]
         if seconds is not None and plan["ttft"] is not None:
             timed = seconds.row(plan["ttft"], named=True)
-            measured = {"metric": "ttft_s", "value": timed["ttft_s"], "base_value": timed["base_ttft_s"]}
+            measured = {
+                "metric": "ttft_s",
+                "value": timed["ttft_s"],
+                "base_value": timed["base_ttft_s"],
+            }
             rows.append({**who, "task": "loss", "seed": 0, **measured})
     return {"evaluation": table("evaluation", rows)}
 
@@ -121,7 +174,11 @@ def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Ou
 @stage("report")
 def write_report(tables: dict[str, list[TableRef]], title: str, facts: dict[str, str]) -> Output:
     """The HTML report, from tables alone."""
-    from mpq.report import write_report as render
+    from mpq.report.page import write_report as render
 
-    together = {name: pl.concat([read(ref) for ref in refs], how="diagonal_relaxed") for name, refs in tables.items() if refs}
+    together = {
+        name: pl.concat([read(ref) for ref in refs], how="diagonal_relaxed")
+        for name, refs in tables.items()
+        if refs
+    }
     return {"report": (render(together, title, facts).encode(), "html")}

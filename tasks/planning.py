@@ -8,28 +8,37 @@ from typing import Any
 
 import polars as pl
 
-from mpq.solver import SolverName
+from mpq.program.solver import SolverName
 from mpq.spec import Objective, ObjectiveSpec
-from mpq.store import TableRef
-from mpq.tables import table
-from tasks.stage import Output, read, stage
+from mpq.store.entries import TableRef
+from mpq.store.tables import table
+from mpq.tasks.stage import Output, read, stage
 
 
 @stage("gains")
 def build_gains(
-    objective: Objective, groups: TableRef, sensitivity: TableRef, timing: list[TableRef],
-    formats: list[str], base: str, noise_model: str, bound: str, choices: dict[str, list[tuple[str, ...]]],
-) -> Output:  # fmt: skip
+    objective: Objective,
+    groups: TableRef,
+    sensitivity: TableRef,
+    timing: list[TableRef],
+    formats: list[str],
+    base: str,
+    noise_model: str,
+    bound: str,
+    choices: dict[str, list[tuple[str, ...]]],
+) -> Output:
     """The gains table of one objective: for each group and configuration its gain and its loss MSE.
 
     `choices` (et): for each signature what its ops may take; configurations that were not measured are predicted.
     """
-    from mpq.design import complete
-    from mpq.gains import gains_et, gains_m, gains_tt
+    from mpq.program.gains import gains_et, gains_m, gains_tt
+    from mpq.timing.design import complete
 
     tables = read(groups), read(sensitivity)
     if objective == "et":
-        measured = complete(pl.concat([read(t) for t in timing], how="diagonal_relaxed"), choices, base)
+        measured = complete(
+            pl.concat([read(t) for t in timing], how="diagonal_relaxed"), choices, base
+        )
         return {"gains": gains_et(tables[0], measured, tables[1], base, noise_model, bound)}
     build = gains_tt if objective == "tt" else gains_m
     return {"gains": build(tables[0], tables[1], formats, base, noise_model)}
@@ -37,15 +46,29 @@ def build_gains(
 
 @stage("plans", "solutions", "plan_files")
 def solve(
-    objective: Objective, part: ObjectiveSpec, groups: TableRef, gains: TableRef, loss: TableRef, timing: list[TableRef],
-    taus: list[float], base: str, solver: SolverName, fingerprint: str, provenance: dict[str, Any], anchor: TableRef | None = None,
-) -> Output:  # fmt: skip
+    objective: Objective,
+    part: ObjectiveSpec,
+    groups: TableRef,
+    gains: TableRef,
+    loss: TableRef,
+    timing: list[TableRef],
+    taus: list[float],
+    base: str,
+    solver: SolverName,
+    fingerprint: str,
+    provenance: dict[str, Any],
+    anchor: TableRef | None = None,
+) -> Output:
     """A plan for each strategy, τ and seed of one objective. `anchor` is the measured TTFT of the plans of design.anchors."""
-    from mpq.design import anchors, interaction, neighbours, sums
-    from mpq.strategies import choose
+    from mpq.program.strategies import choose
+    from mpq.timing.design import anchors, interaction, neighbours, sums
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
-    base_ttft = float(pl.concat([read(t) for t in timing], how="diagonal_relaxed")["base_ttft_s"].median()) if timing else None  # type: ignore[arg-type]
+    base_ttft = (
+        float(pl.concat([read(t) for t in timing], how="diagonal_relaxed")["base_ttft_s"].median())  # type: ignore[arg-type]
+        if timing
+        else None
+    )
     term = 0.0
     if anchor:
         whole = anchors(*tables, base)
@@ -57,13 +80,28 @@ def solve(
         for seed in range(part.random_seeds if strategy == "random" else 1):
             for tau in taus:
                 plan, row = choose(
-                    name, objective, *tables, tau=tau, mean_square_loss=mean_square, base=base, seed=seed, solver=solver,
-                    base_ttft_s=base_ttft, interaction=term,
-                )  # fmt: skip
+                    name,
+                    objective,
+                    *tables,
+                    tau=tau,
+                    mean_square_loss=mean_square,
+                    base=base,
+                    seed=seed,
+                    solver=solver,
+                    base_ttft_s=base_ttft,
+                    interaction=term,
+                )
                 plans.append(replace(plan, fingerprint=fingerprint, provenance=provenance))
                 rows.append(row)
     ops = [
-        {"strategy": p.strategy, "objective": p.objective, "tau": p.tau, "seed": p.seed, "op": op, "format": f}
+        {
+            "strategy": p.strategy,
+            "objective": p.objective,
+            "tau": p.tau,
+            "seed": p.seed,
+            "op": op,
+            "format": f,
+        }
         for p in plans
         for op, f in p.formats.items()
     ]

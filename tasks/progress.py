@@ -31,7 +31,11 @@ def terminal(progress: Progress) -> Iterator[None]:
 def tracked(label: str) -> Iterator[Callable[[int, int], None]]:
     """A callback (done, total) for a long computation, shown wherever someone may look."""
     bar = _terminal.add_task(label, total=None) if _terminal else None
-    artifact = create_progress_artifact(progress=0.0, description=label) if TaskRunContext.get() or FlowRunContext.get() else None
+    artifact = (
+        create_progress_artifact(progress=0.0, description=label)
+        if TaskRunContext.get() or FlowRunContext.get()
+        else None
+    )
     last, lock = 0.0, threading.Lock()
 
     def advance(done: int, total: int) -> None:

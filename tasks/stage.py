@@ -25,7 +25,7 @@ from prefect.serializers import Serializer
 from prefect.states import Completed
 
 from mpq.errors import MpqError
-from mpq.store import Damaged, Store, TableRef, content_key
+from mpq.store.entries import Damaged, Store, TableRef, content_key
 
 References = dict[str, TableRef]
 Output = Mapping[str, "pl.DataFrame | tuple[bytes, str]"]
@@ -78,7 +78,10 @@ class ReferenceSerializer(Serializer):
         return json.dumps({kind: asdict(ref) for kind, ref in obj.items()}).encode()
 
     def loads(self, blob: bytes) -> References:
-        references = {kind: TableRef(**{**r, "upstream": tuple(r["upstream"])}) for kind, r in json.loads(blob).items()}
+        references = {
+            kind: TableRef(**{**r, "upstream": tuple(r["upstream"])})
+            for kind, r in json.loads(blob).items()
+        }
         for ref in references.values():
             Store(ref.store).read_bytes(ref)
         return references
@@ -92,7 +95,9 @@ def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task
     """
 
     def wrap(compute: Callable[..., Output]) -> Task[..., References]:
-        @functools.wraps(compute, assigned=("__name__", "__qualname__", "__doc__", "__module__"), updated=())
+        @functools.wraps(
+            compute, assigned=("__name__", "__qualname__", "__doc__", "__module__"), updated=()
+        )
         def run(key: str, store: str, label: str, inputs: dict[str, Any]) -> Any:
             where, log = Store(store), get_run_logger()
 
@@ -110,14 +115,19 @@ def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task
             except _Stored as stored:
                 log.info("%s: reused from %s", label, store)
                 return Completed(name="Cached", message="Reused from the store", data=stored.found)
-            return {kind: _write(where, kind, key, output[kind], _upstream(inputs), label) for kind in kinds}
+            return {
+                kind: _write(where, kind, key, output[kind], _upstream(inputs), label)
+                for kind in kinds
+            }
 
         return _task(run, compute.__name__, kinds, options)
 
     return wrap
 
 
-def batch(kind: str, **options: Any) -> Callable[[Callable[..., Iterator[tuple[str, pl.DataFrame]]]], Task[..., References]]:
+def batch(
+    kind: str, **options: Any
+) -> Callable[[Callable[..., Iterator[tuple[str, pl.DataFrame]]]], Task[..., References]]:
     """Make a Prefect task that computes many entries of one `kind`, each stored as soon as it is there.
 
     How entries are spread over tasks is in no entry's key, and whatever ends a task, what it had done stays. It is called
@@ -127,7 +137,9 @@ def batch(kind: str, **options: Any) -> Callable[[Callable[..., Iterator[tuple[s
     """
 
     def wrap(compute: Callable[..., Iterator[tuple[str, pl.DataFrame]]]) -> Task[..., References]:
-        @functools.wraps(compute, assigned=("__name__", "__qualname__", "__doc__", "__module__"), updated=())
+        @functools.wraps(
+            compute, assigned=("__name__", "__qualname__", "__doc__", "__module__"), updated=()
+        )
         def run(key: str, store: str, label: str, inputs: dict[str, Any]) -> Any:
             where, log, found, computed = Store(store), get_run_logger(), dict[str, TableRef](), 0
 
@@ -138,9 +150,17 @@ def batch(kind: str, **options: Any) -> Callable[[Callable[..., Iterator[tuple[s
 
             for entry, frame in compute(**inputs, missing=missing):
                 computed += 1
-                if missing(entry):  # of two runs that measured the same thing, both go on with what was stored first
+                if missing(
+                    entry
+                ):  # of two runs that measured the same thing, both go on with what was stored first
                     found[entry] = _write(where, kind, entry, frame, _upstream(inputs), label)
-            log.info("%s: %d computed, %d reused from %s", label, computed, len(inputs["wanted"]) - computed, store)
+            log.info(
+                "%s: %d computed, %d reused from %s",
+                label,
+                computed,
+                len(inputs["wanted"]) - computed,
+                store,
+            )
             if computed:
                 return {entry: found[entry] for entry in inputs["wanted"]}
             return Completed(name="Cached", message="Reused from the store", data=found)
@@ -150,7 +170,9 @@ def batch(kind: str, **options: Any) -> Callable[[Callable[..., Iterator[tuple[s
     return wrap
 
 
-def _task(run: Callable[..., Any], name: str, kinds: tuple[str, ...], options: dict[str, Any]) -> Task[..., References]:
+def _task(
+    run: Callable[..., Any], name: str, kinds: tuple[str, ...], options: dict[str, Any]
+) -> Task[..., References]:
     del run.__wrapped__  # type: ignore[attr-defined]
     _kinds[name] = kinds
     return task(
@@ -199,7 +221,9 @@ def _upstream(inputs: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(ref.key for ref in _references(inputs)))
 
 
-def _write(store: Store, kind: str, key: str, data: Any, upstream: tuple[str, ...], label: str) -> TableRef:
+def _write(
+    store: Store, kind: str, key: str, data: Any, upstream: tuple[str, ...], label: str
+) -> TableRef:
     more: dict[str, Any] = {"upstream": upstream, "provenance": {"stage": label}}
     if isinstance(data, pl.DataFrame):
         return store.write_table(kind, key, data, **more)
@@ -216,4 +240,14 @@ def read_json(ref: TableRef) -> Any:
     return json.loads(Store(ref.store).read_bytes(ref))
 
 
-__all__ = ["Damaged", "Output", "References", "batch", "kinds_of", "read", "read_json", "stage", "stop_if_stored"]
+__all__ = [
+    "Damaged",
+    "Output",
+    "References",
+    "batch",
+    "kinds_of",
+    "read",
+    "read_json",
+    "stage",
+    "stop_if_stored",
+]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq.formats import get_format
+from mpq.formats.format import get_format
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3 = get_format("fp8_e4m3")

@@ -21,7 +21,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SHARED = 227 * 1024  # bytes of shared memory that a block may have there (CUDA programming guide, compute capability 9.0)
+SHARED = (
+    227 * 1024
+)  # bytes of shared memory that a block may have there (CUDA programming guide, compute capability 9.0)
 
 
 class Hopper:
@@ -50,7 +52,12 @@ def told(kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     found = {name.lower(): int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     matrix = sorted(set(re.findall(r"(?:wgmma\.mma_async|mma)\.sync\S*", kernel.asm["ptx"])))
     return {
@@ -65,7 +72,7 @@ def told(kernel: Any) -> dict[str, Any]:
 def main() -> None:
     driver.set_active(Hopper())
     JITFunction.run = _compile_only
-    from mpq.formats import get_format
+    from mpq.formats.format import get_format
     from mpq.kernels import bgemm, flash, fp8
 
     e4m3 = get_format("fp8_e4m3")
@@ -77,7 +84,13 @@ def main() -> None:
     for width in (2048, 14336):
         fp8.quantize_rows(torch.empty(1024, width, dtype=torch.bfloat16), e4m3)
         tell(width=width)
-    for dim, qk, av in ((64, e4m3, e4m3), (128, e4m3, e4m3), (128, e4m3, None), (128, None, e4m3), (256, e4m3, e4m3)):
+    for dim, qk, av in (
+        (64, e4m3, e4m3),
+        (128, e4m3, e4m3),
+        (128, e4m3, None),
+        (128, None, e4m3),
+        (256, e4m3, e4m3),
+    ):
         q, k, v = (torch.empty(2, h, 512, dim, dtype=torch.bfloat16) for h in (32, 8, 8))
         flash.attention(q, k, v, qk, av, scaling=dim**-0.5, causal=True)
         tell(head_dim=dim, qk=qk and qk.name, av=av and av.name)

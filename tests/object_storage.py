@@ -15,11 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from models import ROOT
+from small import ROOT
 
 AZURE_ACCOUNT = "devstoreaccount1"
 # the key that every Azurite is born with, published by its makers
-AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+AZURE_KEY = (
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+)
 _AZURITE = ROOT / ".work" / "azurite"
 
 
@@ -30,9 +32,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def _serving(command: list[str], port: int, log: Path, environment: dict[str, str] | None = None) -> Iterator[None]:
+def _serving(
+    command: list[str], port: int, log: Path, environment: dict[str, str] | None = None
+) -> Iterator[None]:
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})})
+        process = subprocess.Popen(
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+        )
     try:
         deadline = time.monotonic() + 240
         while True:
@@ -56,7 +65,9 @@ def s3_server(folder: Path) -> Iterator[int]:
     """An S3-protocol server in its own process, listening on the port given; its log is in `folder`."""
     port = free_port()
     code = "import sys; from moto.server import main; main(sys.argv[1:])"
-    with _serving([sys.executable, "-c", code, "-H", "127.0.0.1", "-p", str(port)], port, folder / "moto.log"):
+    with _serving(
+        [sys.executable, "-c", code, "-H", "127.0.0.1", "-p", str(port)], port, folder / "moto.log"
+    ):
         yield port
 
 
@@ -65,7 +76,11 @@ def azure_server(folder: Path) -> Iterator[int]:
     """An Azure Blob server (Azurite) in its own process. Skips the test where neither it nor npm is there."""
     command, port = _azurite(folder), free_port()
     more = ["--silent", "--skipApiVersionCheck", "--inMemoryPersistence", "--disableTelemetry"]
-    with _serving([command, "--blobHost", "127.0.0.1", "--blobPort", str(port), *more], port, folder / "azurite.log"):
+    with _serving(
+        [command, "--blobHost", "127.0.0.1", "--blobPort", str(port), *more],
+        port,
+        folder / "azurite.log",
+    ):
         yield port
 
 
@@ -83,7 +98,9 @@ def _azurite(folder: Path) -> str:
         cwd=folder,
     )
     if done.returncode or not installed.exists():
-        pytest.skip(f"`npm install azurite` does not work on this machine: {done.stderr.strip()[-300:]}")
+        pytest.skip(
+            f"`npm install azurite` does not work on this machine: {done.stderr.strip()[-300:]}"
+        )
     return str(installed)
 
 
@@ -154,7 +171,9 @@ class FaultyProxy:
                 return
             lines = head.decode("latin-1").split("\r\n")
             method = lines[0].split()[0]
-            headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}
+            headers = {
+                k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])
+            }
             fault = self._take(method)
             if "100-continue" in headers.get("expect", ""):
                 client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -162,15 +181,29 @@ class FaultyProxy:
             if fault == "reset":
                 while len(rest) < length // 2 and (more := client.recv(65536)):
                     rest += more
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close sends RST
+                client.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )  # close sends RST
                 return
-            body = _chunks(client, rest) if headers.get("transfer-encoding") == "chunked" else _exactly(client, rest, length)
-            client.sendall(_own_answer(fault, method) if fault.isdecimal() else self._pass_on(lines, body, fault))
+            body = (
+                _chunks(client, rest)
+                if headers.get("transfer-encoding") == "chunked"
+                else _exactly(client, rest, length)
+            )
+            client.sendall(
+                _own_answer(fault, method)
+                if fault.isdecimal()
+                else self._pass_on(lines, body, fault)
+            )
 
     def _pass_on(self, lines: list[str], body: bytes, fault: str) -> bytes:
-        kept = [line for line in lines if line.lower().partition(":")[0] not in ("connection", "expect")]
+        kept = [
+            line for line in lines if line.lower().partition(":")[0] not in ("connection", "expect")
+        ]
         with socket.create_connection(("127.0.0.1", self.upstream)) as server:
-            server.sendall("\r\n".join([*kept, "Connection: close", "", ""]).encode("latin-1") + body)
+            server.sendall(
+                "\r\n".join([*kept, "Connection: close", "", ""]).encode("latin-1") + body
+            )
             answer = b""
             while more := server.recv(65536):
                 answer += more
@@ -182,7 +215,9 @@ class FaultyProxy:
             stays = [
                 line
                 for line in head.split(b"\r\n")
-                if not line.lower().startswith((b"content-length", b"x-amz-checksum", b"content-range"))
+                if not line.lower().startswith(
+                    (b"content-length", b"x-amz-checksum", b"content-range")
+                )
             ]
             head = b"\r\n".join([*stays, b"Content-Length: " + str(len(content)).encode()])
         return head + b"\r\n\r\n" + content
@@ -209,7 +244,11 @@ def _chunks(client: socket.socket, data: bytes) -> bytes:
     while True:
         size, data = _until(client, data, b"\r\n")
         data = _exactly(client, data, int(size, 16) + 2)
-        body, data, count = body + size + b"\r\n" + data[: int(size, 16) + 2], data[int(size, 16) + 2 :], int(size, 16)
+        body, data, count = (
+            body + size + b"\r\n" + data[: int(size, 16) + 2],
+            data[int(size, 16) + 2 :],
+            int(size, 16),
+        )
         if not count:
             return body
 
@@ -221,7 +260,5 @@ def _own_answer(status: str, method: str) -> bytes:
         "403": ("AccessDenied", "Forbidden"),
     }[status]
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{reason}</Message></Error>".encode()
-    head = (
-        f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    )
+    head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     return head.encode() + (b"" if method == "HEAD" else body)

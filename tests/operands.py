@@ -8,11 +8,17 @@ from torch import Tensor
 SHAPES = [(1, 1, 1), (1, 33, 7), (5, 17, 19), (37, 64, 130), (128, 48, 1)]  # T, K, C
 
 
-def tensors(t: int, k: int, c: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(
+    t: int, k: int, c: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """x (t, k) whose rows differ a hundredfold in size, a weight (c, k) and a bias (c,)."""
     g = torch.Generator().manual_seed(t + k + c)
     x = torch.randn(t, k, generator=g) * torch.logspace(-1, 1, t)[:, None]
-    return x.to(dtype), torch.randn(c, k, generator=g).to(dtype), torch.randn(c, generator=g).to(dtype)
+    return (
+        x.to(dtype),
+        torch.randn(c, k, generator=g).to(dtype),
+        torch.randn(c, generator=g).to(dtype),
+    )
 
 
 def seeded(*shape: int) -> Tensor:

@@ -9,13 +9,18 @@ from typing import Any
 
 import polars as pl
 
-from mpq.report import REPORTED
-from mpq.tables import table
+from mpq.report.page import REPORTED
+from mpq.store.tables import table
 
 BASE, LOWER = "bf16", ("fp8_e4m3", "int8")
 TAUS = (0.0005, 0.001, 0.002, 0.004, 0.008)
 BASE_TTFT = 0.02
-PARTS = (("q_proj", "k_proj", "v_proj", "qk_matmul", "av_matmul"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+PARTS = (
+    ("q_proj", "k_proj", "v_proj", "qk_matmul", "av_matmul"),
+    ("o_proj",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
 
 
 def make_groups(layers: int) -> pl.DataFrame:
@@ -28,10 +33,21 @@ def make_groups(layers: int) -> pl.DataFrame:
     ]
     for group, name, part in [*names, (4 * layers, "lm_head", ("lm_head",))]:
         kind = "bgemm" if name.endswith("matmul") else "linear"
-        rows.append({
-            "group": group, "order": len(rows), "op": name, "kind": kind, "signature": "+".join(part) + "-0a1b2c3d", "in_features": 512,
-            "out_features": 512, "macs": 8 * 256 * 512 * 512, "parameters": 512 * 512 if kind == "linear" else 0, "heads": 8, "kv_heads": 8,
-        })  # fmt: skip
+        rows.append(
+            {
+                "group": group,
+                "order": len(rows),
+                "op": name,
+                "kind": kind,
+                "signature": "+".join(part) + "-0a1b2c3d",
+                "in_features": 512,
+                "out_features": 512,
+                "macs": 8 * 256 * 512 * 512,
+                "parameters": 512 * 512 if kind == "linear" else 0,
+                "heads": 8,
+                "kv_heads": 8,
+            }
+        )
     return table("groups", rows)
 
 
@@ -45,34 +61,81 @@ def make_run(layers: int = 16, seeds: int = 2) -> dict[str, pl.DataFrame]:
         for operand in ("lhs", "rhs") if op.endswith("matmul") else ("input", "weight"):
             for noise in ("paper", "ulp"):
                 for f, factor in zip((BASE, *LOWER), (0.0, 1.0, 0.3), strict=True):
-                    tables["sensitivity"].append({
-                        "op": op, "operand": operand, "format": f, "noise_model": noise, "n_samples": 64,
-                        "loss_mse": scale * factor / (1 if noise == "ulp" else 0.54), "sensitivity": scale * 100,
-                    })  # fmt: skip
+                    tables["sensitivity"].append(
+                        {
+                            "op": op,
+                            "operand": operand,
+                            "format": f,
+                            "noise_model": noise,
+                            "n_samples": 64,
+                            "loss_mse": scale * factor / (1 if noise == "ulp" else 0.54),
+                            "sensitivity": scale * 100,
+                        }
+                    )
     tables["loss"] = [{"n_samples": 64, "mean_square_loss": square, "mean_loss": 2.49}]
-    for part in {tuple(of["op"].str.split(".").list.last()) for _, of in groups.group_by("group", maintain_order=True)}:
+    for part in {
+        tuple(of["op"].str.split(".").list.last())
+        for _, of in groups.group_by("group", maintain_order=True)
+    }:
         for f in (BASE, *LOWER):
             gain = 0.0 if f == BASE else 1e-4 * len(part)
-            tables["timing"].append({
-                "signature": "+".join(part) + "-0a1b2c3d", "group": 0, "configuration": [f] * len(part), "instances": layers, "repeats": 5,
-                "ttft_s": BASE_TTFT - layers * gain, "base_ttft_s": BASE_TTFT, "gain_s": gain, "gain_ci_low_s": gain * 0.9,
-                "gain_ci_high_s": gain * 1.1, "device": "cpu", "method": "alias", "batch": 8, "length": 256, "load_average": 1.0, "steal_share": 0.0,
-            })  # fmt: skip
+            tables["timing"].append(
+                {
+                    "signature": "+".join(part) + "-0a1b2c3d",
+                    "group": 0,
+                    "configuration": [f] * len(part),
+                    "instances": layers,
+                    "repeats": 5,
+                    "ttft_s": BASE_TTFT - layers * gain,
+                    "base_ttft_s": BASE_TTFT,
+                    "gain_s": gain,
+                    "gain_ci_low_s": gain * 0.9,
+                    "gain_ci_high_s": gain * 1.1,
+                    "device": "cpu",
+                    "method": "alias",
+                    "batch": 8,
+                    "length": 256,
+                    "load_average": 1.0,
+                    "steal_share": 0.0,
+                }
+            )
     for objective, scale in (("et", 0.008), ("tt", 3e9), ("m", 4e7)):
-        for strategy, worth, seed in ((f"ip_{objective}", 1.0, 0), ("random", 0.55, 0), ("random", 0.6, 1), ("prefix", 0.45, 0)):
+        for strategy, worth, seed in (
+            (f"ip_{objective}", 1.0, 0),
+            ("random", 0.55, 0),
+            ("random", 0.6, 1),
+            ("prefix", 0.45, 0),
+        ):
             for i, tau in enumerate(TAUS):
                 share = worth * (i + 1) / len(TAUS)
                 gain, predicted = scale * share, tau**2 * square * draw.uniform(0.8, 1)
                 who = {"strategy": strategy, "objective": objective, "tau": tau}
-                tables["solutions"].append({
-                    **who, "seed": seed, "predicted_loss_mse": predicted, "budget": tau**2 * square, "predicted_gain": gain, "bound": gain,
-                    "status": "optimal" if strategy.startswith("ip") else "heuristic", "solver": "highs" if strategy.startswith("ip") else "none",
-                    "seconds": 0.1, "note": "", "share_lowered": share, "predicted_ttft_s": BASE_TTFT - gain if objective == "et" else None,
-                    "base_ttft_s": BASE_TTFT if objective == "et" else None,
-                })  # fmt: skip
+                tables["solutions"].append(
+                    {
+                        **who,
+                        "seed": seed,
+                        "predicted_loss_mse": predicted,
+                        "budget": tau**2 * square,
+                        "predicted_gain": gain,
+                        "bound": gain,
+                        "status": "optimal" if strategy.startswith("ip") else "heuristic",
+                        "solver": "highs" if strategy.startswith("ip") else "none",
+                        "seconds": 0.1,
+                        "note": "",
+                        "share_lowered": share,
+                        "predicted_ttft_s": BASE_TTFT - gain if objective == "et" else None,
+                        "base_ttft_s": BASE_TTFT if objective == "et" else None,
+                    }
+                )
                 lowered = set(ops if share == 1 else draw.sample(ops, int(share * len(ops))))
                 tables["plans"] += [
-                    {**who, "seed": seed, "op": op, "format": LOWER[n % 2] if op in lowered else BASE} for n, op in enumerate(ops)
+                    {
+                        **who,
+                        "seed": seed,
+                        "op": op,
+                        "format": LOWER[n % 2] if op in lowered else BASE,
+                    }
+                    for n, op in enumerate(ops)
                 ]
                 for q in range(seeds):
                     mse = predicted * draw.uniform(0.75, 1.2)
@@ -93,10 +156,17 @@ def make_run(layers: int = 16, seeds: int = 2) -> dict[str, pl.DataFrame]:
                             }
                         )
                 if objective == "et":
-                    tables["evaluation"].append({
-                        **who, "plan_seed": seed, "seed": 0, "task": "loss", "metric": "ttft_s",
-                        "value": BASE_TTFT - gain * draw.uniform(0.85, 1.1), "base_value": BASE_TTFT * draw.uniform(0.99, 1.01),
-                    })  # fmt: skip
+                    tables["evaluation"].append(
+                        {
+                            **who,
+                            "plan_seed": seed,
+                            "seed": 0,
+                            "task": "loss",
+                            "metric": "ttft_s",
+                            "value": BASE_TTFT - gain * draw.uniform(0.85, 1.1),
+                            "base_value": BASE_TTFT * draw.uniform(0.99, 1.01),
+                        }
+                    )
     return {"groups": groups, **{name: table(name, rows) for name, rows in tables.items()}}
 
 
@@ -104,16 +174,39 @@ TASKS = {"hellaswag": 0.45, "lambada_openai": 0.55, "winogrande": 0.58, "piqa": 
 LOSES = {"ip": 4.0, "random": 9.0, "prefix": 12.0}  # points of accuracy at the largest τ
 
 
-def add_accuracy(run: dict[str, pl.DataFrame], seeds: int = 4, noise: float = 0.1) -> dict[str, pl.DataFrame]:
+def add_accuracy(
+    run: dict[str, pl.DataFrame], seeds: int = 4, noise: float = 0.1
+) -> dict[str, pl.DataFrame]:
     """The run with accuracies of four tasks (and LAMBADA's perplexity) for each plan and seed; ip_ loses least."""
     draw, rows = random.Random(2), []
-    for who in run["solutions"].select("strategy", "objective", "tau", "seed").iter_rows(named=True):
+    for who in (
+        run["solutions"].select("strategy", "objective", "tau", "seed").iter_rows(named=True)
+    ):
         lost = LOSES[who["strategy"].split("_")[0]] * (TAUS.index(who["tau"]) + 1) / len(TAUS)
         for seed, (task, base) in itertools.product(range(seeds), TASKS.items()):
-            key = {**{k: v for k, v in who.items() if k != "seed"}, "plan_seed": who["seed"], "seed": seed, "task": task}
-            rows.append({**key, "metric": "acc", "value": base - (lost + draw.gauss(0, noise)) / 100, "base_value": base})
+            key = {
+                **{k: v for k, v in who.items() if k != "seed"},
+                "plan_seed": who["seed"],
+                "seed": seed,
+                "task": task,
+            }
+            rows.append(
+                {
+                    **key,
+                    "metric": "acc",
+                    "value": base - (lost + draw.gauss(0, noise)) / 100,
+                    "base_value": base,
+                }
+            )
             if task == "lambada_openai":
-                rows.append({**key, "metric": "perplexity", "value": 12 * (1 + lost / 100), "base_value": 12.0})
+                rows.append(
+                    {
+                        **key,
+                        "metric": "perplexity",
+                        "value": 12 * (1 + lost / 100),
+                        "base_value": 12.0,
+                    }
+                )
     return {**run, "evaluation": pl.concat([run["evaluation"], table("evaluation", rows)])}
 
 
@@ -124,7 +217,18 @@ def add_attention(run: dict[str, pl.DataFrame], together: float = 0.7) -> dict[s
     kept = run["timing"].filter(pl.col("signature") != signature)
     for configuration in itertools.product((BASE, LOWER[0]), repeat=5):
         on = [i for i, f in enumerate(configuration) if f != BASE]
-        gain = sum(gains[i] for i in on) * (together if len(on) > 1 else 1.0) + (draw.gauss(0, 1e-5) if len(on) > 1 else 0.0)
-        rows.append({**kept.row(0, named=True), "signature": signature, "configuration": list(configuration), "gain_s": gain,
-                     "gain_ci_low_s": gain - 2e-5, "gain_ci_high_s": gain + 2e-5, "ttft_s": BASE_TTFT - gain})  # fmt: skip
+        gain = sum(gains[i] for i in on) * (together if len(on) > 1 else 1.0) + (
+            draw.gauss(0, 1e-5) if len(on) > 1 else 0.0
+        )
+        rows.append(
+            {
+                **kept.row(0, named=True),
+                "signature": signature,
+                "configuration": list(configuration),
+                "gain_s": gain,
+                "gain_ci_low_s": gain - 2e-5,
+                "gain_ci_high_s": gain + 2e-5,
+                "ttft_s": BASE_TTFT - gain,
+            }
+        )
     return {**run, "timing": pl.concat([kept, table("timing", rows)])}

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import polars as pl
 import pytest
-from models import ROOT, small_config
+from small import ROOT, small_config
 
 
 @pytest.fixture
@@ -23,9 +23,13 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.setattr(timing, "folder_of", lambda *_: tmp_path)
     for name, value in (("REPEATS", 2), ("PLANS", 4), ("LIMIT", 20)):
         monkeypatch.setattr(timing, name, value)
-    monkeypatch.setattr("mpq.timing.PAUSE_S", 0.0)
+    monkeypatch.setattr("mpq.timing.measure.PAUSE_S", 0.0)
     yield timing
-    for module in ("timing", "record", "campaign"):  # names that other tests may mean something else by
+    for module in (
+        "timing",
+        "record",
+        "campaign",
+    ):  # names that other tests may mean something else by
         sys.modules.pop(module, None)
 
 
@@ -38,8 +42,15 @@ def test_results_follow_from_the_tables(bench: ModuleType, tmp_path: Path) -> No
     result, plans = told["result"], pl.read_parquet(tmp_path / "timing-tiny-plans.parquet")
     assert (tmp_path / "timing-tiny-figure-1.png").exists()
     assert (tmp_path / "timing-tiny-figure-3a.png").exists()
-    assert result["plans"] == plans.filter(~pl.col("name").is_in([bench.ANCHOR, bench.FASTEST])).height == 1 + 4
-    assert result["configurations_measured"] == pl.read_parquet(tmp_path / "timing-tiny.parquet").height
+    assert (
+        result["plans"]
+        == plans.filter(~pl.col("name").is_in([bench.ANCHOR, bench.FASTEST])).height
+        == 1 + 4
+    )
+    assert (
+        result["configurations_measured"]
+        == pl.read_parquet(tmp_path / "timing-tiny.parquet").height
+    )
     bench.again(tmp_path, "tiny", *shape)
     again = json.loads(file.read_text())
     assert again.pop("worked_out")
@@ -47,7 +58,9 @@ def test_results_follow_from_the_tables(bench: ModuleType, tmp_path: Path) -> No
     assert again == told
 
 
-def test_signature_against_group(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_signature_against_group(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Every configuration of every group and of every signature, their gains compared; a plan of either table at each budget."""
     import campaign
 

@@ -12,10 +12,12 @@ import pytest
 from synthetic import BASE, add_accuracy, add_attention, make_run
 
 from deployments.browser import CHROMIUM, Browser
-from mpq.paper_figures import write_figures
-from mpq.report import write_report
+from mpq.paper.figures import write_figures
+from mpq.report.page import write_report
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: install Debian's package chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium found: install Debian's package chromium"
+)
 RUN = add_attention(add_accuracy(make_run(layers=4)))
 
 
@@ -32,14 +34,20 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The file:// address of a whole report, alone in its folder."""
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(
-        write_report(RUN, "A run", {"base": BASE, "model": "a/very/long/path/of-a-model-that-does-not-break-the-line" * 3})
+        write_report(
+            RUN,
+            "A run",
+            {"base": BASE, "model": "a/very/long/path/of-a-model-that-does-not-break-the-line" * 3},
+        )
     )
     return path.as_uri()
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_page_opens_and_fetches_nothing(browser: Browser, page: str, width: int, dark: bool) -> None:
+def test_page_opens_and_fetches_nothing(
+    browser: Browser, page: str, width: int, dark: bool
+) -> None:
     """One request, for the page itself; no error in the console; nothing wider than the window; every figure visible."""
     browser.open(page, width, dark)
     fits = "[document.documentElement.scrollWidth, innerWidth, document.body.scrollWidth]"
@@ -53,9 +61,18 @@ def test_page_opens_and_fetches_nothing(browser: Browser, page: str, width: int,
     assert min(drawn) > 10_000
     assert [r["request"]["url"] for r in browser.seen("Network.requestWillBeSent")] == [page]
     assert not browser.seen("Runtime.exceptionThrown")
-    assert not [e for e in browser.seen("Runtime.consoleAPICalled") if e["type"] in ("error", "warning", "assert")]
-    assert not [e for e in browser.seen("Log.entryAdded") if e["entry"]["level"] in ("error", "warning")]
-    assert browser.run("document.querySelectorAll('script[src], link, img, iframe, object').length") == 0
+    assert not [
+        e
+        for e in browser.seen("Runtime.consoleAPICalled")
+        if e["type"] in ("error", "warning", "assert")
+    ]
+    assert not [
+        e for e in browser.seen("Log.entryAdded") if e["entry"]["level"] in ("error", "warning")
+    ]
+    assert (
+        browser.run("document.querySelectorAll('script[src], link, img, iframe, object').length")
+        == 0
+    )
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -72,7 +89,9 @@ def test_text_in_figures_stands_out(browser: Browser, page: str, dark: bool) -> 
     assert ratio >= 7
 
 
-@pytest.mark.parametrize(("table", "column"), [("results", 3), ("table-1", 2), ("results", 0), ("accuracy", 5)])
+@pytest.mark.parametrize(
+    ("table", "column"), [("results", 3), ("table-1", 2), ("results", 0), ("accuracy", 5)]
+)
 def test_sorting(browser: Browser, page: str, table: str, column: int) -> None:
     """A click on a heading sorts up, a second down, by numbers where they are numbers, what is missing last."""
     browser.open(page)
@@ -80,8 +99,12 @@ def test_sorting(browser: Browser, page: str, table: str, column: int) -> None:
     click = f"document.getElementById('{table}').tHead.rows[0].cells[{column}].querySelector('button').click()"
 
     def sorted_as(texts: list[str], down: bool) -> list[str]:
-        numbers = all(not t or t.replace(".", "").replace("-", "").replace("e", "").isdigit() for t in texts)
-        there = sorted([t for t in texts if t], key=(lambda t: float(t)) if numbers else None, reverse=down)  # type: ignore[arg-type]
+        numbers = all(
+            not t or t.replace(".", "").replace("-", "").replace("e", "").isdigit() for t in texts
+        )
+        there = sorted(
+            [t for t in texts if t], key=(lambda t: float(t)) if numbers else None, reverse=down
+        )  # type: ignore[arg-type]
         return there + [t for t in texts if not t]
 
     before = browser.run(values)
@@ -90,7 +113,10 @@ def test_sorting(browser: Browser, page: str, table: str, column: int) -> None:
         browser.run(click)
         assert browser.run(values) == sorted_as(before, down)
     assert (
-        browser.run(f"document.getElementById('{table}').querySelector('[aria-sort]').getAttribute('aria-sort')") == "descending"
+        browser.run(
+            f"document.getElementById('{table}').querySelector('[aria-sort]').getAttribute('aria-sort')"
+        )
+        == "descending"
     )
 
 

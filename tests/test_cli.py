@@ -12,17 +12,29 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from models import ROOT, write_checkpoint
+from small import ROOT, write_checkpoint
 
-from mpq import cli
-from mpq.plan import Plan
-from mpq.runs import write_run
+from mpq.cli import commands as cli
+from mpq.program.plan import Plan
+from mpq.report.runs import write_run
 
 
 def mpq(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run `mpq` in a process of its own."""
-    command = [sys.executable, "-c", "from mpq.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, env=os.environ | {"COLUMNS": "80"})
+    command = [
+        sys.executable,
+        "-c",
+        "from mpq.cli.commands import main; main()",
+        *map(str, arguments),
+    ]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=300,
+        env=os.environ | {"COLUMNS": "80"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +49,9 @@ def test_formats_as_json() -> None:
     """`--json` prints data alone on stdout."""
     done = mpq("formats", "--json")
     assert done.returncode == 0
-    assert {"fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2", "int8"} == {f["name"] for f in json.loads(done.stdout)}
+    assert {"fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2", "int8"} == {
+        f["name"] for f in json.loads(done.stdout)
+    }
 
 
 def test_partition_writes_parquet(checkpoint: Path, tmp_path: Path) -> None:
@@ -48,14 +62,26 @@ def test_partition_writes_parquet(checkpoint: Path, tmp_path: Path) -> None:
     assert frame.columns[:4] == ["group", "order", "op", "kind"]
     shown = done.stdout.splitlines()
     assert max(map(len, shown)) <= 80
-    assert ["1", "model.layers.0.self_attn.o_proj", "32", "→", "32"] in [line.split()[:5] for line in shown]
+    assert ["1", "model.layers.0.self_attn.o_proj", "32", "→", "32"] in [
+        line.split()[:5] for line in shown
+    ]
 
 
 def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
     """The stages one by one, each from what the one before wrote."""
     tokens = checkpoint.parent / "tokens.npy"
     done = mpq(
-        "sensitivity", checkpoint, "--calibration", tokens, "--samples", 4, "--length", 16, "--out", tmp_path / "s.json", "--json"
+        "sensitivity",
+        checkpoint,
+        "--calibration",
+        tokens,
+        "--samples",
+        4,
+        "--length",
+        16,
+        "--out",
+        tmp_path / "s.json",
+        "--json",
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["loss"]["n_samples"] == 4
@@ -75,17 +101,29 @@ def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
         "--json",
     )
     assert timing.returncode == 0, timing.stderr
-    assert set(pl.read_parquet(tmp_path / "t.parquet")["configuration"].list.first()) <= {"fp32", "bf16"}
-    shown = mpq("time", checkpoint, "--formats", "bf16", "--batch", 1, "--length", 8, "--repeats", 2)
+    assert set(pl.read_parquet(tmp_path / "t.parquet")["configuration"].list.first()) <= {
+        "fp32",
+        "bf16",
+    }
+    shown = mpq(
+        "time", checkpoint, "--formats", "bf16", "--batch", 1, "--length", 8, "--repeats", 2
+    )
     assert shown.returncode == 0, shown.stderr
     assert max(map(len, shown.stdout.splitlines())) <= 80
     words = [line.split()[:5] for line in shown.stdout.splitlines()]
-    assert ["gate_proj", "up_proj", "2", "bf16", "·"] in words, "op names and formats in one line, base as a dot"
+    assert ["gate_proj", "up_proj", "2", "bf16", "·"] in words, (
+        "op names and formats in one line, base as a dot"
+    )
     assert "base TTFT (ms): " in shown.stdout
-    gains = pl.DataFrame({
-        "objective": "et", "group": [0, 0, 1, 1], "configuration": [["fp32"], ["bf16"]] * 2,
-        "gain": [0.0, 1.0, 0.0, 3.0], "loss_mse": [0.0, 2e-9, 0.0, 3e-9],
-    })  # fmt: skip
+    gains = pl.DataFrame(
+        {
+            "objective": "et",
+            "group": [0, 0, 1, 1],
+            "configuration": [["fp32"], ["bf16"]] * 2,
+            "gain": [0.0, 1.0, 0.0, 3.0],
+            "loss_mse": [0.0, 2e-9, 0.0, 3e-9],
+        }
+    )
     gains.write_parquet(tmp_path / "gains.parquet")
     solved = mpq("solve", "--gains", tmp_path / "gains.parquet", "--budget", "4e-9", "--json")
     assert solved.returncode == 0, solved.stderr
@@ -96,7 +134,17 @@ def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_help_teaches() -> None:
     """Every command says in its help what it does and takes."""
-    for command in ("run", "partition", "sensitivity", "time", "solve", "eval", "report", "reproduce", "formats"):
+    for command in (
+        "run",
+        "partition",
+        "sensitivity",
+        "time",
+        "solve",
+        "eval",
+        "report",
+        "reproduce",
+        "formats",
+    ):
         done = mpq(command, "--help")
         assert done.returncode == 0
         assert len(done.stdout) > 300, command
@@ -109,23 +157,53 @@ MISTAKES = {
         "10,000,000,000 tokens has more multiply",
     ),
     "no base": (["time", "{model}", "--base", ""], "Unknown format ''"),
-    "base of 8 bits": (["time", "{model}", "--base", "int8"], "must be fp32, bf16 or fp16, not int8"),
+    "base of 8 bits": (
+        ["time", "{model}", "--base", "int8"],
+        "must be fp32, bf16 or fp16, not int8",
+    ),
     "two bases": (["time", "{model}", "--base", "bf16,fp16"], "Unknown format 'bf16,fp16'"),
     "comma too many": (["time", "{model}", "--formats", "bf16,"], "has an empty name"),
-    "base alone": (["sensitivity", "{model}", "--calibration", "nope.txt", "--formats", "fp32"], "nothing to lower to"),
-    "no such device": (["sensitivity", "{model}", "--calibration", "nope.txt", "--device", "gpu"], "Unknown device 'gpu'"),
-    "no GPU": (["sensitivity", "{model}", "--calibration", "nope.txt", "--device", "cuda:99"], "There is no cuda:99 here"),
+    "base alone": (
+        ["sensitivity", "{model}", "--calibration", "nope.txt", "--formats", "fp32"],
+        "nothing to lower to",
+    ),
+    "no such device": (
+        ["sensitivity", "{model}", "--calibration", "nope.txt", "--device", "gpu"],
+        "Unknown device 'gpu'",
+    ),
+    "no GPU": (
+        ["sensitivity", "{model}", "--calibration", "nope.txt", "--device", "cuda:99"],
+        "There is no cuda:99 here",
+    ),
     "no GPU to time on": (["time", "{model}", "--device", "cuda:99"], "There is no cuda:99 here"),
-    "a report that is none": (["report", "nope", "--out", "report.txt"], "expected a name that ends in .html, .png"),
+    "a report that is none": (
+        ["report", "nope", "--out", "report.txt"],
+        "expected a name that ends in .html, .png",
+    ),
     "unknown format": (["time", "{model}", "--formats", "int9"], "Unknown format 'int9'"),
     "format that is not native": (["time", "{model}", "--formats", "fp8_e4m3"], "native"),
-    "empty calibration": (["sensitivity", "{model}", "--calibration", "{empty}", "--length", "16"], "empty"),
-    "missing calibration": (["sensitivity", "{model}", "--calibration", "nope.txt"], "No text at nope.txt"),
-    "missing gains": (["solve", "--gains", "nope.parquet", "--budget", "1"], "No table at nope.parquet"),
-    "damaged gains": (["solve", "--gains", "{damaged}", "--budget", "1"], "cannot be read as a table"),
+    "empty calibration": (
+        ["sensitivity", "{model}", "--calibration", "{empty}", "--length", "16"],
+        "empty",
+    ),
+    "missing calibration": (
+        ["sensitivity", "{model}", "--calibration", "nope.txt"],
+        "No text at nope.txt",
+    ),
+    "missing gains": (
+        ["solve", "--gains", "nope.parquet", "--budget", "1"],
+        "No table at nope.parquet",
+    ),
+    "damaged gains": (
+        ["solve", "--gains", "{damaged}", "--budget", "1"],
+        "cannot be read as a table",
+    ),
     "impossible budget": (["solve", "--gains", "{gains}", "--budget", "1e-30"], "budget"),
     "budget below zero": (["solve", "--gains", "{gains}", "--budget", "-1"], "budget"),
-    "unknown solver": (["solve", "--gains", "{gains}", "--budget", "1", "--solver", "cbc"], "Invalid value for '--solver'"),
+    "unknown solver": (
+        ["solve", "--gains", "{gains}", "--budget", "1", "--solver", "cbc"],
+        "Invalid value for '--solver'",
+    ),
     "misspelt key": (["run", "{spec}"], "unknown key calibratoin"),
     "missing spec": (["run", "nope.yaml"], "No spec at nope.yaml"),
     "a plan for another model": (
@@ -140,7 +218,10 @@ MISTAKES = {
     "no run": (["report", "nope"], "No run at nope"),
     "unknown suffix": (["formats", "--out", "x.xlsx"], "expected a name that ends in .parquet"),
     # said before anything is measured: the model, which is none, is not even looked at
-    "unknown suffix of what takes long": (["time", "no/such/model", "--out", "x.xlsx"], "expected a name that ends in .parquet"),
+    "unknown suffix of what takes long": (
+        ["time", "no/such/model", "--out", "x.xlsx"],
+        "expected a name that ends in .parquet",
+    ),
     "no folder for what takes long": (
         ["sensitivity", "no/such/model", "--calibration", "x.txt", "--out", "no/such/t.csv"],
         "no/such is no folder",
@@ -157,14 +238,40 @@ def test_a_mistake_is_one_sentence(mistake: str, checkpoint: Path, tmp_path: Pat
     np.save(tmp_path / "empty.npy", np.empty((0, 16), np.int64))
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 no more")
     (tmp_path / "spec.yaml").write_text("model: {path: x}\ncalibratoin: {source: y}\n")
-    rows = {"group": [0, 0], "configuration": ["a", "b"], "gain": [1.0, 2.0], "loss_mse": [1e-9, 2e-9]}
+    rows = {
+        "group": [0, 0],
+        "configuration": ["a", "b"],
+        "gain": [1.0, 2.0],
+        "loss_mse": [1e-9, 2e-9],
+    }
     pl.DataFrame(rows).write_csv(tmp_path / "gains.csv")
-    plan = Plan("ip_m", "m", 0.1, "fp32", {"model.layers.0.mlp.up_proj": "int8"}, 0.0, 0.0, 0.0, 1.0, fingerprint="f" * 64)
+    plan = Plan(
+        "ip_m",
+        "m",
+        0.1,
+        "fp32",
+        {"model.layers.0.mlp.up_proj": "int8"},
+        0.0,
+        0.0,
+        0.0,
+        1.0,
+        fingerprint="f" * 64,
+    )
     (tmp_path / "plan.json").write_text(plan.to_json())
     (tmp_path / "taken").write_text("a file in the folder's place")
     (tmp_path / "run").mkdir()
     write_run(tmp_path / "run", "empty", {}, {})
-    places = {"run": tmp_path / "run", "taken": tmp_path / "taken", "plan": tmp_path / "plan.json", "tokens": checkpoint.parent / "tokens.npy", "model": checkpoint, "empty": tmp_path / "empty.npy", "damaged": tmp_path / "damaged.parquet", "spec": tmp_path / "spec.yaml", "gains": tmp_path / "gains.csv"}  # fmt: skip
+    places = {
+        "run": tmp_path / "run",
+        "taken": tmp_path / "taken",
+        "plan": tmp_path / "plan.json",
+        "tokens": checkpoint.parent / "tokens.npy",
+        "model": checkpoint,
+        "empty": tmp_path / "empty.npy",
+        "damaged": tmp_path / "damaged.parquet",
+        "spec": tmp_path / "spec.yaml",
+        "gains": tmp_path / "gains.csv",
+    }
     done = mpq(*(a.format(**places) for a in arguments))
     assert done.returncode == 2, done.stderr
     assert message in " ".join(done.stderr.split())
@@ -174,12 +281,33 @@ def test_a_mistake_is_one_sentence(mistake: str, checkpoint: Path, tmp_path: Pat
 
 def test_the_documented_cli_is_the_real_one(tmp_path: Path) -> None:
     """docs/cli.md is what `make docs` would write now."""
-    command = [sys.executable, "-m", "typer", "mpq.cli", "utils", "docs", "--name", "mpq", "--output", tmp_path / "cli.md"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, env={**os.environ, "TERMINAL_WIDTH": "100"})
-    assert (tmp_path / "cli.md").read_text() == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"
+    command = [
+        sys.executable,
+        "-m",
+        "typer",
+        "mpq.cli.commands",
+        "utils",
+        "docs",
+        "--name",
+        "mpq",
+        "--output",
+        tmp_path / "cli.md",
+    ]
+    subprocess.run(
+        command,
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "TERMINAL_WIDTH": "100"},
+    )
+    assert (tmp_path / "cli.md").read_text() == (ROOT / "docs" / "cli.md").read_text(), (
+        "run `make docs`"
+    )
 
 
-def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_little_memory_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """torch's own refusal of a tensor that no memory holds; other errors of the program stay what they are."""
     for make, told in (
         (lambda: torch.empty(2**50, dtype=torch.uint8), SystemExit),
@@ -188,5 +316,7 @@ def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, caps
         monkeypatch.setattr(cli, "app", make)
         with pytest.raises(told) as caught:
             cli.main()
-    assert "not enough memory for that: lower the batch" in " ".join(capsys.readouterr().err.split())
+    assert "not enough memory for that: lower the batch" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert "size" in str(caught.value)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models import ROOT
+from small import ROOT
 
 FILES = ROOT / "deployments"
 
@@ -19,7 +19,15 @@ def test_compose_hangs_together() -> None:
     """Every service that another waits for exists, health is waited for only where it is checked, no secret is written."""
     compose = yaml.safe_load((FILES / "compose.yaml").read_text())
     services = compose["services"]
-    assert set(services) == {"database", "server", "storage", "worker", "scheduler", "dask-worker", "setup"}
+    assert set(services) == {
+        "database",
+        "server",
+        "storage",
+        "worker",
+        "scheduler",
+        "dask-worker",
+        "setup",
+    }
     for name, service in services.items():
         needs = service.get("depends_on", {})
         for other in needs:
@@ -51,7 +59,9 @@ def test_compose_accepts_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     resolved = yaml.safe_load(done.stdout)["services"]
     assert resolved["worker"]["environment"]["AWS_SECRET_ACCESS_KEY"] == "three"
-    assert "one@database" in resolved["server"]["environment"]["PREFECT_API_DATABASE_CONNECTION_URL"]
+    assert (
+        "one@database" in resolved["server"]["environment"]["PREFECT_API_DATABASE_CONNECTION_URL"]
+    )
     refused = subprocess.run(command, env=plain, capture_output=True, text=True)
     assert refused.returncode
     assert "set POSTGRES_PASSWORD" in refused.stderr or "set S3_USER" in refused.stderr
@@ -66,7 +76,10 @@ def test_a_pod_has_one_accelerator() -> None:
     assert "accel=1" in container["command"]
     assert container["command"][container["command"].index("--nthreads") + 1] == "1"
     service = manifests["Service"]
-    assert f"tcp://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}" in container["command"]
+    assert (
+        f"tcp://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+        in container["command"]
+    )
     assert service["spec"]["selector"] == scheduler["spec"]["template"]["metadata"]["labels"]
     pool = json.loads((FILES / "kubernetes-pool.json").read_text())["variables"]["properties"]
     assert manifests["PersistentVolumeClaim"]["metadata"]["name"] == pool["runs_claim"]["default"]

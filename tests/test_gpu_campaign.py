@@ -12,10 +12,21 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from models import ROOT
+from small import ROOT
 
 # what mpq needs elsewhere and a machine with torch and transformers alone has not; polars and highspy are carried (the script's docstring)
-LACKED = ("prefect", "pydantic", "fastapi", "sqlalchemy", "gurobipy", "datasets", "tenacity", "lm_eval", "distributed", "s3fs")
+LACKED = (
+    "prefect",
+    "pydantic",
+    "fastapi",
+    "sqlalchemy",
+    "gurobipy",
+    "datasets",
+    "tenacity",
+    "lm_eval",
+    "distributed",
+    "s3fs",
+)
 BARE = """
 import runpy, sys
 class Lacked:
@@ -33,9 +44,13 @@ def run(*arguments: str, out: Path, **env: str) -> subprocess.CompletedProcess[s
     argv = [str(ROOT / "bench" / "gpu_campaign.py"), *arguments, "--out", str(out)]
     paths = f"{ROOT}:{ROOT / 'bench'}:{os.environ.get('PYTHONPATH', '')}"
     return subprocess.run(
-        [sys.executable, "-c", BARE.format(lacked=LACKED, argv=argv)], env=os.environ | {"PYTHONPATH": paths} | env,
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [sys.executable, "-c", BARE.format(lacked=LACKED, argv=argv)],
+        env=os.environ | {"PYTHONPATH": paths} | env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def test_the_campaign_from_end_to_end(tmp_path: Path) -> None:
@@ -45,27 +60,59 @@ def test_the_campaign_from_end_to_end(tmp_path: Path) -> None:
     assert told.returncode == 0, told.stderr
     result = json.loads(told.stdout.splitlines()[-1])["result"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        f"campaign-tiny-{n}" for n in ("kernels.parquet", "plans.parquet", "plans.png", "roofline.png", "summary.json", "timing.parquet")
-    }  # fmt: skip
-    timing, plans = (pl.read_parquet(tmp_path / f"campaign-tiny-{n}.parquet") for n in ("timing", "plans"))
+        f"campaign-tiny-{n}"
+        for n in (
+            "kernels.parquet",
+            "plans.parquet",
+            "plans.png",
+            "roofline.png",
+            "summary.json",
+            "timing.parquet",
+        )
+    }
+    timing, plans = (
+        pl.read_parquet(tmp_path / f"campaign-tiny-{n}.parquet") for n in ("timing", "plans")
+    )
     assert timing.height == result["configurations_measured"] == 32 + 2 + 4 + 2 + 2
     assert timing.select("signature", "configuration").n_unique() == timing.height
     assert plans.height == 2 + 4 * 10
-    assert set(plans["strategy"]) == {"ip_et", "ip_tt", "random", "prefix", "all base", "all lowered"}
-    for row in plans.filter(~pl.col("strategy").is_in(["all base", "all lowered"])).iter_rows(named=True):
+    assert set(plans["strategy"]) == {
+        "ip_et",
+        "ip_tt",
+        "random",
+        "prefix",
+        "all base",
+        "all lowered",
+    }
+    for row in plans.filter(~pl.col("strategy").is_in(["all base", "all lowered"])).iter_rows(
+        named=True
+    ):
         assert row["loss_mse"] <= row["tau"] ** 2 * 2.5**2 * (1 + 1e-9)
         assert row["ttft_s"] > 0
     kernels = pl.read_parquet(tmp_path / "campaign-tiny-kernels.parquet")
     assert {"base: SDPA", "int8", "bf16", "base"} == set(kernels["way"])
     assert (kernels["share_of_ceiling"] > 0).all()
-    again = run("tiny", "--device", "cpu", "--repeats", "2", "--resume", "--parts", "timing", out=tmp_path)
+    again = run(
+        "tiny", "--device", "cpu", "--repeats", "2", "--resume", "--parts", "timing", out=tmp_path
+    )
     assert again.returncode == 0, again.stderr
     assert "0 configurations to measure, 42 measured earlier" in again.stdout
 
 
 def test_out_of_time_keeps_what_there_is(tmp_path: Path) -> None:
     """With no time left one chunk is measured and kept, no plan is made of the rest, and the output says how to go on."""
-    told = run("tiny", "--device", "cpu", "--repeats", "2", "--parts", "timing,plans", "--minutes", "0", out=tmp_path)
+    told = run(
+        "tiny",
+        "--device",
+        "cpu",
+        "--repeats",
+        "2",
+        "--parts",
+        "timing,plans",
+        "--minutes",
+        "0",
+        out=tmp_path,
+    )
     assert told.returncode == 0, told.stderr
     assert "call again with --resume" in told.stdout
     assert not (tmp_path / "campaign-tiny-plans.parquet").exists()
@@ -88,7 +135,10 @@ def test_every_way_of_a_kernel_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
 
     from mpq.kernels import cuda, flash
 
-    formats: dict[str, Any] = {"linear": ("fp32", "bf16", "fp8_e4m3"), "bgemm": ("fp32", "bf16", "fp8_e4m3")}
+    formats: dict[str, Any] = {
+        "linear": ("fp32", "bf16", "fp8_e4m3"),
+        "bgemm": ("fp32", "bf16", "fp8_e4m3"),
+    }
     monkeypatch.setattr(gpu_kernels, "native_formats", lambda device, kind="linear": formats[kind])
     monkeypatch.setattr(gpu_kernels, "native_kernels", lambda device: cuda)
     monkeypatch.setattr(gpu_kernels, "REPLAYS", 1)

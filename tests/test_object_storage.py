@@ -12,22 +12,24 @@ import fsspec
 import numpy as np
 import polars as pl
 import pytest
-from models import write_checkpoint
 from object_storage import FaultyProxy, azure_connection, azure_server, free_port, s3_server
+from small import write_checkpoint
 
-from mpq.checkpoints import checkpoints
+from mpq.cli.inventory import entries, verify
 from mpq.errors import MpqError
-from mpq.inventory import entries, verify
-from mpq.model import fetch
+from mpq.models.checkpoint import fetch
+from mpq.models.discovery import checkpoints
 from mpq.redaction import has_credentials, redact
 from mpq.spec import parse_spec
-from mpq.store import Damaged, Store
+from mpq.store.entries import Damaged, Store
 
 pytest.importorskip("s3fs")
 pytest.importorskip("adlfs")
 
 SECRET = "wJalrPlantedSecret/K7MDENG"
-FRAME = pl.DataFrame({"op": [f"layer.{i}" for i in range(4000)], "gain_s": np.random.default_rng(0).random(4000)})
+FRAME = pl.DataFrame(
+    {"op": [f"layer.{i}" for i in range(4000)], "gain_s": np.random.default_rng(0).random(4000)}
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,13 @@ def azure_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Credentials in the environment, the secret among them; no file system is kept from one test to the next."""
     for name, value in {
-        "AWS_ACCESS_KEY_ID": "AKIATESTER", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": str(tmp_path / "none"), "MPQ_STORE_ATTEMPTS": "4",
-    }.items():  # fmt: skip
+        "AWS_ACCESS_KEY_ID": "AKIATESTER",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "MPQ_STORE_ATTEMPTS": "4",
+    }.items():
         monkeypatch.setenv(name, value)
     yield
     for protocol in ("s3", "abfs"):
@@ -78,7 +84,9 @@ def proxy(bucket: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 @pytest.fixture
-def container(azure_port: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+def container(
+    azure_port: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> str:
     """The URL of a folder in an empty Azure container."""
     monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azure_connection(azure_port))
     name = f"container-{abs(hash(request.node.name)):x}"
@@ -122,13 +130,17 @@ def test_damage_on_the_storage(store: Store) -> None:
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset"])
-def test_upload_faults_pass(fault: str, bucket: str, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture) -> None:
+def test_upload_faults_pass(
+    fault: str, bucket: str, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
+) -> None:
     """An upload refused or broken off twice is tried again; what is then there is whole."""
     proxy.spoil(fault, "PUT", 2)
     with caplog.at_level(logging.WARNING, "mpq"):
         ref = Store(bucket).write_table("gains", "k1", FRAME)
     assert proxy.spoilt == [fault] * 2
-    assert "trying again" in caplog.text  # once or twice: aiohttp itself sends again what was reset at once
+    assert (
+        "trying again" in caplog.text
+    )  # once or twice: aiohttp itself sends again what was reset at once
     assert Store(bucket).find("gains", "k1") == ref
 
 
@@ -158,7 +170,9 @@ def test_a_checkpoint_comes_whole(
     proxy.spoil(fault, "GET", 2)
     here = fetch(found.path)
     assert proxy.spoilt
-    assert {p.name: p.read_bytes() for p in here.iterdir()} == {p.name: p.read_bytes() for p in source.iterdir()}
+    assert {p.name: p.read_bytes() for p in here.iterdir()} == {
+        p.name: p.read_bytes() for p in source.iterdir()
+    }
     fs.pipe_file(f"{bucket}/a/config.json", (source / "config.json").read_bytes() + b" ")
     assert fetch(found.path) != here
 
@@ -171,7 +185,9 @@ def test_credentials_in_a_checkpoints_url_are_refused() -> None:
         assert SECRET not in said(caught)
 
 
-def test_checkpoints_that_cannot_be_had(bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_that_cannot_be_had(
+    bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing there, access refused, a service that stays away: one sentence, and the secret is not in it."""
     monkeypatch.setenv("MPQ_STORE_ATTEMPTS", "2")
     for fault, message in [
@@ -199,19 +215,27 @@ def test_refused_connections_pass(bucket: str, proxy: FaultyProxy) -> None:
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset"])
-def test_a_fault_that_stays(fault: str, bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_that_stays(
+    fault: str, bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Retries end in one sentence; there is no entry, not even half of one."""
     monkeypatch.setenv("MPQ_STORE_ATTEMPTS", "2")
     proxy.spoil(fault, "PUT", 100)
-    with pytest.raises(MpqError, match=r"^The store s3://.* cannot be written \(.*\): tried 2 times; .*\.$") as caught:
+    with pytest.raises(
+        MpqError, match=r"^The store s3://.* cannot be written \(.*\): tried 2 times; .*\.$"
+    ) as caught:
         Store(bucket).write_table("gains", "k1", FRAME)
-    assert len(proxy.spoilt) == (4 if fault == "reset" else 2)  # aiohttp itself sends again what was reset at once
+    assert len(proxy.spoilt) == (
+        4 if fault == "reset" else 2
+    )  # aiohttp itself sends again what was reset at once
     assert SECRET not in said(caught)
     assert not Store(bucket).files()
     assert Store(bucket).find("gains", "k1") is None
 
 
-def test_an_upload_that_dies_before_its_metadata(bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_dies_before_its_metadata(
+    bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Data without metadata is no entry."""
     monkeypatch.setenv("MPQ_STORE_ATTEMPTS", "1")
     store, whole = Store(bucket), Store._write
@@ -246,8 +270,14 @@ def test_access_refused(doing: str, bucket: str, proxy: FaultyProxy) -> None:
     ref = Store(bucket).write_table("gains", "k1", FRAME)
     for method in {"write": ["PUT"], "read": ["HEAD"], "list": ["GET"]}[doing]:
         proxy.spoil("403", method, 100)
-    with pytest.raises(MpqError, match=r"^The store s3://.*access is refused; check that the credentials .*\.$") as caught:
-        {"write": Store(bucket).check, "read": lambda: Store(bucket).read_bytes(ref), "list": Store(bucket).files}[doing]()
+    with pytest.raises(
+        MpqError, match=r"^The store s3://.*access is refused; check that the credentials .*\.$"
+    ) as caught:
+        {
+            "write": Store(bucket).check,
+            "read": lambda: Store(bucket).read_bytes(ref),
+            "list": Store(bucket).files,
+        }[doing]()
     assert len(proxy.spoilt) == 1
     assert SECRET not in said(caught)
 
@@ -256,7 +286,9 @@ def test_no_such_bucket(bucket: str, container: str) -> None:
     """A bucket or container that is not there is told, not made."""
     for url in (bucket, container):
         elsewhere = url.replace("://", "://no-")
-        with pytest.raises(MpqError, match=r"there is no such bucket or container; create it first.*\.$"):
+        with pytest.raises(
+            MpqError, match=r"there is no such bucket or container; create it first.*\.$"
+        ):
             Store(elsewhere).check()
         fs, _ = fsspec.core.url_to_fs(url)
         assert not [name for name in fs.ls("") if str(name).startswith("no-")]
@@ -267,7 +299,10 @@ def test_no_service(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MPQ_STORE_ATTEMPTS", "3")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    with pytest.raises(MpqError, match=r"^The store s3://.* tried 3 times; check that the service is reachable.*\.$"):
+    with pytest.raises(
+        MpqError,
+        match=r"^The store s3://.* tried 3 times; check that the service is reachable.*\.$",
+    ):
         Store(bucket).check()
 
 
@@ -275,7 +310,8 @@ def test_wrong_azure_key(container: str, azure_port: int, monkeypatch: pytest.Mo
     """Azure's refusal is told at once, without the key or what was signed with it."""
     wrong = "QUJD" * 20 + "AAAAAAA="
     monkeypatch.setenv(
-        "AZURE_STORAGE_CONNECTION_STRING", azure_connection(azure_port).replace("AccountKey=", "AccountKey=" + wrong[:8])
+        "AZURE_STORAGE_CONNECTION_STRING",
+        azure_connection(azure_port).replace("AccountKey=", "AccountKey=" + wrong[:8]),
     )
     fsspec.get_filesystem_class("abfs").clear_instance_cache()
     with pytest.raises(MpqError, match=r"^The store abfs://.*access is refused.*\.$") as caught:
@@ -317,8 +353,11 @@ def test_urls_with_credentials(url: str, carries: bool) -> None:
         return
     secret = SECRET if SECRET in url else url.rpartition("=")[2] if "=" in url else "pass"
     spec = {
-        "model": {"path": "m"}, "calibration": {"source": "t"}, "objectives": {"m": {"formats": ["int8"]}}, "store": url,
-    }  # fmt: skip
+        "model": {"path": "m"},
+        "calibration": {"source": "t"},
+        "objectives": {"m": {"formats": ["int8"]}},
+        "store": url,
+    }
     for what in (
         lambda: Store(url),
         lambda: parse_spec(spec),
@@ -333,7 +372,9 @@ def test_urls_with_credentials(url: str, carries: bool) -> None:
 def test_redaction_knows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Secrets of the environment are taken out of any sentence, in whatever form they were given."""
     monkeypatch.setenv("FSSPEC_S3", '{"key": "AKIAFSSPEC", "secret": "planted-in-fsspec"}')
-    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=team;AccountKey=planted-in-string==;")
+    monkeypatch.setenv(
+        "AZURE_STORAGE_CONNECTION_STRING", "AccountName=team;AccountKey=planted-in-string==;"
+    )
     text = f"no: {SECRET}; planted-in-fsspec; the key planted-in-string== ; see s3://u:pw@b/x?token=tok123"
     told = str(MpqError(text))
     for secret in (SECRET, "planted", "pw@", "tok123"):

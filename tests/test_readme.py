@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-from models import ROOT
+from small import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -30,7 +30,7 @@ def test_spec_example_is_valid() -> None:
 
 def test_every_command_is_told() -> None:
     """Each command of the CLI is in the README, and each `make` target that it names exists."""
-    from mpq.cli import app
+    from mpq.cli.commands import app
 
     for command in app.registered_commands:
         assert f"`mpq {command.name or command.callback.__name__}" in README

@@ -6,12 +6,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from models import ROOT
+from small import ROOT
 from synthetic import add_accuracy, make_run
 
-from mpq.paper_figures import write_figures
-from mpq.runs import write_run
-from mpq.store import Store
+from mpq.paper.figures import write_figures
+from mpq.report.runs import write_run
+from mpq.store.entries import Store
 
 
 def test_the_page_is_written_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,11 +58,22 @@ def test_compose_sets_itself_up(services: Services) -> None:
     path = f"{Path(sys.executable).parent}:{services.environment['PATH']}"
     for _ in range(2):
         ran = shlex.split(command)
-        done = subprocess.run(ran, cwd=FILES.parent, env={**services.environment, "PATH": path}, capture_output=True, text=True)
+        done = subprocess.run(
+            ran,
+            cwd=FILES.parent,
+            env={**services.environment, "PATH": path},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
     assert "mpq" in services.bucket().ls("")
     assert services.get("work_pools/mpq")["type"] == "process"
-    assert {d["name"] for d in services.post("deployments/filter", {})} == {"calibrate", "watch", "retune", "campaign"}
+    assert {d["name"] for d in services.post("deployments/filter", {})} == {
+        "calibrate",
+        "watch",
+        "retune",
+        "campaign",
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,7 +85,9 @@ def test_what_is_written_outlives_a_run(kind: str) -> None:
     for name, variable in template(kind)["variables"]["properties"].items():
         assert variable["description"], name
     assert not {"KEY", "SECRET", "PASSWORD", "TOKEN"} & {
-        part for name in template(kind)["variables"]["properties"]["env"]["default"] for part in name.split("_")
+        part
+        for name in template(kind)["variables"]["properties"]["env"]["default"]
+        for part in name.split("_")
     }
 
 
@@ -84,7 +97,9 @@ def as_kubernetes_reads(kind: str, manifest: dict[str, Any]) -> Any:
 
     async def read() -> Any:
         async with client.ApiClient() as api:
-            return api.sanitize_for_serialization(api.deserialize(SimpleNamespace(data=json.dumps(manifest)), kind))
+            return api.sanitize_for_serialization(
+                api.deserialize(SimpleNamespace(data=json.dumps(manifest)), kind)
+            )
 
     return asyncio.run(read())
 
@@ -92,24 +107,37 @@ def as_kubernetes_reads(kind: str, manifest: dict[str, Any]) -> Any:
 def test_the_kubernetes_worker_makes_a_job_of_it(services: Services) -> None:
     """Prefect's worker fills the template in with its defaults, and Kubernetes' client knows every field of the job."""
     worker = pytest.importorskip(
-        "prefect_kubernetes.worker", reason="prefect-kubernetes is not installed: pip install 'mpq[kubernetes]'"
+        "prefect_kubernetes.worker",
+        reason="prefect-kubernetes is not installed: pip install 'mpq[kubernetes]'",
     )
     make = worker.KubernetesWorkerJobConfiguration.from_template_and_values
-    for values in ({}, {"gpus": "1", "service_account_name": "mpq", "job_watch_timeout_seconds": 60}):
+    for values in (
+        {},
+        {"gpus": "1", "service_account_name": "mpq", "job_watch_timeout_seconds": 60},
+    ):
         job = asyncio.run(make(template("kubernetes"), values)).job_manifest
         (container,) = job["spec"]["template"]["spec"]["containers"]
         assert container["envFrom"] == [{"secretRef": {"name": "mpq-storage"}}]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == values.get("gpus", "0")
-        job["spec"]["template"]["spec"]["containers"][0]["env"] = [{"name": "A", "value": "b"}]  # the worker makes a list of it
-        for misplaced in ("parallelism", "completions"):  # the worker insists on them in the pod, Kubernetes passes over them
+        job["spec"]["template"]["spec"]["containers"][0]["env"] = [
+            {"name": "A", "value": "b"}
+        ]  # the worker makes a list of it
+        for misplaced in (
+            "parallelism",
+            "completions",
+        ):  # the worker insists on them in the pod, Kubernetes passes over them
             del job["spec"]["template"]["spec"][misplaced]
         assert as_kubernetes_reads("V1Job", job) == job
 
 
 def test_the_docker_worker_takes_it(services: Services) -> None:
     """Prefect's Docker worker fills the template in with its defaults."""
-    worker = pytest.importorskip("prefect_docker.worker", reason="prefect-docker is not installed: pip install 'mpq[docker]'")
-    made = asyncio.run(worker.DockerWorkerJobConfiguration.from_template_and_values(template("docker"), {}))
+    worker = pytest.importorskip(
+        "prefect_docker.worker", reason="prefect-docker is not installed: pip install 'mpq[docker]'"
+    )
+    made = asyncio.run(
+        worker.DockerWorkerJobConfiguration.from_template_and_values(template("docker"), {})
+    )
     assert made.image == "mpq:cpu"
     assert made.volumes == ["mpq_runs:/opt/mpq/.work/runs", "/etc/mpq/aws:/root/.aws:ro"]
     assert made.networks == ["mpq_default"]

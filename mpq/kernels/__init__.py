@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
@@ -20,7 +20,13 @@ _CPU: dict[Kind, tuple[str, ...]] = {"linear": ("fp32", "bf16", "int8"), "bgemm"
 # the compute capability from which a GPU has matrix instructions for a format (CUDA programming guide, arithmetic throughput);
 # E5M2 stands for activations beside E4M3 weights, which attention has none of (kernels/cuda.py)
 _CUDA: dict[Kind, dict[str, tuple[int, int]]] = {
-    "linear": {"fp32": (0, 0), "fp16": (7, 0), "bf16": (8, 0), "fp8_e4m3": (8, 9), "fp8_e5m2": (8, 9)},
+    "linear": {
+        "fp32": (0, 0),
+        "fp16": (7, 0),
+        "bf16": (8, 0),
+        "fp8_e4m3": (8, 9),
+        "fp8_e5m2": (8, 9),
+    },
     "bgemm": {"fp32": (0, 0), "fp16": (7, 0), "bf16": (8, 0), "fp8_e4m3": (8, 9)},
 }
 # the CPU features that decide how fast BF16 and INT8 are, by torch's names
@@ -30,7 +36,9 @@ _FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_ne_conve
 def native_formats(device: str = "cpu", kind: Kind = "linear") -> tuple[str, ...]:
     """The formats in which `device` (cpu, cuda, cuda:0, ...) has a kernel for linears or for attention's BGEMMs."""
     if device == "cpu":
-        return (*_CPU[kind], "int8") if kind == "bgemm" and int8_attention.available() else _CPU[kind]
+        return (
+            (*_CPU[kind], "int8") if kind == "bgemm" and int8_attention.available() else _CPU[kind]
+        )
     if device.split(":")[0] != "cuda" or not torch.cuda.is_available():
         return ()
     capability = torch.cuda.get_device_capability(device)
@@ -44,13 +52,21 @@ def check_native(formats: Iterable[str], device: str = "cpu", kind: Kind = "line
     foreign = sorted(set(formats) - set(native))
     if foreign:
         can = f"it can run {', '.join(native)}"
-        raise MpqError(f"{device} has no native {kind} in {', '.join(foreign)}: {can}. Emulate the plan, or leave these out.")
+        raise MpqError(
+            f"{device} has no native {kind} in {', '.join(foreign)}: {can}. Emulate the plan, or leave these out."
+        )
 
 
-def runs_natively(formats: Mapping[str, str], kinds: Mapping[str, str], base: str, device: str = "cpu") -> bool:
+def runs_natively(
+    formats: Mapping[str, str], kinds: Mapping[str, str], base: str, device: str = "cpu"
+) -> bool:
     """Whether `device` has a kernel for every op (op → format, op → kind) that is not left in base."""
     lowered = {op: f for op, f in formats.items() if f != base}
-    return all(f in native_formats(device, kinds[op]) for op, f in lowered.items() if kinds[op] != "other")  # type: ignore[arg-type]
+    return all(
+        f in native_formats(device, cast(Kind, kinds[op]))
+        for op, f in lowered.items()
+        if kinds[op] != "other"
+    )
 
 
 def native_kernels(device: str) -> Any:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpq.formats import Format
+from mpq.formats.format import Format
 from mpq.kernels.fp8 import DTYPES, cast, dot, quantize_columns, quantize_rows
 
 PADDING = 64  # of the summed dimension, so that the loop over it needs no masks
@@ -22,11 +22,25 @@ GROUP = 8  # rows of tiles that walk along together and meet the same columns in
 
 @triton.jit
 def _product_kernel(
-    a, b, out, a_scale, b_scale, m, n, k,
-    OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    out,
+    a_scale,
+    b_scale,
+    m,
+    n,
+    k,
+    OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     across, down = tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M)
-    matrix, tile = (tl.program_id(0) // (across * down)).to(tl.int64), tl.program_id(0) % (across * down)
+    matrix, tile = (
+        (tl.program_id(0) // (across * down)).to(tl.int64),
+        tl.program_id(0) % (across * down),
+    )
     group, within = tile // (GROUP * across), tile % (GROUP * across)
     height = min(down - group * GROUP, GROUP)
     row = (group * GROUP + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -54,17 +68,36 @@ def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dty
     block_m, block_n = (128, 128) if n > 64 else (128, 64)
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n) * batch * kv_heads,)
     _product_kernel[grid](
-        a[0], b[0], out, a[1], b[1], m, n, k, OUT=DTYPES[dtype], BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=PADDING if k % (2 * PADDING) else 2 * PADDING, GROUP=GROUP, num_warps=8, num_stages=4,
-    )  # fmt: skip
+        a[0],
+        b[0],
+        out,
+        a[1],
+        b[1],
+        m,
+        n,
+        k,
+        OUT=DTYPES[dtype],
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=PADDING if k % (2 * PADDING) else 2 * PADDING,
+        GROUP=GROUP,
+        num_warps=8,
+        num_stages=4,
+    )
     return out
 
 
-def matmul(a: Tensor, b: Tensor, fmt: Format, perturb_a: float = 1.0, perturb_b: float = 1.0) -> Tensor:
+def matmul(
+    a: Tensor, b: Tensor, fmt: Format, perturb_a: float = 1.0, perturb_b: float = 1.0
+) -> Tensor:
     """a (B, H, T, K) x b (B, H_kv, K, N) -> (B, H, T, N) in a's dtype, computed in an FP8 format with a scale for each row of
     `a` and each column of `b`, which `perturb_*` multiply."""
     rows = quantize_rows(a, fmt, PADDING, perturb_a)
     # Kᵀ is K's memory, whose rows are there already; V's columns have to be written out
     lies_ready = b.stride(-2) == 1
-    columns = quantize_rows(b.mT, fmt, PADDING, perturb_b) if lies_ready else quantize_columns(b, fmt, PADDING, perturb_b)
+    columns = (
+        quantize_rows(b.mT, fmt, PADDING, perturb_b)
+        if lies_ready
+        else quantize_columns(b, fmt, PADDING, perturb_b)
+    )
     return product(rows, columns, a.dtype)

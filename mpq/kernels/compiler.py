@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
 
 
 def compiled(source: Path) -> ctypes.CDLL:
@@ -24,7 +33,10 @@ def compiled(source: Path) -> ctypes.CDLL:
     if not by:
         raise OSError("no C++ compiler (g++, clang++ or $CXX)")
     # -march=native: the library of one machine is not the next one's, even under a home folder that they share
-    text = (source.read_bytes(), *(header.read_bytes() for header in sorted(source.parent.glob("*.h"))))
+    text = (
+        source.read_bytes(),
+        *(header.read_bytes() for header in sorted(source.parent.glob("*.h"))),
+    )
     made_with = (
         *text,
         by.encode(),
@@ -51,7 +63,9 @@ def compiled(source: Path) -> ctypes.CDLL:
 
 def find_compiler() -> str:
     """The C++ compiler of this machine; empty where there is none."""
-    return os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
+    return os.environ.get("CXX") or next(
+        (c for c in ("g++", "clang++", "c++") if shutil.which(c)), ""
+    )
 
 
 def features() -> dict[str, Any]:
@@ -63,5 +77,9 @@ def features() -> dict[str, Any]:
 def generation(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """` family 25 model 1`, as an x86 CPU numbers its generations; empty where Linux does not say."""
     text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
-    found = [re.search(rf"^{key}\s*:\s*(\d+)$", text, re.MULTILINE) for key in ("cpu family", "model")]
-    return "".join(f" {word} {m[1]}" for word, m in zip(("family", "model"), found, strict=True) if m)
+    found = [
+        re.search(rf"^{key}\s*:\s*(\d+)$", text, re.MULTILINE) for key in ("cpu family", "model")
+    ]
+    return "".join(
+        f" {word} {m[1]}" for word, m in zip(("family", "model"), found, strict=True) if m
+    )

@@ -33,16 +33,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mpq.formats import Format
+from mpq.formats.format import Format
+from mpq.formats.quantize import quantize, scale_of
 from mpq.kernels import int8_attention, int8_linear, rows
 from mpq.kernels.compiler import features
 from mpq.kernels.emulated import Linear, Product
-from mpq.quantize import quantize, scale_of
 
 log = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
-_FAST = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}  # what oneDNN writes, and the passes read
+_FAST = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+}  # what oneDNN writes, and the passes read
 
 
 class LastInput:
@@ -74,22 +77,42 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float = 1.0, perturb_weight: float = 1.0) -> Linear:
+def linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    fmt: Format,
+    perturb_input: float = 1.0,
+    perturb_weight: float = 1.0,
+) -> Linear:
     """`x (..., K) -> (..., C)` computed in `fmt`; `weight` (C, K) is converted once. What is returned takes the output's dtype
     as a second argument, x's if left out.
 
     `perturb_*` multiply the scales of INT8; the other formats have none.
     """
     if fmt.kind == "int":
-        make = _onednn_linear if has_quantized_linear() else _avx2_linear if int8_linear.available() else _int_mm_linear
-        return make(weight.detach(), None if bias is None else bias.detach(), fmt, perturb_input, perturb_weight)
+        make = (
+            _onednn_linear
+            if has_quantized_linear()
+            else _avx2_linear
+            if int8_linear.available()
+            else _int_mm_linear
+        )
+        return make(
+            weight.detach(),
+            None if bias is None else bias.detach(),
+            fmt,
+            perturb_input,
+            perturb_weight,
+        )
     dtype = getattr(torch, fmt.dtype)
     computed = _computed_in(dtype, weight.device.type)
     cast = weight.detach().to(dtype).to(computed)
     cast_bias = None if bias is None else bias.detach().to(dtype).to(computed)
 
     def forward(x: Tensor, out: torch.dtype | None = None) -> Tensor:
-        compiling = torch.compiler.is_compiling()  # then inductor shares casts, and fuses them with what surrounds them
+        compiling = (
+            torch.compiler.is_compiling()
+        )  # then inductor shares casts, and fuses them with what surrounds them
         if compiling or x.dtype == computed == dtype:
             lowered = x.to(dtype).to(computed)
         else:
@@ -119,21 +142,27 @@ def _computed_in(dtype: torch.dtype, device: str) -> torch.dtype:
     kernels/cuda.py comes here too with its 16-bit linears, and a GPU's host decides nothing.
     """
     has = features() if device == "cpu" else {}
-    without = has.get("architecture") == "x86_64" and not (has.get("avx512_f") or has.get("avx_ne_convert"))
+    without = has.get("architecture") == "x86_64" and not (
+        has.get("avx512_f") or has.get("avx_ne_convert")
+    )
     return torch.float32 if dtype == torch.bfloat16 and without else dtype
 
 
 @functools.cache
 def has_quantized_linear() -> bool:
     """Whether oneDNN's quantized linear is there, on instructions that add u8 x s8 products without saturating (VNNI, AMX)."""
-    found = hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(torch.ops.onednn, "qlinear_prepack")
+    found = hasattr(torch.ops.onednn, "qlinear_pointwise") and hasattr(
+        torch.ops.onednn, "qlinear_prepack"
+    )
     return found and any(features().get(f) for f in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
-def _onednn_product(codes: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+def _onednn_product(
+    codes: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype
+) -> Tensor:
     return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
         codes, 1.0, rows.ZERO_POINT, packed, scale, zero, None, 1.0, 0, dtype, "none", [], ""
-    )  # fmt: skip
+    )
 
 
 # inductor's own lowering of oneDNN's operator wants the weight to be a constant of the graph, which would compile every block anew
@@ -145,7 +174,9 @@ def _(codes: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, dtype: torch.d
     return codes.new_empty((codes.shape[0], scale.shape[0]), dtype=dtype)
 
 
-def _onednn_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float, perturb_weight: float) -> Linear:
+def _onednn_linear(
+    weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float, perturb_weight: float
+) -> Linear:
     scale = scale_of(weight, fmt, "row") * perturb_weight
     packed = torch.ops.onednn.qlinear_prepack(quantize(weight, fmt, scale).contiguous(), None)
     scale, zero = scale.flatten(), torch.zeros(weight.shape[0], dtype=torch.int32)
@@ -158,7 +189,9 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_inp
         if compiling:
             codes, row_scale = rows.TorchPasses().quantize(_rows(x), perturb_input)
         else:
-            codes, row_scale = _last.get(x, perturb_input, lambda: rows.passes().quantize(_rows(x).to(read), perturb_input))
+            codes, row_scale = _last.get(
+                x, perturb_input, lambda: rows.passes().quantize(_rows(x).to(read), perturb_input)
+            )
         y = (_product if compiling else _onednn_product)(codes, packed, scale, zero, written)
         passes = rows.TorchPasses() if compiling else rows.passes()
         return passes.rescale(y, row_scale, bias).to(wanted).view(*x.shape[:-1], scale.shape[0])
@@ -166,7 +199,9 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_inp
     return forward
 
 
-def _avx2_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float, perturb_weight: float) -> Linear:
+def _avx2_linear(
+    weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float, perturb_weight: float
+) -> Linear:
     scale = scale_of(weight, fmt, "row") * perturb_weight
     packed = int8_linear.pack(quantize(weight, fmt, scale), scale.flatten(), bias)
 
@@ -176,7 +211,11 @@ def _avx2_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input
         def codes_of_rows() -> tuple[Tensor, Tensor]:
             return int8_linear.quantize(_rows(x).to(read), perturb_input)
 
-        codes, row_scale = codes_of_rows() if torch.compiler.is_compiling() else _last.get(x, perturb_input, codes_of_rows)
+        codes, row_scale = (
+            codes_of_rows()
+            if torch.compiler.is_compiling()
+            else _last.get(x, perturb_input, codes_of_rows)
+        )
         y = int8_linear.product(codes, row_scale, packed, _FAST.get(wanted, torch.float32))
         return y.to(wanted).view(*x.shape[:-1], packed.scale.shape[0])
 
@@ -191,7 +230,9 @@ def _say_slow() -> None:
     )
 
 
-def _int_mm_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float, perturb_weight: float) -> Linear:
+def _int_mm_linear(
+    weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float, perturb_weight: float
+) -> Linear:
     _say_slow()
     scale = scale_of(weight, fmt, "row") * perturb_weight
     codes, scale = quantize(weight, fmt, scale).t(), scale.flatten()
@@ -200,6 +241,10 @@ def _int_mm_linear(weight: Tensor, bias: Tensor | None, fmt: Format, perturb_inp
         rows = x.reshape(-1, x.shape[-1])
         row_scale = scale_of(rows, fmt, "row") * perturb_input
         product = torch._int_mm(quantize(rows, fmt, row_scale), codes).float() * row_scale * scale
-        return (product if bias is None else product + bias).to(out or x.dtype).view(*x.shape[:-1], scale.shape[0])
+        return (
+            (product if bias is None else product + bias)
+            .to(out or x.dtype)
+            .view(*x.shape[:-1], scale.shape[0])
+        )
 
     return forward

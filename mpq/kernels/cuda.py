@@ -34,21 +34,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.attention import AttentionHandler, PlainAttention
-from mpq.formats import Format, get_format
+from mpq.formats.format import Format, get_format
+from mpq.formats.quantize import Granularity, quantize, scale_of
 from mpq.kernels import bgemm, cpu, flash
 from mpq.kernels.emulated import Linear
 from mpq.kernels.fp8 import quantize_rows
-from mpq.quantize import Granularity, quantize, scale_of
+from mpq.models.attention import AttentionHandler, PlainAttention
 
 MULTIPLE = 16  # of K and C, asked for by torch._scaled_mm
 _last = cpu.LastInput()
 
 
 def linear(
-    weight: Tensor, bias: Tensor | None, fmt: Format, perturb_input: float = 1.0, perturb_weight: float = 1.0, *,
-    granularity: Granularity = "row", input_scale: float | None = None, fast: bool = True,
-) -> Linear:  # fmt: skip
+    weight: Tensor,
+    bias: Tensor | None,
+    fmt: Format,
+    perturb_input: float = 1.0,
+    perturb_weight: float = 1.0,
+    *,
+    granularity: Granularity = "row",
+    input_scale: float | None = None,
+    fast: bool = True,
+) -> Linear:
     """`x (..., K) -> (..., C)` computed in `fmt`; `weight` (C, K) is converted once. What is returned takes the output's dtype
     as a second argument, x's if left out.
 
@@ -65,7 +72,11 @@ def linear(
     codes = quantize(padded, stored, weight_scale).t()
     weight_scale = weight_scale.reshape(1, -1) if granularity == "row" else weight_scale.reshape(())
     bias = None if bias is None else nn.functional.pad(bias.detach(), (0, -channels % MULTIPLE))
-    given = None if input_scale is None else torch.tensor(input_scale, dtype=torch.float32, device=weight.device)
+    given = (
+        None
+        if input_scale is None
+        else torch.tensor(input_scale, dtype=torch.float32, device=weight.device)
+    )
     how = (fmt.name, granularity, perturb_input, input_scale)
 
     def forward(x: Tensor, out: torch.dtype | None = None) -> Tensor:
@@ -73,13 +84,20 @@ def linear(
         if torch.compiler.is_compiling():
             lowered, scale = _torch_rows(x, fmt, granularity, perturb_input, given)
         else:
-            lowered, scale = _last.get(x, how, lambda: _rows(x, fmt, granularity, perturb_input, given))
+            lowered, scale = _last.get(
+                x, how, lambda: _rows(x, fmt, granularity, perturb_input, given)
+            )
         written = out if out == torch.bfloat16 or _any_output(x.device) else torch.bfloat16
         fused = bias if bias is not None and written != torch.float32 else None
         y = torch._scaled_mm(
-            lowered, codes, scale_a=scale, scale_b=weight_scale, bias=None if fused is None else fused.to(written),
-            out_dtype=written, use_fast_accum=fast,
-        )  # fmt: skip
+            lowered,
+            codes,
+            scale_a=scale,
+            scale_b=weight_scale,
+            bias=None if fused is None else fused.to(written),
+            out_dtype=written,
+            use_fast_accum=fast,
+        )
         y = y if bias is None or fused is not None else y + bias
         return y[:, :channels].to(out).reshape(*x.shape[:-1], channels)
 
@@ -99,7 +117,9 @@ def _tensor_scale(x: Tensor, fmt: Format, perturb: float) -> Tensor:
     return torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0) * perturb
 
 
-def _rows(x: Tensor, fmt: Format, granularity: Granularity, perturb: float, given: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rows(
+    x: Tensor, fmt: Format, granularity: Granularity, perturb: float, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Codes (T, K padded) and scales, (T, 1) or a scalar, as torch._scaled_mm takes them."""
     if granularity == "tensor" and given is None:
         given = _tensor_scale(x, fmt, perturb)
@@ -108,11 +128,17 @@ def _rows(x: Tensor, fmt: Format, granularity: Granularity, perturb: float, give
     return codes, scales.view(-1, 1) if granularity == "row" or given is None else given
 
 
-def _torch_rows(x: Tensor, fmt: Format, granularity: Granularity, perturb: float, given: Tensor | None) -> tuple[Tensor, Tensor]:
+def _torch_rows(
+    x: Tensor, fmt: Format, granularity: Granularity, perturb: float, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The same in torch's operations, for inductor to fuse."""
     rows = nn.functional.pad(x.reshape(-1, x.shape[-1]), (0, -x.shape[-1] % MULTIPLE))
     if given is None:
-        given = scale_of(rows, fmt, "row") * perturb if granularity == "row" else _tensor_scale(rows, fmt, perturb)
+        given = (
+            scale_of(rows, fmt, "row") * perturb
+            if granularity == "row"
+            else _tensor_scale(rows, fmt, perturb)
+        )
     scale = given.expand(len(rows), 1).contiguous() if granularity == "row" else given
     return quantize(rows, fmt, scale), scale
 
@@ -124,8 +150,12 @@ class Attention(AttentionHandler):
     grouped = True
 
     def __init__(
-        self, qk: Format | None, av: Format | None, out: torch.dtype | None = None, perturb: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
-    ):  # fmt: skip
+        self,
+        qk: Format | None,
+        av: Format | None,
+        out: torch.dtype | None = None,
+        perturb: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    ):
         self._qk, self._av, self.out, self._perturb = qk, av, out, perturb
         same = qk is not None and qk == av and not qk.needs_scale
         self.dtype = getattr(torch, qk.dtype) if same and qk is not None else None
@@ -148,13 +178,17 @@ class Attention(AttentionHandler):
         return _product(p, value, self._av, *self._perturb[2:])
 
 
-def _product(a: Tensor, b: Tensor, fmt: Format | None, perturb_a: float, perturb_b: float) -> Tensor:
+def _product(
+    a: Tensor, b: Tensor, fmt: Format | None, perturb_a: float, perturb_b: float
+) -> Tensor:
     if fmt is not None and fmt.needs_scale:
         function = _matmul_op if torch.compiler.is_compiling() else _matmul
         return function(a, b, fmt.name, perturb_a, perturb_b)
     dtype: Any = a.dtype if fmt is None else getattr(torch, fmt.dtype)
     batch, heads, length, k = a.shape
-    tall = a.reshape(batch, b.shape[1], -1, k).to(dtype)  # heads that share one of `b` as rows of one matrix
+    tall = a.reshape(batch, b.shape[1], -1, k).to(
+        dtype
+    )  # heads that share one of `b` as rows of one matrix
     return torch.matmul(tall, b.to(dtype)).to(a.dtype).view(batch, heads, length, -1)
 
 
@@ -163,11 +197,28 @@ def _matmul(a: Tensor, b: Tensor, fmt: str, perturb_a: float, perturb_b: float) 
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, qk: str, av: str, scaling: float, causal: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    qk: str,
+    av: str,
+    scaling: float,
+    causal: bool,
     perturb: Sequence[float],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     qk_format, av_format = (get_format(name) if name else None for name in (qk, av))
-    return flash.attention(query, key, value, qk_format, av_format, scaling=scaling, causal=causal, mask=mask, perturb=perturb)
+    return flash.attention(
+        query,
+        key,
+        value,
+        qk_format,
+        av_format,
+        scaling=scaling,
+        causal=causal,
+        mask=mask,
+        perturb=perturb,
+    )
 
 
 # one operation each to torch.compile, which would otherwise look into the launches

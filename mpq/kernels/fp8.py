@@ -22,13 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpq.formats import Format
+from mpq.formats.format import Format
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 DTYPES = {
-    torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
-    torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5,
-}  # fmt: skip
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+    torch.float8_e5m2: tl.float8e5,
+}
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -61,16 +64,37 @@ def scale_of(amax, maximum, perturb):
 
 @triton.jit
 def _rows_kernel(
-    x, codes, scales, given, count, heads, length, width, padded, stride_b, stride_h, stride_s, maximum, perturb,
-    DTYPE: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    codes,
+    scales,
+    given,
+    count,
+    heads,
+    length,
+    width,
+    padded,
+    stride_b,
+    stride_h,
+    stride_s,
+    maximum,
+    perturb,
+    DTYPE: tl.constexpr,
+    GIVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     there = row < count
-    start = x + row // (heads * length) * stride_b + row // length % heads * stride_h + row % length * stride_s
+    start = (
+        x
+        + row // (heads * length) * stride_b
+        + row // length % heads * stride_h
+        + row % length * stride_s
+    )
     inside = there[:, None] & (column < width)[None, :]
     values = tl.load(start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if GIVEN:  # noqa: SIM108
+    if GIVEN:
         scale = tl.zeros([ROWS], tl.float32) + tl.load(given)
     else:
         scale = scale_of(tl.max(tl.abs(values), 1), maximum, perturb)
@@ -84,9 +108,22 @@ def _rows_kernel(
 
 @triton.jit
 def _columns_kernel(
-    x, codes, scales, heads, length, width, padded, stride_b, stride_h, stride_s, maximum, perturb,
-    DTYPE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    x,
+    codes,
+    scales,
+    heads,
+    length,
+    width,
+    padded,
+    stride_b,
+    stride_h,
+    stride_s,
+    maximum,
+    perturb,
+    DTYPE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     matrix = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     x += matrix // heads * stride_b + matrix % heads * stride_h
@@ -94,22 +131,28 @@ def _columns_kernel(
     for start in range(0, length, BLOCK_S):
         row = start + tl.arange(0, BLOCK_S)
         inside = (row < length)[:, None] & (column < width)[None, :]
-        values = tl.load(x + row[:, None] * stride_s + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + row[:, None] * stride_s + column[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         amax = tl.maximum(amax, tl.max(tl.abs(values), 0))
     scale = scale_of(amax, maximum, perturb)
     place = codes + (matrix * width + column)[:, None] * padded
     for start in range(0, padded, BLOCK_S):
         row = start + tl.arange(0, BLOCK_S)
         inside = (row < length)[:, None] & (column < width)[None, :]
-        values = tl.load(x + row[:, None] * stride_s + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(x + row[:, None] * stride_s + column[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
         rounded = cast(tl.trans(values * (1.0 / scale)[None, :]), DTYPE)
-        tl.store(place + row[None, :], rounded, mask=(column < width)[:, None] & (row < padded)[None, :])
+        tl.store(
+            place + row[None, :], rounded, mask=(column < width)[:, None] & (row < padded)[None, :]
+        )
     tl.store(scales + matrix * width + column, scale, mask=column < width)
 
 
 def quantize_rows(
     x: Tensor, fmt: Format, padding: int = 16, perturb: float = 1.0, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Codes (..., K up to a multiple of `padding`) and FP32 scales (...) of `x` (..., K), whatever its strides.
 
     `scale`, one FP32 number on x's device, is taken for every row if given, and what it does not cover is clipped; `perturb`
@@ -125,14 +168,30 @@ def quantize_rows(
         block = max(16, triton.next_power_of_2(padded))
         rows = max(1, 2048 // block)
         _rows_kernel[(triton.cdiv(count, rows),)](
-            x, codes, scales, scales if scale is None else scale, count, heads, length, k, padded, *x.stride()[:3],
-            fmt.maximum, perturb, DTYPE=DTYPES[codes.dtype], GIVEN=scale is not None, ROWS=rows, BLOCK=block,
+            x,
+            codes,
+            scales,
+            scales if scale is None else scale,
+            count,
+            heads,
+            length,
+            k,
+            padded,
+            *x.stride()[:3],
+            fmt.maximum,
+            perturb,
+            DTYPE=DTYPES[codes.dtype],
+            GIVEN=scale is not None,
+            ROWS=rows,
+            BLOCK=block,
             num_warps=min(16, max(4, block // 512)),
-        )  # fmt: skip
+        )
     return codes, scales
 
 
-def quantize_columns(x: Tensor, fmt: Format, padding: int = 16, perturb: float = 1.0) -> tuple[Tensor, Tensor]:
+def quantize_columns(
+    x: Tensor, fmt: Format, padding: int = 16, perturb: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Codes (B, H, D, S up to a multiple of `padding`), transposed, and FP32 scales (B, H, D) of `x` (B, H, S, D), whose
     columns have a scale each."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -141,7 +200,19 @@ def quantize_columns(x: Tensor, fmt: Format, padding: int = 16, perturb: float =
     codes = torch.empty(b, h, d, padded, dtype=getattr(torch, fmt.dtype), device=x.device)
     scales = torch.empty(b, h, d, dtype=torch.float32, device=x.device)
     _columns_kernel[(b * h, triton.cdiv(d, block))](
-        x, codes, scales, h, s, d, padded, *x.stride()[:3], fmt.maximum, perturb,
-        DTYPE=DTYPES[codes.dtype], BLOCK_S=128, BLOCK_D=block, num_warps=4,
-    )  # fmt: skip
+        x,
+        codes,
+        scales,
+        h,
+        s,
+        d,
+        padded,
+        *x.stride()[:3],
+        fmt.maximum,
+        perturb,
+        DTYPE=DTYPES[codes.dtype],
+        BLOCK_S=128,
+        BLOCK_D=block,
+        num_warps=4,
+    )
     return codes, scales

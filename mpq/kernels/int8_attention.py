@@ -33,7 +33,9 @@ def available() -> bool:
     try:
         _library()
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("Attention's products have no INT8 here, since C++ cannot be compiled: %s", error)
+        log.warning(
+            "Attention's products have no INT8 here, since C++ cannot be compiled: %s", error
+        )
         return False
     return True
 
@@ -60,7 +62,9 @@ def _bgemm(a: Tensor, b: Tensor) -> Tensor:
     return y.to(a.dtype)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float
+) -> Tensor:
     dtype = query.dtype if query.dtype in _SUFFIX else torch.float32
     q, k, v = (_last_contiguous(t.to(dtype)) for t in (query, key, value))
     (batch, heads, t, d), (kv_heads, s), d_v = q.shape, k.shape[1:3], v.shape[-1]
@@ -68,8 +72,17 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, c
         mask = additive(mask).expand(batch, heads, t, s)
     y = torch.empty(batch, t, heads, d_v, dtype=dtype)
     sizes = torch.tensor([batch, heads, kv_heads, t, s, d, d_v])
-    strides = torch.tensor([n for tensor in (q, k, v, mask) for n in (tensor.stride()[:3] if tensor is not None else (0, 0, 0))])
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (q, k, v, mask, y, sizes, strides)]
+    strides = torch.tensor(
+        [
+            n
+            for tensor in (q, k, v, mask)
+            for n in (tensor.stride()[:3] if tensor is not None else (0, 0, 0))
+        ]
+    )
+    pointers = [
+        None if tensor is None else tensor.data_ptr()
+        for tensor in (q, k, v, mask, y, sizes, strides)
+    ]
     getattr(_library(), f"attention_{_SUFFIX[dtype]}")(*pointers, int(causal), scaling)
     return y.to(query.dtype)
 
@@ -96,7 +109,9 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 
 @_attention_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float
+) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
 
 
@@ -105,10 +120,14 @@ def bgemm(a: Tensor, b: Tensor) -> Tensor:
     return _bgemm_op(a, b) if torch.compiler.is_compiling() else _bgemm(a, b)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scaling: float
+) -> Tensor:
     """softmax(scaling · Q Kᵀ + mask) V with both products in INT8, (B, T, H, D_v) in query's dtype.
 
     query (B, H, T, D), key (B, H_kv, S, D), value (B, H_kv, S, D_v); `mask` as additive() takes it, broadcast to
     (B, H, T, S); `causal`: token i attends to tokens 0..i.
     """
-    return (_attention_op if torch.compiler.is_compiling() else _attention)(query, key, value, mask, causal, scaling)
+    return (_attention_op if torch.compiler.is_compiling() else _attention)(
+        query, key, value, mask, causal, scaling
+    )

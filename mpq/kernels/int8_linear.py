@@ -54,7 +54,13 @@ def _library() -> ctypes.CDLL:
     library = compiled(Path(__file__).with_suffix(".cpp"))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     for suffix in _SUFFIX.values():
-        getattr(library, f"quantize_{suffix}").argtypes = [pointer, *[size] * 3, ctypes.c_float, pointer, pointer]
+        getattr(library, f"quantize_{suffix}").argtypes = [
+            pointer,
+            *[size] * 3,
+            ctypes.c_float,
+            pointer,
+            pointer,
+        ]
         getattr(library, f"product_{suffix}").argtypes = [*[pointer] * 5, *[size] * 3, pointer]
     return library
 
@@ -70,7 +76,9 @@ def pack(codes: Tensor, scale: Tensor, bias: Tensor | None) -> Packed:
     filled = torch.zeros(panels * COLUMNS, pairs * 2, dtype=torch.int16)
     filled[:rows, :k] = codes
     packed = filled.view(panels, COLUMNS, pairs, 2).transpose(1, 2).contiguous()
-    return Packed(packed, scale.float().contiguous(), None if bias is None else bias.float().contiguous())
+    return Packed(
+        packed, scale.float().contiguous(), None if bias is None else bias.float().contiguous()
+    )
 
 
 def _quantize(x: Tensor, perturb: float) -> tuple[Tensor, Tensor]:
@@ -82,10 +90,21 @@ def _quantize(x: Tensor, perturb: float) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _product(codes: Tensor, row_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _product(
+    codes: Tensor,
+    row_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     y = torch.empty(codes.shape[0], scale.shape[0], dtype=dtype)
-    pointers = [None if t is None else t.data_ptr() for t in (codes, row_scale, packed, scale, bias)]
-    getattr(_library(), f"product_{_SUFFIX[dtype]}")(*pointers, codes.shape[0], codes.shape[1] // 2, scale.shape[0], y.data_ptr())
+    pointers = [
+        None if t is None else t.data_ptr() for t in (codes, row_scale, packed, scale, bias)
+    ]
+    getattr(_library(), f"product_{_SUFFIX[dtype]}")(
+        *pointers, codes.shape[0], codes.shape[1] // 2, scale.shape[0], y.data_ptr()
+    )
     return y
 
 
@@ -96,11 +115,20 @@ _product_op = torch.library.custom_op("mpq::int16_product", _product, mutates_ar
 
 @_quantize_op.register_fake
 def _(x: Tensor, perturb: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], -(-x.shape[1] // 2) * 2, dtype=torch.int16), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    return x.new_empty(x.shape[0], -(-x.shape[1] // 2) * 2, dtype=torch.int16), x.new_empty(
+        x.shape[0], 1, dtype=torch.float32
+    )
 
 
 @_product_op.register_fake
-def _(codes: Tensor, row_scale: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _(
+    codes: Tensor,
+    row_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     return codes.new_empty((codes.shape[0], scale.shape[0]), dtype=dtype)
 
 
@@ -111,4 +139,6 @@ def quantize(x: Tensor, perturb: float = 1.0) -> tuple[Tensor, Tensor]:
 
 def product(codes: Tensor, row_scale: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
     """The linear's output (T, C) in `dtype`, FP32 or BF16."""
-    return (_product_op if torch.compiler.is_compiling() else _product)(codes, row_scale, *weight, dtype)
+    return (_product_op if torch.compiler.is_compiling() else _product)(
+        codes, row_scale, *weight, dtype
+    )

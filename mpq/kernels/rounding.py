@@ -16,15 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpq.formats import Format
+from mpq.formats.format import Format
+from mpq.formats.quantize import Granularity, fake_quantize
 from mpq.kernels.compiler import compiled
-from mpq.quantize import Granularity, fake_quantize
 
 log = logging.getLogger(__name__)
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _POINTERS, _SIZE, _FLOAT = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int64, ctypes.c_float
-_GRID = [ctypes.c_int32, ctypes.c_int32, _FLOAT]  # mantissa bits, exponent of the smallest normal, maximum
+_GRID = [
+    ctypes.c_int32,
+    ctypes.c_int32,
+    _FLOAT,
+]  # mantissa bits, exponent of the smallest normal, maximum
 _ARGUMENTS = {
     "row": [*_POINTERS, _SIZE, _SIZE, *_GRID, _FLOAT],
     "column": [*_POINTERS, _SIZE, _SIZE, _SIZE, *_GRID, _FLOAT],
@@ -52,7 +56,9 @@ def rounded(x: Tensor, fmt: Format, granularity: Granularity, perturb: float = 1
         getattr(library, f"unscaled_{suffix}")(*pointers, x.numel(), *grid)
     elif column:
         rows, k = x.shape[-2:]
-        getattr(library, f"column_{suffix}")(*pointers, x.numel() // (rows * k), rows, k, *grid, perturb)
+        getattr(library, f"column_{suffix}")(
+            *pointers, x.numel() // (rows * k), rows, k, *grid, perturb
+        )
     else:
         k = x.shape[-1]
         getattr(library, f"row_{suffix}")(*pointers, x.numel() // k, k, *grid, perturb)
@@ -79,7 +85,10 @@ def _library() -> ctypes.CDLL | None:
     try:
         library = compiled(Path(__file__).with_name("rounding.cpp"))
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("Emulated formats are rounded by torch, and slowly, since C++ cannot be compiled here: %s", error)
+        log.warning(
+            "Emulated formats are rounded by torch, and slowly, since C++ cannot be compiled here: %s",
+            error,
+        )
         return None
     for entry, kind, suffix in itertools.product(_ARGUMENTS, ("float", "int"), _SUFFIX.values()):
         if entry != "unscaled" or kind == "float":

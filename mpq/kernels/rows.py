@@ -59,8 +59,21 @@ class NativePasses:
         self._library = compiled(Path(__file__).with_name("rows.cpp"))
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         for suffix in _SUFFIX.values():
-            getattr(self._library, f"quantize_{suffix}").argtypes = [pointer, size, size, ctypes.c_float, pointer, pointer]
-            getattr(self._library, f"rescale_{suffix}").argtypes = [pointer, size, size, pointer, pointer]
+            getattr(self._library, f"quantize_{suffix}").argtypes = [
+                pointer,
+                size,
+                size,
+                ctypes.c_float,
+                pointer,
+                pointer,
+            ]
+            getattr(self._library, f"rescale_{suffix}").argtypes = [
+                pointer,
+                size,
+                size,
+                pointer,
+                pointer,
+            ]
 
     def quantize(self, x: Tensor, perturb: float) -> tuple[Tensor, Tensor]:
         """Codes and scales of rows."""
@@ -73,7 +86,9 @@ class NativePasses:
     def rescale(self, y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """The product's rows times their scales, plus the bias (FP32)."""
         function = getattr(self._library, f"rescale_{_SUFFIX[y.dtype]}")
-        function(y.data_ptr(), *y.shape, scale.data_ptr(), None if bias is None else bias.data_ptr())
+        function(
+            y.data_ptr(), *y.shape, scale.data_ptr(), None if bias is None else bias.data_ptr()
+        )
         return y
 
 
@@ -83,5 +98,8 @@ def passes() -> Passes:
     try:
         return NativePasses()
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("INT8's activations are quantized by torch, and slowly, since C++ cannot be compiled here: %s", error)
+        log.warning(
+            "INT8's activations are quantized by torch, and slowly, since C++ cannot be compiled here: %s",
+            error,
+        )
         return TorchPasses()

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-import models
 import pytest
-from models import small_spec
+import small
 from prefect.settings import (
     PREFECT_API_DATABASE_CONNECTION_URL,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
@@ -17,6 +16,7 @@ from prefect.settings import (
     temporary_settings,
 )
 from prefect.testing.utilities import prefect_test_harness
+from small import small_spec
 
 from mpq.spec import RunSpec
 
@@ -27,11 +27,16 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     results = tmp_path_factory.mktemp("results")
     with (
         prefect_test_harness(server_startup_timeout=120),
-        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_RESULTS_LOCAL_STORAGE_PATH: results}),
+        temporary_settings(
+            {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_RESULTS_LOCAL_STORAGE_PATH: results}
+        ),
     ):
-        models.DATABASE = tmp_path_factory.mktemp("database") / "prefect.db"
+        small.DATABASE = tmp_path_factory.mktemp("database") / "prefect.db"
         ours = str(PREFECT_API_DATABASE_CONNECTION_URL.value()).removeprefix("sqlite+aiosqlite:///")
-        with closing(sqlite3.connect(ours)) as source, closing(sqlite3.connect(models.DATABASE)) as copy:
+        with (
+            closing(sqlite3.connect(ours)) as source,
+            closing(sqlite3.connect(small.DATABASE)) as copy,
+        ):
             source.backup(copy)
         yield
 

@@ -14,14 +14,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from models import DEMO, ROOT, small_model, write_checkpoint
+from small import DEMO, ROOT, small_model, write_checkpoint
 
-from flows.calibrate import calibrate
-from mpq import sensitivity
 from mpq.errors import MpqError
-from mpq.model import read_blocks
-from mpq.plan import Plan
-from mpq.runs import join_tables
+from mpq.flows.calibrate import calibrate
+from mpq.loss import sensitivity
+from mpq.models.text import read_blocks
+from mpq.program.plan import Plan
+from mpq.report.runs import join_tables
 from mpq.spec import RunSpec
 
 ALWAYS = {
@@ -60,24 +60,47 @@ def test_a_run_and_what_it_leaves(spec: RunSpec) -> None:
     first = calibrate(spec)
     assert computed(first) == ALWAYS
     tables = join_tables(first["tables"])
-    assert set(tables) == {"groups", "drawn", "sensitivity", "loss", "timing", "plans", "solutions", "evaluation"}
+    assert set(tables) == {
+        "groups",
+        "drawn",
+        "sensitivity",
+        "loss",
+        "timing",
+        "plans",
+        "solutions",
+        "evaluation",
+    }
     assert (tables["solutions"]["predicted_loss_mse"] <= tables["solutions"]["budget"]).all()
     assert set(tables["evaluation"]["metric"]) >= {"loss_mse", "ttft_s", "perplexity"}
-    assert not tables["evaluation"].filter(pl.col("objective") == "m", pl.col("metric") == "ttft_s").height
+    assert (
+        not tables["evaluation"]
+        .filter(pl.col("objective") == "m", pl.col("metric") == "ttft_s")
+        .height
+    )
     plan = Plan.from_json(Path(first["out"]["plan"]).read_text())
     assert plan.strategy == "ip_et"
     assert plan.provenance["model"] == spec.model.path
     assert "<html" in Path(first["out"]["report"]).read_text()[:200].lower()
-    assert json.loads((Path(first["out"]["report"]).parent / "run.json").read_text())["name"] == "tiny"
+    assert (
+        json.loads((Path(first["out"]["report"]).parent / "run.json").read_text())["name"] == "tiny"
+    )
     assert computed(calibrate(spec)) == set()
 
 
 def test_what_each_change_costs(spec: RunSpec, tmp_path: Path) -> None:
     """A new τ solves and evaluates; other weights re-use partition and timing; a copy elsewhere re-uses everything."""
     calibrate(spec)
-    assert computed(calibrate(change(spec, taus=[0.002]))) <= {"solve", "evaluate", "TTFT of plans", "collect", "report"}
+    assert computed(calibrate(change(spec, taus=[0.002]))) <= {
+        "solve",
+        "evaluate",
+        "TTFT of plans",
+        "collect",
+        "report",
+    }
     copy = shutil.copytree(spec.model.path, tmp_path / "elsewhere")
-    assert computed(calibrate(change(spec, model={"path": str(copy)}))) <= {"report"}  # the report names the path
+    assert computed(calibrate(change(spec, model={"path": str(copy)}))) <= {
+        "report"
+    }  # the report names the path
     write_checkpoint(Path(spec.model.path), seed=1)  # other weights under the same name
     again = computed(calibrate(spec))
     assert {"sensitivity", "evaluate base", "evaluate"} <= again
@@ -87,14 +110,20 @@ def test_what_each_change_costs(spec: RunSpec, tmp_path: Path) -> None:
 def test_more_calibration_adds_shards(spec: RunSpec) -> None:
     """A spec with a new noise model re-uses every measurement."""
     calibrate(spec)
-    assert not computed(calibrate(change(spec, noise_model="paper"))) & {"sensitivity", "timing", "partition"}
+    assert not computed(calibrate(change(spec, noise_model="paper"))) & {
+        "sensitivity",
+        "timing",
+        "partition",
+    }
 
 
 def test_how_times_are_spread_over_tasks_is_in_no_key(spec: RunSpec, tmp_path: Path) -> None:
     """Slices of another size find every time; with some gone and the limit raised, what is missing is measured and no more."""
     first = calibrate(change(spec, timing={"slice": 3, "limit": 16}))
     assert computed(calibrate(change(spec, timing={"slice": 7, "limit": 16}))) == set()
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "measurement").glob("*/meta.json")}
+    before = {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "measurement").glob("*/meta.json")
+    }
     assert len(before) == join_tables(first["tables"])["timing"].height
     shutil.rmtree(tmp_path / "store" / "timing")
     gone = sorted(before)[:4]
@@ -102,14 +131,20 @@ def test_how_times_are_spread_over_tasks_is_in_no_key(spec: RunSpec, tmp_path: P
         shutil.rmtree(path.parent)
     again = calibrate(change(spec, timing={"slice": None}))
     assert {"timing: measure", "timing"} <= computed(again)
-    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "measurement").glob("*/meta.json")}
-    assert all(after[p] == at for p, at in before.items() if p not in gone), "what was there has been measured again"
+    after = {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "measurement").glob("*/meta.json")
+    }
+    assert all(after[p] == at for p, at in before.items() if p not in gone), (
+        "what was there has been measured again"
+    )
     timing = join_tables(again["tables"])["timing"]
     assert timing.height == len(after) > len(before)
     assert timing.select("signature", "configuration").is_unique().all()
 
 
-def test_damage_is_repaired(spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_repaired(
+    spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A damaged table is computed again, with a warning, and the outcome is the same."""
     first = calibrate(spec)
     ref = first["tables"]["sensitivity"][0]
@@ -119,10 +154,14 @@ def test_damage_is_repaired(spec: RunSpec, tmp_path: Path, caplog: pytest.LogCap
         again = calibrate(spec)
     assert "computing it again" in caplog.text
     assert "merge shards" in computed(again)
-    assert join_tables(again["tables"])["sensitivity"].equals(join_tables(first["tables"])["sensitivity"])
+    assert join_tables(again["tables"])["sensitivity"].equals(
+        join_tables(first["tables"])["sensitivity"]
+    )
 
 
-def test_a_lost_prefect_loses_nothing(spec: RunSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_lost_prefect_loses_nothing(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """With Prefect's own results gone, the store still knows what is done."""
     from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH, temporary_settings
 
@@ -135,7 +174,11 @@ def test_a_lost_prefect_loses_nothing(spec: RunSpec, monkeypatch: pytest.MonkeyP
 def test_mistakes_stop_the_flow_at_once(spec: RunSpec) -> None:
     """A format that is not native, a device that is not there and an unreachable store are told before anything is computed."""
     with pytest.raises(MpqError, match="There is no cuda:99 here"):
-        calibrate(change(spec, model={"device": "cuda:99"}).model_copy(update={"objectives": {"m": spec.objectives["m"]}}))
+        calibrate(
+            change(spec, model={"device": "cuda:99"}).model_copy(
+                update={"objectives": {"m": spec.objectives["m"]}}
+            )
+        )
     assert not any(Path(spec.store.removeprefix("file://")).glob("*/*"))
     with pytest.raises(MpqError, match="native"):
         calibrate(change(spec, objectives={"et": {"formats": ["fp8_e4m3"]}}))
@@ -145,7 +188,9 @@ def test_mistakes_stop_the_flow_at_once(spec: RunSpec) -> None:
 
 def test_a_store_in_memory(spec: RunSpec) -> None:
     """Any fsspec URL serves as store, one that lives with the process too."""
-    kept = change(spec, store="memory://a-run", objectives={"et": {"formats": ["bf16"], "strategies": ["ip"]}})
+    kept = change(
+        spec, store="memory://a-run", objectives={"et": {"formats": ["bf16"], "strategies": ["ip"]}}
+    )
     assert computed(calibrate(kept)) >= ALWAYS
     assert computed(calibrate(kept)) == set()
 
@@ -158,13 +203,23 @@ def test_harness_tasks_beside_the_loss(spec: RunSpec) -> None:
         "data_dir": str(ROOT / "examples" / "tasks"),
         "task_limit": 4,
     }
-    parts = {"objectives": {"m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]}}, "taus": [0.01], "evaluation": held_out}
+    parts = {
+        "objectives": {"m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]}},
+        "taus": [0.01],
+        "evaluation": held_out,
+    }
     data = {**spec.model_dump(mode="json"), **{k: v for k, v in parts.items() if k != "evaluation"}}
     data["evaluation"] = {**data["evaluation"], **held_out}
     with pytest.raises(MpqError, match="tokenizer"):
-        calibrate(RunSpec.model_validate({**data, "evaluation": {**data["evaluation"], "source": spec.calibration.source}}))
+        calibrate(
+            RunSpec.model_validate(
+                {**data, "evaluation": {**data["evaluation"], "source": spec.calibration.source}}
+            )
+        )
     text = {**data["calibration"], "source": str(DEMO / "calibration.txt")}
-    with_tokenizer = RunSpec.model_validate({**data, "model": {**data["model"], "path": str(DEMO)}, "calibration": text})
+    with_tokenizer = RunSpec.model_validate(
+        {**data, "model": {**data["model"], "path": str(DEMO)}, "calibration": text}
+    )
     outcome = calibrate(with_tokenizer)
     rows = join_tables(outcome["tables"])["evaluation"].filter(pl.col("task") == "piqa")
     assert set(rows["metric"]) >= {"acc", "acc_diff", "acc_diff_stderr"}
@@ -189,7 +244,9 @@ def test_a_failing_shard_leaves_the_others(spec: RunSpec, caplog: pytest.LogCapt
     """One shard meets a token whose weights are NaN: the other's table stays, and is reused once the text is mended."""
     model = small_model("llama", num_key_value_heads=2, tie_word_embeddings=True)
     model.get_submodule("model.embed_tokens").weight[96] = float("nan")
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.nan_to_num(0.0), requires_grad=False)
+    model.lm_head.weight = torch.nn.Parameter(
+        model.lm_head.weight.nan_to_num(0.0), requires_grad=False
+    )
     model.config.tie_word_embeddings = False
     model.save_pretrained(spec.model.path)
     tokens = np.random.default_rng(0).integers(0, 96, (8, 16))
@@ -241,7 +298,11 @@ def test_names_say_what_runs_on_what(spec: RunSpec, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO):
         calibrate(spec)
     assert "flow run 'tiny model'" in caplog.text
-    for name in ("partition tiny model", "sensitivity tiny model shard 2/2", "evaluate tiny model ip_m m τ=0.01 seed 0"):
+    for name in (
+        "partition tiny model",
+        "sensitivity tiny model shard 2/2",
+        "evaluate tiny model ip_m m τ=0.01 seed 0",
+    ):
         assert f"{name}: computing" in caplog.text
     assert re.search(r"timing tiny model \S*down_proj-[0-9a-f]{8}", caplog.text)
     assert change(spec, name="the-model").title == "the-model"

@@ -12,17 +12,17 @@ import polars as pl
 import pytest
 import yaml
 from distributed import Client
-from models import ROOT
+from small import ROOT
 from test_calibrate import ALWAYS, change, computed
 from test_kill import start
 
 from deployments.processes import Services, free_port, until
-from flows.calibrate import calibrate
-from flows.planning import Planning
 from mpq.errors import MpqError
-from mpq.runs import join_tables, read_run
+from mpq.flows.calibrate import calibrate
+from mpq.flows.planning import Planning
+from mpq.report.runs import join_tables, read_run
 from mpq.spec import RunSpec, parse_spec
-from mpq.store import TableRef
+from mpq.store.entries import TableRef
 
 
 @pytest.fixture
@@ -74,7 +74,9 @@ def test_what_a_cluster_must_have(spec: RunSpec, services: Services) -> None:
     assert "sensitivity" in computed(calibrate(on(address, untimed)))
 
 
-def test_the_same_tables_as_beside_the_flow(spec: RunSpec, services: Services, tmp_path: Path) -> None:
+def test_the_same_tables_as_beside_the_flow(
+    spec: RunSpec, services: Services, tmp_path: Path
+) -> None:
     """What is computed is equal to the bit; what is timed has the same rows; a rerun on the cluster finds everything."""
     local = join_tables(calibrate(spec)["tables"])
     there = on(services.dask(), spec, store=(tmp_path / "other").as_uri(), timing={"slice": None})
@@ -89,18 +91,26 @@ def test_the_same_tables_as_beside_the_flow(spec: RunSpec, services: Services, t
     objective = pl.col("objective") == "m"
     assert tables["plans"].filter(objective).equals(local["plans"].filter(objective))
     assert computed(calibrate(there)) == set()
-    assert computed(calibrate(change(there, runner={"kind": "local", "address": None}))) == set(), "the runner is in no key"
+    assert computed(calibrate(change(there, runner={"kind": "local", "address": None}))) == set(), (
+        "the runner is in no key"
+    )
     services.dask_worker(there.runner.address or "", "dask-late")
     with Client(there.runner.address, set_as_default=False) as client:
         client.wait_for_workers(3, timeout=60)
         watched = client.run(lambda dask_worker: "profile" in dask_worker.periodic_callbacks)
         assert len(watched) == 3
         assert not any(watched.values()), "no worker's threads are looked at while it measures"
-    used = {k for k in range(2) if "sensitivity" in services.log(f"dask-{k}") or "computing" in services.log(f"dask-{k}")}
+    used = {
+        k
+        for k in range(2)
+        if "sensitivity" in services.log(f"dask-{k}") or "computing" in services.log(f"dask-{k}")
+    }
     assert used == {0, 1}, "tasks spread over the workers"
 
 
-def test_a_killed_worker_loses_its_own_work_alone(spec: RunSpec, services: Services, tmp_path: Path) -> None:
+def test_a_killed_worker_loses_its_own_work_alone(
+    spec: RunSpec, services: Services, tmp_path: Path
+) -> None:
     """kill -9 of one worker while timings run, and another that joins late: the run ends, what was stored stays as it was."""
     store = tmp_path / "store"
     address = services.dask()
@@ -120,20 +130,28 @@ def test_a_killed_worker_loses_its_own_work_alone(spec: RunSpec, services: Servi
     striker.join()
     with Client(address, set_as_default=False) as client:
         profiled = client.run(lambda dask_worker: "profile" in dask_worker.periodic_callbacks)
-    assert list(profiled.values()) == [False, False], "a profiler beside the timings, on the first worker or the late one"
+    assert list(profiled.values()) == [False, False], (
+        "a profiler beside the timings, on the first worker or the late one"
+    )
     assert any(p.parts[-3] == "measurement" for p in before)
-    assert all(p.stat().st_mtime_ns == at for p, at in before.items()), "what was there has been computed again"
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items()), (
+        "what was there has been computed again"
+    )
     timing = join_tables(outcome["tables"])["timing"]
     assert timing.select("signature", "configuration").is_unique().all()
     assert timing["device"].n_unique() == 1
 
 
-def test_kinds_of_devices_do_not_mix(spec: RunSpec, services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_of_devices_do_not_mix(
+    spec: RunSpec, services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Accelerators of two kinds are refused before anything runs; one of another kind that joins late measures nothing."""
     address = services.dask(workers=1)
 
     def stranger_joins() -> None:
-        services.dask_worker(address, "stranger", "accel=1", 1, "--preload", str(ROOT / "tests" / "another_cpu.py"))
+        services.dask_worker(
+            address, "stranger", "accel=1", 1, "--preload", str(ROOT / "tests" / "another_cpu.py")
+        )
         until("the stranger", lambda: "Starting established connection" in services.log("stranger"))
 
     original = Planning.timing
@@ -146,7 +164,10 @@ def test_kinds_of_devices_do_not_mix(spec: RunSpec, services: Services, tmp_path
 
     monkeypatch.setattr(Planning, "timing", timing)  # the moment in which it happens
     there = on(address, spec, timing={"slice": 8})
-    with pytest.raises(MpqError, match=r"is Another CPU.*, the timing is for .*: give each kind a cluster of its own"):
+    with pytest.raises(
+        MpqError,
+        match=r"is Another CPU.*, the timing is for .*: give each kind a cluster of its own",
+    ):
         calibrate(there)
     assert not stored(tmp_path / "store", "measurement")
     services.dask_worker(address, "dask-1")
@@ -156,7 +177,9 @@ def test_kinds_of_devices_do_not_mix(spec: RunSpec, services: Services, tmp_path
         calibrate(there)
 
 
-def test_two_runs_at_once_share_their_work(spec: RunSpec, services: Services, tmp_path: Path) -> None:
+def test_two_runs_at_once_share_their_work(
+    spec: RunSpec, services: Services, tmp_path: Path
+) -> None:
     """Two processes of `mpq run` with a Prefect of their own each, on one cluster and one store: identical tables in the end."""
     there = on(services.dask(), spec, timing={"slice": 4})
     processes = []
@@ -170,6 +193,11 @@ def test_two_runs_at_once_share_their_work(spec: RunSpec, services: Services, tm
     one, two = (read_run(tmp_path / "out" / name) for name in ("one", "two"))
     for name in ("groups", "sensitivity", "loss", "timing", "plans"):
         assert one[1][name].equals(two[1][name]), name
-    assert [r["sha256"] for r in one[0]["tables"]["timing"]] == [r["sha256"] for r in two[0]["tables"]["timing"]]
+    assert [r["sha256"] for r in one[0]["tables"]["timing"]] == [
+        r["sha256"] for r in two[0]["tables"]["timing"]
+    ]
     said = "".join(services.log(f"dask-{k}") for k in range(2))
-    assert sum(int(n) for n in re.findall(r"timing .*: (\d+) computed", said)) == one[1]["timing"].height, "measured once each"
+    assert (
+        sum(int(n) for n in re.findall(r"timing .*: (\d+) computed", said))
+        == one[1]["timing"].height
+    ), "measured once each"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models import ROOT, write_checkpoint
+from small import ROOT, write_checkpoint
 
 from deployments.processes import POOL, Services, until
 from mpq.spec import RunSpec
@@ -44,23 +44,37 @@ def test_everything_deploys(services: Services) -> None:
             for field, shown in part["properties"].items():
                 assert shown.get("description"), f"{name}: {field}"
                 assert {"type", "anyOf", "allOf", "$ref", "enum"} & set(shown), f"{name}: {field}"
-        assert set(deployed[name]["parameters"]) <= set(form["properties"]), "what prefect.yaml gives fits the form"
+        assert set(deployed[name]["parameters"]) <= set(form["properties"]), (
+            "what prefect.yaml gives fits the form"
+        )
     spec = deployed["calibrate"]["parameters"]["spec"]
     written = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
-    assert RunSpec.model_validate(spec) == RunSpec.model_validate(written), "prefect.yaml and examples/demo.yaml differ"
+    assert RunSpec.model_validate(spec) == RunSpec.model_validate(written), (
+        "prefect.yaml and examples/demo.yaml differ"
+    )
 
 
-def test_a_worker_executes_scheduled_and_triggered_runs(services: Services, spec: RunSpec, tmp_path: Path) -> None:
+def test_a_worker_executes_scheduled_and_triggered_runs(
+    services: Services, spec: RunSpec, tmp_path: Path
+) -> None:
     """watch starts by its schedule and calibrates what it finds; an event starts calibrate for what its payload names."""
     tiny = spec.model_dump(mode="json")
     write_checkpoint(tmp_path / "checkpoints" / "one", seed=1)
-    services.deploy({
-        "calibrate": {"parameters": {"spec": tiny}},
-        "watch": {
-            "parameters": {"urls": [str(tmp_path / "checkpoints")], "spec": tiny, "settle_s": 0},
-            "schedules": [{"interval": 3600, "anchor_date": "2020-01-01T00:00:00Z", "active": False}],
-        },
-    })  # fmt: skip
+    services.deploy(
+        {
+            "calibrate": {"parameters": {"spec": tiny}},
+            "watch": {
+                "parameters": {
+                    "urls": [str(tmp_path / "checkpoints")],
+                    "spec": tiny,
+                    "settle_s": 0,
+                },
+                "schedules": [
+                    {"interval": 3600, "anchor_date": "2020-01-01T00:00:00Z", "active": False}
+                ],
+            },
+        }
+    )
     services.worker()
 
     watch = services.get("deployments/name/watch/watch")
@@ -73,7 +87,9 @@ def test_a_worker_executes_scheduled_and_triggered_runs(services: Services, spec
     assert run["auto_scheduled"]
 
     told = json.dumps({"checkpoint": spec.model.path})
-    services.prefect("event", "emit", "checkpoint.created", "--resource-id", "checkpoint.tiny", "--payload", told)
+    services.prefect(
+        "event", "emit", "checkpoint.created", "--resource-id", "checkpoint.tiny", "--payload", told
+    )
     run = services.ended("calibrate")
     assert run["state_type"] == "COMPLETED", services.log("worker")
     assert run["parameters"]["checkpoint"] == spec.model.path
@@ -84,5 +100,10 @@ def test_a_worker_executes_scheduled_and_triggered_runs(services: Services, spec
     body = {"flow_runs": {"id": {"any_": [run["id"]]}}}
     kinds = {a["key"] for a in services.post("artifacts/filter", body) if a["key"]}
     assert {"results", "groups", "solutions", "evaluation", "frontier", "report", "plan"} <= kinds
-    states = {t["name"]: t["state_name"] for t in services.post("task_runs/filter", {**body, "limit": 200})}
-    assert states["partition tiny-model"] == "Cached", "watch has partitioned this architecture before"
+    states = {
+        t["name"]: t["state_name"]
+        for t in services.post("task_runs/filter", {**body, "limit": 200})
+    }
+    assert states["partition tiny-model"] == "Cached", (
+        "watch has partitioned this architecture before"
+    )

@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-from models import ROOT
+from small import ROOT
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from tasks.device import exclusive
+from mpq.tasks.device import exclusive
 with exclusive(sys.argv[1], alone=sys.argv[2] == "alone"):
     Path(sys.argv[3]).touch()
     time.sleep(600)

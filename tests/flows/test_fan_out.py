@@ -24,7 +24,9 @@ def services(tmp_path: Path) -> Iterator[Services]:
 
 def overlaps(told: pl.DataFrame) -> int:
     """Pairs of neighbouring intervals of one process that overlap."""
-    of = told.sort("pid", "start_s").with_columns(pl.col("start_s").shift(-1).over("pid").alias("next_s"))
+    of = told.sort("pid", "start_s").with_columns(
+        pl.col("start_s").shift(-1).over("pid").alias("next_s")
+    )
     return of.filter(pl.col("next_s") < pl.col("end_s")).height
 
 
@@ -33,7 +35,9 @@ def strike_midway(begun: Path, strike: Callable[[], None], after: int) -> thread
 
     def wait() -> None:
         deadline = time.monotonic() + 240
-        while (begun.read_text().count("\n") if begun.exists() else 0) < after and time.monotonic() < deadline:
+        while (
+            begun.read_text().count("\n") if begun.exists() else 0
+        ) < after and time.monotonic() < deadline:
             time.sleep(0.01)
         strike()
 
@@ -45,7 +49,9 @@ def strike_midway(begun: Path, strike: Callable[[], None], after: int) -> thread
 @pytest.mark.parametrize(
     ("kind", "tasks", "seconds"), [("dask", 500, 0.02), ("ray", 60, 1.0)]
 )  # a node of Ray takes long to start
-def test_timings_on_simulated_accelerators(kind: str, tasks: int, seconds: float, services: Services, tmp_path: Path) -> None:
+def test_timings_on_simulated_accelerators(
+    kind: str, tasks: int, seconds: float, services: Services, tmp_path: Path
+) -> None:
     """Accelerators are held by one task at a time, though workers have threads to spare; the killed worker's own measurement is
     begun again and no other, and the late one gets its part."""
     begun = tmp_path / "begun"
@@ -62,12 +68,20 @@ def test_timings_on_simulated_accelerators(kind: str, tasks: int, seconds: float
         start(address, "late")
 
     striker = strike_midway(begun, strike, tasks // 4)
-    outcome = fan_out(RunnerSpec(kind=kind, address=address), (tmp_path / "store").as_uri(), tasks, seconds, begun=str(begun))
+    outcome = fan_out(
+        RunnerSpec(kind=kind, address=address),
+        (tmp_path / "store").as_uri(),
+        tasks,
+        seconds,
+        begun=str(begun),
+    )
     striker.join()
     told = intervals(outcome)
     assert sorted(told["number"]) == list(range(tasks))
     assert overlaps(told) == 0
     times_begun = pl.Series(begun.read_text().split("\n")[:-1]).str.split(" ").list.first()
-    assert tasks <= len(times_begun) <= tasks + 1, "more was begun again than the one measurement that was cut off"
+    assert tasks <= len(times_begun) <= tasks + 1, (
+        "more was begun again than the one measurement that was cut off"
+    )
     workers = told.group_by("pid").agg(pl.col("start_s").min(), pl.len()).sort("start_s")
     assert workers.height >= 3, "the worker that joined late got nothing"

@@ -13,13 +13,13 @@ from prefect.filesystems import RemoteFileSystem
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
 from typer.testing import CliRunner
 
-from flows.calibrate import calibrate
-from mpq.cli import app
+from mpq.cli.commands import app
+from mpq.cli.inventory import verify
 from mpq.errors import MpqError
-from mpq.inventory import verify
-from mpq.runs import read_run
+from mpq.flows.calibrate import calibrate
+from mpq.report.runs import read_run
 from mpq.spec import RunSpec
-from mpq.store import Store
+from mpq.store.entries import Store
 
 pytest.importorskip("s3fs")
 
@@ -27,15 +27,20 @@ SECRET = "wJalrPlantedSecret/K7MDENG"
 
 
 @pytest.fixture(params=["s3", "azure"])
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+def place(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, str]]:
     """The URL of an empty bucket or container on a server of the test's own, and the secret with which the environment opens it."""
     (tmp_path / "server").mkdir()
     if request.param == "s3":
         with s3_server(tmp_path / "server") as port:
             for name, value in {
-                "AWS_ACCESS_KEY_ID": "AKIATESTER", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1",
-                "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            }.items():  # fmt: skip
+                "AWS_ACCESS_KEY_ID": "AKIATESTER",
+                "AWS_SECRET_ACCESS_KEY": SECRET,
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            }.items():
                 monkeypatch.setenv(name, value)
             yield from opened("s3", SECRET)
     else:
@@ -62,7 +67,9 @@ def written(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in kept if path.is_file()}
 
 
-def test_flow_on_object_storage(spec: RunSpec, place: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_flow_on_object_storage(
+    spec: RunSpec, place: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Run, run again (nothing is computed), read the run, follow a plan back; the secret is in nothing that was written."""
     bucket, secret = place
     protocol = bucket.partition(":")[0]
@@ -90,12 +97,18 @@ def test_flow_on_object_storage(spec: RunSpec, place: tuple[str, str], tmp_path:
     objects = {name: fs.cat_file(name) for name in fs.find("team")}
     assert any(name.startswith("team/prefect/") for name in objects)
     assert any(name.startswith("team/mpq/plans/") for name in objects)
-    said = {"log": caplog.text.encode(), "exception": str(caught.value).encode(), "shown": shown.output.encode()}
+    said = {
+        "log": caplog.text.encode(),
+        "exception": str(caught.value).encode(),
+        "shown": shown.output.encode(),
+    }
     for name, content in {**written(tmp_path), **objects, **said}.items():
         assert secret.encode() not in content or name.startswith(str(tmp_path / "server")), name
 
 
-def test_a_secret_in_the_url(spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_secret_in_the_url(
+    spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A store's URL with a password is refused before anything is written, Prefect's record of the run included."""
     url = f"s3://AKIATESTER:{SECRET}@127.0.0.1:{free_port()}/team"
     (tmp_path / "spec.yaml").write_text(spec.model_dump_json(), encoding="utf-8")
@@ -107,7 +120,12 @@ def test_a_secret_in_the_url(spec: RunSpec, tmp_path: Path, caplog: pytest.LogCa
     assert isinstance(refused.exception, MpqError)
     assert "carries credentials" in str(refused.exception)
     assert set(tmp_path.rglob("*")) == before
-    said = {"log": caplog.text, "output": refused.output, "told": str(refused.exception), "exception": str(caught.value)}
+    said = {
+        "log": caplog.text,
+        "output": refused.output,
+        "told": str(refused.exception),
+        "exception": str(caught.value),
+    }
     for name, text in said.items():
         assert SECRET not in text, name
     for name, content in written(tmp_path).items():

@@ -12,14 +12,20 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models import DEMO, ROOT, own_prefect
+from small import DEMO, ROOT, own_prefect
 
 from mpq.spec import RunSpec
 
 
 def start(spec: Path, home: Path, command: str = "run") -> subprocess.Popen[str]:
     """`mpq run` or another command in a process group of its own, its ephemeral Prefect server included."""
-    arguments = [sys.executable, "-c", "from mpq.cli import main; main()", command, str(spec)]
+    arguments = [
+        sys.executable,
+        "-c",
+        "from mpq.cli.commands import main; main()",
+        command,
+        str(spec),
+    ]
     return subprocess.Popen(
         arguments,
         cwd=ROOT,
@@ -34,7 +40,9 @@ def start(spec: Path, home: Path, command: str = "run") -> subprocess.Popen[str]
 def test_a_mistake_in_a_run_is_one_sentence(spec: RunSpec, tmp_path: Path) -> None:
     """An unreachable store: exit code 2, no traceback, nothing begun."""
     path = tmp_path / "spec.yaml"
-    path.write_text(yaml.safe_dump({**spec.model_dump(mode="json"), "store": "file:///proc/nowhere"}))
+    path.write_text(
+        yaml.safe_dump({**spec.model_dump(mode="json"), "store": "file:///proc/nowhere"})
+    )
     process = start(path, tmp_path / "home")
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 2, output
@@ -52,7 +60,9 @@ def test_killed_and_started_again(stage: str, spec: RunSpec, tmp_path: Path) -> 
     output, _ = start(path, tmp_path / "home").communicate(timeout=280)
     assert "done in" in output, output
     assert "load model       1 task   cached" in output, output
-    assert all(p.stat().st_mtime_ns == at for p, at in before.items()), "what was there has been computed again"
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items()), (
+        "what was there has been computed again"
+    )
 
 
 def killed(spec: Path, folder: Path, stage: str, command: str) -> dict[Path, int]:
@@ -60,7 +70,11 @@ def killed(spec: Path, folder: Path, stage: str, command: str) -> dict[Path, int
     process = start(spec, folder / "home", command)
     stored = folder / "store" / stage
     deadline = time.monotonic() + 240
-    while not list(stored.glob("*/meta.json")) and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not list(stored.glob("*/meta.json"))
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -73,19 +87,28 @@ def test_a_killed_sweep_goes_on(spec: RunSpec, tmp_path: Path) -> None:
     """Killed between two scores of harness tasks: every score that was stored is re-used, and the forecast counts them."""
     pytest.importorskip("lm_eval")
     text = {"source": "tasks", "samples": 8, "length": 32, "batch": 8}
-    tasks = {"tasks": ["piqa", "winogrande"], "data_dir": str(ROOT / "examples" / "tasks"), "task_limit": 4}
+    tasks = {
+        "tasks": ["piqa", "winogrande"],
+        "data_dir": str(ROOT / "examples" / "tasks"),
+        "task_limit": 4,
+    }
     data = {
-        **spec.model_dump(mode="json"), "model": {"path": str(DEMO), "base": "fp32"}, "calibration": {**text, "shards": 1},
-        "evaluation": {**text, **tasks, "seeds": 2}, "objectives": {"tt": {"formats": ["fp8_e5m2"], "random_seeds": 3}},
+        **spec.model_dump(mode="json"),
+        "model": {"path": str(DEMO), "base": "fp32"},
+        "calibration": {**text, "shards": 1},
+        "evaluation": {**text, **tasks, "seeds": 2},
+        "objectives": {"tt": {"formats": ["fp8_e5m2"], "random_seeds": 3}},
         "taus": [0.001, 0.002, 0.003],
-    }  # fmt: skip
+    }
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(data))
     before = killed(path, tmp_path, "plan_tasks", "reproduce")
     scored = len(list((tmp_path / "store" / "plan_tasks").glob("*/meta.json")))
     output, _ = start(path, tmp_path / "home", "reproduce").communicate(timeout=280)
     assert "done in" in output, output
-    assert all(p.stat().st_mtime_ns == at for p, at in before.items()), "what was there has been computed again"
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items()), (
+        "what was there has been computed again"
+    )
     stage = re.search(r"✓ tasks +(\d+) tasks +(\d+) of \1 cached", output)
     assert stage, output
     assert scored <= int(stage[2]) < int(stage[1])

@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import pytest
 from matplotlib.image import imread
-from models import small_spec, write_checkpoint
 from rich.console import Console
+from small import small_spec, write_checkpoint
 from test_calibrate import change
 
 from deployments.browser import CHROMIUM
@@ -23,7 +23,10 @@ def left(home: Path) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("PREFECT_HOME") == str(home / "prefect") and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.environ().get("PREFECT_HOME") == str(home / "prefect")
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(" ".join(process.cmdline()))
         except psutil.Error:
             pass
@@ -38,7 +41,9 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     def look(services: Services, run: dict[str, Any]) -> None:
         seen["running"] = left(home)
-        seen["killed"] = [name for name, process in services.processes.items() if process.poll() == -9]
+        seen["killed"] = [
+            name for name, process in services.processes.items() if process.poll() == -9
+        ]
         seen["watches"] = services.runs("watch", "COMPLETED")
         seen["stored"] = {path.split("/")[1] for path in services.bucket().find("team")}
         if CHROMIUM:
@@ -49,19 +54,35 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             except TimeoutError as error:  # told by the test that is about it
                 seen["pictures"] = error
 
-    few = {"et": {"formats": ["bf16"], "strategies": ["ip"]}, "m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]}}
+    few = {
+        "et": {"formats": ["bf16"], "strategies": ["ip"]},
+        "m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]},
+    }
     timing = {"slice": 4, "limit": 8, "repeats": 5, "rounds": 0}
     spec = change(small_spec(folder), timing=timing, objectives=few, taus=[0.01])
-    stages = demonstrate(home, write_checkpoint(folder / "model"), spec, console, cron="* * * * * */20", before_the_end=look)
+    stages = demonstrate(
+        home,
+        write_checkpoint(folder / "model"),
+        spec,
+        console,
+        cron="* * * * * */20",
+        before_the_end=look,
+    )
     return {**seen, "stages": stages, "said": console.file.getvalue(), "left": left(home)}
 
 
 def test_a_night(night: dict[str, Any]) -> None:
     """Two checkpoints by schedule, a worker killed on the way, timing and partition reused for the second, nothing left running."""
     first, second = night["stages"]
-    assert not any(first[stage][1] for stage in ("load_model", "partition", "sensitivity_shard", "time_configurations"))
+    assert not any(
+        first[stage][1]
+        for stage in ("load_model", "partition", "sensitivity_shard", "time_configurations")
+    )
     assert second["partition"] == (1, 1)
-    for stage in ("load_model", "time_configurations"):  # where every measurement is found there is no task that measures
+    for stage in (
+        "load_model",
+        "time_configurations",
+    ):  # where every measurement is found there is no task that measures
         tasks, reused = second.get(stage, (0, 0))
         assert tasks == reused, stage
     assert second["sensitivity_shard"] == (2, 0)

@@ -9,9 +9,9 @@ import pytest
 from test_calibrate import ALWAYS, change, computed
 
 from deployments.processes import Services, free_port
-from flows.calibrate import calibrate
 from mpq.errors import MpqError
-from mpq.runs import join_tables
+from mpq.flows.calibrate import calibrate
+from mpq.report.runs import join_tables
 from mpq.spec import RunSpec
 
 pytest.importorskip("prefect_ray", reason="ray is not installed: pip install 'mpq[ray]'")
@@ -24,7 +24,9 @@ def services(tmp_path: Path) -> Iterator[Services]:
         yield services
 
 
-def test_the_same_tables_as_beside_the_flow(spec: RunSpec, services: Services, tmp_path: Path) -> None:
+def test_the_same_tables_as_beside_the_flow(
+    spec: RunSpec, services: Services, tmp_path: Path
+) -> None:
     """What is computed is equal to the bit; what is timed has the same rows; a rerun beside the flow finds everything."""
     local = join_tables(calibrate(spec)["tables"])
     runner = {"kind": "ray", "address": services.ray()}

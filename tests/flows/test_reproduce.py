@@ -10,14 +10,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
-from models import DEMO, ROOT
 from safetensors.torch import load_file, save_file
+from small import DEMO, ROOT
 from test_calibrate import change, computed
 from test_kill import start
 
-from flows.reproduce import reproduce
 from mpq.errors import MpqError
-from mpq.runs import join_tables, read_run
+from mpq.flows.reproduce import reproduce
+from mpq.report.runs import join_tables, read_run
 from mpq.spec import RunSpec, parse_spec
 
 pytest.importorskip("lm_eval")
@@ -28,24 +28,32 @@ EVALUATIONS = ("evaluate", "tasks")
 def sweep(spec: RunSpec) -> RunSpec:
     """A small sweep of the demo checkpoint: two tasks of four documents, calibrated on a share of the tasks' documents."""
     text = {"source": "tasks", "samples": 8, "length": 32, "batch": 8}
-    return parse_spec({
-        **spec.model_dump(mode="json"),
-        "name": "sweep",
-        "model": {"path": str(DEMO), "base": "fp32"},
-        "calibration": {**text, "shards": 2},
-        "evaluation": {
-            **text, "seeds": 2, "tasks": ["piqa", "winogrande"], "data_dir": str(ROOT / "examples" / "tasks"), "task_limit": 4,
-        },
-        "objectives": {
-            "tt": {"formats": ["fp8_e5m2"], "random_seeds": 2, "taus": [0.003]},
-            "m": {"formats": ["fp8_e5m2"], "strategies": ["ip"], "taus": [0.002]},
-        },
-    })  # fmt: skip
+    return parse_spec(
+        {
+            **spec.model_dump(mode="json"),
+            "name": "sweep",
+            "model": {"path": str(DEMO), "base": "fp32"},
+            "calibration": {**text, "shards": 2},
+            "evaluation": {
+                **text,
+                "seeds": 2,
+                "tasks": ["piqa", "winogrande"],
+                "data_dir": str(ROOT / "examples" / "tasks"),
+                "task_limit": 4,
+            },
+            "objectives": {
+                "tt": {"formats": ["fp8_e5m2"], "random_seeds": 2, "taus": [0.003]},
+                "m": {"formats": ["fp8_e5m2"], "strategies": ["ip"], "taus": [0.002]},
+            },
+        }
+    )
 
 
 def forecast(outcome: dict) -> dict[str, tuple[int, int, bool]]:
     """Stage → tasks, cached, bound."""
-    return {row["stage"]: (row["tasks"], row["cached"], row["bound"]) for row in outcome["forecast"]}
+    return {
+        row["stage"]: (row["tasks"], row["cached"], row["bound"]) for row in outcome["forecast"]
+    }
 
 
 def test_cost_is_told_and_nothing_is_computed_twice(sweep: RunSpec) -> None:
@@ -55,7 +63,11 @@ def test_cost_is_told_and_nothing_is_computed_twice(sweep: RunSpec) -> None:
     plans = 4 + 1  # ip, prefix and two draws of random under tt; ip under m
     assert forecast(dry)["evaluate"] == (plans * 2, 0, True)
     assert forecast(dry)["tasks"] == (plans * 2 * 2, 0, True)
-    assert all(row["seconds"] > 0 for row in dry["forecast"] if row["stage"] in (*EVALUATIONS, "sensitivity"))
+    assert all(
+        row["seconds"] > 0
+        for row in dry["forecast"]
+        if row["stage"] in (*EVALUATIONS, "sensitivity")
+    )
 
     first = reproduce(sweep)
     assert set(EVALUATIONS) <= computed(first)
@@ -72,7 +84,14 @@ def test_cost_is_told_and_nothing_is_computed_twice(sweep: RunSpec) -> None:
 
     out = Path(first["out"]["report"]).parent
     figures = {p.name for p in Path(first["out"]["figures"]).iterdir()}
-    assert {"figure_2.svg", "figure_3b.png", "figure_8.svg", "figure_9.png", "table_1.md", "table_1.csv"} <= figures
+    assert {
+        "figure_2.svg",
+        "figure_3b.png",
+        "figure_8.svg",
+        "figure_9.png",
+        "table_1.md",
+        "table_1.csv",
+    } <= figures
     assert len(first["left_out"]) == 5  # 1, 3a, 4, 5, 7: nothing was timed
     _, tables = read_run(out)
     drawn = tables["drawn"]
@@ -80,7 +99,8 @@ def test_cost_is_told_and_nothing_is_computed_twice(sweep: RunSpec) -> None:
         of = drawn.filter(pl.col("source") == task)
         documents = of["of"][0]
         calibrated, evaluated, scored = (
-            set(of.filter(pl.col("part") == p)["index"]) for p in ("calibration", "evaluation", "tasks")
+            set(of.filter(pl.col("part") == p)["index"])
+            for p in ("calibration", "evaluation", "tasks")
         )
         assert len(calibrated) == math.ceil(0.2 * documents)
         assert calibrated | evaluated == set(range(documents))
@@ -90,12 +110,22 @@ def test_cost_is_told_and_nothing_is_computed_twice(sweep: RunSpec) -> None:
 
 def test_every_strategy_meets_the_same_tau_seeds_and_tasks(sweep: RunSpec) -> None:
     """The evaluation table has a row for each plan, seed, task and metric; random's draws apart."""
-    rows = join_tables(reproduce(sweep)["tables"])["evaluation"].filter(pl.col("metric").is_in(["acc", "loss_mse"]))
-    counted = rows.group_by("objective", "strategy", "plan_seed").agg(pl.len()).sort("objective", "strategy", "plan_seed")
+    rows = join_tables(reproduce(sweep)["tables"])["evaluation"].filter(
+        pl.col("metric").is_in(["acc", "loss_mse"])
+    )
+    counted = (
+        rows.group_by("objective", "strategy", "plan_seed")
+        .agg(pl.len())
+        .sort("objective", "strategy", "plan_seed")
+    )
     each = 2 * 3  # seeds × (the text and two tasks)
     assert counted.rows() == [
-        ("m", "ip_m", 0, each), ("tt", "ip_tt", 0, each), ("tt", "prefix", 0, each), ("tt", "random", 0, each), ("tt", "random", 1, each),
-    ]  # fmt: skip
+        ("m", "ip_m", 0, each),
+        ("tt", "ip_tt", 0, each),
+        ("tt", "prefix", 0, each),
+        ("tt", "random", 0, each),
+        ("tt", "random", 1, each),
+    ]
 
 
 def test_tasks_calibrate_only_where_some_are_named(sweep: RunSpec) -> None:
@@ -111,10 +141,17 @@ def test_mistakes_in_tasks(sweep: RunSpec, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples" / "tasks", tmp_path / "data")
     for path in (tmp_path / "data" / "piqa").iterdir():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "sol2"}) + "\n" for row in rows))
+        path.write_text(
+            "".join(
+                json.dumps({k: v for k, v in row.items() if k != "sol2"}) + "\n" for row in rows
+            )
+        )
     for evaluation, message in [
         ({"tasks": ["hellasweg"]}, "has no task hellasweg: did you mean hellaswag"),
-        ({"data_dir": str(tmp_path / "data")}, r"validation\.jsonl lacks the column sol2 that task piqa asks for"),
+        (
+            {"data_dir": str(tmp_path / "data")},
+            r"validation\.jsonl lacks the column sol2 that task piqa asks for",
+        ),
     ]:
         with pytest.raises(MpqError, match=message):
             reproduce(change(sweep, evaluation=evaluation))

@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from models import write_checkpoint
+from small import write_checkpoint
 from test_calibrate import change, computed
 
-from flows.calibrate import calibrate
-from flows.campaign import campaign
-from flows.retune import retune
 from mpq.errors import MpqError
-from mpq.runs import join_tables
+from mpq.flows.calibrate import calibrate
+from mpq.flows.campaign import campaign
+from mpq.flows.retune import retune
+from mpq.report.runs import join_tables
 from mpq.spec import ModelSpec, RunSpec
 
 

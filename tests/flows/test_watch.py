@@ -14,17 +14,17 @@ from contextvars import copy_context
 from pathlib import Path
 
 import pytest
-from models import ROOT, own_prefect, small_model, write_checkpoint
+from small import ROOT, own_prefect, small_model, write_checkpoint
 
 from deployments.processes import until
-from flows.calibrate import calibrate
-from flows.records import Claim, Records
-from flows.watch import watch
-from mpq.changes import compare, moves
-from mpq.checkpoints import checkpoints, settled
 from mpq.errors import MpqError
-from mpq.model import fingerprint
-from mpq.plan import Plan
+from mpq.flows.calibrate import calibrate
+from mpq.flows.records import Claim, Records
+from mpq.flows.watch import watch
+from mpq.models.checkpoint import fingerprint
+from mpq.models.discovery import checkpoints, settled
+from mpq.program.changes import compare, moves
+from mpq.program.plan import Plan
 from mpq.spec import RunSpec
 
 
@@ -57,7 +57,10 @@ def test_what_is_found(folder: Path, tmp_path: Path) -> None:
     write_checkpoint(folder / "one")
     (folder / "notes").mkdir()
     assert [f.path for f in checkpoints([str(folder)])] == [str(folder / "one")]
-    assert [f.path for f in checkpoints([str(folder / "one"), str(folder), "org/name"])] == [str(folder / "one"), "org/name"]
+    assert [f.path for f in checkpoints([str(folder / "one"), str(folder), "org/name"])] == [
+        str(folder / "one"),
+        "org/name",
+    ]
     assert [f.path for f in checkpoints([folder.as_uri()])] == [(folder / "one").as_uri()]
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/watched/far/config.json", b"{}")
@@ -94,11 +97,21 @@ def test_each_checkpoint_once_and_compared(folder: Path, spec: RunSpec, tmp_path
     assert second["compared_with"] == first["name"]
     cached = {name for name, tasks, hits, _ in second["stages"] if hits == tasks}
     assert {"partition", "timing"} <= cached
-    plans = [Plan.from_json(p.read_text()) for p in (tmp_path / "out" / first["name"] / "plans").glob("*.json")]
+    plans = [
+        Plan.from_json(p.read_text())
+        for p in (tmp_path / "out" / first["name"] / "plans").glob("*.json")
+    ]
     assert len(second["changes"]) == len(plans)
-    assert all(row["predicted_loss_mse_difference"] != 0 for row in second["changes"] if row["ops_moved"])
-    shutil.rmtree(tmp_path / "store" / "plan_files")  # the plans are gone: the record does not count any more
-    assert {row["status"] for row in watch([str(folder)], spec, settle_s=0)} == {"calibrated", "known"}
+    assert all(
+        row["predicted_loss_mse_difference"] != 0 for row in second["changes"] if row["ops_moved"]
+    )
+    shutil.rmtree(
+        tmp_path / "store" / "plan_files"
+    )  # the plans are gone: the record does not count any more
+    assert {row["status"] for row in watch([str(folder)], spec, settle_s=0)} == {
+        "calibrated",
+        "known",
+    }
 
 
 def test_a_broken_checkpoint_leaves_the_others(folder: Path, spec: RunSpec) -> None:
@@ -117,7 +130,10 @@ def test_overlapping_watches(folder: Path, spec: RunSpec) -> None:
     """Two at once: one calibrates, the other sees that; another architecture is no predecessor."""
     write_checkpoint(folder / "one")
     with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(copy_context().run, watch, [str(folder)], spec, settle_s=0) for _ in range(2)]
+        both = [
+            pool.submit(copy_context().run, watch, [str(folder)], spec, settle_s=0)
+            for _ in range(2)
+        ]
         statuses = sorted(future.result()[0]["status"] for future in both)
     assert statuses[0] == "calibrated"
     assert statuses[1] in ("in progress in another run", "known")
@@ -130,20 +146,29 @@ def test_a_watch_that_was_killed(folder: Path, spec: RunSpec, tmp_path: Path) ->
     """kill -9 in the middle of a calibration: the checkpoint is claimed until the lease ends, then calibrated from where it was."""
     write_checkpoint(folder / "one")
     code = (
-        "import sys; from flows.watch import watch; from mpq.spec import load_spec; "
+        "import sys; from mpq.flows.watch import watch; from mpq.spec import load_spec; "
         "watch([sys.argv[1]], load_spec(sys.argv[2]), settle_s=0, lease_s=20)"
     )
     file = tmp_path / "spec.json"
     file.write_text(spec.model_dump_json())
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), str(file)], cwd=ROOT, env=own_prefect(tmp_path / "home"), start_new_session=True
+        [sys.executable, "-c", code, str(folder), str(file)],
+        cwd=ROOT,
+        env=own_prefect(tmp_path / "home"),
+        start_new_session=True,
     )
     stored = tmp_path / "store" / "sensitivity"
-    until("a shard's table or the watch's end", lambda: process.poll() is not None or list(stored.glob("*/meta.json")), 240)
+    until(
+        "a shard's table or the watch's end",
+        lambda: process.poll() is not None or list(stored.glob("*/meta.json")),
+        240,
+    )
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert [row["status"] for row in watch([str(folder)], spec, settle_s=0, lease_s=20)] == ["in progress in another run"]
+    assert [row["status"] for row in watch([str(folder)], spec, settle_s=0, lease_s=20)] == [
+        "in progress in another run"
+    ]
     key = Records(spec).key(fingerprint(folder / "one"))
     until("the lease's end", lambda: not Claim(spec.store, key, "me", 20)._other_is_alive(), 60)
     (row,) = watch([str(folder)], spec, settle_s=0, lease_s=20)

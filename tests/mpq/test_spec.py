@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models import ROOT
+from small import ROOT
 
 from mpq.errors import MpqError
 from mpq.spec import load_spec, parse_spec
@@ -41,7 +41,10 @@ def test_examples_are_valid() -> None:
             "unknown key calibration.sampels (did you mean samples?): expected one of source, samples",
         ),
         ({"calibration": {}}, "calibration.source is missing"),
-        ({"objectives": {"et": {"formats": ["int9"]}}}, "Unknown format 'int9': expected one of fp32"),
+        (
+            {"objectives": {"et": {"formats": ["int9"]}}},
+            "Unknown format 'int9': expected one of fp32",
+        ),
         ({"objectives": {"et": {"formats": ["fp32"]}}}, "lists the base format fp32"),
         ({"objectives": {"speed": {"formats": ["bf16"]}}}, "objectives.speed"),
         ({"objectives": {}}, "objectives"),

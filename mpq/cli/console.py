@@ -1,0 +1,183 @@
+"""How commands speak: tables for people or as JSON, files by suffix, progress on stderr."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mpq.errors import MpqError
+
+log = Console(stderr=True)
+SUFFIXES = (".parquet", ".json", ".csv")  # of tables
+
+
+def emit(
+    frame: pl.DataFrame,
+    as_json: bool,
+    out: Path | None,
+    title: str,
+    extra: dict[str, Any] | None = None,
+    shown_as: pl.DataFrame | None = None,
+) -> None:
+    """Print a table for people, or as JSON (`extra` beside it under its own keys), and write it where `--out` says.
+
+    People are shown `shown_as` where it is given: the table in fewer, shorter columns (shown.py).
+    """
+    if out:
+        write_frame(frame, out)
+    if as_json:
+        rows = json.loads(frame.write_json())
+        print(json.dumps({**extra, title: rows} if extra else rows, indent=1))
+        return
+    shown = Table(
+        title=title,
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    told = frame if shown_as is None else shown_as
+    for column, kind in told.schema.items():
+        shown.add_column(column, justify="right" if kind.is_numeric() else "left", overflow="fold")
+    for row in told.head(200).iter_rows():
+        shown.add_row(*(_cell(v) for v in row))
+    Console().print(shown)
+    if told.height > 200:
+        log.print(f"… {told.height - 200} rows more: use --json or --out")
+    for name, value in (extra or {}).items():
+        Console().print(f"{name}: {_cell(value)}", highlight=False)
+
+
+def emit_results(
+    results: pl.DataFrame, as_json: bool, out: Path | None, extra: Mapping[str, Any]
+) -> None:
+    """`emit` a run's results table, and say on stderr where the machine changed speed meanwhile."""
+    from mpq.cli import shown
+    from mpq.timing.drift import drift_of
+
+    emit(results, as_json, out, "results", dict(extra), shown.results(results))
+    if changed := drift_of(results):
+        log.print(f"[yellow]note:[/] {changed}", highlight=False)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.4g}"
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, list)
+        else "–"
+        if value is None
+        else str(value)
+    )
+
+
+def lowered_and_base(formats: str, base: str) -> tuple[list[str], str]:
+    """The formats to lower to, named with commas between them, and the base. Raises MpqError where a name is unknown or empty, the base is
+    none that a model runs in throughout, or nothing is left to lower to."""
+    from mpq.formats.format import get_format
+
+    if "" in map(str.strip, formats.split(",")):
+        raise MpqError(
+            f"--formats {formats!r} has an empty name: expected names with commas between them, such as bf16,int8."
+        )
+    names, of = [get_format(f).name for f in formats.split(",")], get_format(base)
+    if of.needs_scale:
+        raise MpqError(
+            f"The base format must be fp32, bf16 or fp16, not {of.name}: no model runs in that throughout."
+        )
+    if not set(names) - {of.name}:
+        raise MpqError(
+            f"--formats {formats} is the base alone, nothing to lower to: name another format (see `mpq formats`)."
+        )
+    return names, of.name
+
+
+def writable(out: Path | None) -> Path | None:
+    """The file that --out names, or None. Raises MpqError where a table cannot go there: asked before hours of measuring, not after."""
+    return _writable(out, SUFFIXES)
+
+
+def report_file(out: Path | None) -> Path | None:
+    """`writable`, for what may be a page or a picture as well."""
+    return _writable(out, (".html", ".png", *SUFFIXES))
+
+
+def _writable(out: Path | None, suffixes: tuple[str, ...]) -> Path | None:
+    if out is not None and out.suffix not in suffixes:
+        raise MpqError(f"--out {out}: expected a name that ends in {', '.join(suffixes)}.")
+    if out is not None and not os.access(out.parent, os.W_OK | os.X_OK):
+        raise MpqError(
+            f"--out {out} cannot be written: {out.parent} is no folder, or not yours to write to."
+        )
+    return out
+
+
+def write_frame(frame: pl.DataFrame, out: Path) -> None:
+    """Write a table as Parquet, JSON or CSV by suffix. Raises MpqError for another suffix or a folder that is not there."""
+    writable(out)
+    writers: dict[str, Callable[[Path], Any]] = {
+        ".parquet": frame.write_parquet,
+        ".json": frame.write_json,
+        ".csv": lambda path: frame.with_columns(
+            pl.col(pl.List(pl.String)).list.join(" ")
+        ).write_csv(path),
+    }
+    try:
+        writers[out.suffix](out)
+    except OSError as error:
+        raise MpqError(f"--out {out} cannot be written ({error}).") from None
+
+
+def write_file(out: Path, content: bytes) -> None:
+    """Write a file. Raises MpqError for a folder that is not there or cannot be written."""
+    try:
+        out.write_bytes(content)
+    except OSError as error:
+        raise MpqError(f"--out {out} cannot be written ({error}).") from None
+
+
+def read_frame(path: str) -> pl.DataFrame:
+    """A table from a Parquet, JSON or CSV file or fsspec URL. Raises MpqError where it is none."""
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb") as stream:
+            data = io.BytesIO(stream.read())
+        readers: dict[str, Callable[[Any], pl.DataFrame]] = {
+            ".parquet": pl.read_parquet,
+            ".json": pl.read_json,
+            ".csv": pl.read_csv,
+        }
+        suffix = Path(path).suffix
+        if suffix not in readers:
+            raise MpqError(f"{path}: expected a table that ends in {', '.join(readers)}.")
+        return readers[suffix](data)
+    except FileNotFoundError:
+        raise MpqError(f"No table at {path}.") from None
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        if isinstance(error, MpqError):
+            raise
+        raise MpqError(
+            f"{path} cannot be read as a table ({str(error).splitlines()[0]}): it is damaged or of another kind."
+        ) from None
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=log, transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,293 @@
+"""`mpq store`: what a store holds, where a plan came from, whether all is whole, and what may go."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+import typer
+from rich.console import Console
+from rich.tree import Tree
+
+from mpq.cli.console import emit, log
+from mpq.errors import MpqError
+
+store_app = typer.Typer(
+    no_args_is_help=True,
+    help="Look after a store: list it, follow a plan back to its inputs, check every hash, remove what nothing needs.",
+)
+
+Url = Annotated[
+    str,
+    typer.Argument(
+        help="A store: an fsspec URL or a local folder, as the `store` of a spec.", metavar="URL"
+    ),
+]
+Urls = Annotated[
+    list[str],
+    typer.Argument(
+        help="Stores: fsspec URLs or local folders, as the `store` of a spec.", metavar="URL..."
+    ),
+]
+Runs = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Folder of runs, as the `out` of a spec (more than once for more; default .work/runs)."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+_RUNS = Path(".work/runs")
+
+
+@store_app.command()
+def ls(urls: Urls, runs: Runs = None, json_: AsJson = False) -> None:
+    """List the tables of stores, and the runs with how many of their tables the stores hold."""
+    from mpq.cli.inventory import entries
+    from mpq.store.entries import Store
+
+    tables: list[dict[str, Any]] = []
+    for url in urls:
+        with log.status(f"listing {url}"):
+            tables += [{"store": url, **entry.row()} for entry in entries(Store(url))]
+    held = {(row["kind"], row["key"]) for row in tables}
+    found = [
+        {
+            "run": run.name,
+            "folder": str(run.folder),
+            "model": run.model,
+            "plans": len(run.plans),
+            "tables": len(run.tables),
+            "tables_here": sum((ref.kind, ref.key) in held for ref in run.tables),
+        }
+        for run in _runs(runs)
+    ]
+    if json_:
+        print(json.dumps({"runs": found, "tables": tables}, indent=1))
+        return
+    if found:
+        emit(pl.DataFrame(found), False, None, "runs")
+    emit(_frame([_short(row, many=len(urls) > 1) for row in tables]), False, None, "tables")
+
+
+@store_app.command()
+def show(
+    url: Url,
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A plan's JSON file, or a table's key or its beginning (see `mpq store ls`)."
+        ),
+    ],
+    json_: AsJson = False,
+) -> None:
+    """Follow a plan or a table back to the inputs it was computed from."""
+    from mpq.cli.inventory import by_key, entries, find_key, plan_keys, read_plan, trace_back
+    from mpq.store.entries import Store
+
+    with log.status(f"listing {url}"):
+        held = by_key(entries(Store(url)))
+    if what.endswith(".json") or Path(what).is_file():
+        plan, shown = read_plan(Path(what)), set[str]()
+        steps = [
+            (name, trace_back(key, held, shown)) for key, name in plan_keys(Path(what)).items()
+        ]
+        title = f"{plan.strategy} for {plan.objective}, τ={plan.tau:g}, of {plan.provenance.get('model', 'a model')} ({plan.fingerprint[:12]})"
+        about = {
+            "plan": what,
+            "strategy": plan.strategy,
+            "objective": plan.objective,
+            "tau": plan.tau,
+            "fingerprint": plan.fingerprint,
+        }
+    else:
+        steps, about = [("", trace_back(find_key(what, held), held))], {}
+        title = url
+    if json_:
+        print(
+            json.dumps(
+                {
+                    **about,
+                    "store": url,
+                    "came_from": [{"name": name, **step.as_json()} for name, step in steps],
+                },
+                indent=1,
+            )
+        )
+        return
+    tree = Tree(title, highlight=False)
+    for name, step in steps:
+        _grow(tree, step, name)
+    Console().print(tree)
+
+
+@store_app.command()
+def verify(urls: Urls, json_: AsJson = False) -> None:
+    """Read every table and check its hash. Exits with 2 and names what is damaged, if anything is."""
+    from mpq.cli.inventory import verify as verify_store
+    from mpq.store.entries import Store
+
+    rows: list[dict[str, Any]] = []
+    for url in urls:
+        with log.status(f"reading {url}"):
+            rows += [{"store": url, **entry.row()} for entry in verify_store(Store(url))]
+    counts = {
+        state: sum(r["state"] == state for r in rows)
+        for state in ("whole", "damaged", "unfinished")
+    }
+    damaged = [r for r in rows if r["state"] == "damaged"]
+    if json_:
+        print(json.dumps({**counts, "tables": rows}, indent=1))
+    else:
+        wrong = [
+            {"kind": r["kind"], "key": r["key"], "state": r["state"], "what": r["damage"]}
+            for r in rows
+            if r["state"] != "whole"
+        ]
+        if wrong:
+            emit(_frame(wrong), False, None, "not whole")
+        Console().print(", ".join(f"{n} {state}" for state, n in counts.items()), highlight=False)
+    if damaged:
+        named = ", ".join(f"{r['kind']}/{r['key']}" for r in damaged[:20])
+        more = f" and {len(damaged) - 20} more" if len(damaged) > 20 else ""
+        raise MpqError(
+            f"Damaged: {named}{more}; run their specs again, which computes them anew, or copy them from elsewhere."
+        )
+
+
+@store_app.command()
+def gc(
+    urls: Urls,
+    runs: Runs = None,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option(help="A plan to keep besides those of the runs (more than once for more)."),
+    ] = None,
+    older_than: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Hours; what is younger stays, a run under way has no record yet."
+        ),
+    ] = 24.0,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Do it; without it this is a dry run.")
+    ] = False,
+    json_: AsJson = False,
+) -> None:
+    """Remove what no kept run or plan needs: a dry run, unless --delete is given.
+
+    Kept are the tables of every run under --runs, of the plans beside it and of every --plan, with all that they came from.
+    """
+    from dataclasses import asdict
+
+    from mpq.cli.inventory import entries, plan_keys, unneeded
+    from mpq.store.entries import Store
+
+    kept = [key for run in _runs(runs) for key in run.keys] + [
+        key for path in plan or () for key in plan_keys(path)
+    ]
+    if not kept:
+        raise MpqError(
+            "There is no run or plan to keep, so everything would go: give --runs with the folder of runs, or --plan."
+        )
+    rows: list[dict[str, Any]] = []
+    absent: set[str] | None = None
+    for url in urls:
+        store = Store(url)
+        with log.status(f"listing {url}"):
+            waste, missing = unneeded(store, entries(store), kept, time.time() - older_than * 3600)
+        absent = set(missing) if absent is None else absent & set(missing)
+        for item in waste:
+            if delete:
+                store.remove(item.path)
+            rows.append({"store": url, **asdict(item)})
+    summary: dict[str, Any] = {
+        "deleted": delete,
+        "files": len(rows),
+        "bytes": sum(r["bytes"] for r in rows),
+        "missing": sorted(absent or ()),
+    }
+    if json_:
+        print(json.dumps({**summary, "waste": rows}, indent=1))
+        return
+    if rows:
+        emit(
+            _frame([{k: v for k, v in r.items() if k != "store" or len(urls) > 1} for r in rows]),
+            False,
+            None,
+            "not needed",
+        )
+    done = "removed" if delete else "would be removed (a dry run: --delete does it)"
+    Console().print(f"{summary['files']} files, {_size(summary['bytes'])} {done}", highlight=False)
+    if absent:
+        log.print(
+            f"{len(absent)} tables that are kept are in none of the stores: `mpq run` computes them again",
+            highlight=False,
+        )
+
+
+def _runs(folders: list[Path] | None) -> list[Any]:
+    from mpq.cli.inventory import runs
+
+    given = folders or ([_RUNS] if _RUNS.is_dir() else [])
+    return [run for folder in given for run in runs(folder)]
+
+
+def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _short(row: dict[str, Any], many: bool) -> dict[str, Any]:
+    """A listing's row for people: the beginning of the key, times as dates, the store where there are several."""
+    return {
+        **({"store": row["store"]} if many else {}),
+        "kind": row["kind"],
+        "key": row["key"][:12],
+        "rows": row["rows"],
+        "size": _size(row["bytes"]),
+        "written": _date(row["written_unix_s"]),
+        "stage": row["stage"],
+        "state": row["damage"] or row["state"],
+    }
+
+
+def _grow(tree: Tree, step: Any, name: str = "") -> None:
+    """Add a step of the way back, and all behind it, to a tree."""
+    kinds = ", ".join(e.kind for e in step.entries) or "[red]not in this store[/]"
+    parts = [
+        f"[bold]{name}[/]:" if name else "",
+        f"[bold]{kinds}[/]" if not name else kinds,
+        step.key[:12],
+    ]
+    if step.entries:
+        row = step.entries[0].row()
+        told = [
+            row["stage"],
+            _size(sum(e.bytes for e in step.entries)),
+            row["host"],
+            _date(row["written_unix_s"]),
+        ]
+        parts.append("[dim]" + ", ".join(str(t) for t in told if t) + "[/]")
+        parts += [f"[red]{e.damage}[/]" for e in step.entries if e.damage]
+    if step.shown_above:
+        parts.append("(above)")
+    branch = tree.add(" ".join(p for p in parts if p))
+    for behind in step.came_from:
+        _grow(branch, behind)
+
+
+def _date(unix_s: float | None) -> str | None:
+    return datetime.fromtimestamp(unix_s).isoformat(" ", "minutes") if unix_s else None
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}"

@@ -1,0 +1,5 @@
+"""What a plan really does: losses on held-out text, scores of harness tasks."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,115 @@
+"""From the graph to sequential groups (Sec. 2.3.1, App. B): sub-graphs that run one after the other, so times add."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import networkx as nx
+import polars as pl
+
+from mpq.errors import MpqError
+from mpq.models.graph import Graph, Op
+from mpq.store.tables import table
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ops decided and timed together, in execution order. Groups of equal `signature` do the same work."""
+
+    index: int
+    ops: tuple[Op, ...]
+    signature: str
+
+
+def partition(graph: Graph) -> tuple[Group, ...]:
+    """The graph's groups, in execution order."""
+    dag = nx.transitive_reduction(graph.dag)
+    order = sorted(dag)  # numbered in execution order, which is topological
+    place = {node: i for i, node in enumerate(order)}
+    # a node is on every source→sink path exactly when no edge jumps over it
+    reach, cuts = -1, set()
+    for node in order:
+        if reach <= place[node]:
+            cuts.add(node)
+        reach = max(reach, *(place[s] for s in dag.successors(node)), reach)
+    groups: list[tuple[Op, ...]] = []
+    pending: list[Op] = []
+    for node in order:
+        if node in graph.ops:
+            pending.append(graph.ops[node])
+        if node in cuts and pending:
+            groups.append(tuple(pending))
+            pending = []
+    return tuple(Group(i, ops, _signature(ops)) for i, ops in enumerate(groups))
+
+
+def _signature(ops: tuple[Op, ...]) -> str:
+    shape = [
+        {**asdict(op), "name": _role(op.name), "feeds": [_role(name) for name in op.feeds]}
+        for op in ops
+    ]
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:8]
+    return "+".join(dict.fromkeys(op.name.rpartition(".")[2] for op in ops)) + "-" + digest
+
+
+def _role(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def macs(op: Op, batch: int, length: int) -> int:
+    """Multiply-accumulates of one prefill of batch × length tokens."""
+    if op.kind == "bgemm":
+        return batch * op.heads * length * length * max(op.in_features, op.out_features)
+    return batch * length * op.in_features * op.out_features
+
+
+def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataFrame:
+    """The `groups` table of a prefill of `batch` × `length` tokens, and a column `feeds`: the ops that read an op's output as it is, where
+    nothing else does. Raises MpqError for a prefill with more multiply-accumulates than its column holds."""
+    if any(macs(op, batch, length) >= 2**63 for group in groups for op in group.ops):
+        raise MpqError(
+            f"A prefill of {batch:,} × {length:,} tokens has more multiply-accumulates than 64 bits count: lower batch or length."
+        )
+    rows: list[dict[str, object]] = []
+    for group in groups:
+        for op in group.ops:
+            fields = {k: v for k, v in asdict(op).items() if k not in ("name", "window", "feeds")}
+            rows.append(
+                {
+                    "group": group.index,
+                    "order": len(rows),
+                    "op": op.name,
+                    "signature": group.signature,
+                    "macs": macs(op, batch, length),
+                    **fields,
+                }
+            )
+    feeds = pl.Series(
+        "feeds", [list(op.feeds) for group in groups for op in group.ops], dtype=pl.List(pl.String)
+    )
+    return table("groups", rows).with_columns(feeds)
+
+
+def feeds_of(groups: pl.DataFrame) -> dict[str, tuple[str, ...]]:
+    """Op → the ops that read its output as it is, from a groups table; none where the table does not say."""
+    if "feeds" not in groups.columns:
+        return {}
+    return {
+        op: tuple(readers) for op, readers in groups.select("op", "feeds").iter_rows() if readers
+    }
+
+
+def architecture_key(config: Any) -> str:
+    """SHA-256 over what of a configuration shapes the computation."""
+    drop = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"}
+    return hashlib.sha256(
+        json.dumps(
+            {k: v for k, v in config.to_dict().items() if k not in drop},
+            sort_keys=True,
+            default=str,
+        ).encode()
+    ).hexdigest()

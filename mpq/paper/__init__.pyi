@@ -1,0 +1,2 @@
+from .figures import paper_figures as paper_figures
+from .figures import write_figures as write_figures

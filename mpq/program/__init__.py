@@ -1,0 +1,5 @@
+"""The integer program: what configurations gain and cost, the multiple-choice knapsack, strategies, plans."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

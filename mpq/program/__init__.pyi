@@ -1,0 +1,10 @@
+from .changes import Change as Change
+from .changes import compare as compare
+from .gains import gains_et as gains_et
+from .gains import gains_m as gains_m
+from .gains import gains_tt as gains_tt
+from .gains import solve_table as solve_table
+from .plan import Plan as Plan
+from .solver import Solution as Solution
+from .solver import solve as solve
+from .strategies import choose as choose

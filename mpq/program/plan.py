@@ -1,0 +1,77 @@
+"""The plan: which op runs in which format, with what was predicted of it and where it came from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mpq.errors import MpqError
+from mpq.formats.format import get_format
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Op → format for one model. Ops in `formats` are all that the plan decides; the others stay in base.
+
+    Units: `predicted_loss_mse`, `budget` and `mean_square_loss` in nats², times in seconds. `provenance` holds
+    content keys of the tables that led here and the versions of the software that made it.
+    """
+
+    strategy: str
+    objective: str
+    tau: float
+    base: str
+    formats: dict[str, str]
+    predicted_loss_mse: float
+    budget: float
+    predicted_gain: float
+    mean_square_loss: float
+    seed: int = 0
+    base_ttft_s: float | None = None
+    predicted_ttft_s: float | None = None
+    fingerprint: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    version: int = PLAN_VERSION
+
+    @property
+    def lowered(self) -> dict[str, str]:
+        """The ops that leave the base format."""
+        return {op: f for op, f in self.formats.items() if f != self.base}
+
+    @property
+    def share_lowered(self) -> float:
+        """Lowered ops as a share of the ops decided, 0 to 1."""
+        return len(self.lowered) / max(1, len(self.formats))
+
+    def to_json(self) -> str:
+        """The plan as JSON text, keys in a fixed order."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan back. Raises MpqError where the text is not a plan that this version reads."""
+        try:
+            data = json.loads(text)
+            plan = cls(**data)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise MpqError(
+                f"Not a plan: expected the JSON that `mpq run` or `mpq solve` writes ({error})."
+            ) from None
+        if plan.version != PLAN_VERSION:
+            raise MpqError(
+                f"The plan has version {plan.version}, this mpq reads {PLAN_VERSION}: solve it again."
+            )
+        for format_name in {plan.base, *plan.formats.values()}:
+            get_format(format_name)
+        return plan
+
+    def check_model(self, fingerprint: str) -> None:
+        """Raise MpqError unless the plan was made for the weights with this fingerprint."""
+        if self.fingerprint and self.fingerprint != fingerprint:
+            raise MpqError(
+                f"The plan was made for a model with fingerprint {self.fingerprint[:12]}, this one has "
+                f"{fingerprint[:12]}: give the checkpoint that it was made for, or make a plan for this one."
+            )

@@ -1,0 +1,5 @@
+"""Tables told to people: one HTML page, its figures and findings. Needs no torch."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

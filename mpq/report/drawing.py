@@ -1,0 +1,173 @@
+"""How the report's pictures look: colours, axes, and the way of a matplotlib Figure into HTML, SVG and PNG.
+
+No pyplot and no global state of it, so figures can be drawn on any thread. A strategy or format has a colour (Okabe and
+Ito's, which colour-blind readers tell apart) and a marker or label as well. INK and RULE are stand-ins: in HTML and SVG they
+become the page's own text and line colour (and blue a lighter one on dark), so that one picture serves light and dark pages.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import threading
+from typing import Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from mpq.report.results import STRATEGIES
+
+INK, RULE = "#010203", "#d3d3d5"
+BLUE, RED, GREEN, ORANGE, SKY, PINK, YELLOW = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#e69f00",
+    "#56b4e9",
+    "#cc79a7",
+    "#f0e442",
+)
+LOOKS = dict.fromkeys(STRATEGIES, (BLUE, "o", "-")) | {
+    "random": (RED, "s", "--"),
+    "prefix": (GREEN, "^", ":"),
+}
+FORMAT_COLOURS = {
+    "fp32": YELLOW,
+    "fp16": ORANGE,
+    "bf16": SKY,
+    "fp8_e4m3": RED,
+    "fp8_e5m2": PINK,
+    "int8": GREEN,
+}
+FORMAT_HATCHES = {
+    "fp8_e4m3": "//",
+    "fp8_e5m2": "\\\\",
+    "int8": "..",
+    "fp16": "--",
+}  # told apart in grey print as well
+SMALL = 8.5
+_render = threading.Lock()
+
+
+def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
+    """The figure as SVG to stand inside HTML: ids begin with `prefix`, colours follow the page, width at most its own."""
+    out = io.StringIO()
+    # text stays text (small, and read by screen readers); the setting is global to matplotlib, hence the lock
+    with _render, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mpq"}):
+        figure.savefig(
+            out,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|\sxmlns(:xlink)?=\"[^\"]*\"",
+        "",
+        svg,
+        flags=re.S,
+    )
+    width = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
+    wide = 'class="wide" ' if width > 500 else ""
+    label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    svg = re.sub(
+        r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>",
+        rf'<svg \1 role="img" aria-label="{label}" {wide}style="max-width:{width * 4 / 3:.0f}px;min-width:{width * 0.7:.0f}px">',
+        svg,
+        count=1,
+    )
+    names = {
+        old: f"{prefix}{i}"
+        for i, old in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg)))
+    }
+    svg = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{names[m[1]]}"', svg)
+    svg = re.sub(
+        r"(xlink:href=\"|url\()#([^\")]+)",
+        lambda m: f"{m[1].removeprefix('xlink:')}#{names.get(m[2], m[2])}",
+        svg,
+    )
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    return (
+        svg.replace(INK, "currentColor").replace(RULE, "var(--rule)").replace(BLUE, "var(--blue)")
+    )
+
+
+def standalone_svg(svg: str) -> str:
+    """`to_svg`'s markup as a file of its own: it names its namespace and brings the colours of a light and a dark page."""
+    style = (
+        "svg { --rule: #d5d9de; --blue: #0072b2; color: #1b1f24; background: #fff; stroke-linejoin: round; font-family: sans-serif } "
+        "@media (prefers-color-scheme: dark) { svg { --rule: #3a424c; --blue: #3f9fe0; color: #e4e7eb; background: #14171b } }"
+    )
+    found = re.match(r'<svg viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    size = f' width="{found[1]}pt" height="{found[2]}pt"' if found else ""
+    head, _, rest = svg.partition(">")
+    head = re.sub(r' style="[^"]*"', "", head).replace(
+        "<svg", f'<svg xmlns="http://www.w3.org/2000/svg"{size}', 1
+    )
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}><style>{style}</style>{rest}'
+
+
+def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` × `height` inches and its axes, below each other."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    every = [figure.add_subplot(panels, 1, i + 1) for i in range(panels)]
+    for axes in every:
+        dress(axes)
+    return figure, every
+
+
+def dress(axes: Axes) -> None:
+    axes.set_facecolor("none")
+    axes.grid(True, color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=SMALL, which="both")
+    axes.spines[:].set_color(INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_color(INK)
+        axis.label.set_fontsize(9.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def legend(axes: Axes) -> None:
+    """The legend above the axes, four entries a line: inside them it would lie on marks or error bars."""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 1.0),
+            ncols=4,
+            frameon=False,
+            fontsize=SMALL,
+            labelcolor=INK,
+            borderaxespad=0.2,
+            columnspacing=1.4,
+            handlelength=2.4,
+        )
+
+
+def log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
+    """A logarithmic axis with labels such as 2·10⁻⁶: at 1, 2, 5 where it spans less than two decades, at powers of ten else."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    narrow = low > 0 and math.log10(high / low) < 2
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda v, _: power(v)))
+
+
+def power(value: float) -> str:
+    if value <= 0:
+        return "0"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    digit = round(value / 10**exponent)
+    power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if digit == 1 else f"{digit}·{power}"
+
+
+def sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]

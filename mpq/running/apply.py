@@ -1,0 +1,316 @@
+"""A plan on a model: the same model running in mixed precision, and back.
+
+Linears (nn.Linear, and GPT-2's Conv1D, whose weight is transposed) get another `forward` on the instance; attention's
+products go through attention.intercept. Nothing of the model is changed otherwise: weights stay as they are, so that a
+head tied to the embedding leaves the embedding alone, and ops in the base format run what they always ran.
+
+- backend `emulated`: any format, operands rounded and multiplied in the dtype of the model's weights.
+- backend `native`: the device's own kernels, for timing. An attention with both products in one 16-bit format runs its
+  fused kernel in that format, as users would run it.
+
+Seeds: every operand of every op draws its own multiplier for its scale, by (seed, op, operand) alone, so one op rounds the
+same way whatever else is lowered. A multiplier is at least 1, since a smaller scale would clip the largest values.
+For floats it is uniform in [1, 2): rounding points repeat from binade to binade, so this covers their positions evenly
+(E4M3 keeps 17 of its 18 binades). For integers, whose step grows with the scale, it is uniform in [1, 1.05).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mpq.errors import MpqError
+from mpq.formats.format import Format, get_format
+from mpq.kernels import check_native, cpu, emulated, int8_attention, native_kernels
+from mpq.kernels.rounding import rounded
+from mpq.models.attention import AttentionHandler, PlainAttention, intercept
+
+Backend: TypeAlias = Literal["native", "emulated"]
+Forward: TypeAlias = Callable[..., Tensor]
+PRODUCTS = ("qk_matmul", "av_matmul")
+
+
+def perturbation(seed: int | None, op: str, operand: str, fmt: Format) -> float:
+    """The multiplier of one operand's scale; 1 without a seed and for formats without a scale."""
+    if seed is None or not fmt.needs_scale:
+        return 1.0
+    width = 0.05 if fmt.kind == "int" else 1.0
+    return 1.0 + width * random.Random(f"{seed}/{op}/{operand}").random()
+
+
+class Mixed:
+    """A model that can be switched between plans, for as long as the object is not closed.
+
+    `base` is the format of the ops that no plan lowers: they run untouched, in the dtype of the weights. Kernels are
+    prepared once for each (op, format) and kept, so switching back and forth costs no quantization; the memory of the
+    rounded weights is the price. The native backend asks for weights in the base format's dtype. There an op in a 16-bit
+    format leaves its output in it where all that read it are lowered, which `feeds` tells (partition.feeds_of).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        base: str,
+        backend: Backend = "emulated",
+        seed: int | None = None,
+        feeds: Mapping[str, tuple[str, ...]] | None = None,
+    ):
+        self.model = model
+        self.base = get_format(base).name
+        self.backend = backend
+        self.seed = seed
+        self._kernels: dict[tuple[str, str], Forward] = {}
+        self._linears: dict[
+            str, tuple[nn.Module, Forward | None]
+        ] = {}  # replaced now, with an instance forward of old
+        self._attention = ExitStack()
+        self._formats: dict[str, str] = {}
+        weight = next(model.parameters())
+        self._device, self._dtype = weight.device.type, weight.dtype
+        self._feeds = (
+            dict(feeds or {}) if backend == "native" and weight.dtype == torch.float32 else {}
+        )
+        if backend == "native" and weight.dtype != getattr(torch, get_format(base).dtype):
+            raise MpqError(
+                f"The model's weights are {weight.dtype}, the base format is {base}: load the model in {base}."
+            )
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The ops lowered now, and their formats."""
+        return dict(self._formats)
+
+    def set(self, formats: Mapping[str, str]) -> None:
+        """Run the ops named in `formats` in these formats, all others in base.
+
+        Raises MpqError, and changes nothing, where the model lacks an op or the device a native kernel.
+        """
+        lowered = {
+            op: f for op, name in formats.items() if (f := get_format(name).name) != self.base
+        }
+        unknown = [
+            op
+            for op in formats
+            if not (self._exists(op) or (op not in lowered and self._is_product_of_other_kind(op)))
+        ]
+        if unknown:
+            raise MpqError(
+                f"The model has no op {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''} ({len(unknown)} of "
+                f"{len(formats)} in the plan): make the plan for this architecture."
+            )
+        if self.backend == "native":
+            check_native(
+                (f for op, f in lowered.items() if not _is_product(op)), self._device, "linear"
+            )
+            check_native((f for op, f in lowered.items() if _is_product(op)), self._device, "bgemm")
+        kept = self._kept(lowered)
+        kernels = {op: self._linear(op, f) for op, f in lowered.items() if not _is_product(op)}
+        for op in kernels.keys() & {
+            *kept,
+            *(reader for producer in kept for reader in self._feeds[producer]),
+        }:
+            kernels[op] = partial(kernels[op], out=kept.get(op, self._dtype))
+        handlers = self._handlers({op: f for op, f in lowered.items() if _is_product(op)}, kept)
+        self.clear()
+        if handlers:
+            self._attention.enter_context(intercept(self.model, handlers))
+        for op, kernel in kernels.items():
+            module = self.model.get_submodule(op)
+            self._linears[op] = (module, module.__dict__.get("forward"))
+            module.forward = kernel
+        self._formats = lowered
+
+    def clear(self) -> None:
+        """Take every replacement off: the model runs as it did before."""
+        self._attention.close()
+        for module, forward in self._linears.values():
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.forward = forward
+        self._linears, self._formats = {}, {}
+
+    def _kept(self, lowered: Mapping[str, str]) -> dict[str, torch.dtype]:
+        """The ops whose output stays in their 16-bit format: it is read as it is, and by lowered ops alone."""
+        kept: dict[str, torch.dtype] = {}
+        for op, readers in self._feeds.items():
+            fmt = get_format(lowered.get(op, self.base))
+            narrow = fmt.name != self.base and fmt.kind == "float" and fmt.bits == 16
+            fused = not _is_product(op) or _both(op, lowered) == fmt.name
+            if (
+                narrow
+                and fused
+                and all(
+                    _both(r, lowered) == fmt.name if _is_product(r) else r in lowered
+                    for r in readers
+                )
+            ):
+                kept[op] = getattr(torch, fmt.dtype)
+        return kept
+
+    def _exists(self, op: str) -> bool:
+        owner, _, product = op.rpartition(".")
+        try:
+            if _is_product(op):
+                return product in PRODUCTS and self.model.get_submodule(owner) is not None
+            return isinstance(self.model.get_submodule(op), (nn.Linear, Conv1D))
+        except AttributeError:
+            return False
+
+    def _is_product_of_other_kind(self, op: str) -> bool:
+        """Whether `op` may be a product that mpq names but cannot lower (`<module>.bmm`), and a plan leaves in base."""
+        owner, _, product = op.rpartition(".")
+        try:
+            module = self.model.get_submodule(owner)
+        except AttributeError:
+            return False
+        return not isinstance(getattr(module, product, None), nn.Module)
+
+    def _linear(self, op: str, name: str) -> Forward:
+        if (op, name) not in self._kernels:
+            module = self.model.get_submodule(op)
+            assert isinstance(module, (nn.Linear, Conv1D))  # _exists has seen to it
+            weight = (
+                module.weight.t() if isinstance(module, Conv1D) else module.weight
+            )  # (C, K), as nn.Linear keeps it
+            fmt = get_format(name)
+            make = (
+                emulated.linear
+                if self.backend == "emulated"
+                else native_kernels(self._device).linear
+            )
+            noise = {
+                f"perturb_{operand}": perturbation(self.seed, op, operand, fmt)
+                for operand in ("input", "weight")
+            }
+            self._kernels[op, name] = make(weight, module.bias, fmt, **noise)
+        return self._kernels[op, name]
+
+    def _handlers(
+        self, lowered: Mapping[str, str], kept: Mapping[str, torch.dtype]
+    ) -> dict[str, AttentionHandler]:
+        chosen: dict[str, dict[str, Format]] = {}
+        for op, name in lowered.items():
+            owner, _, product = op.rpartition(".")
+            chosen.setdefault(owner, {})[product] = get_format(name)
+        handlers: dict[str, AttentionHandler] = {}
+        for owner, formats in chosen.items():
+            qk, av = formats.get("qk_matmul"), formats.get("av_matmul")
+            out = kept.get(f"{owner}.av_matmul", self._dtype)
+            if self.backend == "emulated":
+                handlers[owner] = EmulatedAttention(owner, qk, av, self.seed)
+            elif self._device == "cpu":
+                handlers[owner] = NativeAttention(qk, av, out)
+            else:
+                operands = [
+                    (f, p, o)
+                    for f, p in zip((qk, av), PRODUCTS, strict=True)
+                    for o in ("lhs", "rhs")
+                ]
+                noise = [
+                    1.0 if f is None else perturbation(self.seed, f"{owner}.{p}", o, f)
+                    for f, p, o in operands
+                ]
+                handlers[owner] = native_kernels(self._device).Attention(qk, av, out, noise)
+        return handlers
+
+
+class EmulatedAttention(AttentionHandler):
+    """Attention with the operands of its products rounded; None leaves a product in base."""
+
+    def __init__(self, name: str, qk: Format | None, av: Format | None, seed: int | None = None):
+        self.name, self.qk_format, self.av_format, self.seed = name, qk, av, seed
+
+    def _round(self, x: Tensor, fmt: Format, product: str, operand: str) -> Tensor:
+        value = product == "av_matmul" and operand == "rhs"
+        return rounded(
+            x,
+            fmt,
+            "column" if value else "row",
+            perturbation(self.seed, f"{self.name}.{product}", operand, fmt),
+        )
+
+    def fused(self, attention: PlainAttention) -> Tensor:
+        a = attention
+        operands = self.operands(a.query, a.key, a.value)
+        probabilities = None if self.av_format is None else self.probabilities
+        return emulated.attention(*operands, a.mask, a.causal, a.scaling, probabilities)
+
+    def operands(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.qk_format is not None:
+            query = self._round(query, self.qk_format, "qk_matmul", "lhs")
+            key = self._round(key, self.qk_format, "qk_matmul", "rhs")
+        if self.av_format is not None:
+            value = self._round(value, self.av_format, "av_matmul", "rhs")
+        return query, key, value
+
+    def probabilities(self, p: Tensor) -> Tensor:
+        return p if self.av_format is None else self._round(p, self.av_format, "av_matmul", "lhs")
+
+
+class NativeAttention(AttentionHandler):
+    """Attention with native products, its output in `out`. With one format for both it stays fused: the model's configured
+    attention in a 16-bit format, a kernel of our own in INT8."""
+
+    def __init__(self, qk: Format | None, av: Format | None, out: torch.dtype):
+        self.out = out
+        self._qk = cpu.bgemm(qk) if qk else torch.matmul
+        self._av = cpu.bgemm(av) if av else torch.matmul
+        both = qk if qk == av else None
+        self.dtype = (
+            getattr(torch, both.dtype) if both is not None and both.kind == "float" else None
+        )
+        self._int8 = both is not None and both.kind == "int"
+
+    def fused(self, attention: PlainAttention) -> Tensor | None:
+        a = attention
+        return (
+            int8_attention.attention(a.query, a.key, a.value, a.mask, a.causal, a.scaling)
+            if self._int8
+            else None
+        )
+
+    def qk(self, query: Tensor, key_t: Tensor) -> Tensor:
+        return self._qk(query, key_t)
+
+    def av(self, p: Tensor, value: Tensor) -> Tensor:
+        return self._av(p, value)
+
+
+def _is_product(op: str) -> bool:
+    return op.rpartition(".")[2] in PRODUCTS
+
+
+def _both(op: str, lowered: Mapping[str, str]) -> str | None:
+    """The format of both products of the attention that `op` is one of, if they have the same."""
+    one, other = (lowered.get(f"{op.rpartition('.')[0]}.{product}") for product in PRODUCTS)
+    return one if one == other else None
+
+
+@contextmanager
+def applied(
+    model: nn.Module,
+    formats: Mapping[str, str],
+    *,
+    base: str,
+    backend: Backend = "emulated",
+    seed: int | None = None,
+    feeds: Mapping[str, tuple[str, ...]] | None = None,
+) -> Iterator[nn.Module]:
+    """`model` running in `formats` (op → format; a Plan's `formats`) inside the context, as before outside.
+
+    Raises MpqError where the model lacks an op of the plan, or the device a native kernel.
+    """
+    mixed = Mixed(model, base=base, backend=backend, seed=seed, feeds=feeds)
+    try:
+        mixed.set(formats)
+        yield model
+    finally:
+        mixed.clear()

@@ -1,0 +1,137 @@
+"""The tables that stages hand each other: polars schemas, units in the column names, and their validation."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from mpq.errors import MpqError
+
+CONFIGURATION = pl.List(pl.String)  # formats in the group's op order
+
+SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
+    # one row an op; order is the op's place in the model, group its sequential sub-graph
+    "groups": {
+        "group": pl.Int64,
+        "order": pl.Int64,
+        "op": pl.String,
+        "kind": pl.String,
+        "signature": pl.String,
+        "in_features": pl.Int64,
+        "out_features": pl.Int64,
+        "macs": pl.Int64,
+        "parameters": pl.Int64,
+        "heads": pl.Int64,
+        "kv_heads": pl.Int64,
+    },
+    # one row an op, operand, format and noise model; loss_mse is d of method.md (22, 24), sensitivity is s (21, 23)
+    "sensitivity": {
+        "op": pl.String,
+        "operand": pl.String,
+        "format": pl.String,
+        "noise_model": pl.String,
+        "n_samples": pl.Int64,
+        "loss_mse": pl.Float64,
+        "sensitivity": pl.Float64,
+    },
+    # one row a block of text or document of a task that was drawn; part is calibration, evaluation (of the loss) or tasks (scored)
+    "drawn": {
+        "part": pl.String,
+        "source": pl.String,
+        "unit": pl.String,
+        "index": pl.Int64,
+        "of": pl.Int64,
+    },
+    "loss": {"n_samples": pl.Int64, "mean_square_loss": pl.Float64, "mean_loss": pl.Float64},
+    # gain_s is the time gained by ONE instance of the group in this configuration
+    "timing": {
+        "signature": pl.String,
+        "group": pl.Int64,
+        "configuration": CONFIGURATION,
+        "instances": pl.Int64,
+        "repeats": pl.Int64,
+        "ttft_s": pl.Float64,
+        "base_ttft_s": pl.Float64,
+        "gain_s": pl.Float64,
+        "gain_ci_low_s": pl.Float64,
+        "gain_ci_high_s": pl.Float64,
+        "device": pl.String,
+        "method": pl.String,
+        "batch": pl.Int64,
+        "length": pl.Int64,
+        "load_average": pl.Float64,
+        "steal_share": pl.Float64,
+        "disturbed": pl.Int64,
+        "measured": pl.Int64,
+        "significant": pl.Boolean,
+        "mode": pl.String,
+    },
+    "gains": {
+        "objective": pl.String,
+        "group": pl.Int64,
+        "configuration": CONFIGURATION,
+        "gain": pl.Float64,
+        "loss_mse": pl.Float64,
+    },
+    "plans": {
+        "strategy": pl.String,
+        "objective": pl.String,
+        "tau": pl.Float64,
+        "seed": pl.Int64,
+        "op": pl.String,
+        "format": pl.String,
+    },
+    "solutions": {
+        "strategy": pl.String,
+        "objective": pl.String,
+        "tau": pl.Float64,
+        "seed": pl.Int64,
+        "predicted_loss_mse": pl.Float64,
+        "budget": pl.Float64,
+        "predicted_gain": pl.Float64,
+        "bound": pl.Float64,
+        "status": pl.String,
+        "solver": pl.String,
+        "seconds": pl.Float64,
+        "note": pl.String,
+        "share_lowered": pl.Float64,
+        "predicted_ttft_s": pl.Float64,
+        "base_ttft_s": pl.Float64,
+    },
+    # metric: loss_mse, ttft_s, perplexity, ...; task is `loss` for the held-out text itself
+    "evaluation": {
+        "strategy": pl.String,
+        "objective": pl.String,
+        "tau": pl.Float64,
+        "plan_seed": pl.Int64,
+        "seed": pl.Int64,
+        "task": pl.String,
+        "metric": pl.String,
+        "value": pl.Float64,
+        "base_value": pl.Float64,
+    },
+}
+
+
+def table(name: str, rows: list[dict[str, object]]) -> pl.DataFrame:
+    """Rows as the table called `name`, in its column order."""
+    return validate(name, pl.DataFrame(rows, schema=SCHEMAS[name], strict=False))
+
+
+def validate(name: str, frame: pl.DataFrame) -> pl.DataFrame:
+    """The frame with the columns of table `name`, cast to their types; further columns are kept behind them.
+
+    Raises MpqError that names the missing columns or the one that cannot be cast.
+    """
+    schema = SCHEMAS[name]
+    missing = [column for column in schema if column not in frame.columns]
+    if missing:
+        raise MpqError(
+            f"The {name} table lacks {', '.join(missing)}: expected the columns {', '.join(schema)}."
+        )
+    try:
+        frame = frame.with_columns(pl.col(c).cast(t) for c, t in schema.items())
+    except pl.exceptions.PolarsError as error:
+        raise MpqError(
+            f"The {name} table has a column of the wrong type: {str(error).splitlines()[0]}."
+        ) from None
+    return frame.select(*schema, *(c for c in frame.columns if c not in schema))

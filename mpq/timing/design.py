@@ -1,0 +1,271 @@
+"""Groups with more configurations than one can measure: measure a design, predict the rest with a stated error, and
+measure what the solver then chooses, until everything chosen has been measured.
+
+A parallel block has nine ops: 19,683 configurations in three formats. What predicts them is gain_model.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import polars as pl
+
+from mpq.store.tables import table
+from mpq.timing.gain_model import Choices, Configuration, GainModel
+
+Wanted: TypeAlias = tuple[str, Configuration]  # signature, configuration
+Timed = TypeVar("Timed")
+POOLED = 1024  # so many measured gains are not pooled, which takes the cube of their number
+CANDIDATES = 20_000  # configurations of one group that the program may choose from
+NORMAL_95 = 1.96  # half a 95 % interval, in standard errors
+
+
+def choices_of(
+    group: pl.DataFrame, formats: Mapping[str, Sequence[str]], base: str
+) -> list[tuple[str, ...]]:
+    """The formats that each op of a group (rows of the groups table) may take; `formats` says what each kind may take."""
+    return [
+        tuple(dict.fromkeys((base, *formats.get(row["kind"], ()))))
+        for row in group.sort("order").iter_rows(named=True)
+    ]
+
+
+def design(choices: Choices, limit: int, seed: int = 0) -> list[Configuration]:
+    """The configurations to measure, all-base first: all of them where there are at most `limit`, else every change of a
+    single op, everything in each format, and random ones up to `limit`."""
+    if math.prod(map(len, choices)) <= limit:
+        return list(itertools.product(*choices))
+    base = tuple(c[0] for c in choices)
+    singles = [(*base[:i], f, *base[i + 1 :]) for i, c in enumerate(choices) for f in c[1:]]
+    names = dict.fromkeys(f for c in choices for f in c[1:])
+    # a format that not every op can take: the others in the last that they can
+    whole = [tuple(f if f in c else c[-1] for c in choices) for f in names]
+    chosen = dict.fromkeys([base, *singles, *whole])
+    rng = random.Random(seed)
+    while len(chosen) < limit:
+        chosen[tuple(rng.choice(c) for c in choices)] = None
+    return list(chosen)
+
+
+def candidates(
+    choices: Choices, measured: Iterable[Configuration], seed: int = 0
+) -> list[Configuration]:
+    """What the program may choose from: every configuration, or where there are too many those measured and random ones."""
+    if math.prod(map(len, choices)) <= CANDIDATES:
+        return list(itertools.product(*choices))
+    return list(dict.fromkeys([*measured, *design(choices, CANDIDATES, seed)]))
+
+
+def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) -> pl.DataFrame:
+    """The timing table with a row for each configuration that may be chosen and was not measured: `repeats` 0, its gain
+    predicted, its interval that of the prediction (95 %). Measured rows stay as they are; what `choices` does not allow is left out.
+
+    The further columns `pooled_gain_s` and `pooled_error_s` are what all measured configurations of the signature together say of a
+    row's gain (gain_model.py), and its standard error: of many noisy gains the largest is too large, and a program looks for the largest.
+    """
+    parts: list[pl.DataFrame] = []
+    for signature, per_op in choices.items():
+        of = timing.filter(pl.col("signature") == signature)
+        allowed = [
+            all(f in c for f, c in zip(configuration, per_op, strict=True))
+            for configuration in of["configuration"]
+        ]
+        if (of := of.filter(pl.Series(allowed, dtype=pl.Boolean))).is_empty():
+            continue
+        measured = [tuple(c) for c in of["configuration"]]
+        seen = set(measured)
+        missing = [c for c in candidates(per_op, measured) if c not in seen]
+        alone = sum(len(c) > 1 for c in per_op) < 2  # one op's formats tell nothing of each other
+        if not missing and (alone or of.height > POOLED):
+            parts.append(
+                of.with_columns(
+                    pl.Series("pooled_error_s", standard_errors(of, base)),
+                    pooled_gain_s=pl.col("gain_s"),
+                )
+            )
+            continue
+        model = GainModel.fit(
+            per_op, measured, of["gain_s"].to_list(), standard_errors(of, base).tolist()
+        )
+        gain, error = model.predict([*measured, *missing])
+        like, base_s = of.row(0, named=True), float(of["base_ttft_s"].median())  # type: ignore[arg-type]
+        rows = [
+            like
+            | {
+                "configuration": list(c),
+                "repeats": 0,
+                "base_ttft_s": base_s,
+                "ttft_s": base_s - like["instances"] * g,
+                "gain_s": g,
+                "gain_ci_low_s": g - NORMAL_95 * e,
+                "gain_ci_high_s": g + NORMAL_95 * e,
+                "disturbed": 0,
+                "measured": None,
+                "significant": abs(g) > NORMAL_95 * e,
+            }
+            for c, g, e in zip(
+                missing, gain[of.height :].tolist(), error[of.height :].tolist(), strict=True
+            )
+        ]
+        both = pl.concat([of, table("timing", rows)], how="diagonal_relaxed")
+        parts.append(
+            both.with_columns(pl.Series("pooled_gain_s", gain), pl.Series("pooled_error_s", error))
+        )
+    return pl.concat(parts, how="diagonal_relaxed") if parts else timing
+
+
+def standard_errors(timing: pl.DataFrame, base: str) -> np.ndarray:
+    """Of each row's gain (s), from its interval. With few pairs an interval may be narrow by luck: no error is taken for less than half
+    of the usual one. All-base gains nothing for certain."""
+    errors = ((timing["gain_ci_high_s"] - timing["gain_ci_low_s"]) / (2 * NORMAL_95)).to_numpy()
+    lowered = np.array([set(c) != {base} for c in timing["configuration"]])
+    return np.where(
+        lowered, np.maximum(errors, np.median(errors[lowered]) / 2 if lowered.any() else 0.0), 0.0
+    )
+
+
+def unmeasured(
+    timing: pl.DataFrame, groups: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str
+) -> list[Wanted]:
+    """The configurations that plans (op → format) put some group in, and that no row of `timing` has measured."""
+    seen = {
+        (s, tuple(c))
+        for s, c in timing.filter(pl.col("repeats") > 0)
+        .select("signature", "configuration")
+        .iter_rows()
+    }
+    members = [
+        (signature, rows["op"].to_list())
+        for (_, signature), rows in groups.sort("order").group_by(
+            ["group", "signature"], maintain_order=True
+        )
+    ]
+    wanted = {
+        (s, tuple(plan.get(op, base) for op in ops)): None for plan in plans for s, ops in members
+    }
+    return [w for w in wanted if w not in seen and set(w[1]) != {base}]
+
+
+def refine(
+    timed: Timed,
+    chosen: Callable[[Timed], list[Wanted]],
+    measure: Callable[[Timed, list[Wanted]], Timed],
+    rounds: int,
+) -> tuple[Timed, int]:
+    """Solve, measure what was chosen and not yet measured, solve again, until everything chosen is measured or `rounds` are over.
+
+    `timed` is what has been measured, in whatever form its owner holds it; `chosen` solves and says what of the plan is `unmeasured`;
+    `measure` returns `timed` with that in it. Returns what was measured, and the rounds in which something was.
+    """
+    for done in range(rounds):
+        wanted = chosen(timed)
+        if not wanted:
+            return timed, done
+        timed = measure(timed, wanted)
+    return timed, rounds
+
+
+def anchors(groups: pl.DataFrame, gains: pl.DataFrame, base: str) -> list[dict[str, str]]:
+    """The whole plans (op → format) whose TTFT tells how groups help each other, whatever they do to the loss: every group
+    in the configuration that gains most, and for each format as many ops in it as some configuration has."""
+    rows = gains.sort("gain").select("group", "configuration", "gain").rows()
+    fastest = {g: tuple(c) for g, c, _ in rows}
+    chosen = [fastest]
+    for name in sorted({f for _, c, _ in rows for f in c if f != base}):
+        ranked = sorted(rows, key=lambda row: (row[1].count(name), row[1].count(base)))
+        chosen.append({g: tuple(c) for g, c, _ in ranked})
+    members = list(
+        groups.sort("order").group_by(["group"], maintain_order=True).agg("op").iter_rows()
+    )
+    plans = [
+        {op: f for g, ops in members if g in best for op, f in zip(ops, best[g], strict=True)}
+        for best in chosen
+    ]
+    lowered = [plan for plan in plans if any(f != base for f in plan.values())]
+    return [plan for i, plan in enumerate(lowered) if plan not in lowered[:i]]
+
+
+def sums(
+    groups: pl.DataFrame, gains: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str
+) -> list[float]:
+    """For each plan the sum of its groups' gains. Raises KeyError for a configuration that the gains table lacks."""
+    gain: dict[Any, float] = {
+        (g, tuple(c)): v for g, c, v in gains.select("group", "configuration", "gain").iter_rows()
+    }
+    members = (
+        groups.filter(pl.col("group").is_in(gains["group"].implode()))
+        .sort("order")
+        .group_by(["group"], maintain_order=True)
+    )
+    ops_of = list(members.agg("op").iter_rows())
+    return [
+        math.fsum(gain[g, tuple(plan.get(op, base) for op in ops)] for g, ops in ops_of)
+        for plan in plans
+    ]
+
+
+def half_widths(
+    groups: pl.DataFrame, timing: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str
+) -> list[float]:
+    """For each plan the half width (s) of the 95 % interval of its groups' summed gains, from the intervals of the timing table:
+    of gains as measured. Pooled ones err less.
+
+    One measurement that serves several groups of a signature errs in all of them alike; different ones err apart. Raises KeyError for a
+    configuration that the table lacks.
+    """
+    half = {
+        (r["signature"], tuple(r["configuration"])): (r["gain_ci_high_s"] - r["gain_ci_low_s"]) / 2
+        for r in timing.iter_rows(named=True)
+    }
+    members = groups.filter(pl.col("signature").is_in(timing["signature"].unique().implode()))
+    ops_of = [
+        (signature, rows["op"].to_list())
+        for (_, signature), rows in members.sort("order").group_by(
+            ["group", "signature"], maintain_order=True
+        )
+    ]
+    out = []
+    for plan in plans:
+        chosen = Counter(
+            (signature, tuple(plan.get(op, base) for op in ops)) for signature, ops in ops_of
+        )
+        out.append(
+            math.hypot(
+                *(count * half[which] for which, count in chosen.items() if set(which[1]) != {base})
+            )
+        )
+    return out
+
+
+def neighbours(groups: pl.DataFrame, formats: Mapping[str, str], base: str) -> float:
+    """How many groups of a plan are in the same lowered format as the group before them; partly lowered ones count by their shares.
+
+    Of two formats in a row each meets what a base product would have left it, so they do not count.
+    """
+    named = pl.col("op").replace_strict(dict(formats), default=base, return_dtype=pl.String)
+    lowered = sorted({f for f in formats.values() if f != base})
+    shares = (
+        groups.group_by("group")
+        .agg(pl.col("order").min(), *((named == f).mean().alias(f) for f in lowered))
+        .sort("order")
+    )
+    of = shares.select(lowered).to_numpy()
+    return float((of[1:] * of[:-1]).sum())
+
+
+def interaction(
+    neighbours: Sequence[float], sums_s: Sequence[float], measured_s: Sequence[float]
+) -> float:
+    """How groups help each other: the seconds that each pair of lowered neighbours gains beyond what the two gain alone.
+
+    A base product leaves the caches cold for what follows, so lowering both gains more than lowering each. Least squares over
+    measured plans, with the number of such pairs in each, the sum of its groups' gains, and what it gained; 0 where there are none.
+    """
+    pairs, excess = np.asarray(neighbours), np.asarray(measured_s) - np.asarray(sums_s)
+    return float(excess @ pairs / (pairs @ pairs)) if pairs.any() else 0.0

@@ -1,0 +1,44 @@
+"""What people see of tables: few columns, the numbers those of the tables."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+from synthetic import BASE, LOWER, make_run
+
+from mpq.cli import shown
+
+RUN = make_run(layers=2)
+
+
+def test_sensitivity_has_a_row_for_each_op() -> None:
+    """Operands add up, base is left out, the most sensitive op comes first."""
+    told = shown.sensitivity(RUN["sensitivity"], BASE)
+    assert told.columns == ["op", *LOWER]
+    assert told.height == RUN["groups"].height
+    top = told.row(0, named=True)
+    rows = [
+        r
+        for r in RUN["sensitivity"].iter_rows(named=True)
+        if (r["op"], r["noise_model"]) == (top["op"], "ulp")
+    ]
+    assert {r["operand"] for r in rows} in ({"input", "weight"}, {"lhs", "rhs"})
+    for f in LOWER:
+        assert top[f] == pytest.approx(sum(r["loss_mse"] for r in rows if r["format"] == f))
+    assert max(told[LOWER[0]]) == top[LOWER[0]]
+
+
+def test_groups_tell_shapes() -> None:
+    """A linear by its features, as an expert layer is that stays in base; attention's products by their heads."""
+    experts = (
+        pl.when(pl.col("op").str.ends_with("layers.0.mlp.down_proj"))
+        .then(pl.lit("other"))
+        .otherwise("kind")
+    )
+    told = {
+        row["op"]: row["shape"]
+        for row in shown.groups(RUN["groups"].with_columns(kind=experts)).iter_rows(named=True)
+    }
+    assert told["model.layers.0.mlp.down_proj"] == "512 → 512"
+    assert told["lm_head"] == "512 → 512"
+    assert told["model.layers.1.self_attn.qk_matmul"] == "8 heads"

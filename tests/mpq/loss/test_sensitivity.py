@@ -1,0 +1,217 @@
+"""Sensitivity against a slow reference: autograd on fresh aliases of every operand, one sample at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from small import small_model
+
+from mpq.errors import MpqError
+from mpq.formats.format import FORMATS, get_format
+from mpq.formats.quantize import noise_variance
+from mpq.loss.sensitivity import measure_sensitivity, merge
+from mpq.models.attention import AttentionHandler, intercept
+from mpq.models.blocks import Blocks
+
+FORMAT_NAMES = ["bf16", "fp8_e4m3", "fp8_e5m2", "int8"]
+MODELS = {
+    "llama": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+    "gpt_neox": {"use_parallel_residual": True},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+}
+
+
+def ops_of(model: torch.nn.Module) -> list[tuple[str, str]]:
+    """Every linear and every attention product of a model."""
+    linears = [
+        (n, "linear")
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"
+    ]
+    attentions = [n for n, m in model.named_modules() if type(m).__name__.endswith("Attention")]
+    return linears + [(f"{n}.{p}", "bgemm") for n in attentions for p in ("qk_matmul", "av_matmul")]
+
+
+class _Alias(AttentionHandler):
+    """Keeps a fresh alias of each operand; written for this test, apart from the code under test."""
+
+    def __init__(self, name: str, kept: dict[tuple[str, str], torch.Tensor]) -> None:
+        self.name, self.kept = name, kept
+
+    def _keep(self, product: str, operand: str, u: torch.Tensor) -> torch.Tensor:
+        alias = u * 1.0
+        alias.retain_grad()
+        self.kept[f"{self.name}.{product}", operand] = alias
+        return alias
+
+    def operands(self, query, key, value):
+        return (
+            self._keep("qk_matmul", "lhs", query),
+            self._keep("qk_matmul", "rhs", key),
+            self._keep("av_matmul", "rhs", value),
+        )
+
+    def probabilities(self, p):
+        return self._keep("av_matmul", "lhs", p)
+
+
+def reference(
+    model: torch.nn.Module, tokens: np.ndarray, base: str
+) -> tuple[dict[tuple[str, str, str, str], float], float]:
+    """d of method.md for every (op, operand, format, noise model), and E[g²], one sample after the other in FP64 sums."""
+    sums: dict[tuple[str, str, str, str], float] = {}
+    squares = 0.0
+    ops = ops_of(model)
+    for row in tokens:
+        kept: dict[tuple[str, str], torch.Tensor] = {}
+        originals = {}
+        for name, kind in ops:
+            if kind != "linear":
+                continue
+            module = model.get_submodule(name)
+            weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+
+            def forward(x, name=name, weight=weight, module=module):
+                x_alias, w_alias = (x * 1.0), weight.detach().clone().requires_grad_()
+                x_alias.retain_grad()
+                kept[name, "input"], kept[name, "weight"] = x_alias, w_alias
+                return F.linear(x_alias, w_alias, module.bias)
+
+            originals[module] = forward
+            module.forward = forward
+        handlers = {
+            n.rpartition(".")[0]: _Alias(n.rpartition(".")[0], kept)
+            for n, kind in ops
+            if kind == "bgemm"
+        }
+        ids = torch.from_numpy(row)[None]
+        with intercept(model, handlers), torch.enable_grad():
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            logits = model(inputs_embeds=embedded, use_cache=False).logits
+            loss = F.cross_entropy(logits[0, :-1], ids[0, 1:])
+            loss.backward()
+        for module in originals:
+            del module.forward
+        squares += float(loss.detach().double() ** 2)
+        for (op, operand), u in kept.items():
+            for noise_model in ("paper", "ulp"):
+                for name in FORMAT_NAMES:
+                    granularity = (
+                        "column" if op.endswith("av_matmul") and operand == "rhs" else "row"
+                    )
+                    noise = noise_variance(
+                        u.detach(), FORMATS[name], noise_model, granularity
+                    ).double()
+                    noise = noise - noise_variance(u.detach(), FORMATS[base], noise_model).double()
+                    d = float((u.grad.double() ** 2 * noise).sum())
+                    key = (op, operand, name, noise_model)
+                    sums[key] = sums.get(key, 0.0) + d / len(tokens)
+    return sums, squares / len(tokens)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_equals_a_slow_reference(model_type: str) -> None:
+    """Every op, operand, format and noise model agrees to 1e-4 with autograd on aliases, one sample at a time."""
+    model = small_model(model_type, **MODELS[model_type])
+    tokens = np.random.default_rng(1).integers(0, 97, (5, 16))
+    frame, loss = measure_sensitivity(
+        model, ops_of(model), Blocks(tokens), formats=FORMAT_NAMES, base="fp32", batch=3
+    )
+    expected, mean_square = reference(model, tokens, "fp32")
+    got = {
+        tuple(r[c] for c in ("op", "operand", "format", "noise_model")): r["loss_mse"]
+        for r in frame.iter_rows(named=True)
+        if r["format"] != "fp32"
+    }
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        assert got[key] == pytest.approx(value, rel=1e-4), key
+    assert loss["mean_square_loss"][0] == pytest.approx(mean_square, rel=1e-5)
+
+
+def test_shards_add_up() -> None:
+    """Shards merged equal the whole set in one go, whatever their sizes."""
+    model = small_model("llama", **MODELS["llama"])
+    blocks = Blocks(np.random.default_rng(2).integers(0, 97, (7, 12)))
+    options = {"formats": FORMAT_NAMES, "base": "fp32", "batch": 7}
+    whole, loss = measure_sensitivity(model, ops_of(model), blocks, **options)
+    parts = [
+        measure_sensitivity(model, ops_of(model), shard, **options) for shard in blocks.shards(3)
+    ]
+    merged, merged_loss = merge([p[0] for p in parts], [p[1] for p in parts])
+    both = whole.join(merged, on=["op", "operand", "format", "noise_model"], suffix="_merged")
+    assert both.height == whole.height
+    np.testing.assert_allclose(both["loss_mse_merged"], both["loss_mse"], rtol=1e-5, atol=1e-20)
+    assert merged["n_samples"].unique().to_list() == [7]
+    assert merged_loss["mean_square_loss"][0] == pytest.approx(
+        loss["mean_square_loss"][0], rel=1e-6
+    )
+
+
+def test_checkpointing_changes_nothing() -> None:
+    """Recomputed activations give the same table."""
+    model = small_model("llama", **MODELS["llama"])
+    blocks = Blocks(np.random.default_rng(3).integers(0, 97, (2, 12)))
+    options = {"formats": ["bf16"], "base": "fp32"}
+    plain, _ = measure_sensitivity(model, ops_of(model), blocks, **options)
+    saved, _ = measure_sensitivity(
+        model, ops_of(model), blocks, checkpoint_activations=True, **options
+    )
+    keys = ["op", "operand", "format", "noise_model"]
+    np.testing.assert_allclose(
+        plain.sort(keys)["loss_mse"], saved.sort(keys)["loss_mse"], rtol=1e-5
+    )
+
+
+def test_leaves_the_model_as_it_was() -> None:
+    """After a measurement the logits are bit-identical and nothing is left on the modules."""
+    model = small_model("gpt2", n_embd=32, n_layer=2, n_head=4)
+    ids = torch.arange(10)[None]
+    before = model(ids).logits
+    measure_sensitivity(
+        model, ops_of(model), Blocks(np.ones((1, 8), np.int64)), formats=["int8"], base="fp32"
+    )
+    assert torch.equal(model(ids).logits, before)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_paper_form_keeps_the_base_noise() -> None:
+    """Without the base term, d is s·2^(-2m)/12 exactly (eq. 24), base format included."""
+    model = small_model("llama", dtype=torch.bfloat16, **MODELS["llama"])
+    blocks = Blocks(np.random.default_rng(4).integers(0, 97, (2, 12)))
+    frame, _ = measure_sensitivity(
+        model, ops_of(model), blocks, formats=["fp8_e4m3"], base="bf16", base_term=False
+    )
+    paper = frame.filter(pl.col("noise_model") == "paper")
+    for row in paper.iter_rows(named=True):
+        m = get_format(row["format"]).mantissa_bits
+        assert row["loss_mse"] == pytest.approx(
+            row["sensitivity"] * 2.0 ** (-2 * m) / 12, rel=1e-12
+        )
+
+
+def test_nan_loss_is_told() -> None:
+    """A model with a NaN weight is refused with the sample that showed it."""
+    model = small_model("llama", **MODELS["llama"])
+    model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(MpqError, match="loss of calibration sample 0 is nan"):
+        measure_sensitivity(
+            model, ops_of(model), Blocks(np.ones((1, 8), np.int64)), formats=["bf16"], base="fp32"
+        )
+
+
+def test_unknown_op_is_told() -> None:
+    """An op that the model lacks is named."""
+    model = small_model("llama", **MODELS["llama"])
+    with pytest.raises(MpqError, match=r"no op 'model\.layers\.9"):
+        measure_sensitivity(
+            model,
+            [("model.layers.9.mlp.up_proj", "linear")],
+            Blocks(np.ones((1, 8), np.int64)),
+            formats=["bf16"],
+            base="fp32",
+        )

@@ -1,0 +1,315 @@
+"""Tracing and partition: groups written out by hand for each architecture, and the cut against a brute force."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+
+import networkx as nx
+import pytest
+from small import ROOT, small_config
+
+from mpq.errors import MpqError
+from mpq.models.graph import Graph, Op, trace
+from mpq.models.partition import architecture_key, feeds_of, groups_table, partition
+
+GQA = {"num_key_value_heads": 2, "head_dim": 8}
+ATTENTION = [
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.qk_matmul self_attn.av_matmul",
+    "self_attn.o_proj",
+]
+GATED = ["mlp.gate_proj mlp.up_proj", "mlp.down_proj"]
+LLAMA = ("model.layers", ATTENTION + GATED, ["lm_head"])
+EXPERTS = "mlp.experts.gate_up_proj mlp.experts.down_proj"
+
+# architecture → further configuration, (path of the layers, groups of one layer, groups after them)
+BY_HAND: dict[str, tuple[dict[str, object], tuple[str, list[str], list[str]]]] = {
+    "llama": ({**GQA, "tie_word_embeddings": True}, LLAMA),
+    "qwen2": (GQA, LLAMA),
+    "qwen3": (GQA, LLAMA),
+    "mistral": (GQA, LLAMA),
+    "gemma2": (GQA, LLAMA),
+    "gemma3_text": (GQA, LLAMA),
+    "olmo": (GQA, LLAMA),
+    "olmo2": (GQA, LLAMA),
+    "phi3": (
+        {**GQA, "pad_token_id": 0},
+        (
+            "model.layers",
+            [
+                "self_attn.qkv_proj",
+                "self_attn.qk_matmul self_attn.av_matmul",
+                "self_attn.o_proj",
+                "mlp.gate_up_proj",
+                "mlp.down_proj",
+            ],
+            ["lm_head"],
+        ),
+    ),
+    "starcoder2": (GQA, ("model.layers", [*ATTENTION, "mlp.c_fc", "mlp.c_proj"], ["lm_head"])),
+    "gpt2": (
+        {"n_embd": 32, "n_layer": 2, "n_head": 4},
+        (
+            "transformer.h",
+            [
+                "attn.c_attn",
+                "attn.qk_matmul attn.av_matmul",
+                "attn.c_proj",
+                "mlp.c_fc",
+                "mlp.c_proj",
+            ],
+            ["lm_head"],
+        ),
+    ),
+    "opt": (
+        {"ffn_dim": 64, "word_embed_proj_dim": 32},
+        ("model.decoder.layers", [ATTENTION[0], "self_attn.out_proj", "fc1", "fc2"], ["lm_head"]),
+    ),
+    "gpt_neox": (
+        {"use_parallel_residual": True},
+        (
+            "gpt_neox.layers",
+            [
+                "attention.query_key_value attention.qk_matmul attention.av_matmul attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h"
+            ],
+            ["embed_out|lm_head"],
+        ),
+    ),
+    "phi": ({}, ("model.layers", [ATTENTION[0] + " self_attn.dense mlp.fc1 mlp.fc2"], ["lm_head"])),
+    "bert": (
+        {},
+        (
+            "bert.encoder.layer",
+            [
+                "attention.self.query attention.self.key attention.self.value attention.self.qk_matmul attention.self.av_matmul",
+                "attention.output.dense",
+                "intermediate.dense",
+                "output.dense",
+            ],
+            ["cls.predictions.transform.dense", "cls.predictions.decoder"],
+        ),
+    ),
+    "mixtral": (GQA, ("model.layers", [*ATTENTION, "mlp.gate", EXPERTS], ["lm_head"])),
+    "qwen3_moe": (GQA, ("model.layers", [*ATTENTION, "mlp.gate", EXPERTS], ["lm_head"])),
+}
+
+
+@pytest.mark.parametrize("model_type", BY_HAND)
+def test_groups_by_hand(model_type: str) -> None:
+    """Every layer has the groups that one draws by hand, in execution order, with one signature a kind of group."""
+    more, (layers, inside, after) = BY_HAND[model_type]
+    groups = partition(trace(small_config(model_type, **more)))
+    expected = [
+        [f"{layers}.{i}.{op}" for op in group.split()] for i in range(2) for group in inside
+    ] + [[op] for op in after]
+    got = [[op.name for op in group.ops] for group in groups]
+    assert len(got) == len(expected), got
+    for one, other in zip(got, expected, strict=True):
+        assert all(name in names.split("|") for name, names in zip(one, other, strict=True)), (
+            one,
+            other,
+        )
+    first, second = groups[: len(inside)], groups[len(inside) : 2 * len(inside)]
+    if model_type not in (
+        "gemma2",
+        "gemma3_text",
+    ):  # whose layers alternate between sliding and full attention
+        assert [g.signature for g in first] == [g.signature for g in second]
+    assert len({g.signature for g in first}) == len(first)
+
+
+def test_a_head_as_wide_as_the_sequence_is_long() -> None:
+    """Attention is told apart by what flows from product to product, not by a size that may be another's too."""
+    names = [
+        op.name
+        for g in partition(
+            trace(small_config("llama", num_key_value_heads=2, head_dim=16), length=16)
+        )
+        for op in g.ops
+    ]
+    assert (
+        sum(name.endswith("qk_matmul") for name in names)
+        == sum(name.endswith("av_matmul") for name in names)
+        == 2
+    )
+
+
+def test_shapes_and_macs() -> None:
+    """Sizes, heads before and after repetition, and MACs of a Llama with grouped-query attention."""
+    frame = groups_table(partition(trace(small_config("llama", **GQA))), batch=3, length=10)
+    rows = {r["op"].removeprefix("model.layers.0."): r for r in frame.iter_rows(named=True)}
+    assert (rows["self_attn.k_proj"]["in_features"], rows["self_attn.k_proj"]["out_features"]) == (
+        32,
+        16,
+    )
+    assert rows["self_attn.k_proj"]["macs"] == 3 * 10 * 32 * 16
+    assert rows["self_attn.k_proj"]["parameters"] == 32 * 16
+    assert (rows["self_attn.qk_matmul"]["heads"], rows["self_attn.qk_matmul"]["kv_heads"]) == (4, 2)
+    assert (
+        rows["self_attn.qk_matmul"]["macs"]
+        == rows["self_attn.av_matmul"]["macs"]
+        == 3 * 4 * 10 * 10 * 8
+    )
+    assert rows["lm_head"]["out_features"] == 97
+
+
+def test_experts_are_named_not_lowered() -> None:
+    """An expert's products are named, of kind `other`; the router is a linear."""
+    ops = [op for g in partition(trace(small_config("mixtral", **GQA))) for op in g.ops]
+    kinds = {op.name.removeprefix("model.layers.0."): op.kind for op in ops}
+    assert kinds["mlp.experts.gate_up_proj"] == kinds["mlp.experts.down_proj"] == "other"
+    assert kinds["mlp.gate"] == "linear"
+
+
+GEMMA_3N = GQA | {
+    "head_dim": 8,
+    "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": 97,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "activation_sparsity_pattern": [0.0, 0.0],
+    "intermediate_size": [48, 48],
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "others", "linears"),
+    [
+        (
+            "mamba",
+            {"state_size": 8},
+            r"mixer\.matmul16$",
+            r"mixer\.in_proj$",
+        ),  # a scan of products is no attention
+        (
+            "diffllama",
+            GQA,
+            r"self_attn\.matmul4$",
+            r"self_attn\.q_proj$",
+        ),  # nor are two attentions in one module
+        # a router that is called twice; results written in place, which plain tracing loses
+        ("gemma3n_text", GEMMA_3N, r"modality_router\.call2$", r"per_layer_projection$"),
+    ],
+)
+def test_what_looks_like_attention_and_is_not(
+    model_type: str, more: dict, others: str, linears: str
+) -> None:
+    """Products that mpq cannot lower are `other`, under names of their own; no product is lost, no name used twice."""
+    ops = [
+        op for g in partition(trace(small_config(model_type, **more), length=16)) for op in g.ops
+    ]
+    names = [op.name for op in ops]
+    assert len(names) == len(set(names))
+    assert (
+        not any(name.endswith(("qk_matmul", "av_matmul")) for name in names)
+        or model_type == "gemma3n_text"
+    )
+    for pattern, kind in ((others, "other"), (linears, "linear")):
+        found = [op for op in ops if re.search(pattern, op.name)]
+        assert len(found) == 2
+        assert {op.kind for op in found} == {kind}
+
+
+def _graph(edges: list[tuple[int, int]], ops: set[int], sink: int) -> Graph:
+    return Graph(nx.DiGraph(edges), {i: Op(f"m.{i}", "linear", 1, 1) for i in ops}, 0, sink)
+
+
+def _names(graph: Graph) -> list[list[int]]:
+    return [[int(op.name[2:]) for op in g.ops] for g in partition(graph)]
+
+
+def test_small_graphs() -> None:
+    """A chain, a diamond, a residual skip beside a chain, and branches that an op merges."""
+    assert _names(_graph([(0, 1), (1, 2), (2, 3)], {1, 2}, 3)) == [[1], [2]]
+    assert _names(_graph([(0, 1), (0, 2), (1, 3), (2, 3), (3, 4)], {1, 2, 4}, 4)) == [[1, 2], [4]]
+    assert _names(_graph([(0, 1), (1, 2), (2, 3), (0, 3), (3, 4)], {1, 2, 4}, 4)) == [[1], [2], [4]]
+    assert _names(_graph([(0, 1), (0, 2), (1, 3), (2, 3), (3, 4)], {1, 2, 3}, 4)) == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_cuts_equal_brute_force(seed: int) -> None:
+    """On random graphs the groups end exactly at the nodes that every source→sink path visits."""
+    rng = random.Random(seed)
+    n = rng.randint(4, 10)
+    edges = {(i, i + 1) for i in range(n - 1) if rng.random() < 0.7} | {
+        (a, b) for a in range(n) for b in range(a + 1, n) if rng.random() < 0.2
+    }
+    dag = nx.DiGraph(list(edges))
+    dag.add_nodes_from(range(n))
+    for i in range(n):  # one source, one sink
+        if i and not dag.in_degree(i):
+            dag.add_edge(0, i)
+        if i < n - 1 and not dag.out_degree(i):
+            dag.add_edge(i, n - 1)
+    inner = list(range(1, n - 1))
+    paths = [set(p) for p in nx.all_simple_paths(nx.transitive_reduction(dag), 0, n - 1)]
+    cuts = {i for i in range(n) if all(i in p for p in paths)}
+    expected: list[list[int]] = [[]]
+    for i in inner:
+        expected[-1].append(i)
+        if i in cuts:
+            expected.append([])
+    graph = Graph(dag, {i: Op(f"m.{i}", "linear", 1, 1) for i in inner}, 0, n - 1)
+    assert _names(graph) == [g for g in expected if g]
+
+
+def test_an_8b_configuration_partitions_without_weights() -> None:
+    """Llama-3.1-8B's shapes: 129 groups in 5 signatures, in under 4 GiB."""
+    code = (
+        "import json, resource; from transformers import LlamaConfig; from mpq.models.graph import trace; from mpq.models.partition import partition\n"
+        "c = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, "
+        "num_attention_heads=32, num_key_value_heads=8)\n"
+        "g = partition(trace(c))\n"
+        "print(json.dumps([len(g), len({x.signature for x in g}), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    groups, signatures, peak_kib = json.loads(done.stdout.splitlines()[-1])
+    assert (groups, signatures) == (129, 5)
+    assert peak_kib < 4 * 2**20
+
+
+def test_architecture_key() -> None:
+    """The key ignores names and dtype, and changes with any size."""
+    one, other = small_config("llama"), small_config("llama")
+    other._name_or_path, other.dtype = "elsewhere", "bfloat16"
+    assert architecture_key(one) == architecture_key(other)
+    assert architecture_key(one) != architecture_key(small_config("llama", intermediate_size=64))
+
+
+def test_what_cannot_be_traced_is_told() -> None:
+    """A configuration of something that is no language model is one sentence."""
+    with pytest.raises(MpqError, match=r"cannot be traced .*\.$"):
+        trace(small_config("vit"))
+
+
+FEEDS = {
+    "llama": {
+        "self_attn.v_proj": ["self_attn.av_matmul"],
+        "self_attn.av_matmul": ["self_attn.o_proj"],
+    },
+    "gpt2": {
+        "attn.c_attn": ["attn.av_matmul", "attn.qk_matmul"],
+        "attn.av_matmul": ["attn.c_proj"],
+    },
+    "gpt_neox": {"attention.av_matmul": ["attention.dense"]},
+}
+
+
+@pytest.mark.parametrize("name", FEEDS)
+def test_who_reads_an_output_as_it_is(name: str) -> None:
+    """What is only moved about between two products is told, by hand; rotated queries, activations and residuals are not."""
+    further, (layers, _, _) = BY_HAND[name]
+    groups = groups_table(partition(trace(small_config(name, **further))), 1, 8)
+    for i in range(2):
+        prefix = f"{layers}.{i}."
+        found = {op: readers for op, readers in feeds_of(groups).items() if op.startswith(prefix)}
+        assert found == {
+            prefix + op: tuple(prefix + r for r in readers) for op, readers in FEEDS[name].items()
+        }
+    assert feeds_of(groups.drop("feeds")) == {}

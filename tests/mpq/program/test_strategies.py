@@ -1,0 +1,200 @@
+"""Plans: within their bound, better with more of it, and the program at least as good as the baselines."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import polars as pl
+import pytest
+from small import small_config
+
+from mpq.errors import MpqError
+from mpq.models.graph import trace
+from mpq.models.partition import groups_table, partition
+from mpq.program.gains import gains_et, gains_m, gains_tt
+from mpq.program.strategies import choose
+from mpq.store.tables import table
+from mpq.timing.design import choices_of
+
+FORMATS = ["bf16", "fp8_e4m3"]
+GROUPS = groups_table(partition(trace(small_config("llama", num_key_value_heads=2))), 2, 16)
+
+
+def sensitivity() -> pl.DataFrame:
+    """Losses that differ by op over six orders of magnitude."""
+    noise = {"fp32": 0.0, "bf16": 1e-4, "fp8_e4m3": 1.0}
+    return table(
+        "sensitivity",
+        [
+            {
+                "op": op,
+                "operand": o,
+                "format": f,
+                "noise_model": "ulp",
+                "n_samples": 1,
+                "loss_mse": n * 10.0 ** -(3 + (7 * i) % 11 / 2),
+                "sensitivity": 0.0,
+            }
+            for i, op in enumerate(GROUPS["op"])
+            for o in ("input", "weight")
+            for f, n in noise.items()
+        ],
+    )
+
+
+def timing() -> pl.DataFrame:
+    """Measured gains: more for lower formats, less than additive, some below zero."""
+    rows = []
+    for (signature,), part in GROUPS.group_by(["signature"], maintain_order=True):
+        first = part.filter(pl.col("group") == part["group"].min())
+        for c in itertools.product(
+            *choices_of(first, {"linear": FORMATS, "bgemm": ["bf16"]}, "fp32")
+        ):
+            gain = math.sqrt(
+                sum({"fp32": 0, "bf16": 1, "fp8_e4m3": 2}[f] for f in c)
+            ) * 1e-4 - 1e-5 * (c[-1] == "bf16")
+            rows.append(
+                {
+                    "signature": signature,
+                    "group": part["group"].min(),
+                    "configuration": list(c),
+                    "gain_s": gain,
+                    "gain_ci_low_s": gain - 1e-5,
+                    "gain_ci_high_s": gain + 1e-5,
+                    "instances": 2,
+                    "repeats": 3,
+                    "ttft_s": 0.1,
+                    "base_ttft_s": 0.1,
+                    "device": "d",
+                    "method": "signature",
+                    "batch": 2,
+                    "length": 16,
+                    "load_average": 0.0,
+                    "steal_share": 0.0,
+                }
+            )
+    return table("timing", rows)
+
+
+def tables(objective: str) -> pl.DataFrame:
+    """The gains table of an objective."""
+    if objective == "et":
+        return gains_et(GROUPS, timing(), sensitivity(), "fp32", "ulp")
+    return (gains_tt if objective == "tt" else gains_m)(
+        GROUPS, sensitivity(), FORMATS, "fp32", "ulp"
+    )
+
+
+@pytest.mark.parametrize("objective", ["et", "tt", "m"])
+def test_bounds_and_order(objective: str) -> None:
+    """Every plan keeps its budget in float64, gains grow with τ, and the program is never behind a baseline."""
+    gains = tables(objective)
+    last = -math.inf
+    for tau in (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0):
+        plans = {
+            (s, seed): choose(
+                s, objective, GROUPS, gains, tau=tau, mean_square_loss=4.0, base="fp32", seed=seed
+            )[0]
+            for s, seed in ((f"ip_{objective}", 0), ("prefix", 0), ("random", 0), ("random", 1))
+        }
+        best = plans[f"ip_{objective}", 0]
+        assert all(p.predicted_loss_mse <= p.budget == tau**2 * 4.0 for p in plans.values())
+        assert all(best.predicted_gain >= p.predicted_gain * (1 - 1e-12) for p in plans.values())
+        assert best.predicted_gain >= last
+        last = best.predicted_gain
+        if objective == "m":
+            assert not any(op.endswith("matmul") for op in best.formats)
+    assert plans["prefix", 0].share_lowered == 1.0
+
+
+def test_random_is_seeded() -> None:
+    """One seed, one plan; another seed, another order."""
+    gains = tables("tt")
+    one, again, other = (
+        choose("random", "tt", GROUPS, gains, tau=0.01, mean_square_loss=4.0, base="fp32", seed=s)[
+            0
+        ].formats
+        for s in (0, 0, 1)
+    )
+    assert one == again != other
+
+
+def test_prediction_is_base_less_gain() -> None:
+    """IP-ET predicts TTFT; `lower` plans with the interval's lower end."""
+    plan, row = choose(
+        "ip_et",
+        "et",
+        GROUPS,
+        tables("et"),
+        tau=1.0,
+        mean_square_loss=4.0,
+        base="fp32",
+        base_ttft_s=0.1,
+    )
+    assert plan.predicted_ttft_s == row["predicted_ttft_s"] == 0.1 - plan.predicted_gain
+    lower = gains_et(GROUPS, timing(), sensitivity(), "fp32", "ulp", "lower")
+    assert lower["gain"].sum() < tables("et")["gain"].sum()
+    assert (
+        lower.filter(
+            pl.col("configuration").list.unique().list.len() == 1,
+            pl.col("configuration").list.first() == "fp32",
+        )["gain"].sum()
+        == 0
+    )
+
+
+def test_a_doubtful_gain_counts_at_its_lower_end() -> None:
+    """`cautious` takes a gain whose interval includes zero at the interval's lower end, every other as it is."""
+    doubtful = timing().with_columns(significant=pl.int_range(pl.len()) % 2 == 0)
+    mean, lower, cautious = (
+        gains_et(GROUPS, doubtful, sensitivity(), "fp32", "ulp", b)["gain"]
+        for b in ("mean", "lower", "cautious")
+    )
+    assert set(cautious - mean) | set(cautious - lower) > {0.0}
+    assert all(c in (m, low) for c, m, low in zip(cautious, mean, lower, strict=True))
+
+
+def test_a_format_that_loses_time_is_left_alone() -> None:
+    """However much loss is allowed, the program lowers nothing to what is slower than base."""
+    slower = timing().with_columns(gain_s=-pl.col("gain_s").abs())
+    gains = gains_et(GROUPS, slower, sensitivity(), "fp32", "ulp")
+    plan, _ = choose("ip_et", "et", GROUPS, gains, tau=1e6, mean_square_loss=4.0, base="fp32")
+    assert plan.share_lowered == 0
+
+
+def test_theoretical_gains_by_hand() -> None:
+    """Δ_f · MACs in BF16 MACs (eq. 28), bytes of weights (29, 30)."""
+    op = GROUPS.row(0, named=True)
+    tt = {
+        tuple(r["configuration"]): r["gain"]
+        for r in tables("tt").filter(group=0).iter_rows(named=True)
+    }
+    assert tt == {("fp32",): 0.0, ("bf16",): op["macs"], ("fp8_e4m3",): 1.5 * op["macs"]}
+    m = {
+        tuple(r["configuration"]): r["gain"]
+        for r in tables("m").filter(group=0).iter_rows(named=True)
+    }
+    assert m == {
+        ("fp32",): 0.0,
+        ("bf16",): 2.0 * op["parameters"],
+        ("fp8_e4m3",): 3.0 * op["parameters"],
+    }
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, math.nan])
+def test_bad_tau_is_told(tau: float) -> None:
+    """τ must be above zero."""
+    with pytest.raises(MpqError, match="above zero"):
+        choose("prefix", "tt", GROUPS, tables("tt"), tau=tau, mean_square_loss=4.0, base="fp32")
+
+
+def test_missing_rows_are_told() -> None:
+    """A format that was not calibrated and a signature that was not timed are named."""
+    with pytest.raises(MpqError, match=r"no row for .* in int8"):
+        gains_tt(GROUPS, sensitivity(), ["int8"], "fp32", "ulp")
+    with pytest.raises(MpqError, match="timing table has no row for"):
+        gains_et(GROUPS, timing().head(1), sensitivity(), "fp32", "ulp")
+    broken = sensitivity().with_columns(loss_mse=pl.lit(math.nan))
+    with pytest.raises(MpqError, match="loss MSE nan"):
+        gains_tt(GROUPS, broken, FORMATS, "fp32", "ulp")

@@ -1,0 +1,118 @@
+"""How one forward is run to be timed: eager or compiled per block, once for each configuration however many blocks there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import AutoConfig, masking_utils
+from transformers.utils import import_utils
+
+from mpq.errors import MpqError
+from mpq.kernels import int8_attention
+from mpq.running.apply import Mixed
+from mpq.running.prefill import Prefill, blocks, compiled_blocks
+from mpq.timing.measure import measure_ttft, timing_model
+
+CONFIG = AutoConfig.for_model(
+    "llama",
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=101,
+)
+LAYER = "model.layers.{}.self_attn."
+PLANS = {
+    "int8 and bf16 linears": {"q_proj": "int8", "k_proj": "int8", "o_proj": "bf16"},
+    "attention in bf16": {"qk_matmul": "bf16", "av_matmul": "bf16"},
+    "one product in bf16": {"qk_matmul": "bf16"},
+}
+if int8_attention.available():
+    PLANS["attention in int8"] = {"qk_matmul": "int8", "av_matmul": "int8"}
+
+
+def in_every_layer(formats: dict[str, str]) -> dict[str, str]:
+    """The formats of one attention's ops, for all three."""
+    return {LAYER.format(i) + op: f for i in range(3) for op, f in formats.items()}
+
+
+def test_a_block_is_compiled_once_for_each_configuration() -> None:
+    """Three blocks are one graph in each configuration, without a break; their logits are those of the eager model."""
+    model = timing_model(CONFIG, "fp32")
+    tokens = torch.arange(24)[None] % 101
+    mixed = Mixed(model, base="fp32", backend="native")
+    eager = {}
+    with torch.inference_mode():
+        for name, plan in {"base": {}, **PLANS}.items():
+            mixed.set(in_every_layer(plan))
+            eager[name] = model(tokens, use_cache=False).logits
+    counters.clear()
+    prefill = Prefill(model, 1, 24, compiled=True)
+    assert prefill.mode == "compiled"
+    with compiled_blocks(model):
+        for name, plan in {"base": {}, **PLANS}.items():
+            assert prefill.ready(mixed, in_every_layer(plan))() > 0
+            with torch.inference_mode():
+                logits = model(tokens, use_cache=False).logits
+            # compiled elementwise operations round in another order, and an INT8 code may then be the next one
+            torch.testing.assert_close(
+                logits, eager[name], atol=2e-2 * float(eager[name].abs().max()), rtol=0
+            )
+        assert counters["stats"]["unique_graphs"] == 1 + len(PLANS)
+        assert not counters["graph_break"]
+    mixed.clear()
+    assert all(block._compiled_call_impl is None for block in blocks(model))
+
+
+def test_plans_are_timed_compiled() -> None:
+    """The table of whole plans says how they ran; the model comes out as it went in."""
+    model = timing_model(CONFIG, "fp32")
+    plan = in_every_layer(PLANS["int8 and bf16 linears"])
+    frame = measure_ttft(model, [plan], base="fp32", batch=1, length=8, repeats=2, compiled=True)
+    assert frame["mode"].to_list() == ["compiled"]
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_a_model_without_blocks_cannot_be_compiled() -> None:
+    """One sentence, and the model is not touched."""
+    with (
+        pytest.raises(MpqError, match="no list of repeated blocks"),
+        compiled_blocks(nn.Linear(2, 2)),
+    ):
+        pass
+
+
+def test_blocks_are_the_outermost_lists() -> None:
+    """The layers of a Llama; of a list within a list's entry, only the outer entries."""
+    assert len(blocks(timing_model(CONFIG, "fp32"))) == 3
+    nested = nn.Sequential(nn.ModuleList([nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])]))
+    assert len(blocks(nested)) == 1
+
+
+def test_a_captured_base_attends_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a CUDA graph is captured, as while eager, SDPA gets no mask: that of a causal model keeps it from FlashAttention."""
+    model = timing_model(CONFIG, "fp32")
+    masks: list[object] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, attn_mask=None, **more: (
+            masks.append(attn_mask) or attend(*args, attn_mask=attn_mask, **more)
+        ),
+    )
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+    Prefill(model, 2, 24).ready(Mixed(model, base="fp32", backend="native"), {})()
+    assert masks == [None] * 2 * len(model.model.layers)
+    masks.clear()
+    with torch.inference_mode():
+        model(torch.arange(24)[None] % 101, use_cache=False)
+    assert masks[0] is not None  # what it would be otherwise
+    found = masking_utils.find_packed_sequence_indices, masking_utils.is_tracing
+    assert [f.__module__ for f in found] == [
+        "transformers.masking_utils",
+        "transformers.utils.import_utils",
+    ]

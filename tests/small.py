@@ -1,0 +1,94 @@
+"""Small models for the tests, and a run of one: real architectures from configurations, weights drawn by seed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mpq.spec import RunSpec, parse_spec
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "examples" / "demo"
+DATABASE = Path()  # an empty Prefect database, once tests/flows has made one
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def small_config(model_type: str, **more: object) -> AutoConfig:
+    """A tiny configuration of the architecture, two layers of hidden size 32."""
+    return AutoConfig.for_model(model_type, **{**SMALL, **more})
+
+
+def small_model(
+    model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **more: object
+) -> torch.nn.Module:
+    """A tiny model of the architecture with weights large enough for its loss to depend on them."""
+    torch.manual_seed(seed)
+    model = (
+        AutoModelForCausalLM.from_config(small_config(model_type, **more))
+        .to(dtype)
+        .eval()
+        .requires_grad_(False)
+    )
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.2)
+    return model
+
+
+def write_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """A tiny Llama checkpoint, tied and with grouped-query attention, without a tokenizer."""
+    small_model(
+        "llama", seed=seed, num_key_value_heads=2, tie_word_embeddings=True
+    ).save_pretrained(folder)
+    return folder
+
+
+def small_spec(folder: Path) -> RunSpec:
+    """A run that takes seconds: two layers of hidden size 32, two shards, one native and one emulated format."""
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 97, (24, 16)))
+    text = {"source": str(folder / "tokens.npy"), "samples": 8, "length": 16, "batch": 4}
+    return parse_spec(
+        {
+            "name": "tiny",
+            "model": {"path": str(write_checkpoint(folder / "model")), "base": "fp32"},
+            "calibration": {**text, "shards": 2},
+            "evaluation": {**text, "seed": 1, "seeds": 1, "ttft_repeats": 3},
+            "timing": {"batch": 2, "length": 16, "repeats": 2, "slice": 20},
+            "objectives": {
+                "et": {"formats": ["bf16"]},
+                "m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]},
+            },
+            "taus": [0.001, 0.01],
+            "store": (folder / "store").as_uri(),
+            "out": str(folder / "out"),
+        }
+    )
+
+
+def own_prefect(home: Path) -> dict[str, str]:
+    """The environment of a process that starts a Prefect server of its own under `home`, where it has all the time it needs."""
+    if not home.exists():
+        home.mkdir(parents=True)
+        shutil.copy(DATABASE, home / "prefect.db")  # Prefect takes seconds to make an empty one
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
