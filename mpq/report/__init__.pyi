@@ -1,4 +1,3 @@
-from .summary import summarize as summarize
 from .page import write_report as write_report
 from .results import OBJECTIVES as OBJECTIVES
 from .results import STRATEGIES as STRATEGIES
@@ -7,3 +6,4 @@ from .results import results_table as results_table
 from .runs import join_tables as join_tables
 from .runs import read_run as read_run
 from .runs import write_run as write_run
+from .summary import summarize as summarize
