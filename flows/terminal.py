@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mpq.errors import MpqError
 from mpq.flows.calibrate import calibrate
 from mpq.flows.reproduce import reproduce
-from mpq.flows.stages import listening
+from mpq.flows.run import listening
 from mpq.report.accuracy import table_1
 from mpq.report.results import results_table
 from mpq.report.runs import join_tables
