@@ -139,7 +139,7 @@ def _tokenizer(weights: Weights) -> Any:
         ) from None
 
 
-@stage("pace", on="workers")
+@stage("pace", name="pace", on="workers")
 def measure_pace(
     weights: Weights, formats: dict[str, str], batch: int, length: int, at: tuple[str, int]
 ) -> Output:
