@@ -7,9 +7,9 @@ bounded time and ends without them. Nothing is lost: the store never shows a hal
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,8 +26,10 @@ _steps: list[Step] = []
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, a signal ends the process: steps first, then a sentence on stderr, children, temporary folders; exit
-    code 128 + the signal's number. Signals that are ignored (nohup, a shell's background) stay so."""
+    """Within, a signal ends the process and its children, with a sentence on stderr and exit code 128 + its number.
+
+    Signals that are ignored (nohup, a shell's background) stay so.
+    """
     before = {
         number: signal.signal(number, _end)
         for number in SIGNALS
@@ -54,23 +56,23 @@ def when_interrupted(step: Step) -> Iterator[None]:
 def _end(number: int, frame: FrameType | None) -> None:
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+    logging.disable()
+    told = ["Interrupted: run the same command again to go on"]
     # in a thread, since a step may wait for a lock that this one holds
-    cleaning = threading.Thread(target=_clean_up, daemon=True)
+    cleaning = threading.Thread(target=_clean_up, args=(told,), daemon=True)
     cleaning.start()
     cleaning.join(LIMIT_S)
     _kill_children()
+    with suppress(OSError):  # a terminal that has gone
+        os.write(2, (", ".join(told) + ".\n").encode())
     os._exit(128 + number)
 
 
-def _clean_up() -> None:
-    told = ["Interrupted: run the same command again to go on"]
+def _clean_up(told: list[str]) -> None:
     for step in reversed(_steps):
         with suppress(Exception):  # the next one is to be tried all the same
             told += filter(None, [step()])
-    with suppress(OSError):  # a terminal that has gone
-        print(", ".join(told) + ".", file=sys.stderr, flush=True)
-    _kill_children()
-    atexit._run_exitfuncs()  # temporary folders among them
+    atexit._run_exitfuncs()  # the last logs are sent, temporary folders removed
 
 
 def _kill_children() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from mpq.errors import MpqError
+from mpq.errors import MpqError, first_line
 from mpq.flows.interruption import interruptible
 
 START_S = 240.0  # a busy machine imports Prefect's server in half a minute, and makes a database in another
@@ -44,8 +45,11 @@ def prefect_api(verbose: bool = False) -> Iterator[Callable[[], None]]:
     }.items():
         os.environ.setdefault(name, value)
     with interruptible(), ExitStack() as stack:
-        own = None if os.environ.get("PREFECT_API_URL") else Server()
-        if own:
+        own = None
+        if url := os.environ.get("PREFECT_API_URL"):
+            check(url)
+        else:
+            own = Server()
             stack.callback(own.stop)
 
         def ready() -> None:
@@ -53,11 +57,13 @@ def prefect_api(verbose: bool = False) -> Iterator[Callable[[], None]]:
 
             # its logs go to the server either way
             logging.getLogger("prefect").propagate = verbose
-            if own and not PREFECT_API_URL.value():  # a profile may name a server too
-                own.wait()
-                stack.enter_context(_served_by(own.api))
-            else:
-                check(PREFECT_API_URL.value())
+            if not own:
+                return
+            if url := PREFECT_API_URL.value():  # a profile names a server too
+                check(url)
+                return
+            own.wait()
+            stack.enter_context(_served_by(own.api))
 
         yield ready
 
@@ -106,8 +112,9 @@ class Server:
             reason = f"did not answer within {limit_s:g} s"
             if not isinstance(error, httpx.TimeoutException):
                 self._said.seek(0)
-                lines = self._said.read().decode(errors="replace").strip().splitlines()
-                reason = f"did not start ({lines[-1].strip() if lines else error})"
+                told = self._said.read().decode(errors="replace")
+                reasons = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", told, re.MULTILINE)
+                reason = f"did not start ({reasons[-1] if reasons else first_line(error)})"
             raise MpqError(
                 f"Prefect's server for this run {reason}: see what it says to `prefect server start`, then set "
                 f"PREFECT_API_URL to that server, or another PREFECT_HOME (now {os.environ['PREFECT_HOME']})."

@@ -63,6 +63,7 @@ def in_terminal(
 
     def stopped() -> str:
         bars.stop()
+        console.quiet = True  # the flow goes on until the process ends
         return f"{len(stages)} stage{'s are' if len(stages) != 1 else ' is'} stored in {spec.store}"
 
     console.print(
