@@ -178,3 +178,43 @@ def test_a_server_ends_with_its_parent(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     server.wait(timeout=60)
+
+
+BUSY = """
+import signal, subprocess, sys, tempfile, threading, time
+from mpq.flows.interruption import interruptible, when_interrupted
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+with (
+    interruptible(),
+    when_interrupted(lambda: 1 / 0),
+    when_interrupted(lambda: "2 stages are stored"),
+):
+    child = subprocess.Popen(["sleep", "600"])
+    folder = tempfile.TemporaryDirectory()
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    print(child.pid, folder.name, flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_all_is_cleaned_up(tmp_path: Path) -> None:
+    """A busy thread, a step that fails: children and temporary folders go all the same; an ignored SIGHUP stays ignored."""
+    run = subprocess.Popen(
+        [sys.executable, "-c", BUSY],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout
+    pid, temporary = run.stdout.readline().split()
+    child = psutil.Process(int(pid))
+    assert Path(temporary).is_dir()
+    run.send_signal(signal.SIGHUP)
+    run.send_signal(signal.SIGTERM)
+    _, told = run.communicate(timeout=30)
+    assert run.returncode == 128 + signal.SIGTERM, told
+    assert told == ("Interrupted: run the same command again to go on, 2 stages are stored.\n")
+    assert not Path(temporary).exists()
+    child.wait(30)
