@@ -13,9 +13,12 @@ from typing import Any
 import polars as pl
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mpq.errors import MpqError
+from mpq.redaction import printable
 
 log = Console(stderr=True)
 SUFFIXES = (".parquet", ".json", ".csv")  # of tables
@@ -51,12 +54,12 @@ def emit(
     for column, kind in told.schema.items():
         shown.add_column(column, justify="right" if kind.is_numeric() else "left", overflow="fold")
     for row in told.head(200).iter_rows():
-        shown.add_row(*(_cell(v) for v in row))
+        shown.add_row(*(Text(_cell(v)) for v in row))  # a name may hold what would be markup
     Console().print(shown)
     if told.height > 200:
         log.print(f"… {told.height - 200} rows more: use --json or --out")
     for name, value in (extra or {}).items():
-        Console().print(f"{name}: {_cell(value)}", highlight=False)
+        Console().print(f"{name}: {_cell(value)}", highlight=False, markup=False)
 
 
 def emit_results(
@@ -68,13 +71,13 @@ def emit_results(
 
     emit(results, as_json, out, "results", dict(extra), shown.results(results))
     if changed := drift_of(results):
-        log.print(f"[yellow]note:[/] {changed}", highlight=False)
+        log.print(f"[yellow]note:[/] {escape(changed)}", highlight=False)
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.4g}"
-    return (
+    return printable(
         " ".join(map(str, value))
         if isinstance(value, list)
         else "–"
