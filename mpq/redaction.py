@@ -52,6 +52,17 @@ def without_credentials(url: str) -> str:
     return url
 
 
+def _any_case(pattern: str) -> str:
+    return re.sub(r"(?<!\\)[a-z]", lambda found: f"[{found[0]}{found[0].upper()}]", pattern)
+
+
+# what `without_credentials` takes, in the dialect of JSON schemas, which is JavaScript's as well: no flags
+PUBLIC_PATTERN = (
+    rf"^(?![\s\S]*{_USERINFO.pattern})"
+    rf"(?![\s\S]*://[^?]*\?(?:[\s\S]*[?&;,\s'\"(])?{_any_case(_NAME)}=[^&;,\s'\")])"
+)
+
+
 def redact(text: str) -> str:
     """The text with passwords, keys and signatures in URLs, and the environment's secret values, replaced by ***."""
     for value in sorted(_environment(), key=len, reverse=True):

@@ -202,8 +202,12 @@ class Store:
                 fs
             ):  # object stores put in one step; on a disk that takes a rename
                 aside = f"{target}.{uuid.uuid4().hex}.part"
-                fs.pipe_file(aside, data)
-                os.replace(aside, target)
+                try:
+                    fs.pipe_file(aside, data)
+                    os.replace(aside, target)
+                except BaseException:
+                    Path(aside).unlink(missing_ok=True)  # half a file would keep a full disk full
+                    raise
             else:
                 fs.pipe_file(target, data)
 
