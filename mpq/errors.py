@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from mpq.redaction import redact
+from mpq.redaction import printable, redact
 
 
 class MpqError(ValueError):
     """A mistake in the input or the environment, told in one sentence; the CLI prints it and exits with 2.
 
-    Credentials that a library's own message or a URL would bring in are taken out: sentences end up in logs.
+    Credentials that a library's own message or a URL would bring in are taken out: sentences end up in logs. So are characters
+    that would steer the terminal.
     """
 
     def __init__(self, sentence: str = ""):
-        super().__init__(redact(sentence))
+        super().__init__(printable(redact(sentence)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

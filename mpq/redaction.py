@@ -27,6 +27,10 @@ _SECRET_FIELD = re.compile(
     r"\"[^\"]*(?:secret|key|token|passw|connection_string)[^\"]*\"\s*:\s*\"([^\"]+)\"",
     re.IGNORECASE,
 )
+# C0 and C1 without \t and \n; marks that turn the direction of reading; surrogates, which no encoding takes
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 _SHORTEST = 8  # a shorter value is as likely a word of the message
 
 
@@ -48,12 +52,32 @@ def without_credentials(url: str) -> str:
     return url
 
 
+def _any_case(pattern: str) -> str:
+    return re.sub(r"(?<!\\)[a-z]", lambda found: f"[{found[0]}{found[0].upper()}]", pattern)
+
+
+# what `without_credentials` takes, in the dialect of JSON schemas, which is JavaScript's as well: no flags
+PUBLIC_PATTERN = (
+    rf"^(?![\s\S]*{_USERINFO.pattern})"
+    rf"(?![\s\S]*://[^?]*\?(?:[\s\S]*[?&;,\s'\"(])?{_any_case(_NAME)}=[^&;,\s'\")])"
+)
+
+
 def redact(text: str) -> str:
     """The text with passwords, keys and signatures in URLs, and the environment's secret values, replaced by ***."""
     for value in sorted(_environment(), key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     text = _USERINFO.sub(f"://{HIDDEN}@", text)
     return _PARAMETER.sub(rf"\1{HIDDEN}", text)
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may be given it: control and bidirectional characters, and halves of pairs, as `\\x1b` and the like.
+
+    Names of files and models are other people's: an escape sequence in one would move the cursor or recolour the screen.
+    Line breaks and tabs stay.
+    """
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _environment() -> Iterator[str]:

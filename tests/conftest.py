@@ -1,12 +1,17 @@
-"""Triton's kernels run on the GPU where there is one, and on Triton's interpreter where there is none."""
+"""What all tests share: a cache that is not the user's, and Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
+
+# kept between test runs: C++ takes long to compile
+os.environ["MPQ_CACHE"] = str(Path(tempfile.gettempdir()) / f"mpq-tests-{os.getuid()}")
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     # read when kernels are defined, so before anything else imports Triton in this process

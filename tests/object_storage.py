@@ -116,7 +116,8 @@ class FaultyProxy:
     """Passes HTTP on to a server, a request per connection, and spoils as many requests of a method as it is told to.
 
     Faults: "500", "503" and "403" answer so themselves; "reset" drops the connection in the middle of the request's body;
-    "truncated" does so in the middle of the answer's; "short" sends half an answer that claims to be whole.
+    "truncated" does so in the middle of the answer's; "short" sends half an answer that claims to be whole; "flipped" one with
+    a bit of its body changed and its checksum's header as it was; "skewed" is the answer to a clock that is wrong.
     """
 
     def __init__(self, upstream: int):
@@ -191,9 +192,7 @@ class FaultyProxy:
                 else _exactly(client, rest, length)
             )
             client.sendall(
-                _own_answer(fault, method)
-                if fault.isdecimal()
-                else self._pass_on(lines, body, fault)
+                _own_answer(fault, method) if fault in _OWN else self._pass_on(lines, body, fault)
             )
 
     def _pass_on(self, lines: list[str], body: bytes, fault: str) -> bytes:
@@ -208,7 +207,9 @@ class FaultyProxy:
             while more := server.recv(65536):
                 answer += more
         head, _, content = answer.partition(b"\r\n\r\n")
-        if fault == "truncated":
+        if fault == "flipped" and content:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        elif fault == "truncated":
             content = content[: len(content) // 2]
         elif fault == "short":
             content = content[: len(content) // 2]
@@ -253,12 +254,20 @@ def _chunks(client: socket.socket, data: bytes) -> bytes:
             return body
 
 
-def _own_answer(status: str, method: str) -> bytes:
-    code, reason = {
-        "500": ("InternalError", "Internal Server Error"),
-        "503": ("SlowDown", "Slow Down"),
-        "403": ("AccessDenied", "Forbidden"),
-    }[status]
+_OWN = {
+    "500": ("InternalError", "Internal Server Error"),
+    "503": ("SlowDown", "Slow Down"),
+    "403": ("AccessDenied", "Forbidden"),
+    "skewed": (
+        "RequestTimeTooSkewed",
+        "The difference between the request time and the current time is too large.",
+    ),
+}
+
+
+def _own_answer(fault: str, method: str) -> bytes:
+    code, reason = _OWN[fault]
+    status = "403" if fault == "skewed" else fault
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{reason}</Message></Error>".encode()
     head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     return head.encode() + (b"" if method == "HEAD" else body)

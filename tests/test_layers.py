@@ -15,6 +15,7 @@ from small import ROOT
 ROOMS = [
     ["redaction"],
     ["errors"],
+    ["caches", "documents", "urls"],
     ["devices", "formats"],
     ["spec"],
     ["store"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -262,6 +263,66 @@ def test_an_answer_that_stays_cut(bucket: str, proxy: FaultyProxy) -> None:
     proxy.spoil("short", "GET", 100)
     with pytest.raises(Damaged):
         Store(bucket).read_table(ref)
+
+
+def test_a_spoilt_answer_passes(
+    bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer whose bytes are not those of its checksum is asked for again; if all are so, the sentence looks at the way."""
+    ref = Store(bucket).write_table("gains", "k1", FRAME)
+    proxy.spoil("flipped", "GET", 1)
+    assert Store(bucket).read_table(ref).equals(FRAME)
+    assert proxy.spoilt == ["flipped"]
+    monkeypatch.setenv("MPQ_STORE_ATTEMPTS", "2")
+    proxy.spoil("flipped", "GET", 100)
+    with pytest.raises(MpqError, match=r"tried 2 times; what arrives is not what its checksum"):
+        Store(bucket).read_table(ref)
+
+
+@pytest.mark.parametrize(
+    ("fault", "advice"),
+    [("403", "access is refused"), ("500", "tried 2 times"), ("skewed", "clock differs")],
+)
+def test_what_cannot_be_read_is_not_missing(
+    fault: str, advice: str, bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that refuses, fails or finds the clock wrong has not said that there is nothing: an error, for one or many."""
+    monkeypatch.setenv("MPQ_STORE_ATTEMPTS", "2")
+    store = Store(bucket)
+    store.write_table("gains", "k1", FRAME)
+    for ask in (lambda: store.find("gains", "k1"), lambda: store.find_all("gains", ["k1", "k2"])):
+        proxy.spoil(fault, "GET", 100)
+        with pytest.raises(MpqError, match=advice):
+            ask()
+    proxy.spoil("", "", 0)
+    assert store.find("gains", "k2") is None
+
+
+def test_a_store_that_may_only_be_read(
+    bucket: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there is found, however long ago it was written, though writing is refused; a check says so."""
+    store = Store(bucket)
+    clock = time.time
+    monkeypatch.setattr("mpq.store.entries.time.time", lambda: clock() - 1e6)
+    ref = store.write_table("gains", "k1", FRAME)
+    monkeypatch.setattr("mpq.store.entries.time.time", clock)
+    proxy.spoil("403", "PUT", 100)
+    assert store.find("gains", "k1") == ref
+    assert proxy.spoilt == ["403"]
+    with pytest.raises(MpqError, match=r"cannot be written .*: access is refused"):
+        store.check()
+
+
+def test_the_stores_own_clock(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry's age is the service's word, whatever this machine's clock says."""
+    store, clock = Store(bucket), time.time
+    store.write_table("gains", "k1", FRAME)
+    monkeypatch.setattr("mpq.store.entries.time.time", lambda: clock() + 86400)
+    age = store.age_s("gains", "k1")
+    assert age is not None
+    assert -2 <= age < 1000
+    assert {path.split("/")[0] for path in store.files()} == {"gains"}
 
 
 @pytest.mark.parametrize("doing", ["write", "read", "list"])

@@ -14,8 +14,11 @@ import polars as pl
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from mpq.errors import MpqError
+from mpq.documents import parse_json
+from mpq.errors import MpqError, first_line
+from mpq.redaction import printable
 
 log = Console(stderr=True)
 SUFFIXES = (".parquet", ".json", ".csv")  # of tables
@@ -51,7 +54,7 @@ def emit(
     for column, kind in told.schema.items():
         shown.add_column(column, justify="right" if kind.is_numeric() else "left", overflow="fold")
     for row in told.head(200).iter_rows():
-        shown.add_row(*(_cell(v) for v in row))
+        shown.add_row(*(Text(printable(_cell(v))) for v in row))  # names are no markup
     Console().print(shown)
     if told.height > 200:
         log.print(f"… {told.height - 200} rows more: use --json or --out")
@@ -150,27 +153,28 @@ def write_file(out: Path, content: bytes) -> None:
 
 def read_frame(path: str) -> pl.DataFrame:
     """A table from a Parquet, JSON or CSV file or fsspec URL. Raises MpqError where it is none."""
-    import fsspec
+    from mpq.store.transport import read_file
 
+    readers: dict[str, Callable[[Any], pl.DataFrame]] = {
+        ".parquet": pl.read_parquet,
+        ".json": pl.read_json,
+        ".csv": pl.read_csv,
+    }
+    suffix = Path(path).suffix
+    if suffix not in readers:
+        raise MpqError(f"{path}: expected a table that ends in {', '.join(readers)}.")
     try:
-        with fsspec.open(path, "rb") as stream:
-            data = io.BytesIO(stream.read())
-        readers: dict[str, Callable[[Any], pl.DataFrame]] = {
-            ".parquet": pl.read_parquet,
-            ".json": pl.read_json,
-            ".csv": pl.read_csv,
-        }
-        suffix = Path(path).suffix
-        if suffix not in readers:
-            raise MpqError(f"{path}: expected a table that ends in {', '.join(readers)}.")
-        return readers[suffix](data)
+        data = read_file(path, "table")
+        if suffix == ".json":
+            parse_json(data)  # polars may end the process at what is nested too deep
+        return readers[suffix](io.BytesIO(data))
     except FileNotFoundError:
         raise MpqError(f"No table at {path}.") from None
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+    except (ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         if isinstance(error, MpqError):
             raise
         raise MpqError(
-            f"{path} cannot be read as a table ({str(error).splitlines()[0]}): it is damaged or of another kind."
+            f"{path} cannot be read as a table ({first_line(error)}): it is damaged or of another kind."
         ) from None
 
 

@@ -5,7 +5,6 @@ Only files of the store's own layout (mpq/store.py) are looked at; strangers bes
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from mpq.errors import MpqError
 from mpq.program.plan import Plan
+from mpq.redaction import printable
+from mpq.report.runs import read_record
 from mpq.store.entries import Damaged, Store, StoredFile, TableRef
 
 T = TypeVar("T")
@@ -31,13 +32,15 @@ _PARALLEL = 16  # reads of small objects in flight: they wait for the network, n
 class Entry:
     """One entry of a store and its files. Without `meta.json` it is unfinished: no reader sees it.
 
-    `meta` is its metadata once read; `damage` says what is wrong with it, empty where nothing is known to be.
+    `ref` and `made` are its metadata's reference and provenance, once read; `damage` says what is wrong with it, empty where
+    nothing is known to be.
     """
 
     kind: str
     key: str
     files: dict[str, StoredFile]
-    meta: dict[str, Any] = field(default_factory=dict)
+    ref: TableRef | None = None
+    made: dict[str, Any] = field(default_factory=dict)
     damage: str = ""
 
     @property
@@ -53,23 +56,32 @@ class Entry:
     @property
     def upstream(self) -> tuple[str, ...]:
         """The keys that it was computed from; () where its metadata is not known."""
-        return tuple(map(str, self.meta.get("upstream") or ()))
+        return self.ref.upstream if self.ref else ()
 
     def row(self) -> dict[str, Any]:
         """The entry as a row of a listing."""
-        made = self.meta.get("provenance") or {}
+        written = self.made.get("written_unix_s")
         return {
             "kind": self.kind,
             "key": self.key,
             "state": self.state,
-            "rows": self.meta.get("rows"),
+            "rows": self.ref.rows if self.ref else None,
             "bytes": self.bytes,
-            "stage": made.get("stage"),
-            "host": made.get("host"),
-            "written_unix_s": made.get("written_unix_s"),
+            "stage": _text(self.made.get("stage")),
+            "host": _text(self.made.get("host")),
+            "written_unix_s": written if _is_time(written) else None,
             "upstream": list(self.upstream),
             "damage": self.damage or None,
         }
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else printable(str(value))
+
+
+def _is_time(value: Any) -> bool:
+    """Whether it is a time that a calendar has, in Unix seconds."""
+    return type(value) in (int, float) and 0 <= value < 1e11
 
 
 def entries(store: Store) -> list[Entry]:
@@ -98,20 +110,11 @@ def _with_meta(store: Store, entry: Entry) -> Entry:
         return entry
     try:
         meta = store.meta(entry.kind, entry.key)
+        ref = store.reference(entry.kind, entry.key, meta)
     except Damaged as damage:
         return replace(entry, damage=str(damage))
-    missing = [
-        name
-        for name in ("kind", "key", "sha256", "bytes", "rows", "suffix", "upstream")
-        if name not in meta
-    ]
-    if missing:
-        return replace(entry, damage=f"meta.json lacks {', '.join(missing)}")
-    if (meta["kind"], meta["key"]) != (entry.kind, entry.key):
-        return replace(
-            entry, meta=meta, damage=f"meta.json belongs to {meta['kind']}/{str(meta['key'])[:12]}"
-        )
-    return replace(entry, meta=meta)
+    made = meta.get("provenance")
+    return replace(entry, ref=ref, made=made if isinstance(made, dict) else {})
 
 
 def verify(store: Store) -> list[Entry]:
@@ -120,18 +123,15 @@ def verify(store: Store) -> list[Entry]:
 
 
 def _verified(store: Store, entry: Entry) -> Entry:
-    if entry.state != "whole":
+    if entry.state != "whole" or entry.ref is None:
         return entry
-    fields = {
-        name: entry.meta[name] for name in ("kind", "key", "sha256", "bytes", "rows", "suffix")
-    }
     try:
-        data = store.read_bytes(TableRef(**fields))
+        data = store.read_bytes(entry.ref)
     except Damaged as damage:
         return replace(entry, damage=str(damage))
     return (
         entry
-        if len(data) == entry.meta["bytes"]
+        if len(data) == entry.ref.bytes
         else replace(entry, damage="meta.json tells another size")
     )
 
@@ -163,19 +163,10 @@ def runs(folder: Path) -> list[Run]:
 
 
 def _run(path: Path) -> Run:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        tables = tuple(
-            TableRef(**{**r, "upstream": tuple(r["upstream"])})
-            for refs in record["tables"].values()
-            for r in refs
-        )
-        plans = tuple(sorted((path.parent / "plans").glob("*.json")))
-        return Run(path.parent, record["name"], record["facts"].get("model", ""), tables, plans)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise MpqError(
-            f"{path} is not the record of a run ({error}): mend it or take the folder away."
-        ) from None
+    record, references = read_record(path)
+    tables = tuple(ref for refs in references.values() for ref in refs)
+    plans = tuple(sorted((path.parent / "plans").glob("*.json")))
+    return Run(path.parent, record["name"], record["facts"].get("model", ""), tables, plans)
 
 
 def read_plan(path: Path) -> Plan:
@@ -305,8 +296,21 @@ def unneeded(
     return waste, missing
 
 
+def remove(store: Store, waste: Sequence[Waste], before_unix_s: float) -> list[Waste]:
+    """Delete what may go, and return it: without the entries of which a run has written or used something meanwhile."""
+    young = {
+        path.rpartition("/")[0]
+        for path, file in store.files().items()
+        if file.modified_unix_s >= before_unix_s
+    }
+    gone = [item for item in waste if item.path.rpartition("/")[0] not in young]
+    for item in gone:
+        store.remove(item.path)
+    return gone
+
+
 def _waste(entry: Entry, needed: bool, before_unix_s: float) -> list[Waste]:
-    current = f"{entry.meta.get('sha256')}.{entry.meta.get('suffix')}"
+    current = f"{entry.ref.sha256}.{entry.ref.suffix}" if entry.ref else ""
     found = []
     for name, file in sorted(entry.files.items(), key=lambda item: item[0] != "meta.json"):
         if file.modified_unix_s >= before_unix_s:

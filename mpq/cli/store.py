@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +10,12 @@ from typing import Annotated, Any
 import polars as pl
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.tree import Tree
 
 from mpq.cli.console import emit, log
 from mpq.errors import MpqError
+from mpq.redaction import printable
 
 store_app = typer.Typer(
     no_args_is_help=True,
@@ -119,9 +120,9 @@ def show(
             )
         )
         return
-    tree = Tree(title, highlight=False)
+    tree = Tree(escape(printable(title)), highlight=False)
     for name, step in steps:
-        _grow(tree, step, name)
+        _grow(tree, step, printable(name))
     Console().print(tree)
 
 
@@ -170,7 +171,8 @@ def gc(
     older_than: Annotated[
         float,
         typer.Option(
-            min=0, help="Hours; what is younger stays, a run under way has no record yet."
+            min=0,
+            help="Hours; what was written or used since stays, a run under way has no record yet.",
         ),
     ] = 24.0,
     delete: Annotated[
@@ -184,7 +186,7 @@ def gc(
     """
     from dataclasses import asdict
 
-    from mpq.cli.inventory import entries, plan_keys, unneeded
+    from mpq.cli.inventory import entries, plan_keys, remove, unneeded
     from mpq.store.entries import Store
 
     kept = [key for run in _runs(runs) for key in run.keys] + [
@@ -199,12 +201,12 @@ def gc(
     for url in urls:
         store = Store(url)
         with log.status(f"listing {url}"):
-            waste, missing = unneeded(store, entries(store), kept, time.time() - older_than * 3600)
+            before = store.now() - older_than * 3600
+            waste, missing = unneeded(store, entries(store), kept, before)
         absent = set(missing) if absent is None else absent & set(missing)
-        for item in waste:
-            if delete:
-                store.remove(item.path)
-            rows.append({"store": url, **asdict(item)})
+        if delete:
+            waste = remove(store, waste, before)
+        rows += [{"store": url, **asdict(item)} for item in waste]
     summary: dict[str, Any] = {
         "deleted": delete,
         "files": len(rows),
@@ -259,7 +261,7 @@ def _grow(tree: Tree, step: Any, name: str = "") -> None:
     """Add a step of the way back, and all behind it, to a tree."""
     kinds = ", ".join(e.kind for e in step.entries) or "[red]not in this store[/]"
     parts = [
-        f"[bold]{name}[/]:" if name else "",
+        f"[bold]{escape(name)}[/]:" if name else "",
         f"[bold]{kinds}[/]" if not name else kinds,
         step.key[:12],
     ]
@@ -271,8 +273,8 @@ def _grow(tree: Tree, step: Any, name: str = "") -> None:
             row["host"],
             _date(row["written_unix_s"]),
         ]
-        parts.append("[dim]" + ", ".join(str(t) for t in told if t) + "[/]")
-        parts += [f"[red]{e.damage}[/]" for e in step.entries if e.damage]
+        parts.append("[dim]" + escape(", ".join(str(t) for t in told if t)) + "[/]")
+        parts += [f"[red]{escape(e.damage)}[/]" for e in step.entries if e.damage]
     if step.shown_above:
         parts.append("(above)")
     branch = tree.add(" ".join(p for p in parts if p))

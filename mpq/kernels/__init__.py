@@ -10,8 +10,8 @@ import torch
 
 from mpq.devices import check_device
 from mpq.errors import MpqError
-from mpq.kernels import int8_attention
-from mpq.kernels.compiler import features, find_compiler, generation
+from mpq.kernels import int8_attention, int8_linear, rows
+from mpq.kernels.compiler import features, generation
 
 Kind: TypeAlias = Literal["linear", "bgemm"]
 
@@ -76,14 +76,27 @@ def native_kernels(device: str) -> Any:
 
 
 def device_name(device: str = "cpu") -> str:
-    """The device's model, as timing tables carry it: `AMD EPYC family 25 model 17 (avx512_bf16, avx512_vnni), 2 threads`, `NVIDIA H200`."""
+    """The device's model, as timing tables carry it: `AMD EPYC family 25 model 17 (avx512_bf16, avx512_vnni), 2 threads`, `NVIDIA H200`.
+
+    A CPU on which kernels of ours could not be compiled or loaded is another one: `…, without rows, int8_attention`.
+    """
     check_device(device)
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     has = features()
     shown = [name for name in _FEATURES if has.get(name)]
-    if not find_compiler():  # its kernels are others, and slower
-        shown.append("no C++ compiler")
+    if lacking := _not_loaded():  # what runs in their place is slower
+        shown.append(f"without {', '.join(lacking)}")
     name = f"{has.get('cpu_name') or 'CPU'}{generation()}"  # a hypervisor calls all generations the same
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     return f"{name} ({', '.join(shown) or 'no bf16 or int8 instructions'}), {threads}"
+
+
+def _not_loaded() -> list[str]:
+    """The C++ kernels that this CPU's INT8 would run on and that did not load here, whatever the reason."""
+    has, ours = features(), {"rows": isinstance(rows.passes(), rows.NativePasses)}
+    if has.get("avx512_vnni"):
+        ours["int8_attention"] = int8_attention.available()
+    if has.get("avx2") and not native_kernels("cpu").has_quantized_linear():
+        ours["int8_linear"] = int8_linear.available()
+    return [name for name, loaded in ours.items() if not loaded]

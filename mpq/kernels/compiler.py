@@ -1,4 +1,4 @@
-"""C++ beside a module, compiled once with the machine's own compiler into a temporary folder of the user's."""
+"""C++ beside a module, compiled once with the machine's own compiler into a cache folder that only the user can write to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mpq.caches import is_private_file, private_folder
+from mpq.errors import MpqError
 
 _FLAGS = (
     "-std=c++17",
@@ -39,33 +43,38 @@ def compiled(source: Path) -> ctypes.CDLL:
     )
     made_with = (
         *text,
-        by.encode(),
-        *(f.encode() for f in _FLAGS),
+        *(word.encode() for word in (*by, *_FLAGS)),
         torch.__config__.show().encode(),
         repr(sorted(features().items())).encode(),
     )
-    folder = Path(tempfile.gettempdir()) / f"mpq-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise OSError(f"{folder} belongs to someone else")
+    try:
+        folder = private_folder("kernels")
+    except MpqError as error:
+        raise OSError(str(error)) from None
     library = folder / f"{source.stem}-{hashlib.sha256(b'/'.join(made_with)).hexdigest()[:16]}.so"
-    if not library.exists():
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as new:
-            command = [by, *_FLAGS, str(source), "-o", new.name]
+    if not is_private_file(library):
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            new = Path(aside) / library.name
+            command = [*by, *_FLAGS, str(source), "-o", str(new)]
             told = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if told.returncode:
-                os.unlink(new.name)
                 why = (told.stderr.strip() or "no message").splitlines()[0]
-                raise OSError(f"{by} cannot compile {source.name}: {why}")
-        os.replace(new.name, library)
+                raise OSError(f"{shlex.join(by)} cannot compile {source.name}: {why}")
+            new.chmod(0o700)
+            os.replace(new, library)
     return ctypes.CDLL(str(library))
 
 
-def find_compiler() -> str:
-    """The C++ compiler of this machine; empty where there is none."""
-    return os.environ.get("CXX") or next(
-        (c for c in ("g++", "clang++", "c++") if shutil.which(c)), ""
-    )
+def find_compiler() -> tuple[str, ...]:
+    """The C++ compiler of this machine, as words of a command; empty where there is none.
+
+    $CXX is split as a shell splits it, so that `ccache g++` is two words. Raises OSError where its quotes do not close.
+    """
+    try:
+        given = tuple(shlex.split(os.environ.get("CXX") or ""))
+    except ValueError as error:
+        raise OSError(f"CXX is {os.environ['CXX']!r}, which is no command ({error})") from None
+    return given or tuple(c for c in ("g++", "clang++", "c++") if shutil.which(c))[:1]
 
 
 def features() -> dict[str, Any]:

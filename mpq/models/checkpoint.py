@@ -20,6 +20,7 @@ import fsspec
 import torch
 from torch import nn
 
+from mpq.caches import private_folder
 from mpq.devices import check_device
 from mpq.errors import MpqError, first_line
 from mpq.formats.format import get_format
@@ -31,10 +32,8 @@ _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model"]
 
 
 def cache_folder() -> Path:
-    """Where fetched checkpoints are kept: $MPQ_CACHE, or a folder of this user's under the temporary one."""
-    return Path(
-        os.environ.get("MPQ_CACHE") or Path(tempfile.gettempdir()) / f"mpq-cache-{os.getuid()}"
-    )
+    """Where fetched checkpoints are kept, in this user's cache. Raises MpqError where others may write there."""
+    return private_folder("checkpoints")
 
 
 def fetch(path: str, revision: str | None = None) -> Path:
@@ -101,7 +100,6 @@ def _fetch_url(url: str) -> Path:
         / hashlib.sha256(json.dumps([url, marks], sort_keys=True).encode()).hexdigest()[:32]
     )
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
             for f, info in files.items():
                 carry(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
@@ -36,6 +39,11 @@ class Plan:
     provenance: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
+    # for reading alone: a key that this version does not know may change what the plan means
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        strict=True, extra="forbid", hide_input_in_errors=True
+    )
+
     @property
     def lowered(self) -> dict[str, str]:
         """The ops that leave the base format."""
@@ -54,11 +62,12 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read a plan back. Raises MpqError where the text is not a plan that this version reads."""
         try:
-            data = json.loads(text)
-            plan = cls(**data)
-        except (json.JSONDecodeError, TypeError) as error:
+            plan = _reader().validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            at = ".".join(map(str, first["loc"]))
             raise MpqError(
-                f"Not a plan: expected the JSON that `mpq run` or `mpq solve` writes ({error})."
+                f"Not a plan: expected the JSON that `mpq run` or `mpq solve` writes ({at + ': ' if at else ''}{first['msg']})."
             ) from None
         if plan.version != PLAN_VERSION:
             raise MpqError(
@@ -75,3 +84,8 @@ class Plan:
                 f"The plan was made for a model with fingerprint {self.fingerprint[:12]}, this one has "
                 f"{fingerprint[:12]}: give the checkpoint that it was made for, or make a plan for this one."
             )
+
+
+@functools.cache
+def _reader() -> TypeAdapter[Plan]:
+    return TypeAdapter(Plan)

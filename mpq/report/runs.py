@@ -10,7 +10,8 @@ from typing import Any
 
 import polars as pl
 
-from mpq.errors import MpqError
+from mpq.documents import parse_json
+from mpq.errors import MpqError, first_line
 from mpq.store.entries import Damaged, Store, TableRef
 
 
@@ -26,21 +27,36 @@ def write_run(
     (folder / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
-    """The record of a run and its tables. Raises MpqError where the folder is no run's or a table is gone."""
-    path = folder / "run.json" if folder.is_dir() else folder
+def read_record(path: Path) -> tuple[dict[str, Any], dict[str, list[TableRef]]]:
+    """The record in a `run.json`, and the references of its tables. Raises MpqError where it is none."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        references = {
-            k: [TableRef(**{**r, "upstream": tuple(r["upstream"])}) for r in refs]
-            for k, refs in record["tables"].items()
-        }
+        record = parse_json(path.read_bytes())
+        if not isinstance(record, dict) or not isinstance(record.get("tables"), dict):
+            raise ValueError("expected a mapping with name, facts and tables")
+        for name, kind in (("name", str), ("facts", dict)):
+            if not isinstance(record.get(name), kind):
+                raise ValueError(f"{name} is missing or of another kind")
+        if not all(isinstance(fact, str) for fact in record["facts"].values()):
+            raise ValueError("facts are no texts")
+        references = {}
+        for kind_, refs in record["tables"].items():
+            if not isinstance(refs, list):
+                raise ValueError(f"{kind_} is no list of tables")
+            references[kind_] = [TableRef.of(ref) for ref in refs]
     except FileNotFoundError:
         raise MpqError(
-            f"No run at {folder}: expected a folder with run.json, as `mpq run` writes under its spec's `out`."
+            f"No run at {path.parent}: expected a folder with run.json, as `mpq run` writes under its spec's `out`."
         ) from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise MpqError(f"{path} is not the record of a run ({error}).") from None
+    except (ValueError, OSError) as error:
+        raise MpqError(
+            f"{path} is not the record of a run ({error}): mend it or take the folder away."
+        ) from None
+    return record, references
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
+    """The record of a run and its tables. Raises MpqError where the folder is no run's or a table is gone."""
+    record, references = read_record(folder / "run.json" if folder.is_dir() else folder)
     try:
         return record, join_tables(references)
     except Damaged as damage:
@@ -51,8 +67,12 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
 
 def join_tables(references: Mapping[str, Sequence[TableRef]]) -> dict[str, pl.DataFrame]:
     """Each kind's parts as one table. Raises Damaged."""
-    return {
-        kind: pl.concat([Store(ref.store).read_table(ref) for ref in refs], how="diagonal_relaxed")
-        for kind, refs in references.items()
-        if refs
-    }
+    joined = {}
+    for kind, refs in references.items():
+        parts = [Store(ref.store).read_table(ref) for ref in refs]
+        try:
+            if parts:
+                joined[kind] = pl.concat(parts, how="diagonal_relaxed")
+        except pl.exceptions.PolarsError as error:
+            raise Damaged(f"the parts of {kind} do not fit ({first_line(error)})") from None
+    return joined

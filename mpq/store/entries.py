@@ -19,12 +19,14 @@ import logging
 import os
 import platform
 import posixpath
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from datetime import datetime
 from typing import Any
 
@@ -32,14 +34,21 @@ import fsspec
 import polars as pl
 
 from mpq import __version__
-from mpq.errors import MpqError
+from mpq.documents import parse_json
+from mpq.errors import MpqError, first_line
 from mpq.store.transport import OBJECT_STORES, carry, open_filesystem, refuse_credentials, why
 
 log = logging.getLogger("mpq")
+_USED = "used_unix_s"  # in meta.json: when a run last found the entry, by that run's clock
+_MARKED_AGAIN_S = 6 * 3600.0  # a quarter of what `mpq store gc` leaves alone
 
 
 class Damaged(Exception):
     """An entry is missing, cut short or altered. Stages answer it by computing again, with a warning."""
+
+
+class Missing(Damaged):
+    """A file is not there, which the storage says itself."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,48 @@ class TableRef:
     def uri(self) -> str:
         """Where the data lies."""
         return posixpath.join(self.store, self.kind, self.key, f"{self.sha256}.{self.suffix}")
+
+    @classmethod
+    def of(cls, fields: Any, **more: Any) -> TableRef:
+        """The reference that a JSON mapping describes, `more` in place of its own. Raises ValueError where it describes none."""
+        try:
+            given = {**fields, **more}
+            ref = cls(**{f.name: given[f.name] for f in dataclass_fields(cls) if f.name in given})
+        except TypeError:
+            raise ValueError(
+                f"expected a mapping with {', '.join(f.name for f in dataclass_fields(cls))}"
+            ) from None
+        for name, is_right in _FIELDS.items():
+            if not is_right(getattr(ref, name)):
+                raise ValueError(f"{name} is {_shown(getattr(ref, name))}")
+        return replace(ref, upstream=tuple(ref.upstream))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(_NAME.fullmatch(value))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+# a kind and a key are folders: none leads out of the store
+_NAME = re.compile(r"\w[\w.-]{0,254}", re.ASCII)
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "kind": _is_name,
+    "key": _is_name,
+    "sha256": lambda v: isinstance(v, str) and bool(re.fullmatch(r"[0-9a-f]{64}", v)),
+    "bytes": _is_count,
+    "rows": _is_count,
+    "suffix": lambda v: isinstance(v, str) and bool(re.fullmatch(r"\w{1,32}", v, re.ASCII)),
+    "upstream": lambda v: isinstance(v, list | tuple) and all(map(_is_name, v)),
+    "store": lambda v: isinstance(v, str),
+}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
+    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def content_key(*parts: Any) -> str:
@@ -99,7 +150,7 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> set[str]:
 
 def _is_json(data: bytes) -> bool:
     try:
-        json.loads(data)
+        parse_json(data)
     except ValueError:
         return False
     return True
@@ -134,8 +185,12 @@ class Store:
                 fs
             ):  # object stores put in one step; on a disk that takes a rename
                 aside = f"{target}.{uuid.uuid4().hex}.part"
-                fs.pipe_file(aside, data)
-                os.replace(aside, target)
+                try:
+                    fs.pipe_file(aside, data)
+                    os.replace(aside, target)
+                except BaseException:
+                    Path(aside).unlink(missing_ok=True)  # half a file would keep a full disk full
+                    raise
             else:
                 fs.pipe_file(target, data)
 
@@ -157,7 +212,7 @@ class Store:
                 if whole(data):
                     break
         except FileNotFoundError:
-            raise Damaged(f"{path} is not in the store") from None
+            raise Missing(f"{path} is not in the store") from None
         return data
 
     def files(self) -> dict[str, StoredFile]:
@@ -246,15 +301,33 @@ class Store:
 
     def read_table(self, ref: TableRef) -> pl.DataFrame:
         """The table of an entry, its hash checked. Raises Damaged."""
-        return pl.read_parquet(io.BytesIO(self.read_bytes(ref)))
+        try:
+            return pl.read_parquet(io.BytesIO(self.read_bytes(ref)))
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            raise Damaged(
+                f"{ref.kind}/{ref.key[:12]} is not a table ({first_line(error)})"
+            ) from None
 
     def meta(self, kind: str, key: str) -> dict[str, Any]:
-        """An entry's provenance. Raises Damaged."""
+        """An entry's metadata as it lies there: JSON of any content. Raises Missing, or Damaged where it is no mapping."""
+        data = self._read(f"{kind}/{key}/meta.json", _is_json)
         try:
-            meta = json.loads(self._read(f"{kind}/{key}/meta.json", _is_json))
-            return meta if isinstance(meta, dict) else {}
-        except ValueError:
-            raise Damaged(f"{kind}/{key[:12]}/meta.json is not JSON") from None
+            meta = parse_json(data)
+        except ValueError as error:
+            raise Damaged(f"{kind}/{key[:12]}/meta.json is not JSON ({error})") from None
+        if not isinstance(meta, dict):
+            raise Damaged(f"{kind}/{key[:12]}/meta.json is not a mapping")
+        return meta
+
+    def reference(self, kind: str, key: str, meta: Mapping[str, Any]) -> TableRef:
+        """The reference that `meta` describes. Raises Damaged where it describes none, or another entry's: it was copied here."""
+        try:
+            ref = TableRef.of(meta, store=self.url)
+        except ValueError as error:
+            raise Damaged(f"{kind}/{key[:12]}/meta.json describes no table: {error}") from None
+        if (ref.kind, ref.key) != (kind, key):
+            raise Damaged(f"{kind}/{key[:12]}/meta.json belongs to {ref.kind}/{ref.key[:12]}")
+        return ref
 
     def find_all(self, kind: str, keys: Iterable[str]) -> dict[str, TableRef]:
         """Those of the entries that are there, verified, by key; looked for at once."""
@@ -267,21 +340,69 @@ class Store:
             }
 
     def find(self, kind: str, key: str) -> TableRef | None:
-        """The entry under (kind, key), verified; None where there is none. Damage is logged and counts as none."""
+        """The entry under (kind, key), verified; None where there is none. Damage is logged and counts as none.
+
+        Raises MpqError where the store cannot say: an entry that cannot be read is not one that is not there.
+        """
         try:
-            meta = self.meta(kind, key)
+            try:
+                meta = self.meta(kind, key)
+            except Missing:
+                return None
+            ref = self.reference(kind, key, meta)
+            if len(self.read_bytes(ref)) != ref.bytes:
+                raise Damaged(f"{kind}/{key[:12]}/meta.json tells another size")
         except Damaged as damage:
-            if "not in the store" not in str(damage):
-                log.warning("%s: computing it again", damage)
+            log.warning("Damaged entry: %s; computing it again", damage)
             return None
-        try:
-            fields = {
-                name: meta[name]
-                for name in ("kind", "key", "sha256", "bytes", "rows", "suffix", "upstream")
-            }
-            ref = TableRef(**{**fields, "upstream": tuple(fields["upstream"]), "store": self.url})
-            self.read_bytes(ref)
-        except (Damaged, KeyError, TypeError) as damage:
-            log.warning("Damaged entry %s/%s (%s): computing it again", kind, key[:12], damage)
-            return None
+        self._mark_used(kind, key, meta)
         return ref
+
+    def _mark_used(self, kind: str, key: str, meta: dict[str, Any]) -> None:
+        """Write `meta.json` anew where it is old, so that `mpq store gc` sees that a run is using what it found."""
+        made = meta.get("provenance")
+        times = (meta.get(_USED), made.get("written_unix_s") if isinstance(made, dict) else None)
+        last = max((t for t in times if isinstance(t, int | float)), default=0.0)
+        if abs(time.time() - last) < _MARKED_AGAIN_S:
+            return
+        marked = json.dumps({**meta, _USED: time.time()}, indent=1).encode()
+        try:
+            self._write(f"{kind}/{key}/meta.json", marked)
+        except MpqError as error:  # who may only read uses what is there all the same
+            log.debug("%s", error)
+
+    def now(self) -> float:
+        """What time it is by the store's own clock (Unix seconds), which is the one that its files' times are of.
+
+        Raises MpqError where the store cannot be written: the time is that of a small file, which is removed again.
+        """
+        name = f".mpq-clock-{uuid.uuid4().hex}"
+        self._write(name, b"")
+        try:
+            return self._modified_unix_s(name)
+        except FileNotFoundError:
+            raise MpqError(
+                f"The store {self.url} loses what is written to it: a small file was gone at once."
+            ) from None
+        finally:
+            self.remove(name)
+
+    def age_s(self, kind: str, key: str) -> float | None:
+        """Seconds since the entry was written, by the store's own clock; None where there is no entry.
+
+        No machine's own clock is in it: of two machines that look, both find the same. Raises MpqError as `now` does.
+        """
+        try:
+            written = self._modified_unix_s(f"{kind}/{key}/meta.json")
+        except FileNotFoundError:
+            return None
+        return self.now() - written
+
+    def _modified_unix_s(self, path: str) -> float:
+        fs, root = self._open()
+
+        def info() -> Mapping[str, Any]:
+            fs.invalidate_cache()
+            return dict(fs.info(posixpath.join(root, path)))
+
+        return _modified(carry(info, self.url, "read"))

@@ -6,6 +6,7 @@ other multiply (five attempts of botocore's in each of five of s3fs's took minut
 
 from __future__ import annotations
 
+import errno
 import http.client
 import logging
 import os
@@ -51,6 +52,7 @@ _CODES = {
     "504",
 }
 # by name: botocore, aiohttp and azure are there only where their extra is installed
+_SPOILT = {"FlexibleChecksumError", "ChecksumError"}
 _CONNECTION = {
     "HTTPClientError",
     "IncompleteReadError",
@@ -64,6 +66,7 @@ _CONNECTION = {
     "ServiceRequestError",
     "ServiceResponseError",
     "FSTimeoutError",
+    *_SPOILT,
 }
 _NO_CREDENTIALS = {
     "NoCredentialsError",
@@ -73,6 +76,18 @@ _NO_CREDENTIALS = {
     "ProfileNotFound",
 }
 _NO_CONTAINER = {"NoSuchBucket", "ContainerNotFound"}
+_SKEWED = {"RequestTimeTooSkewed", "RequestExpired"}
+# what a disk or this process has run out of, and what helps
+_FULL = {
+    errno.ENOSPC: "the disk is full; make room, then run again: what is whole is re-used",
+    errno.EDQUOT: "your quota there is used up; make room, then run again: what is whole is re-used",
+    errno.EROFS: "the file system is mounted read-only; choose another place, or mount it so that it can be written",
+    errno.EMFILE: "this process has too many files open; raise its limit (`ulimit -n`)",
+    errno.ENFILE: "this machine has too many files open; end what holds them, or raise the limit (`sysctl fs.file-max`)",
+    errno.ENAMETOOLONG: "the name is too long for the file system; choose a shorter place",
+    errno.EIO: "the disk reports an error of its own; look at the system's log",
+    errno.ESTALE: "the network file system has lost it; mount it again",
+}
 
 
 def refuse_credentials(url: str) -> None:
@@ -146,6 +161,15 @@ def carry(operation: Callable[[], T], url: str, doing: str, what: str = "store")
     raise AssertionError("tenacity ends in a result or an exception")
 
 
+def read_file(url: str, what: str) -> bytes:
+    """The bytes of the file at a URL or path; sentences call it `what`.
+
+    Raises FileNotFoundError where it is not there, MpqError where it cannot be read or the URL carries credentials.
+    """
+    fs, path = open_filesystem(url, {}, what)
+    return carry(lambda: bytes(fs.cat_file(path)), url, "read", what)
+
+
 def _attempts() -> int:
     given = os.environ.get("MPQ_STORE_ATTEMPTS", str(ATTEMPTS))
     if not given.isdecimal() or not int(given):
@@ -188,13 +212,20 @@ def why(error: BaseException) -> str:
 
 def _sentence(error: BaseException, url: str, doing: str, what: str) -> MpqError:
     local = url.startswith("file:") or "://" not in url
-    if _codes(error) & _NO_CONTAINER:
+    known = [_FULL[c.errno] for c in _chain(error) if isinstance(c, OSError) and c.errno in _FULL]
+    if known:
+        advice = known[0]
+    elif _codes(error) & _SKEWED:
+        advice = "this machine's clock differs from the service's; set it right (date -u)"
+    elif _codes(error) & _NO_CONTAINER:
         advice = "there is no such bucket or container; create it first, or correct the URL"
     elif not local and any(
         isinstance(c, PermissionError) or _status(c) in (401, 403) or _names(c) & _NO_CREDENTIALS
         for c in _chain(error)
     ):
-        advice = "access is refused; check that the credentials in the environment or profile may read and write there (docs/storage.md)"
+        advice = "access is refused; check that the credentials in the environment or profile may read, list and write there (docs/storage.md)"
+    elif any(_names(c) & _SPOILT for c in _chain(error)):
+        advice = f"tried {_attempts()} times; what arrives is not what its checksum is of, so look at what lies between (a proxy, the network)"
     elif is_passing(error):
         advice = f"tried {_attempts()} times; check that the service is reachable, then run again: what is whole is re-used"
     else:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from mpq.cli.commands import app
 from mpq.cli.inventory import by_key as index
-from mpq.cli.inventory import entries, trace_back, unneeded
+from mpq.cli.inventory import entries, remove, trace_back, unneeded
 from mpq.errors import MpqError
 from mpq.program.plan import Plan
 from mpq.report.runs import write_run
@@ -276,3 +276,69 @@ def test_gc_refuses_to_guess(team: Team, tmp_path: Path, monkeypatch: pytest.Mon
     mistakes.append(call("gc", team.store.url, "--runs", team.runs, "--older-than", 0, "--delete"))
     assert all(isinstance(m.exception, MpqError) for m in mistakes), [m.exception for m in mistakes]
     assert set(team.folder.rglob("*")) == before
+
+
+def test_gc_sees_what_is_used_meanwhile(team: Team) -> None:
+    """What a run found since the listing stays whole, meta.json and data: it was marked as used."""
+    old, key = team.refs["old gains"], team.refs["old gains"].key
+    before = time.time() - 3600
+    for path in team.folder.rglob("*.*"):
+        os.utime(path, (before - 1e5, before - 1e5))
+    waste, _ = unneeded(team.store, entries(team.store), [team.refs["plans"].key], before)
+    assert {w.path.split("/")[1] for w in waste} >= {key, team.refs["old timing"].key}
+    meta = team.folder / old.kind / key / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "provenance": {}}))
+    os.utime(meta, (before - 1e5, before - 1e5))
+    assert team.store.find(old.kind, key) == old
+    gone = remove(team.store, waste, before)
+    assert team.store.find(old.kind, key) == old
+    assert team.refs["old timing"].key in {w.path.split("/")[1] for w in gone}
+
+
+def test_gc_goes_by_the_stores_clock(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose clock is days ahead does not take what was written just now for old."""
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 1e6)
+    told = json.loads(call("gc", team.store.url, "--runs", team.runs, "--json").stdout)
+    assert told["files"] == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100000,
+        "[]",
+        "7",
+        '{"kind": 5}',
+        '{"provenance": 3, "upstream": 4}',
+        '{"sha256": "\\ud800"}',
+        "\x00",
+        "",
+    ],
+)
+def test_one_bad_metadata_file_does_not_stop_the_others(team: Team, text: str) -> None:
+    """verify and ls name the one entry as damaged, whatever lies in its metadata file, and tell of the others."""
+    ref = team.refs["timing"]
+    (team.folder / ref.kind / ref.key / "meta.json").write_text(text)
+    told = call("verify", team.store.url, "--json")
+    assert isinstance(told.exception, MpqError)
+    counted = json.loads(told.stdout)
+    assert (counted["damaged"], counted["whole"]) == (1, 8)
+    assert call("ls", team.store.url).exit_code == 0
+
+
+def test_names_do_not_steer_the_terminal(team: Team) -> None:
+    """Escape sequences, markup, NULs and halves of surrogate pairs in an entry's provenance are shown, not obeyed."""
+    bad = "\x1b[2J [/red] [bold]x\x00\ud800\u202e"
+    ref = team.refs["plans"]
+    meta = team.folder / ref.kind / ref.key / "meta.json"
+    made = {"stage": bad, "host": bad, "written_unix_s": "yesterday"}
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "provenance": made}))
+    for told in (
+        call("ls", team.store.url),
+        call("show", team.store.url, f"plans/{ref.key}"),
+        call("show", team.store.url, f"plans/{ref.key}", "--json"),
+    ):
+        assert told.exit_code == 0, told.exception
+        assert "[/red]" in "".join(told.stdout.split())
+        assert not set(told.stdout) & set("\x1b\x00\ud800\u202e")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from pathlib import Path
 
 import polars as pl
@@ -139,3 +141,41 @@ def test_meta_holds_no_store_url(tmp_path: Path) -> None:
     store.write_table("gains", "k", FRAME)
     meta = json.loads((tmp_path / "gains" / "k" / "meta.json").read_text())
     assert tmp_path.as_posix() not in json.dumps(meta)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "the disk is full; make room"),
+        (errno.EDQUOT, "quota there is used up"),
+        (errno.EROFS, "mounted read-only"),
+        (errno.EMFILE, "too many files open"),
+        (errno.EACCES, "check that it exists and that you may write"),
+    ],
+)
+def test_each_failure_of_a_disk_has_its_own_advice(
+    number: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is not told as one that is not there."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(MpqError, match=rf"{os.strerror(number)}\): .*{advice}"):
+        Store(tmp_path.as_uri()).check()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own error, as it comes through fsspec; the half file does not stay."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    def full(self: LocalFileSystem, path: str, data: bytes) -> None:
+        Path(path).write_bytes(b"")
+        Path("/dev/full").write_bytes(data)
+
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", full)
+    with pytest.raises(MpqError, match="the disk is full"):
+        Store(tmp_path.as_uri()).write_table("gains", "k", FRAME)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,0 +1,77 @@
+"""What a terminal, a log or a server's database is given: no credentials, nothing that steers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from mpq.errors import MpqError
+from mpq.redaction import has_credentials, printable
+from mpq.urls import PublicUrl
+
+PIECES = [
+    "s3",
+    "://",
+    "user",
+    ":",
+    "pass",
+    "@",
+    "bucket",
+    "/",
+    "?",
+    "&",
+    "sig",
+    "=",
+    "AccountKey",
+    "8080",
+    "X-Amz-Token",
+    ",",
+    "v",
+]
+PATTERN = re.compile(TypeAdapter(PublicUrl).json_schema()["pattern"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_the_schema_refuses_what_the_code_refuses(url: str) -> None:
+    """A server, which knows the JSON schema alone, refuses exactly the URLs that the validator refuses, before it stores them."""
+    assert (PATTERN.search(url) is None) == has_credentials(url)
+
+
+def test_what_is_refused_is_not_repeated() -> None:
+    """The validator's own words name the URL without its secret."""
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(PublicUrl).validate_python("s3://me:hunter22@bucket/x")
+    told = caught.value.errors(include_input=False)[0]["msg"]
+    assert "carries credentials" in told
+    assert "hunter22" not in told
+
+
+def test_prefects_server_refuses_by_the_schema() -> None:
+    """What Prefect's server calls before it keeps the parameters of a run."""
+    validation = pytest.importorskip("prefect.utilities.schema_tools.validation")
+    schema = {"type": "object", "properties": {"store": TypeAdapter(PublicUrl).json_schema()}}
+    assert not validation.validate({"store": "s3://bucket/x"}, schema)
+    with pytest.raises(validation.ValidationError):
+        validation.validate({"store": "s3://a:b@bucket/x"}, schema, raise_on_error=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_sentences_do_not_steer_the_terminal(text: str) -> None:
+    """Whatever a name holds, a sentence with it can be encoded and has no control character but line breaks and tabs."""
+    for told in (printable(text), str(MpqError(text))):
+        told.encode()
+        assert all(c in "\n\t" or ord(c) >= 32 for c in told)
+        assert not re.search("[\x7f-\x9f\u202a-\u202e]", told)
+
+
+def test_what_is_printable_stays() -> None:
+    """Words of any script, and paths with brackets in them, are as they were; an escape is shown."""
+    for text in ("Größe τ=0.01", "C:\\x [bold]", "模型/😀", "a\nb\tc"):
+        assert printable(text) == text
+    assert printable("\x1b[2J\x00") == "\\x1b[2J\\x00"
