@@ -25,6 +25,7 @@ ROOMS = [
     ["timing"],
     ["program"],
     ["evaluation"],
+    ["method"],
     ["report"],
     ["paper"],
     ["cli"],
