@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mpq.spec.run import RunSpec
+from mpq.spec.run import FormatName, RunSpec
 
 _HEAD = """# The spec of a run: every key
 

@@ -24,8 +24,10 @@ class _Loader(yaml.SafeLoader):
         """The mapping as a dict. Raises _Twice for a key that it holds twice."""
         seen = set[Hashable]()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # defaults: what stands beside them comes first
             key = self.construct_object(key_node, deep=True)
-            if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, Hashable):
+            if isinstance(key, Hashable):
                 if key in seen:
                     raise _Twice(key, key_node.start_mark.line + 1)
                 seen.add(key)
@@ -95,7 +97,7 @@ def _literal(text: object) -> str:
 def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
     # a misspelt key also leaves one missing: the key is what the user wrote
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    at = ".".join(str(part)[:80] for part in first["loc"]) or "the spec"
+    at = ".".join(str(part)[:80] for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _siblings(first["loc"], model)
         close = difflib.get_close_matches(str(first["loc"][-1])[:80], known, 1)
@@ -106,7 +108,7 @@ def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     message = message.replace("a valid tuple", "a list, such as [a, b]")
     message = message.replace("a valid dictionary or instance of", "a mapping with the keys of")
-    return f"{at}: {message}{'' if message.endswith('.') else '.'}"
+    return f"{at + ': ' if at else ''}{message}{'' if message.endswith('.') else '.'}"
 
 
 def _siblings(loc: tuple[int | str, ...], model: Any) -> list[str]:
