@@ -56,7 +56,8 @@ bench-%: $(VENV)/.installed
 	$(BIN)/python bench/$*.py
 
 docs: $(VENV)/.installed
-	TERMINAL_WIDTH=100 $(BIN)/typer mpq.cli.commands utils docs --name mpq --output docs/cli.md
+	TERMINAL_WIDTH=100 $(BIN)/typer mpq.cli.main utils docs --name mpq --output docs/cli.md
+	$(BIN)/python -m mpq.spec.page docs/spec.md
 
 clean:
 	rm -rf $(VENV) .work

@@ -1,5 +1,5 @@
 """`python -m mpq` is the command `mpq`."""
 
-from mpq.cli.commands import main
+from mpq.cli.main import main
 
 main()

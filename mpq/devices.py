@@ -1,12 +1,19 @@
-"""Whether a device is there: asked before anything is loaded for it."""
+"""Which device a name means and whether it is there: asked before anything is loaded for it."""
 
 from __future__ import annotations
 
 import re
 
-import torch
-
 from mpq.errors import MpqError
+
+
+def resolve(device: str) -> str:
+    """The device that a name means here: `auto` is the first GPU that torch sees, else the CPU; others are themselves."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: str) -> None:
@@ -16,6 +23,8 @@ def check_device(device: str) -> None:
         raise MpqError(f"Unknown device {device!r}: expected cpu, cuda or cuda:N.")
     if device == "cpu":
         return
+    import torch  # takes a second: those who ask for a CPU do not wait for it
+
     if not torch.cuda.is_available():
         why = (
             "this torch is built for CPUs"
@@ -30,3 +39,10 @@ def check_device(device: str) -> None:
         raise MpqError(
             f"There is no {device} here: torch sees {count} GPU{'s' if count > 1 else ''}, counted from cuda:0."
         )
+
+
+def found_device(device: str) -> str:
+    """`resolve`, checked: the device that a name means here. Raises MpqError where it is not there."""
+    meant = resolve(device)
+    check_device(meant)
+    return meant

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from mpq.redaction import printable, redact
+
+# what is installed by an extra alone: module → extra
+EXTRAS = {
+    "prefect": "pipeline",
+    "gurobipy": "gurobi",
+    "datasets": "datasets",
+    "matplotlib": "figures",
+    "lm_eval": "eval",
+    "s3fs": "s3",
+    "adlfs": "azure",
+    "prefect_dask": "dask",
+    "prefect_ray": "ray",
+}
 
 
 class MpqError(ValueError):
@@ -28,3 +43,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def missing_extra(module: str, what: str = "this") -> MpqError:
+    """The sentence for a module that an extra of mpq would install; `what` needs it."""
+    return MpqError(
+        f"{module} is not installed, which {what} needs: pip install 'mpq[{EXTRAS[module]}]'."
+    )
+
+
+def require(module: str, what: str) -> None:
+    """Raise MpqError, naming the extra to install, unless the module is there. Nothing is loaded."""
+    if find_spec(module) is None:
+        raise missing_extra(module, what)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +17,32 @@ import pytest
 import torch
 from small import ROOT, write_checkpoint
 
-from mpq.cli import commands as cli
+from mpq.cli import main as cli
 from mpq.program.plan import Plan
 from mpq.report.runs import write_run
 
 
-def mpq(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run `mpq` in a process of its own."""
-    command = [
-        sys.executable,
-        "-c",
-        "from mpq.cli.commands import main; main()",
-        *map(str, arguments),
-    ]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=300,
-        env=os.environ | {"COLUMNS": "80"},
-    )
+@dataclass
+class Done:
+    """What a command left: its exit code, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def mpq(*arguments: object) -> Done:
+    """Run `mpq` as its entry point does, in this process: loading torch in each would take most of the time."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["mpq", *map(str, arguments)])
+        patch.setenv("COLUMNS", "80")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +293,7 @@ def test_the_documented_cli_is_the_real_one(tmp_path: Path) -> None:
         sys.executable,
         "-m",
         "typer",
-        "mpq.cli.commands",
+        "mpq.cli.main",
         "utils",
         "docs",
         "--name",

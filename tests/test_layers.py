@@ -26,6 +26,7 @@ ROOMS = [
     ["timing"],
     ["program"],
     ["evaluation"],
+    ["method"],
     ["report"],
     ["paper"],
     ["cli"],

@@ -30,7 +30,7 @@ def test_spec_example_is_valid() -> None:
 
 def test_every_command_is_told() -> None:
     """Each command of the CLI is in the README, and each `make` target that it names exists."""
-    from mpq.cli.commands import app
+    from mpq.cli.main import app
 
     for command in app.registered_commands:
         assert f"`mpq {command.name or command.callback.__name__}" in README

@@ -8,17 +8,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import polars as pl
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from mpq.documents import parse_json
 from mpq.errors import MpqError, first_line
 from mpq.redaction import printable
+
+if TYPE_CHECKING:  # polars takes as long to load as all of `mpq --help` may
+    import polars as pl
 
 log = Console(stderr=True)
 SUFFIXES = (".parquet", ".json", ".csv")  # of tables
@@ -42,6 +42,9 @@ def emit(
         rows = json.loads(frame.write_json())
         print(json.dumps({**extra, title: rows} if extra else rows, indent=1))
         return
+    from rich import box
+    from rich.table import Table
+
     shown = Table(
         title=title,
         title_justify="left",
@@ -52,14 +55,23 @@ def emit(
     )
     told = frame if shown_as is None else shown_as
     for column, kind in told.schema.items():
-        shown.add_column(column, justify="right" if kind.is_numeric() else "left", overflow="fold")
+        shown.add_column(
+            plain(column), justify="right" if kind.is_numeric() else "left", overflow="fold"
+        )
     for row in told.head(200).iter_rows():
-        shown.add_row(*(Text(printable(_cell(v))) for v in row))  # names are no markup
+        shown.add_row(*(plain(_cell(v)) for v in row))
     Console().print(shown)
     if told.height > 200:
         log.print(f"… {told.height - 200} rows more: use --json or --out")
     for name, value in (extra or {}).items():
-        Console().print(f"{name}: {_cell(value)}", highlight=False)
+        text = _cell(value)
+        # a path stays in one line, to be copied
+        Console().print(plain(f"{name}: {text}"), highlight=False, soft_wrap=" " not in text)
+
+
+def plain(text: str) -> Text:
+    """The text as it is: no markup, and what a terminal would obey (escapes, NUL) written out."""
+    return Text(printable(text))
 
 
 def emit_results(
@@ -71,7 +83,7 @@ def emit_results(
 
     emit(results, as_json, out, "results", dict(extra), shown.results(results))
     if changed := drift_of(results):
-        log.print(f"[yellow]note:[/] {changed}", highlight=False)
+        log.print("[yellow]note:[/]", plain(changed), highlight=False)
 
 
 def _cell(value: Any) -> str:
@@ -86,25 +98,36 @@ def _cell(value: Any) -> str:
     )
 
 
+def the_base(name: str) -> str:
+    """The base format's own name. Raises MpqError where a model runs in none such throughout."""
+    from mpq.formats.format import get_format
+
+    base = get_format(name)
+    if base.needs_scale:
+        raise MpqError(
+            f"The base format must be fp32, bf16 or fp16, not {base.name}: no model runs in that throughout."
+        )
+    return base.name
+
+
 def lowered_and_base(formats: str, base: str) -> tuple[list[str], str]:
-    """The formats to lower to, named with commas between them, and the base. Raises MpqError where a name is unknown or empty, the base is
-    none that a model runs in throughout, or nothing is left to lower to."""
+    """The formats to lower to, named with commas between them, and the base.
+
+    Raises MpqError where a name is unknown or empty, the base is none that a model runs in throughout, or nothing is
+    left to lower to.
+    """
     from mpq.formats.format import get_format
 
     if "" in map(str.strip, formats.split(",")):
         raise MpqError(
             f"--formats {formats!r} has an empty name: expected names with commas between them, such as bf16,int8."
         )
-    names, of = [get_format(f).name for f in formats.split(",")], get_format(base)
-    if of.needs_scale:
-        raise MpqError(
-            f"The base format must be fp32, bf16 or fp16, not {of.name}: no model runs in that throughout."
-        )
-    if not set(names) - {of.name}:
+    names, of = [get_format(f).name for f in formats.split(",")], the_base(base)
+    if not set(names) - {of}:
         raise MpqError(
             f"--formats {formats} is the base alone, nothing to lower to: name another format (see `mpq formats`)."
         )
-    return names, of.name
+    return names, of
 
 
 def writable(out: Path | None) -> Path | None:
@@ -133,14 +156,19 @@ def write_frame(frame: pl.DataFrame, out: Path) -> None:
     writers: dict[str, Callable[[Path], Any]] = {
         ".parquet": frame.write_parquet,
         ".json": frame.write_json,
-        ".csv": lambda path: frame.with_columns(
-            pl.col(pl.List(pl.String)).list.join(" ")
-        ).write_csv(path),
+        ".csv": lambda path: _flat(frame).write_csv(path),
     }
     try:
         writers[out.suffix](out)
     except OSError as error:
         raise MpqError(f"--out {out} cannot be written ({error}).") from None
+
+
+def _flat(frame: pl.DataFrame) -> pl.DataFrame:
+    """The table with lists of names as text, which is all that CSV holds."""
+    import polars as pl
+
+    return frame.with_columns(pl.col(pl.List(pl.String)).list.join(" "))
 
 
 def write_file(out: Path, content: bytes) -> None:
@@ -153,6 +181,8 @@ def write_file(out: Path, content: bytes) -> None:
 
 def read_frame(path: str) -> pl.DataFrame:
     """A table from a Parquet, JSON or CSV file or fsspec URL. Raises MpqError where it is none."""
+    import polars as pl
+
     from mpq.store.transport import read_file
 
     readers: dict[str, Callable[[Any], pl.DataFrame]] = {

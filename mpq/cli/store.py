@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import polars as pl
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.tree import Tree
+from rich.text import Text
 
-from mpq.cli.console import emit, log
+from mpq.cli.console import emit, log, plain
+from mpq.cli.options import AsJson
 from mpq.errors import MpqError
 from mpq.redaction import printable
+
+if TYPE_CHECKING:
+    import polars as pl
+    from rich.tree import Tree
 
 store_app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +43,6 @@ Runs = Annotated[
         help="Folder of runs, as the `out` of a spec (more than once for more; default .work/runs)."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 _RUNS = Path(".work/runs")
 
@@ -53,7 +55,7 @@ def ls(urls: Urls, runs: Runs = None, json_: AsJson = False) -> None:
 
     tables: list[dict[str, Any]] = []
     for url in urls:
-        with log.status(f"listing {url}"):
+        with log.status(plain(f"listing {url}")):
             tables += [{"store": url, **entry.row()} for entry in entries(Store(url))]
     held = {(row["kind"], row["key"]) for row in tables}
     found = [
@@ -71,7 +73,7 @@ def ls(urls: Urls, runs: Runs = None, json_: AsJson = False) -> None:
         print(json.dumps({"runs": found, "tables": tables}, indent=1))
         return
     if found:
-        emit(pl.DataFrame(found), False, None, "runs")
+        emit(_frame(found), False, None, "runs")
     emit(_frame([_short(row, many=len(urls) > 1) for row in tables]), False, None, "tables")
 
 
@@ -90,7 +92,7 @@ def show(
     from mpq.cli.inventory import by_key, entries, find_key, plan_keys, read_plan, trace_back
     from mpq.store.entries import Store
 
-    with log.status(f"listing {url}"):
+    with log.status(plain(f"listing {url}")):
         held = by_key(entries(Store(url)))
     if what.endswith(".json") or Path(what).is_file():
         plan, shown = read_plan(Path(what)), set[str]()
@@ -120,9 +122,11 @@ def show(
             )
         )
         return
-    tree = Tree(escape(printable(title)), highlight=False)
+    from rich.tree import Tree
+
+    tree = Tree(plain(title), highlight=False)
     for name, step in steps:
-        _grow(tree, step, printable(name))
+        _grow(tree, step, name)
     Console().print(tree)
 
 
@@ -134,7 +138,7 @@ def verify(urls: Urls, json_: AsJson = False) -> None:
 
     rows: list[dict[str, Any]] = []
     for url in urls:
-        with log.status(f"reading {url}"):
+        with log.status(plain(f"reading {url}")):
             rows += [{"store": url, **entry.row()} for entry in verify_store(Store(url))]
     counts = {
         state: sum(r["state"] == state for r in rows)
@@ -200,7 +204,7 @@ def gc(
     absent: set[str] | None = None
     for url in urls:
         store = Store(url)
-        with log.status(f"listing {url}"):
+        with log.status(plain(f"listing {url}")):
             before = store.now() - older_than * 3600
             waste, missing = unneeded(store, entries(store), kept, before)
         absent = set(missing) if absent is None else absent & set(missing)
@@ -240,6 +244,8 @@ def _runs(folders: list[Path] | None) -> list[Any]:
 
 
 def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    import polars as pl
+
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
@@ -259,25 +265,22 @@ def _short(row: dict[str, Any], many: bool) -> dict[str, Any]:
 
 def _grow(tree: Tree, step: Any, name: str = "") -> None:
     """Add a step of the way back, and all behind it, to a tree."""
-    kinds = ", ".join(e.kind for e in step.entries) or "[red]not in this store[/]"
-    parts = [
-        f"[bold]{escape(name)}[/]:" if name else "",
-        f"[bold]{kinds}[/]" if not name else kinds,
-        step.key[:12],
-    ]
+    parts = [Text.assemble((printable(name), "bold"), ":")] if name else []
     if step.entries:
+        kinds = plain(", ".join(e.kind for e in step.entries))
+        kinds.stylize("" if name else "bold")
         row = step.entries[0].row()
-        told = [
-            row["stage"],
-            _size(sum(e.bytes for e in step.entries)),
-            row["host"],
-            _date(row["written_unix_s"]),
-        ]
-        parts.append("[dim]" + escape(", ".join(str(t) for t in told if t)) + "[/]")
-        parts += [f"[red]{escape(e.damage)}[/]" for e in step.entries if e.damage]
+        size = _size(sum(e.bytes for e in step.entries))
+        told = [row["stage"], size, row["host"], _date(row["written_unix_s"])]
+        made = plain(", ".join(str(t) for t in told if t))
+        made.stylize("dim")
+        parts += [kinds, Text(step.key[:12]), made]
+        parts += [Text(str(plain(e.damage)), "red") for e in step.entries if e.damage]
+    else:
+        parts += [Text("not in this store", "red"), Text(step.key[:12])]
     if step.shown_above:
-        parts.append("(above)")
-    branch = tree.add(" ".join(p for p in parts if p))
+        parts.append(Text("(above)"))
+    branch = tree.add(Text(" ").join(parts))
     for behind in step.came_from:
         _grow(branch, behind)
 

@@ -23,8 +23,9 @@ NUMBERLESS = (
     "mpq.errors",
     "mpq.redaction",
     "mpq.devices",
-    "mpq.spec",
+    "mpq.documents",
     "mpq.caches",
+    "mpq.spec",
     "mpq.store.entries",
     "mpq.store.transport",
     "mpq.tasks.stage",
@@ -52,6 +53,11 @@ def modules_of(*entries: str | Callable[..., Any]) -> frozenset[str]:
     return frozenset(_reached(entries)[1])
 
 
+def is_numberless(module: str) -> bool:
+    """Whether a module changes no number; what lies in its folder does not either."""
+    return any(module == name or module.startswith(f"{name}.") for name in NUMBERLESS)
+
+
 def _reached(entries: Iterable[str | Callable[..., Any]]) -> tuple[set[str], set[str]]:
     """The texts of the functions, and the modules."""
     texts: set[str] = set()
@@ -76,7 +82,7 @@ def _reached(entries: Iterable[str | Callable[..., Any]]) -> tuple[set[str], set
     modules: set[str] = set()
     while ahead:
         name = ahead.pop()
-        if name not in modules and name not in NUMBERLESS:
+        if name not in modules and not is_numberless(name):
             modules.add(name)
             ahead += _imports_of(name)
     return texts, modules

@@ -13,8 +13,8 @@ from prefect.filesystems import RemoteFileSystem
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
 from typer.testing import CliRunner
 
-from mpq.cli.commands import app
 from mpq.cli.inventory import verify
+from mpq.cli.main import app
 from mpq.errors import MpqError
 from mpq.flows.calibrate import calibrate
 from mpq.report.runs import read_run

@@ -22,7 +22,7 @@ def start(spec: Path, home: Path, command: str = "run") -> subprocess.Popen[str]
     arguments = [
         sys.executable,
         "-c",
-        "from mpq.cli.commands import main; main()",
+        "from mpq.cli.main import main; main()",
         command,
         str(spec),
     ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from pathlib import Path
 
 import pytest
-import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from small import ROOT
 
 from mpq.errors import MpqError
-from mpq.spec import load_spec, parse_spec
+from mpq.spec import RunSpec, load_spec, parse_spec
 
 GOOD = {
     "model": {"path": "some/model", "base": "FP32"},
@@ -53,6 +56,23 @@ def test_examples_are_valid() -> None:
         ({"taus": [float("nan")]}, "τ must be above zero"),
         ({"model": {"path": "x", "base": "int8"}}, "base format must be fp32, bf16 or fp16"),
         ({"calibration": {"source": "x", "samples": 0}}, "calibration.samples"),
+        ({"calibration": {"source": "x", "samples": True}}, "expected a number, not true"),
+        ({"calibration": {"source": "x", "length": 10**30}}, "less than or equal to 2147483647"),
+        ({"calibration": {"source": ""}}, "calibration.source"),
+        ({"taus": [1e200]}, "τ must lie between 1e-12 and 100, got 1e+200"),
+        ({"taus": [1e-200]}, "τ must lie between"),
+        ({"taus": [float("inf")]}, "τ must be above zero"),
+        ({"taus": 0.1}, "a list, such as [a, b]"),
+        ({"name": "../../x"}, "must be a folder's name below `out`"),
+        ({"name": "/tmp/x"}, "must be a folder's name below `out`"),
+        ({"name": "a/../../x"}, "must be a folder's name below `out`"),
+        ({"name": ".."}, "must be a folder's name below `out`"),
+        ({"name": "a\0b"}, "name: holds a control character: 'a\\x00b'"),
+        ({"name": "\x1b[31mred"}, "holds a control character"),
+        ({"calibration": {"source": "a\0.txt"}}, "calibration.source: holds a control character"),
+        ({"name": "n" * 300}, "at most 200 bytes"),
+        ({"out": "s3://bucket/runs"}, "out: must be a local folder, not s3://bucket/runs"),
+        ({"model": {"path": "x", "device": "gpu"}}, "model.device"),
     ],
 )
 def test_mistakes_are_told(change: dict, message: str) -> None:
@@ -63,13 +83,127 @@ def test_mistakes_are_told(change: dict, message: str) -> None:
     assert "\n" not in str(told.value)
 
 
-def test_files_that_are_no_specs(tmp_path: Path) -> None:
-    """A missing file, broken YAML and a list are each told."""
+def text_of(data: object) -> str:
+    """What load_spec says of a file's content, or "" where it takes it."""
+    content = data if isinstance(data, bytes) else str(data).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "spec.yaml"
+        path.write_bytes(content)
+        try:
+            load_spec(path)
+        except MpqError as error:
+            return str(error)
+    return ""
+
+
+FILES = {
+    "broken": (b"a: [", "cannot be read"),
+    "a list": (b"[1]", "is not a spec"),
+    "a number": (b"3", "is not a spec"),
+    "empty": (b"", "is empty"),
+    "comments alone": (b"# nothing\n", "is empty"),
+    "binary": (bytes(range(256)), "cannot be read"),
+    "deep": (b"[" * 50_000, "nest too deep"),
+    "huge": (b"# " + b"x" * 2**20, "larger than 1 MB"),
+    "a number of many digits": (b"taus: [" + b"9" * 5000 + b"]", "cannot be read"),
+    "an odd integer": (b"a: !!int ''", "cannot be read"),
+    "a day that is none": (b"a: 2020-13-45", "cannot be read"),
+    "code": (b"a: !!python/object/apply:os.system [ls]", "cannot be read"),
+    "itself": (b"&a {model: *a, calibration: *a, objectives: *a}", "spec.yaml: "),
+    "a key twice": (b"name: a\nname: b\n", "the key name stands twice, again in line 2"),
+    "an inner key twice": (
+        b"objectives:\n  et: {formats: [int8]}\n  et: {formats: [bf16]}\n",
+        "the key et stands twice, again in line 3",
+    ),
+    "a key that is a list": (b"? [a]\n: b\n", "cannot be read"),
+    "a key that is a number": (b"1: 2", "spec.yaml: "),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_are_no_specs(kind: str) -> None:
+    """Whatever a file holds, one sentence says that it is no spec, and why."""
+    content, words = FILES[kind]
+    told = text_of(content)
+    assert words in told
+    assert told.isprintable()
+
+
+def test_no_file(tmp_path: Path) -> None:
+    """A file that is not there, a folder, and a name that no file can have."""
     with pytest.raises(MpqError, match="No spec at"):
         load_spec(tmp_path / "none.yaml")
-    (tmp_path / "a.yaml").write_text("a: [")
     with pytest.raises(MpqError, match="cannot be read"):
-        load_spec(tmp_path / "a.yaml")
-    (tmp_path / "b.yaml").write_text(yaml.safe_dump([1]))
-    with pytest.raises(MpqError, match="is not a spec"):
-        load_spec(tmp_path / "b.yaml")
+        load_spec(tmp_path)
+    with pytest.raises(MpqError, match="cannot be read"):
+        load_spec("a\0b")
+
+
+def test_merge_keys_may_say_it_again() -> None:
+    """YAML's `<<` brings defaults, which a key beside it overrides: that is no key that stands twice."""
+    text = """
+model: &m {path: x, base: fp32}
+calibration: {source: t.txt}
+objectives: {m: {formats: [int8]}}
+"""
+    assert not text_of(text)
+    assert not text_of(text.replace("{source: t.txt}", "{<<: {source: a}, source: b}"))
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+trees = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_value_under_any_key_is_taken_or_told(data: st.DataObject) -> None:
+    """A spec with one key set to anything at all is a RunSpec or one printable sentence, never another exception."""
+    spec = {**GOOD, "model": dict(GOOD["model"]), "calibration": dict(GOOD["calibration"])}
+    where = data.draw(st.sampled_from([spec, spec["model"], spec["calibration"]]))
+    keys = st.sampled_from([*RunSpec.model_fields, "path", "base", "device", "source", "samples"])
+    where[data.draw(keys)] = data.draw(trees)
+    try:
+        told = repr(type(parse_spec(spec)))
+    except MpqError as error:
+        told = str(error)
+    assert told.isprintable()
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_any_file_is_told(content: bytes) -> None:
+    """Bytes at random are no spec: one printable sentence."""
+    told = text_of(content)
+    assert told
+    assert told.isprintable()
+
+
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` is the user's home wherever a path may stand, and is left alone inside a name or a URL."""
+    monkeypatch.setenv("HOME", "/home/me")
+    spec = parse_spec(
+        {
+            **GOOD,
+            "model": {"path": "~/m", "base": "fp32"},
+            "calibration": {"source": "~/t.txt"},
+            "store": "~/s",
+            "out": "~/o",
+        }
+    )
+    assert (spec.model.path, spec.calibration.source) == ("/home/me/m", "/home/me/t.txt")
+    assert (spec.store, spec.out) == ("/home/me/s", "/home/me/o")
+    assert parse_spec({**GOOD, "store": "s3://b/~x"}).store == "s3://b/~x"
+
+
+def test_the_old_name_of_a_bound_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    """`bound: mean` was always a median: it is read as that, with one line that says so."""
+    with caplog.at_level(logging.WARNING, logger="mpq"):
+        spec = parse_spec({**GOOD, "timing": {"bound": "mean"}})
+    assert spec.timing.bound == "median"
+    assert ["median" in record.message for record in caplog.records] == [True]

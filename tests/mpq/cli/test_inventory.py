@@ -12,9 +12,9 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner, Result
 
-from mpq.cli.commands import app
 from mpq.cli.inventory import by_key as index
 from mpq.cli.inventory import entries, remove, trace_back, unneeded
+from mpq.cli.main import app
 from mpq.errors import MpqError
 from mpq.program.plan import Plan
 from mpq.report.runs import write_run

@@ -1,51 +1,104 @@
-"""What a run is: one YAML file, checked before anything is computed."""
+"""What a run is: every key of its YAML file, with its type, its default and what it is for."""
 
 from __future__ import annotations
 
-import difflib
+import logging
 import math
+import os
 import re
-from pathlib import Path
+import unicodedata
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from mpq.errors import MpqError
 from mpq.formats.format import NoiseModel, get_format
 from mpq.redaction import without_credentials
+
+log = logging.getLogger("mpq")
+FROM_TASKS = "tasks"  # a text source: documents of the tasks that are evaluated
+_MOST = 2**31 - 1  # what a count may be: more is a slip, and overflows somewhere later
+_TAUS = (1e-12, 100.0)  # beyond these τ² is nothing, or no bound
 
 
 def _format(name: str) -> str:
     return get_format(name).name
 
 
-def _positive(taus: tuple[float, ...]) -> tuple[float, ...]:
-    if bad := [t for t in taus if not (t > 0 and math.isfinite(t))]:
-        raise ValueError(f"τ must be above zero, got {bad[0]:g}")
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, not {str(value).lower()}")
+    return value
+
+
+def _bounds(taus: tuple[float, ...]) -> tuple[float, ...]:
+    low, high = _TAUS
+    for tau in taus:
+        if not (tau > 0 and math.isfinite(tau)):
+            raise ValueError(f"τ must be above zero, got {tau:g}")
+        if not low <= tau <= high:
+            raise ValueError(
+                f"τ must lie between {low:g} and {high:g}, got {tau:g}: "
+                "it is a share of the loss, 0.002 allows 0.2 %"
+            )
     return tuple(sorted(set(taus)))
 
 
+def _at_home(path: str) -> str:
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
+def _local(path: str) -> str:
+    if "://" in path:
+        raise ValueError(
+            f"must be a local folder, not {without_credentials(path)}: "
+            "tables may lie elsewhere (store), plans and report are files of this machine"
+        )
+    return path
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or not name.strip(" ./"):
+        raise ValueError(f"must be a folder's name below `out`, not {name!r}")
+    if len(name.encode()) > 200:
+        raise ValueError("must be at most 200 bytes long: a folder is called by it")
+    return name
+
+
 FormatName = Annotated[str, AfterValidator(_format)]
-Taus = Annotated[tuple[float, ...], AfterValidator(_positive)]
-Url = Annotated[str, AfterValidator(without_credentials)]
+Number = Annotated[float, BeforeValidator(_number)]
+Taus = Annotated[tuple[Number, ...], AfterValidator(_bounds)]
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=_MOST)]
+Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, le=_MOST)]
+# a local path, with ~ for the user's home, or a URL, which may not carry credentials
+Url = Annotated[
+    str, Field(min_length=1), AfterValidator(_at_home), AfterValidator(without_credentials)
+]
 Objective = Literal["et", "tt", "m"]
-FROM_TASKS = "tasks"  # a text source: documents of the tasks that are evaluated
 Strategy = Literal["ip", "random", "prefix"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, hide_input_in_errors=True
-    )  # an input may hold a secret
+    # an input may hold a secret, hence hide_input_in_errors
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: Any) -> Any:
+        """Texts reach terminals, file systems and databases: no NUL, no escape, no half of a character."""
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+                raise ValueError(f"holds a control character: {text[:60]!a}")
+        return value
 
 
 class TextSpec(_Strict):
@@ -55,12 +108,12 @@ class TextSpec(_Strict):
         description="A text file, JSONL, Parquet (.gz too), .npy token array, fsspec URL of one, a folder of a dataset or its Hugging Face id, "
         "`id:configuration` where it has several (wikitext:wikitext-2-raw-v1), or `tasks`: the evaluated tasks' documents"
     )
-    samples: int | None = Field(
-        64, ge=1, description="Blocks of tokens drawn; null for all that there are"
+    samples: Count | None = Field(
+        64, description="Blocks of tokens drawn; null for all that there are"
     )
-    length: int = Field(256, ge=2, description="Tokens per block")
-    batch: int = Field(8, ge=1, description="Blocks per forward pass")
-    seed: int = Field(0, description="Seed of the draw")
+    length: Count = Field(256, ge=2, description="Tokens per block")
+    batch: Count = Field(8, description="Blocks per forward pass")
+    seed: Whole = Field(0, description="Seed of the draw")
     field: str = Field(
         "text",
         description="JSONL key or dataset column that holds the text, chat messages, or token ids (input_ids)",
@@ -72,14 +125,14 @@ class TextSpec(_Strict):
 class CalibrationSpec(TextSpec):
     """Calibration text, and how its cost is spread."""
 
-    share: float = Field(
+    share: Number = Field(
         0.2,
         gt=0,
         lt=1,
         description="With source `tasks`: share of each task's documents that calibrates; the loss is evaluated on the others",
     )
-    shards: int = Field(
-        4, ge=1, description="Tasks over which the samples are spread; their sums add up exactly"
+    shards: Count = Field(
+        4, description="Tasks over which the samples are spread; their sums add up exactly"
     )
     checkpoint_activations: bool = Field(
         False, description="Recompute activations in the backward pass to save memory"
@@ -93,9 +146,13 @@ class ModelSpec(_Strict):
         description="Hub id, local folder or fsspec URL of a checkpoint in Hugging Face layout"
     )
     revision: str | None = Field(None, description="Revision of a hub id")
-    base: FormatName = Field("bf16", description="Base format: fp32, bf16 or fp16")
+    base: FormatName = Field(
+        "bf16", description="Format where nothing is lowered: fp32, bf16 or fp16"
+    )
     device: str = Field(
-        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Where it runs: cpu, cuda or cuda:N"
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d{1,4})?)$",
+        description="Where it runs: cpu, cuda or cuda:N; auto: the first GPU where there is one, else cpu",
     )
 
     @field_validator("base")
@@ -115,7 +172,7 @@ class ObjectiveSpec(_Strict):
     strategies: tuple[Strategy, ...] = Field(
         ("ip", "random", "prefix"), description="How plans are chosen"
     )
-    random_seeds: int = Field(1, ge=1, description="Draws of the random strategy")
+    random_seeds: Count = Field(1, description="Draws of the random strategy")
     taus: Taus | None = Field(
         None, min_length=1, description="τ of this objective, where they are not the run's"
     )
@@ -124,30 +181,31 @@ class ObjectiveSpec(_Strict):
 class TimingSpec(_Strict):
     """How TTFT is measured."""
 
-    batch: int = Field(4, ge=1, description="Rows of the prefill")
-    length: int = Field(256, ge=1, description="Tokens per row")
-    repeats: int = Field(7, ge=2, description="Interleaved pairs of base and configuration")
+    batch: Count = Field(4, description="Rows of the prefill")
+    length: Count = Field(256, description="Tokens per row")
+    repeats: Count = Field(7, ge=2, description="Interleaved pairs of base and configuration")
     method: Literal["signature", "group"] = Field(
         "signature", description="Switch all groups of a signature, or one (the paper)"
     )
-    limit: int = Field(
+    limit: Count = Field(
         64,
         ge=8,
         description="Configurations of a signature measured at first; the rest are predicted, and measured where chosen",
     )
-    rounds: int = Field(6, ge=0, description="Rounds of solving and measuring what was chosen")
-    slice: int | None = Field(
-        None, ge=1, description="Configurations per task; chosen by what a task costs, if left out"
+    rounds: Whole = Field(6, description="Rounds of solving and measuring what was chosen")
+    slice: Count | None = Field(
+        None, description="Configurations per task; chosen by what a task costs, if left out"
     )
-    bound: Literal["pooled", "mean", "lower", "cautious"] = Field(
+    bound: Literal["pooled", "median", "lower", "cautious"] = Field(
         "pooled",
-        description="Plan with what all configurations of a signature together say of a gain, with the gain as measured, with its "
-        "interval's lower end, or with that where the interval includes zero",
+        description="What of a gain counts. pooled: what all configurations of a signature say of it together; "
+        "median: the gain as measured; lower: its interval's lower end; "
+        "cautious: the lower end where the interval includes zero",
     )
-    target: float | None = Field(
+    target: Number | None = Field(
         None, gt=0, lt=1, description="Repeat until gains are known to ± this share of TTFT"
     )
-    cap: int | None = Field(
+    cap: Count | None = Field(
         None, ge=2, description="Pairs at most; 2 x repeats, or 4 x with a target, if left out"
     )
     compile: bool = Field(
@@ -157,14 +215,25 @@ class TimingSpec(_Strict):
     graph: bool = Field(
         True, description="On CUDA, replay captured graphs, so that launches do not hide gains"
     )
-    seed: int = Field(0, description="Seed of order, tokens and bootstrap")
+    seed: Whole = Field(0, description="Seed of order, tokens and bootstrap")
+
+    @field_validator("bound", mode="before")
+    @classmethod
+    def _renamed(cls, bound: Any) -> Any:
+        if bound == "mean":
+            log.warning(
+                "timing.bound: mean is called median now, which it always was; "
+                "the old name is read in this version only."
+            )
+            return "median"
+        return bound
 
 
 class EvaluationSpec(TextSpec):
     """Held-out text on which plans are measured."""
 
-    seeds: int = Field(3, ge=1, description="Perturbations of the scales")
-    ttft_repeats: int = Field(
+    seeds: Count = Field(3, description="Perturbations of the scales")
+    ttft_repeats: Count = Field(
         11,
         ge=3,
         description="Interleaved pairs per plan; formats that are not native are not timed",
@@ -173,18 +242,18 @@ class EvaluationSpec(TextSpec):
         (),
         description="lm-evaluation-harness tasks, such as hellaswag, beside the loss on the text",
     )
-    data_dir: str | None = Field(
+    data_dir: Url | None = Field(
         None, description="Folder of <task>/<split>.jsonl to read the tasks from; else the hub"
     )
-    task_limit: int | None = Field(
-        None, ge=1, description="First documents of each task that evaluate; else all"
+    task_limit: Count | None = Field(
+        None, description="First documents of each task that evaluate; else all"
     )
 
 
 class RunnerSpec(_Strict):
     """Where the long tasks of a run go: the machine of the flow, or the workers of a cluster."""
 
-    timeout_s: float | None = Field(
+    timeout_s: Number | None = Field(
         21600,
         gt=0,
         description="Seconds after which a task is given up, its wait for the device included; long stages try once more",
@@ -192,7 +261,7 @@ class RunnerSpec(_Strict):
     kind: Literal["local", "dask", "ray"] = Field(
         "local", description="local: beside the flow, one at a time; or a cluster"
     )
-    address: str | None = Field(
+    address: Url | None = Field(
         None,
         description="The Dask scheduler (tcp://scheduler:8786), or Ray's head (head:6379, or ray://head:10001 from outside)",
     )
@@ -219,7 +288,9 @@ class RunnerSpec(_Strict):
 class RunSpec(_Strict):
     """A whole run: model → plans under each τ for each objective, evaluated and reported."""
 
-    name: str = Field("run", description="Name in logs, reports and Prefect")
+    name: Annotated[str, AfterValidator(_inside)] = Field(
+        "run", description="Name in logs, reports and Prefect, and of the folder below `out`"
+    )
     model: ModelSpec = Field(
         description="Which checkpoint, and the format it runs in when nothing is lowered"
     )
@@ -233,7 +304,9 @@ class RunSpec(_Strict):
         description="What is gained: et, measured time; tt, MAC time; m, memory; and the formats to choose from",
     )
     taus: Taus = Field(
-        (0.003, 0.01, 0.03), min_length=1, description="Bounds on the normalised RMSE of the loss"
+        (0.003, 0.01, 0.03),
+        min_length=1,
+        description="Bounds τ on the normalised RMSE of the loss: 0.002 allows it to move by 0.2 %",
     )
     noise_model: NoiseModel = Field(
         "ulp",
@@ -241,17 +314,22 @@ class RunSpec(_Strict):
     )
     base_term: bool = Field(
         True,
-        description="Subtract the base format's own noise (method.md); False is the paper's form",
+        description="Subtract the base format's own noise (docs/method.md); false is the paper's form",
     )
     solver: Literal["auto", "highs", "gurobi"] = Field(
         "auto",
         description="What solves the integer program; auto: a solver only for what presolving leaves open",
     )
-    store: Url = Field(".work/store", description="fsspec URL of the tables")
+    store: Url = Field(
+        ".work/store",
+        description="Where tables are kept and found again: a folder or an fsspec URL",
+    )
     runner: RunnerSpec = Field(
         RunnerSpec(), description="Where sensitivity, timing and evaluation run"
     )
-    out: str = Field(".work/runs", description="Local folder for plans and the report")
+    out: Annotated[Url, AfterValidator(_local)] = Field(
+        ".work/runs", description="Local folder for plans and the report"
+    )
 
     @model_validator(mode="after")
     def _lowered(self) -> RunSpec:
@@ -285,56 +363,3 @@ class RunSpec(_Strict):
     def formats(self) -> tuple[str, ...]:
         """Every format that some objective may choose, each once, in the order given."""
         return tuple(dict.fromkeys(f for part in self.objectives.values() for f in part.formats))
-
-
-def load_spec(path: str | Path) -> RunSpec:
-    """Read and check a spec. Raises MpqError with the file, the key and what was expected there."""
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MpqError(
-            f"No spec at {path}: expected a YAML file such as examples/demo.yaml."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise MpqError(f"The spec {path} cannot be read: {' '.join(str(error).split())}.") from None
-    return parse_spec(data, str(path))
-
-
-def parse_spec(data: Any, where: str = "the spec") -> RunSpec:
-    """A RunSpec from plain data. Raises MpqError for the first thing wrong with it."""
-    if not isinstance(data, dict):
-        raise MpqError(
-            f"{where} is not a spec: expected a mapping with the keys {', '.join(RunSpec.model_fields)}."
-        )
-    try:
-        return RunSpec.model_validate(data)
-    except ValidationError as error:
-        raise MpqError(f"{where}: {_told(error)}") from None
-
-
-def _told(error: ValidationError) -> str:
-    # a misspelt key also leaves one missing: the key is what the user wrote
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    at = ".".join(str(part) for part in first["loc"]) or "the spec"
-    if first["type"] == "extra_forbidden":
-        known = _siblings(first["loc"])
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
-        return f"unknown key {at}{f' (did you mean {close[0]}?)' if close else ''}: expected one of {', '.join(known)}."
-    if first["type"] == "missing":
-        return f"{at} is missing: it is required."
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{at}: {message}{'' if message.endswith('.') else '.'}"
-
-
-def _siblings(loc: tuple[int | str, ...]) -> list[str]:
-    model: Any = RunSpec
-    for part in loc[:-1]:
-        if part in getattr(model, "model_fields", {}):
-            kinds = [
-                model.model_fields[part].annotation,
-                *getattr(model.model_fields[part].annotation, "__args__", ()),
-            ]
-            model = next(
-                (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model
-            )
-    return list(model.model_fields)

@@ -1,0 +1,131 @@
+"""`mpq eval`: what a plan really does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpq.cli.console import bar, emit
+from mpq.cli.options import AsJson, Device, Out
+from mpq.errors import MpqError
+
+if TYPE_CHECKING:
+    import polars as pl
+    from torch import nn
+
+    from mpq.program.plan import Plan
+
+
+def evaluate(
+    plan: Annotated[Path, typer.Argument(help="A plan's JSON, as `mpq run` writes it.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The checkpoint; the one that the plan was made for if left out."),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Held-out text; the run's own if left out.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Blocks of tokens to evaluate on.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per block.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Blocks per pass.")] = 8,
+    seeds: Annotated[int, typer.Option(min=1, help="Perturbations of the scales.")] = 3,
+    ttft_repeats: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Interleaved pairs for TTFT, at the run's prefill; 0 to leave it out."
+        ),
+    ] = 11,
+    device: Device = "auto",
+    json_: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Run a model under a plan, with real quantization: loss MSE, drift and perplexity against base, per seed.
+
+    And TTFT beside base's, where the device has kernels for all of the plan's formats.
+    """
+    chosen = _read_plan(plan)
+    of = chosen.provenance
+    model, text = model or of.get("model"), text or of.get("evaluation")
+    if not model or not text:
+        raise MpqError(
+            "The plan does not say which model and text it belongs to: give --model and --text."
+        )
+    from mpq.devices import found_device
+    from mpq.method import evaluate_plan, read_text
+    from mpq.models.checkpoint import fetch, fingerprint, load_config, load_model
+
+    device, folder = found_device(device), fetch(model)
+    chosen.check_model(fingerprint(folder))
+    blocks = read_text(folder, text, samples=samples, length=length, batch=batch)
+    loaded = load_model(folder, chosen.base, device)
+    with bar("evaluation") as progress:
+        frame = evaluate_plan(loaded, chosen, blocks, seeds, batch, progress)
+    extra: dict[str, object] = {"predicted_loss_mse": chosen.predicted_loss_mse}
+    if ttft_repeats:
+        rows, tokens = of.get("prefill") or (4, 256)
+        frame, native = _with_ttft(
+            frame, loaded, load_config(folder), chosen, device, rows, tokens, ttft_repeats
+        )
+        extra |= native
+    emit(frame, json_, out, "evaluation", extra)
+
+
+def _read_plan(path: Path) -> Plan:
+    from mpq.program.plan import Plan
+
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise MpqError(
+            f"The plan {path} cannot be read ({error}): expected the JSON that `mpq run` writes."
+        ) from None
+
+
+def _with_ttft(
+    frame: pl.DataFrame,
+    model: nn.Module,
+    config: Any,
+    plan: Plan,
+    device: str,
+    batch: int,
+    length: int,
+    repeats: int,
+) -> tuple[pl.DataFrame, Mapping[str, object]]:
+    """The evaluation with TTFT (s) beside it, and what was predicted of that; as it is where the device lacks a kernel."""
+    import polars as pl
+
+    from mpq.kernels import runs_natively
+
+    kinds = {
+        op: "bgemm" if op.endswith(("qk_matmul", "av_matmul")) else "linear" for op in plan.formats
+    }
+    if not runs_natively(plan.formats, kinds, plan.base, device):
+        return frame, {}
+    from mpq.method import groups_of
+    from mpq.timing.measure import measure_ttft
+
+    with bar("TTFT") as progress:
+        seconds = measure_ttft(
+            model,
+            [plan.formats],
+            base=plan.base,
+            batch=batch,
+            length=length,
+            groups=groups_of(config, batch, length),
+            repeats=repeats,
+            progress=progress,
+        )
+    timed = {
+        "seed": 0,
+        "metric": "ttft_s",
+        "value": seconds["ttft_s"][0],
+        "base_value": seconds["base_ttft_s"][0],
+    }
+    return pl.concat([frame, pl.DataFrame([timed], schema=frame.schema)]), {
+        "predicted_ttft_s": plan.predicted_ttft_s,
+        "predicted_of_base_s": plan.base_ttft_s,
+        "prefill": f"{batch} × {length} tokens",
+    }

@@ -1,0 +1,83 @@
+"""The command `mpq`. Data goes to stdout, what happens on the way to stderr; a mistake exits with 2."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from mpq import __version__
+from mpq.cli import evaluate, init, method, run
+from mpq.cli.console import log, plain
+from mpq.cli.store import store_app
+from mpq.errors import EXTRAS, MpqError, is_out_of_memory, missing_extra
+
+app = typer.Typer(
+    name="mpq",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Choose, layer by layer, the numerical format in which a language model runs: as fast (or as small) as possible "
+    "while the error of its loss stays under a bound that you set. Start with `mpq init MODEL`, then `mpq run SPEC.yaml`.",
+)
+
+
+def main() -> None:
+    """Run the CLI; a user's mistake is one sentence on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a terminal that knows ASCII alone is shown escapes
+            stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except MpqError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        module = str(error.name).partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        _fail(str(missing_extra(module)))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail(
+            "There is not enough memory for that: lower the batch or the length (of a spec's text, of its timing)."
+        )
+
+
+def _fail(sentence: str) -> None:
+    log.print("[bold red]Error:[/]", plain(sentence), soft_wrap=True, highlight=False)
+    sys.exit(2)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"mpq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(init.init)
+app.command()(run.run)
+app.command()(run.report)
+app.command()(run.reproduce)
+app.command()(method.formats)
+app.command()(method.partition)
+app.command()(method.sensitivity)
+app.command()(method.time)
+app.command()(method.solve)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(store_app, name="store")

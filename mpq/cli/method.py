@@ -1,0 +1,229 @@
+"""The steps of the method one by one, each a table: formats, groups, sensitivity, times, the program's choice."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from mpq.cli.console import bar, emit, log, lowered_and_base, the_base
+from mpq.cli.options import AsJson, Base, Device, Model, Out, Revision
+
+_FORMATS = "Formats to lower to, separated by commas (see `mpq formats`)"
+
+
+def formats(json_: AsJson = False, out: Out = None) -> None:
+    """List the formats: bits, range, rounding noise, theoretical time of a multiply-accumulate."""
+    from dataclasses import asdict
+
+    import polars as pl
+
+    from mpq.formats.format import FORMATS
+
+    keep = ["name", "kind", "bits", "exponent_bits", "mantissa_bits", "maximum", "mac_time"]
+    keep += ["source"] if json_ or out else []
+    rows = [{k: asdict(f)[k] for k in keep} for f in FORMATS.values()]
+    emit(pl.DataFrame(rows), json_, out, "formats")
+
+
+def partition(
+    model: Model,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Rows of the prefill that MACs are counted for.")
+    ] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 1024,
+    revision: Revision = None,
+    json_: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Cut the model into sequential groups of matrix products. Reads the configuration alone, no weights."""
+    from mpq.cli import shown
+    from mpq.method import groups_of
+    from mpq.models.checkpoint import fetch, load_config
+
+    with log.status("tracing"):
+        frame = groups_of(load_config(fetch(model, revision)), batch, length)
+    emit(frame, json_, out, "groups", shown_as=shown.groups(frame))
+
+
+def sensitivity(
+    model: Model,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Text file, JSONL, .npy token array, fsspec URL, or a Hugging Face dataset id."
+        ),
+    ],
+    samples: Annotated[int, typer.Option(min=1, help="Blocks of tokens to calibrate on.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per block.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Blocks per pass.")] = 8,
+    formats: Annotated[str, typer.Option(help=_FORMATS + ".")] = "bf16,fp8_e4m3,int8",
+    base: Base = "fp32",
+    device: Device = "auto",
+    seed: int = 0,
+    field: Annotated[str, typer.Option(help="JSONL key or dataset column of the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    checkpoint_activations: Annotated[
+        bool, typer.Option(help="Recompute activations to save memory.")
+    ] = False,
+    base_term: Annotated[
+        bool,
+        typer.Option(
+            help="Subtract the base format's own noise (--no-base-term: the paper's form)."
+        ),
+    ] = True,
+    revision: Revision = None,
+    json_: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Measure how much rounding each operand of each product would move the loss (nats²)."""
+    names, base = lowered_and_base(formats, base)
+    from mpq.cli import shown
+    from mpq.devices import found_device
+    from mpq.method import groups_of, read_text, sensitivity_of
+    from mpq.models.checkpoint import fetch, load_config, load_model
+
+    device, folder = found_device(device), fetch(model, revision)
+    blocks = read_text(
+        folder,
+        calibration,
+        samples=samples,
+        length=length,
+        batch=batch,
+        seed=seed,
+        field=field,
+        split=split,
+    )
+    groups = groups_of(load_config(folder))
+    with bar("sensitivity") as progress:
+        frame, loss = sensitivity_of(
+            load_model(folder, base, device),
+            groups,
+            blocks,
+            names,
+            base,
+            batch=batch,
+            base_term=base_term,
+            checkpoint_activations=checkpoint_activations,
+            progress=progress,
+        )
+    extra = {"loss": loss.row(0, named=True)} if json_ else None
+    emit(frame, json_, out, "sensitivity", extra, shown.sensitivity(frame, base))
+
+
+def time(
+    model: Model,
+    formats: Annotated[
+        str | None, typer.Option(help=_FORMATS + "; all that the device runs natively if left out.")
+    ] = None,
+    base: Base = "fp32",
+    device: Device = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the prefill.")] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 256,
+    repeats: Annotated[
+        int, typer.Option(min=2, help="Interleaved pairs of base and configuration.")
+    ] = 5,
+    target: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Repeat until gains are known to ± this share of TTFT."),
+    ] = None,
+    cap: Annotated[
+        int | None,
+        typer.Option(min=2, help="Pairs at most: 2 × repeats, or 4 × with a target, if left out."),
+    ] = None,
+    method: Annotated[
+        Literal["signature", "group"],
+        typer.Option(
+            help="signature: all groups of a signature at once; group: one group (the paper)."
+        ),
+    ] = "signature",
+    limit: Annotated[
+        int,
+        typer.Option(
+            min=8,
+            help="Configurations of a signature to measure: all where it has no more, else each change of one op and random ones.",
+        ),
+    ] = 64,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Time the model's blocks through torch.compile, once for each configuration of a signature.",
+        ),
+    ] = False,
+    seed: int = 0,
+    revision: Revision = None,
+    json_: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Measure the time to first token gained by each configuration of each group, on this device's native kernels."""
+    names, base = lowered_and_base(formats, base) if formats is not None else ([], the_base(base))
+    from mpq.cli import shown
+    from mpq.devices import found_device
+    from mpq.kernels import check_native, native_formats
+    from mpq.method import times_of
+    from mpq.models.checkpoint import fetch, load_config
+
+    device = found_device(device)
+    names = names or [f for f in native_formats(device) if f not in ("fp32", base)]
+    check_native(names, device)
+    config = load_config(fetch(model, revision))
+    with bar("timing") as progress:
+        frame = times_of(
+            config,
+            names,
+            base,
+            device,
+            batch=batch,
+            length=length,
+            limit=limit,
+            seed=seed,
+            repeats=repeats,
+            method=method,
+            target=target or None,
+            cap=cap,
+            compiled=compile,
+            progress=progress,
+        )
+    facts = {
+        "device": frame["device"][0],
+        "base TTFT (ms)": float(frame["base_ttft_s"].median()) * 1e3,  # type: ignore[arg-type]
+    }
+    emit(frame, json_, out, "timing", None if json_ else facts, shown.timing(frame, base))
+
+
+def solve(
+    gains: Annotated[
+        str,
+        typer.Option(
+            help="A gains table: objective, group, configuration, gain, loss_mse (.parquet, .json, .csv)."
+        ),
+    ],
+    budget: Annotated[
+        float,
+        typer.Option(help="Bound on the plan's loss MSE, in the units of loss_mse (τ² E[g²])."),
+    ],
+    solver: Annotated[
+        Literal["auto", "highs", "gurobi"],
+        typer.Option(help="auto: Gurobi where its licence serves, else HiGHS."),
+    ] = "auto",
+    objective: Annotated[
+        str | None, typer.Option(help="Which objective, where the table holds several.")
+    ] = None,
+    json_: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Choose one configuration for each group: the largest gain whose loss MSE stays within the budget."""
+    from dataclasses import asdict
+
+    import polars as pl
+
+    from mpq.cli.console import read_frame
+    from mpq.program.gains import solve_table
+
+    frame = read_frame(gains)
+    if objective:
+        frame = frame.filter(pl.col("objective") == objective)
+    chosen, solution = solve_table(frame, budget, solver=solver)
+    summary = {k: v for k, v in asdict(solution).items() if k != "chosen"}
+    emit(chosen, json_, out, "chosen", {**summary, "budget": budget})

@@ -1,0 +1,153 @@
+"""The whole pipeline from a spec, the paper's evaluation from one, and the report of what either left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mpq.cli.console import (
+    SUFFIXES,
+    emit,
+    emit_results,
+    log,
+    report_file,
+    writable,
+    write_file,
+    write_frame,
+)
+from mpq.cli.options import AsJson, Store, Verbose
+from mpq.errors import require
+
+if TYPE_CHECKING:
+    from mpq.spec import RunSpec
+
+
+def run(
+    spec: Annotated[
+        Path,
+        typer.Argument(
+            help="A run's YAML file: model, calibration, objectives, τ (`mpq init` writes one; docs/spec.md has every key)."
+        ),
+    ],
+    store: Store = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            callback=writable, help="Write the results table to FILE as well.", metavar="FILE"
+        ),
+    ] = None,
+    verbose: Verbose = False,
+    json_: AsJson = False,
+) -> None:
+    """Do it all: a checkpoint in; plans, their evaluation and a report out. A second run re-uses what is done."""
+    checked = _checked(spec, store)
+    from mpq.flows.server import prefect_api
+
+    with prefect_api(verbose) as ready:  # it starts while this imports torch
+        from mpq.flows.terminal import run_in_terminal
+
+        results, where = run_in_terminal(checked, log, ready)
+        emit_results(results, json_, out, where)
+
+
+def reproduce(
+    spec: Annotated[
+        Path,
+        typer.Argument(
+            help="The sweep's YAML file: as for run, with draws of random, seeds and tasks (see examples/reproduce.yaml)."
+        ),
+    ],
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say how many evaluations are to do and about how long they take, and stop.",
+        ),
+    ] = False,
+    store: Store = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            callback=writable,
+            help="Write Table 1 (with --dry-run: the forecast) to FILE as well.",
+            metavar="FILE",
+        ),
+    ] = None,
+    verbose: Verbose = False,
+    json_: AsJson = False,
+) -> None:
+    """Repeat the paper's evaluation: every strategy, τ, seed and task; figures 1 to 9 and Table 1.
+
+    Says beforehand what it costs. Cut off and started again it goes on where it was.
+    """
+    checked = _checked(spec, store)
+    from mpq.flows.server import prefect_api
+
+    with prefect_api(verbose) as ready:
+        from mpq.flows.terminal import reproduce_in_terminal
+        from mpq.report.accuracy import for_people
+
+        frame, where = reproduce_in_terminal(checked, log, ready, dry_run)
+        title, shown = ("forecast", None) if dry_run else ("table_1", for_people(frame))
+        emit(frame, json_, out, title, where, shown)
+
+
+def report(
+    run: Annotated[
+        Path, typer.Argument(help="A run's folder, as `mpq run` writes it (it holds run.json).")
+    ],
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write figures 1 to 9 (SVG, PNG) and Table 1 (CSV, Markdown) here as well.",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    json_: AsJson = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            callback=report_file,
+            help="Where to write: .html, .png (the frontier), or a table's .parquet, .json, .csv; RUN/report.html if left out.",
+            metavar="FILE",
+        ),
+    ] = None,
+) -> None:
+    """Write the HTML report of a finished run again, from its tables alone."""
+    from mpq.report.results import results_table
+    from mpq.report.runs import read_run
+
+    record, tables = read_run(run)
+    if out and out.suffix in SUFFIXES:
+        write_frame(results_table(tables), out)
+    elif out and out.suffix == ".png":
+        from mpq.report.figures import frontier_png
+
+        write_file(out, frontier_png(tables))
+    else:
+        from mpq.report.page import write_report
+
+        out = out or run / "report.html"
+        write_file(out, write_report(tables, record["name"], record["facts"]).encode())
+    extra: dict[str, object] = {"written": str(out)}
+    if figures:
+        from mpq.paper.figures import write_figures
+
+        left_out = write_figures(tables, figures, record["facts"].get("base", ""))
+        extra |= {"figures": str(figures), "left out": " ".join(left_out) or "nothing"}
+    emit_results(results_table(tables), json_, None, extra)
+
+
+def _checked(path: Path, store: str | None) -> RunSpec:
+    """The spec, with another store where one is given, on the device that it will run on."""
+    from mpq.spec import check_early, load_spec, parse_spec, resolved
+
+    spec = load_spec(path)
+    if store:
+        spec = parse_spec({**spec.model_dump(mode="json"), "store": store}, "--store")
+    check_early(spec)
+    require("prefect", "mpq run")
+    require("matplotlib", "a run's report")
+    return resolved(spec) if spec.runner.kind == "local" else spec

@@ -1,0 +1,185 @@
+"""The method step by step, a function each, as notebooks and the command line call it.
+
+Models and tables go in, tables come out (their columns: docs/method.md). What is slow to load is imported where it is
+used, so that a mistake is told before torch and transformers have loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpq.errors import MpqError
+
+if TYPE_CHECKING:
+    import polars as pl
+    from torch import nn
+
+    from mpq.formats.format import NoiseModel
+    from mpq.models.blocks import Blocks
+    from mpq.program.plan import Plan
+    from mpq.program.solver import SolverName
+    from mpq.spec import Objective
+
+Progress = Callable[[int, int], None]  # done, total
+
+
+def read_text(folder: Path, source: str, **how: Any) -> Blocks:
+    """Blocks of tokens drawn from a text, by the tokenizer of the checkpoint in `folder`.
+
+    `how` is what a spec's `calibration` may say of a text: samples, length, seed, field, split. Raises MpqError for
+    what is none of these, and where there is no text, or too little.
+    """
+    from mpq.models.checkpoint import load_config
+    from mpq.models.text import read_blocks
+    from mpq.spec import parse_text
+
+    text = parse_text(source=source, **how)
+    return read_blocks(text, folder, load_config(folder).get_text_config().vocab_size)
+
+
+def groups_of(config: Any, batch: int = 1, length: int = 1024) -> pl.DataFrame:
+    """The model's matrix products in sequential groups: the `groups` table of a prefill of batch × length tokens.
+
+    `config` is the model's configuration (load_config); no weights are needed.
+    """
+    from mpq.models.graph import trace
+    from mpq.models.partition import groups_table, partition
+
+    return groups_table(partition(trace(config)), batch, length)
+
+
+def sensitivity_of(
+    model: nn.Module,
+    groups: pl.DataFrame,
+    blocks: Blocks,
+    formats: Sequence[str],
+    base: str,
+    **how: Any,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """What rounding each operand does to the loss: the `sensitivity` and `loss` tables (nats²).
+
+    One forward and backward pass over the blocks; `how`: see loss.measure_sensitivity.
+    """
+    import polars as pl
+
+    from mpq.loss.sensitivity import measure_sensitivity
+
+    ops = list(groups.filter(pl.col("kind") != "other").select("op", "kind").iter_rows())
+    return measure_sensitivity(model, ops, blocks, formats=formats, base=base, **how)
+
+
+def times_of(
+    config: Any,
+    formats: Sequence[str],
+    base: str,
+    device: str = "cpu",
+    *,
+    batch: int = 4,
+    length: int = 256,
+    limit: int = 64,
+    seed: int = 0,
+    **how: Any,
+) -> pl.DataFrame:
+    """What each configuration of each kind of group gains on the device: the `timing` table of a prefill (s).
+
+    Weights are random: their values do not decide the time. At most `limit` configurations of a signature are
+    measured; `how`: see timing.measure. Raises MpqError for a format that the device has no kernel for.
+    """
+    import polars as pl
+
+    from mpq.kernels import check_native, native_formats
+    from mpq.timing.design import choices_of, design
+
+    check_native(formats, device)
+    from mpq.timing.measure import measure, timing_model
+
+    groups = groups_of(config, batch, length)
+    native = {
+        kind: [f for f in formats if f in native_formats(device, kind)]
+        for kind in ("linear", "bgemm")
+    }
+    requests = []
+    for (signature,), rows in groups.sort("order").group_by(["signature"], maintain_order=True):
+        first = rows.filter(pl.col("group") == rows["group"].min())
+        requests.append((str(signature), design(choices_of(first, native, base), limit, seed)))
+    model = timing_model(config, base).to(device)
+    return measure(model, groups, requests, base=base, batch=batch, length=length, seed=seed, **how)
+
+
+def gains_of(
+    objective: Objective,
+    groups: pl.DataFrame,
+    sensitivity: pl.DataFrame,
+    formats: Sequence[str],
+    base: str,
+    *,
+    timing: pl.DataFrame | None = None,
+    noise_model: NoiseModel = "ulp",
+) -> pl.DataFrame:
+    """The program's coefficients, the `gains` table: et gains measured seconds, tt MAC time, m bytes of weights.
+
+    Raises MpqError for et without a `timing` table, and where a table lacks an op, a format or a signature.
+    """
+    from mpq.program.gains import gains_et, gains_m, gains_tt
+
+    if objective == "et":
+        if timing is None:
+            raise MpqError("Gains in measured time (et) need the timing table: see times_of.")
+        return gains_et(groups, timing, sensitivity, base, noise_model)
+    of_theory = {"tt": gains_tt, "m": gains_m}
+    if objective not in of_theory:
+        raise MpqError(f"Unknown objective {objective!r}: expected et, tt or m.")
+    return of_theory[objective](groups, sensitivity, formats, base, noise_model)
+
+
+def best_plan(
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    loss: pl.DataFrame,
+    tau: float,
+    base: str,
+    solver: SolverName = "auto",
+) -> Plan:
+    """The plan with the largest gain whose predicted loss MSE stays under τ² E[g²].
+
+    `loss` is the one-row table beside the sensitivities. Raises MpqError for a τ that is not above zero.
+    """
+    from mpq.program.strategies import choose
+
+    objective = gains["objective"][0]
+    plan, _ = choose(
+        f"ip_{objective}",
+        objective,
+        groups,
+        gains,
+        tau=tau,
+        mean_square_loss=loss["mean_square_loss"][0],
+        base=base,
+        solver=solver,
+    )
+    return plan
+
+
+def evaluate_plan(
+    model: nn.Module,
+    plan: Plan,
+    blocks: Blocks,
+    seeds: int = 3,
+    batch: int = 8,
+    progress: Progress | None = None,
+) -> pl.DataFrame:
+    """What a plan really does to loss and perplexity, with real quantization: a row a seed and metric, beside base's."""
+    from mpq.evaluation.losses import evaluate_loss, losses
+
+    return evaluate_loss(
+        model,
+        plan.formats,
+        blocks,
+        losses(model, blocks, batch),
+        base=plan.base,
+        seeds=range(seeds),
+        batch=batch,
+        progress=progress,
+    )
