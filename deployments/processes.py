@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,21 @@ def until(what: str, ask: Callable[[], Any], seconds: float = 120.0, every: floa
             pass
         time.sleep(every)
     raise TimeoutError(f"waited {seconds:g} s for {what}")
+
+
+def begin(
+    command: Sequence[str], environment: Mapping[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """A process in a session of its own; what it prints goes to `log`."""
+    with log.open("wb") as sink:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 class Services:
@@ -97,31 +112,28 @@ class Services:
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a process; its output goes to NAME.log."""
-        with (self.home / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=self.environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process = begin(command, self.environment, self.home / f"{name}.log")
         self.processes[name] = process
         return process
+
+    def run(self, name: str, *command: str) -> None:
+        """Run a command to its end. Raises RuntimeError with its output where it fails."""
+        process = begin(command, self.environment, self.home / f"{name}.log")
+        try:
+            failed = process.wait(180)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            failed = process.wait()
+        if failed:
+            raise RuntimeError(f"{' '.join(command)}: {self.log(name)}")
 
     def log(self, name: str) -> str:
         """What a process has printed."""
         return (self.home / f"{name}.log").read_text(errors="replace")
 
-    def prefect(self, *arguments: str) -> str:
+    def prefect(self, *arguments: str) -> None:
         """Run a command of Prefect's CLI to its end. Raises RuntimeError with its output where it fails."""
-        command = [sys.executable, "-m", "prefect", *arguments]
-        done = subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=180
-        )
-        if done.returncode:
-            raise RuntimeError(f"prefect {' '.join(arguments)}: {done.stdout}{done.stderr}")
-        return done.stdout
+        self.run("prefect", sys.executable, "-m", "prefect", *arguments)
 
     def server(self) -> str:
         """A Prefect server with a database of its own; returns the URL of its API."""
@@ -165,14 +177,7 @@ class Services:
     def keep_results(self, url: str) -> None:
         """Prefect's own results under `url`, by a block, for every flow that is started from here on."""
         code = f"from prefect.filesystems import RemoteFileSystem as R; R(basepath={url!r}).save('results', overwrite=True)"
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=self.environment,
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
+        self.run("results", sys.executable, "-c", code)
         self.environment["PREFECT_DEFAULT_RESULT_STORAGE_BLOCK"] = "remote-file-system/results"
 
     def s3(self, bucket: str) -> str:

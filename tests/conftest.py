@@ -1,14 +1,24 @@
-"""What all tests share: a cache that is not the user's, and Triton's interpreter where there is no GPU."""
+"""For every test: Triton's kernels run where they can, and processes begin with the large packages imported.
+
+Kernels run on the GPU where there is one, and on Triton's interpreter where there is none.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import preloaded
+import pytest
 import torch
+from small import ROOT
+
+from deployments import processes
 
 # kept between test runs: C++ takes long to compile
 os.environ["MPQ_CACHE"] = str(Path(tempfile.gettempdir()) / f"mpq-tests-{os.getuid()}")
@@ -26,3 +36,20 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = _with_index
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preloaded_services() -> Iterator[None]:
+    """A cluster's processes and Prefect's commands are forked; a Prefect server or worker starts as it does elsewhere."""
+    begin = processes.begin
+
+    def forked(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Any:
+        how = list(command[1:4])
+        stays = how[:2] == ["-m", "prefect"] and how[2] in ("server", "worker")
+        if command[0] != sys.executable or stays:
+            return begin(command, environment, log)
+        return preloaded.Process(command[1:], ROOT, environment, log)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "begin", forked)
+        yield

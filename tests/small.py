@@ -15,6 +15,7 @@ from mpq.spec import RunSpec, parse_spec
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo"
 DATABASE = Path()  # an empty Prefect database, once tests/flows has made one
+API = ""  # the address of the tests' own Prefect server, once tests/flows has started one
 
 SMALL = {
     "vocab_size": 97,
@@ -66,9 +67,9 @@ def small_spec(folder: Path) -> RunSpec:
             "model": {"path": str(write_checkpoint(folder / "model")), "base": "fp32"},
             "calibration": {**text, "shards": 2},
             "evaluation": {**text, "seed": 1, "seeds": 1, "ttft_repeats": 3},
-            "timing": {"batch": 2, "length": 16, "repeats": 2, "slice": 20},
+            "timing": {"batch": 2, "length": 16, "repeats": 2, "slice": None},
             "objectives": {
-                "et": {"formats": ["bf16"]},
+                "et": {"formats": ["bf16"], "strategies": ["ip"]},
                 "m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]},
             },
             "taus": [0.001, 0.01],
@@ -78,13 +79,22 @@ def small_spec(folder: Path) -> RunSpec:
     )
 
 
-def own_prefect(home: Path) -> dict[str, str]:
-    """The environment of a process that starts a Prefect server of its own under `home`, where it has all the time it needs."""
-    if not home.exists():
+def short(spec: RunSpec) -> RunSpec:
+    """The run without what is timed, and with one plan: eleven tasks in place of twenty."""
+    return spec.model_copy(update={"objectives": {"m": spec.objectives["m"]}, "taus": (0.01,)})
+
+
+def own_prefect(home: Path, server: bool = True) -> dict[str, str]:
+    """The environment of a process that keeps its Prefect results under `home`.
+
+    It starts a server of its own there, for which it has all the time it needs; without `server` it asks the tests' one.
+    """
+    if server and not home.exists():
         home.mkdir(parents=True)
         shutil.copy(DATABASE, home / "prefect.db")  # Prefect takes seconds to make an empty one
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+        **({} if server else {"PREFECT_API_URL": API}),
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -54,10 +54,20 @@ def run(*arguments: str, out: Path, **env: str) -> subprocess.CompletedProcess[s
 
 
 def test_the_campaign_from_end_to_end(tmp_path: Path) -> None:
-    """Kernels, timing and plans at ten budgets give tables, figures and a summary, in $OUT too; a second command goes on from there."""
-    (tmp_path / "out").mkdir()
-    told = run("tiny", "--device", "cpu", "--repeats", "2", out=tmp_path, OUT=str(tmp_path / "out"))
+    """Out of time, one chunk is measured and kept, no plan is made of it, and the output says how to go on; a second command
+    goes on from there: kernels, timing and plans at ten budgets give tables, figures and a summary, in $OUT too."""
+    tiny = ("tiny", "--device", "cpu", "--repeats", "2")
+    told = run(*tiny, "--parts", "timing,plans", "--minutes", "0", out=tmp_path)
     assert told.returncode == 0, told.stderr
+    assert "call again with --resume" in told.stdout
+    assert not (tmp_path / "campaign-tiny-plans.parquet").exists()
+    kept = pl.read_parquet(tmp_path / "campaign-tiny-timing.parquet")
+
+    (tmp_path / "out").mkdir()
+    told = run(*tiny, "--resume", out=tmp_path, OUT=str(tmp_path / "out"))
+    assert told.returncode == 0, told.stderr
+    count = f"{42 - kept.height} configurations to measure, {kept.height} measured earlier"
+    assert count in told.stdout
     result = json.loads(told.stdout.splitlines()[-1])["result"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         f"campaign-tiny-{n}"
@@ -73,6 +83,7 @@ def test_the_campaign_from_end_to_end(tmp_path: Path) -> None:
     timing, plans = (
         pl.read_parquet(tmp_path / f"campaign-tiny-{n}.parquet") for n in ("timing", "plans")
     )
+    assert timing.head(kept.height).equals(kept), "what was there has been measured again"
     assert timing.height == result["configurations_measured"] == 32 + 2 + 4 + 2 + 2
     assert timing.select("signature", "configuration").n_unique() == timing.height
     assert plans.height == 2 + 4 * 10
@@ -92,30 +103,6 @@ def test_the_campaign_from_end_to_end(tmp_path: Path) -> None:
     kernels = pl.read_parquet(tmp_path / "campaign-tiny-kernels.parquet")
     assert {"base: SDPA", "int8", "bf16", "base"} == set(kernels["way"])
     assert (kernels["share_of_ceiling"] > 0).all()
-    again = run(
-        "tiny", "--device", "cpu", "--repeats", "2", "--resume", "--parts", "timing", out=tmp_path
-    )
-    assert again.returncode == 0, again.stderr
-    assert "0 configurations to measure, 42 measured earlier" in again.stdout
-
-
-def test_out_of_time_keeps_what_there_is(tmp_path: Path) -> None:
-    """With no time left one chunk is measured and kept, no plan is made of the rest, and the output says how to go on."""
-    told = run(
-        "tiny",
-        "--device",
-        "cpu",
-        "--repeats",
-        "2",
-        "--parts",
-        "timing,plans",
-        "--minutes",
-        "0",
-        out=tmp_path,
-    )
-    assert told.returncode == 0, told.stderr
-    assert "call again with --resume" in told.stdout
-    assert not (tmp_path / "campaign-tiny-plans.parquet").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small
 from prefect.settings import (
     PREFECT_API_DATABASE_CONNECTION_URL,
+    PREFECT_API_URL,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
     PREFECT_RESULTS_LOCAL_STORAGE_PATH,
     temporary_settings,
@@ -18,6 +21,7 @@ from prefect.settings import (
 from prefect.testing.utilities import prefect_test_harness
 from small import small_spec
 
+from mpq.flows.calibrate import calibrate
 from mpq.spec import RunSpec
 
 
@@ -38,7 +42,29 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             closing(sqlite3.connect(small.DATABASE)) as copy,
         ):
             source.backup(copy)
+        small.API = str(PREFECT_API_URL.value())
         yield
+
+
+@pytest.fixture(scope="session")
+def finished(
+    prefect: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, RunSpec, dict[str, Any]]:
+    """A run of the tiny spec: its folder, the spec and the outcome. Tests take a copy, see `calibrated`."""
+    folder = tmp_path_factory.mktemp("finished")
+    spec = small_spec(folder)
+    return folder, spec, calibrate(spec)
+
+
+@pytest.fixture
+def calibrated(
+    finished: tuple[Path, RunSpec, dict[str, Any]], tmp_path: Path
+) -> tuple[RunSpec, dict[str, Any]]:
+    """The spec of a run that is done, with a folder of its own, and the outcome as it was in the first folder."""
+    folder, spec, outcome = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    there = spec.model_dump_json().replace(str(folder), str(tmp_path))
+    return RunSpec.model_validate_json(there), outcome
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from small import DEMO, ROOT, small_model, write_checkpoint
+from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH, temporary_settings
+from small import DEMO, ROOT, short, small_model, write_checkpoint
 
 from mpq.errors import MpqError
 from mpq.flows.calibrate import calibrate
@@ -55,10 +56,25 @@ def computed(outcome: dict) -> set[str]:
     return {name for name, tasks, cached, _ in outcome["stages"] if cached < tasks}
 
 
-def test_a_run_and_what_it_leaves(spec: RunSpec) -> None:
-    """All stages run; tables, plans, report and record are there; every plan keeps its budget; a second run computes nothing."""
-    first = calibrate(spec)
+def test_a_run_and_what_it_leaves(
+    spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All stages run, by names that say what runs on what; tables, plans, report and record are there; every plan keeps
+    its budget; a second run computes nothing, and nor does one from which Prefect's own results are gone."""
+    spec = change(spec, objectives={"et": {"formats": ["bf16"]}}, timing={"slice": 20})
+    with caplog.at_level(logging.INFO):
+        first = calibrate(spec)
     assert computed(first) == ALWAYS
+    assert "flow run 'tiny model'" in caplog.text
+    for name in (
+        "partition tiny model",
+        "sensitivity tiny model shard 2/2",
+        "evaluate tiny model ip_m m tau=0.01 seed 0",
+    ):
+        assert f"{name}: computing" in caplog.text
+    assert re.search(r"timing: measure tiny model \S*down_proj-[0-9a-f]{8}", caplog.text)
+    assert change(spec, name="the-model").title == "the-model"
+
     tables = join_tables(first["tables"])
     assert set(tables) == {
         "groups",
@@ -85,11 +101,14 @@ def test_a_run_and_what_it_leaves(spec: RunSpec) -> None:
         json.loads((Path(first["out"]["report"]).parent / "run.json").read_text())["name"] == "tiny"
     )
     assert computed(calibrate(spec)) == set()
+    with temporary_settings({PREFECT_RESULTS_LOCAL_STORAGE_PATH: tmp_path / "elsewhere"}):
+        assert computed(calibrate(spec)) == set()
 
 
-def test_what_each_change_costs(spec: RunSpec, tmp_path: Path) -> None:
-    """A new τ solves and evaluates; other weights re-use partition and timing; a copy elsewhere re-uses everything."""
-    calibrate(spec)
+def test_what_each_change_costs(calibrated: tuple[RunSpec, dict[str, Any]], tmp_path: Path) -> None:
+    """A new τ solves and evaluates; a new noise model measures nothing; other weights re-use partition and timing; a copy
+    elsewhere re-uses everything."""
+    spec, _ = calibrated
     assert computed(calibrate(change(spec, taus=[0.002]))) <= {
         "solve",
         "evaluate",
@@ -101,20 +120,15 @@ def test_what_each_change_costs(spec: RunSpec, tmp_path: Path) -> None:
     assert computed(calibrate(change(spec, model={"path": str(copy)}))) <= {
         "report"
     }  # the report names the path
-    write_checkpoint(Path(spec.model.path), seed=1)  # other weights under the same name
-    again = computed(calibrate(spec))
-    assert {"sensitivity", "evaluate base", "evaluate"} <= again
-    assert not again & {"partition", "timing", "load model"}
-
-
-def test_more_calibration_adds_shards(spec: RunSpec) -> None:
-    """A spec with a new noise model re-uses every measurement."""
-    calibrate(spec)
     assert not computed(calibrate(change(spec, noise_model="paper"))) & {
         "sensitivity",
         "timing",
         "partition",
     }
+    write_checkpoint(Path(spec.model.path), seed=1)  # other weights under the same name
+    again = computed(calibrate(spec))
+    assert {"sensitivity", "evaluate base", "evaluate"} <= again
+    assert not again & {"partition", "timing", "load model"}
 
 
 def test_how_times_are_spread_over_tasks_is_in_no_key(spec: RunSpec, tmp_path: Path) -> None:
@@ -143,10 +157,10 @@ def test_how_times_are_spread_over_tasks_is_in_no_key(spec: RunSpec, tmp_path: P
 
 
 def test_damage_is_repaired(
-    spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    calibrated: tuple[RunSpec, dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A damaged table is computed again, with a warning, and the outcome is the same."""
-    first = calibrate(spec)
+    spec, first = calibrated
     ref = first["tables"]["sensitivity"][0]
     path = tmp_path / "store" / ref.kind / ref.key / f"{ref.sha256}.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -157,18 +171,6 @@ def test_damage_is_repaired(
     assert join_tables(again["tables"])["sensitivity"].equals(
         join_tables(first["tables"])["sensitivity"]
     )
-
-
-def test_a_lost_prefect_loses_nothing(
-    spec: RunSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """With Prefect's own results gone, the store still knows what is done."""
-    from prefect.settings import PREFECT_RESULTS_LOCAL_STORAGE_PATH, temporary_settings
-
-    with temporary_settings({PREFECT_RESULTS_LOCAL_STORAGE_PATH: tmp_path / "one"}):
-        calibrate(spec)
-    with temporary_settings({PREFECT_RESULTS_LOCAL_STORAGE_PATH: tmp_path / "two"}):
-        assert computed(calibrate(spec)) == set()
 
 
 def test_mistakes_stop_the_flow_at_once(spec: RunSpec) -> None:
@@ -251,7 +253,7 @@ def test_a_failing_shard_leaves_the_others(spec: RunSpec, caplog: pytest.LogCapt
     model.save_pretrained(spec.model.path)
     tokens = np.random.default_rng(0).integers(0, 96, (8, 16))
     np.save(spec.calibration.source, tokens)
-    split = change(spec, calibration={"seed": 0})
+    split = change(short(spec), calibration={"seed": 0})
     blocks = read_blocks(split.calibration, Path(spec.model.path), 97).tokens
     row = int((tokens == blocks[-1]).all(axis=1).argmax())
     spoilt = tokens.copy()
@@ -278,7 +280,7 @@ def test_what_is_tried_again(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> 
         return measure(*args, **options)
 
     monkeypatch.setattr(sensitivity, "measure_sensitivity", once)
-    outcome = calibrate(spec)
+    outcome = calibrate(short(spec))
     assert tried == [4, 4, 4]
     assert ("sensitivity", 2, 0) in [stage[:3] for stage in outcome["stages"]]
     tried.clear()
@@ -289,23 +291,8 @@ def test_what_is_tried_again(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(sensitivity, "measure_sensitivity", mistaken)
     with pytest.raises(MpqError, match="No"):
-        calibrate(change(spec, calibration={"seed": 3}))
+        calibrate(change(short(spec), calibration={"seed": 3}))
     assert len(tried) == 2, "once for each shard"
-
-
-def test_names_say_what_runs_on_what(spec: RunSpec, caplog: pytest.LogCaptureFixture) -> None:
-    """Flow run and tasks are called by model, stage, shard and signature; a name that says the model does not say it twice."""
-    with caplog.at_level(logging.INFO):
-        calibrate(spec)
-    assert "flow run 'tiny model'" in caplog.text
-    for name in (
-        "partition tiny model",
-        "sensitivity tiny model shard 2/2",
-        "evaluate tiny model ip_m m tau=0.01 seed 0",
-    ):
-        assert f"{name}: computing" in caplog.text
-    assert re.search(r"timing: measure tiny model \S*down_proj-[0-9a-f]{8}", caplog.text)
-    assert change(spec, name="the-model").title == "the-model"
 
 
 def test_a_task_that_takes_too_long(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:

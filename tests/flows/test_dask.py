@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 import yaml
 from distributed import Client
-from small import ROOT
+from small import ROOT, short
 from test_calibrate import ALWAYS, change, computed
 from test_kill import start
 
@@ -68,17 +69,15 @@ def test_what_a_cluster_must_have(spec: RunSpec, services: Services) -> None:
         client.wait_for_workers(1, timeout=60)
     with pytest.raises(MpqError, match="offers the resource accel"):
         calibrate(on(address, spec))
-    untimed = change(spec, objectives={"m": {"formats": ["fp8_e4m3"]}}).model_copy(
-        update={"objectives": {"m": spec.objectives["m"]}}
-    )
-    assert "sensitivity" in computed(calibrate(on(address, untimed)))
+    assert "sensitivity" in computed(calibrate(on(address, short(spec))))
 
 
 def test_the_same_tables_as_beside_the_flow(
-    spec: RunSpec, services: Services, tmp_path: Path
+    calibrated: tuple[RunSpec, dict[str, Any]], services: Services, tmp_path: Path
 ) -> None:
     """What is computed is equal to the bit; what is timed has the same rows; a rerun on the cluster finds everything."""
-    local = join_tables(calibrate(spec)["tables"])
+    spec, done = calibrated
+    local = join_tables(done["tables"])
     there = on(services.dask(), spec, store=(tmp_path / "other").as_uri(), timing={"slice": None})
     first = calibrate(there)
     assert computed(first) == ALWAYS | {"probe"}
@@ -180,13 +179,13 @@ def test_kinds_of_devices_do_not_mix(
 def test_two_runs_at_once_share_their_work(
     spec: RunSpec, services: Services, tmp_path: Path
 ) -> None:
-    """Two processes of `mpq run` with a Prefect of their own each, on one cluster and one store: identical tables in the end."""
+    """Two processes of `mpq run`, with Prefect results of their own each, on one cluster and one store: identical tables in the end."""
     there = on(services.dask(), spec, timing={"slice": 4})
     processes = []
     for name in ("one", "two"):
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump({**there.model_dump(mode="json"), "name": name}))
-        processes.append(start(path, tmp_path / f"prefect-{name}"))
+        processes.append(start(path, tmp_path / f"prefect-{name}", server=False))
     for process in processes:
         output, _ = process.communicate(timeout=580)
         assert process.returncode == 0, output

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small import ROOT, write_checkpoint
+from small import ROOT, short, write_checkpoint
 
 from deployments.processes import POOL, Services, until
 from mpq.spec import RunSpec
@@ -16,49 +16,20 @@ from mpq.spec import RunSpec
 DEPLOYMENTS = {"calibrate", "watch", "retune", "campaign"}
 
 
-@pytest.fixture
-def services(tmp_path: Path) -> Iterator[Services]:
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     """A fresh server with the work pool."""
-    with Services(tmp_path / "services") as services:
+    with Services(tmp_path_factory.mktemp("services")) as services:
         services.server()
         services.prefect("work-pool", "create", POOL, "--type", "process")
         yield services
-
-
-def test_everything_deploys(services: Services) -> None:
-    """All four with their forms; watch gets scheduled runs; the trigger is there; deploying again changes nothing."""
-    for _ in range(2):
-        services.prefect("--no-prompt", "deploy", "--all")
-        deployed = {d["name"]: d for d in services.post("deployments/filter", {})}
-        assert set(deployed) == DEPLOYMENTS
-        assert len(services.post("automations/filter", {})) == 1
-    assert {d["work_pool_name"] for d in deployed.values()} == {POOL}
-    assert [s["schedule"]["cron"] for s in deployed["watch"]["schedules"]] == ["*/15 * * * *"]
-    runs = until("scheduled runs", lambda: services.runs("watch", "SCHEDULED"))
-    assert len(runs) >= 3
-    form = deployed["calibrate"]["parameter_openapi_schema"]
-    assert "timing" in form["definitions"]["RunSpec"]["properties"]
-    for name in DEPLOYMENTS:
-        form = deployed[name]["parameter_openapi_schema"]
-        for part in (form, *form["definitions"].values()):
-            for field, shown in part["properties"].items():
-                assert shown.get("description"), f"{name}: {field}"
-                assert {"type", "anyOf", "allOf", "$ref", "enum"} & set(shown), f"{name}: {field}"
-        assert set(deployed[name]["parameters"]) <= set(form["properties"]), (
-            "what prefect.yaml gives fits the form"
-        )
-    spec = deployed["calibrate"]["parameters"]["spec"]
-    written = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
-    assert RunSpec.model_validate(spec) == RunSpec.model_validate(written), (
-        "prefect.yaml and examples/demo.yaml differ"
-    )
 
 
 def test_a_worker_executes_scheduled_and_triggered_runs(
     services: Services, spec: RunSpec, tmp_path: Path
 ) -> None:
     """watch starts by its schedule and calibrates what it finds; an event starts calibrate for what its payload names."""
-    tiny = spec.model_dump(mode="json")
+    tiny = short(spec).model_dump(mode="json")
     write_checkpoint(tmp_path / "checkpoints" / "one", seed=1)
     services.deploy(
         {
@@ -106,4 +77,34 @@ def test_a_worker_executes_scheduled_and_triggered_runs(
     }
     assert states["partition tiny-model"] == "Cached", (
         "watch has partitioned this architecture before"
+    )
+    services.kill("worker")  # what is deployed next is not to be run
+
+
+def test_everything_deploys(services: Services) -> None:
+    """All four with their forms; watch gets scheduled runs; the trigger is there; deploying again changes nothing."""
+    for _ in range(2):
+        services.prefect("--no-prompt", "deploy", "--all")
+        deployed = {d["name"]: d for d in services.post("deployments/filter", {})}
+        assert set(deployed) == DEPLOYMENTS
+        assert len(services.post("automations/filter", {})) == 1
+    assert {d["work_pool_name"] for d in deployed.values()} == {POOL}
+    assert [s["schedule"]["cron"] for s in deployed["watch"]["schedules"]] == ["*/15 * * * *"]
+    runs = until("scheduled runs", lambda: services.runs("watch", "SCHEDULED"))
+    assert len(runs) >= 3
+    form = deployed["calibrate"]["parameter_openapi_schema"]
+    assert "timing" in form["definitions"]["RunSpec"]["properties"]
+    for name in DEPLOYMENTS:
+        form = deployed[name]["parameter_openapi_schema"]
+        for part in (form, *form["definitions"].values()):
+            for field, shown in part["properties"].items():
+                assert shown.get("description"), f"{name}: {field}"
+                assert {"type", "anyOf", "allOf", "$ref", "enum"} & set(shown), f"{name}: {field}"
+        assert set(deployed[name]["parameters"]) <= set(form["properties"]), (
+            "what prefect.yaml gives fits the form"
+        )
+    spec = deployed["calibrate"]["parameters"]["spec"]
+    written = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
+    assert RunSpec.model_validate(spec) == RunSpec.model_validate(written), (
+        "prefect.yaml and examples/demo.yaml differ"
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import preloaded
 from small import ROOT
 
 HOLD = """
@@ -26,8 +25,8 @@ class Holder:
     def __init__(self, folder: Path, name: str, device: str = "cpu", how: str = "alone") -> None:
         self._mark = folder / name
         environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", HOLD, device, how, str(self._mark)]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        command = ["-c", HOLD, device, how, str(self._mark)]
+        self.process = preloaded.Process(command, ROOT, environment, folder / f"{name}.log")
 
     def has_it(self) -> bool:
         """Whether it holds the device, or has."""

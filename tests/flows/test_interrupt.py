@@ -17,7 +17,7 @@ import yaml
 from small import ROOT, own_prefect, small_spec
 
 # a shell's background jobs ignore SIGINT and hand that on: the tests may run in one
-COMMAND = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mpq.cli.commands import main; main()"
+COMMAND = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mpq.cli.main import main; main()"
 
 
 @pytest.fixture(scope="module")

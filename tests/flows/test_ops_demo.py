@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ from deployments.ops_demo import demonstrate
 from deployments.processes import Services
 
 
-def left(home: Path) -> list[str]:
-    """The processes that were started for what lies in a folder and still run."""
+def left(home: Path, sessions: set[int]) -> list[str]:
+    """The processes that were started for what lies in a folder, or in one of the sessions, and still run."""
     found = []
     for process in psutil.process_iter():
         try:
-            if (
-                process.environ().get("PREFECT_HOME") == str(home / "prefect")
-                and process.status() != psutil.STATUS_ZOMBIE
+            ours = process.environ().get("PREFECT_HOME") == str(home / "prefect")
+            # one that was forked shows the environment of the process that it was forked from
+            if (ours or os.getsid(process.pid) in sessions) and (
+                process.status() != psutil.STATUS_ZOMBIE
             ):
                 found.append(" ".join(process.cmdline()))
-        except psutil.Error:
+        except (psutil.Error, OSError):
             pass
     return found
 
@@ -40,7 +42,8 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     home, console, seen = folder / "night", Console(file=io.StringIO(), width=110), dict[str, Any]()
 
     def look(services: Services, run: dict[str, Any]) -> None:
-        seen["running"] = left(home)
+        seen["sessions"] = {process.pid for process in services.processes.values()}
+        seen["running"] = left(home, seen["sessions"])
         seen["killed"] = [
             name for name, process in services.processes.items() if process.poll() == -9
         ]
@@ -65,10 +68,15 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         write_checkpoint(folder / "model"),
         spec,
         console,
-        cron="* * * * * */20",
+        cron="* * * * * */30",
         before_the_end=look,
     )
-    return {**seen, "stages": stages, "said": console.file.getvalue(), "left": left(home)}
+    return {
+        **seen,
+        "stages": stages,
+        "said": console.file.getvalue(),
+        "left": left(home, seen["sessions"]),
+    }
 
 
 def test_a_night(night: dict[str, Any]) -> None:

@@ -165,7 +165,7 @@ def test_a_mistake_in_a_sweep_is_one_sentence(sweep: RunSpec, tmp_path: Path) ->
     data["model"]["path"] = str(overflowing(tmp_path / "overflowing"))
     data["objectives"] = {"tt": {"formats": ["fp16"], "strategies": ["ip"], "taus": [0.5]}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(data))
-    process = start(tmp_path / "spec.yaml", tmp_path / "home", "reproduce")
+    process = start(tmp_path / "spec.yaml", tmp_path / "home", "reproduce", server=False)
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 2, output
     assert message in " ".join(output.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small import write_checkpoint
@@ -17,16 +18,16 @@ from mpq.report.runs import join_tables
 from mpq.spec import ModelSpec, RunSpec
 
 
-def test_a_new_bound_only_solves(spec: RunSpec) -> None:
+def test_a_new_bound_only_solves(calibrated: tuple[RunSpec, dict[str, Any]]) -> None:
     """Nothing is measured for another τ or objective; with `evaluate` the plans are run; the first run's files stay."""
-    first = calibrate(spec)
+    spec, _ = calibrated
     tuned = retune(spec, taus=[0.5, 1.0])
     assert computed(tuned) <= {"gains", "solve", "report"}
     assert {name for name, *_ in tuned["stages"]} & {"evaluate", "TTFT of plans"} == set()
     tables = join_tables(tuned["tables"])
     assert set(tables["solutions"]["tau"]) == {0.5, 1.0}
     assert "evaluation" not in tables
-    assert tuned["out"]["plans"] != first["out"]["plans"]
+    assert tuned["out"]["plans"] != str(Path(spec.out) / spec.name / "plans")
     one = retune(spec, objective="tt", formats=["fp8_e4m3"])
     assert computed(one) == {"gains", "solve", "report"}
     assert set(join_tables(one["tables"])["solutions"]["objective"]) == {"tt"}

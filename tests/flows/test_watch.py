@@ -6,15 +6,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
 
+import preloaded
 import pytest
-from small import ROOT, own_prefect, small_model, write_checkpoint
+from small import ROOT, own_prefect, short, small_model, write_checkpoint
 
 from deployments.processes import until
 from mpq.errors import MpqError
@@ -116,6 +115,7 @@ def test_each_checkpoint_once_and_compared(folder: Path, spec: RunSpec, tmp_path
 
 def test_a_broken_checkpoint_leaves_the_others(folder: Path, spec: RunSpec) -> None:
     """The whole ones are calibrated, then the run fails and names the broken one."""
+    spec = short(spec)
     write_checkpoint(folder / "a-broken")
     weights = folder / "a-broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -128,6 +128,7 @@ def test_a_broken_checkpoint_leaves_the_others(folder: Path, spec: RunSpec) -> N
 
 def test_overlapping_watches(folder: Path, spec: RunSpec) -> None:
     """Two at once: one calibrates, the other sees that; another architecture is no predecessor."""
+    spec = short(spec)
     write_checkpoint(folder / "one")
     with ThreadPoolExecutor(2) as pool:
         both = [
@@ -144,6 +145,7 @@ def test_overlapping_watches(folder: Path, spec: RunSpec) -> None:
 
 def test_a_watch_that_was_killed(folder: Path, spec: RunSpec, tmp_path: Path) -> None:
     """kill -9 in the middle of a calibration: the checkpoint is claimed until the lease ends, then calibrated from where it was."""
+    spec = short(spec)
     write_checkpoint(folder / "one")
     code = (
         "import sys; from mpq.flows.watch import watch; from mpq.spec import load_spec; "
@@ -151,11 +153,11 @@ def test_a_watch_that_was_killed(folder: Path, spec: RunSpec, tmp_path: Path) ->
     )
     file = tmp_path / "spec.json"
     file.write_text(spec.model_dump_json())
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), str(file)],
-        cwd=ROOT,
-        env=own_prefect(tmp_path / "home"),
-        start_new_session=True,
+    process = preloaded.Process(
+        ["-c", code, str(folder), str(file)],
+        ROOT,
+        own_prefect(tmp_path / "home", server=False),
+        tmp_path / "watch.log",
     )
     stored = tmp_path / "store" / "sensitivity"
     until(

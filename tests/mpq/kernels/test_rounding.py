@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_quantize import REFERENCE, code_points
+from code_points import REFERENCE, code_points
 from torch import Tensor
 
 from mpq.formats.format import FORMATS
