@@ -28,6 +28,7 @@ KINDS: tuple[Kind, ...] = ("linear", "bgemm")
 TIMING = (
     "timing.measure",
     "running.prefill",
+    "timing.clock",
     "timing.pairs",
     "timing.machine",
     "running.apply",
@@ -101,7 +102,8 @@ class Planning:
         """The kind of device that tasks run on."""
         from mpq.kernels import device_name
 
-        return str(self.stages.place.ask(device_name, self.spec.model.device))
+        device = self.spec.model.device
+        return str(self.stages.place.ask(device_name, device, self.spec.timing.threads_on(device)))
 
     @cached_property
     def _made_with(self) -> tuple[str, ...]:
@@ -493,7 +495,19 @@ class Planning:
         what a prediction rests on is not what it is held against."""
         spec, part = (
             self.spec,
-            self.spec.timing.model_dump(include={"batch", "length", "seed", "compile", "graph"}),
+            self.spec.timing.model_dump(
+                include={
+                    "batch",
+                    "length",
+                    "seed",
+                    "target",
+                    "cap",
+                    "compile",
+                    "graph",
+                    "threads",
+                    "clock",
+                }
+            ),
         )
         inputs = {
             "folder": self.source,

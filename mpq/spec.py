@@ -121,7 +121,19 @@ class TimingSpec(_Strict):
 
     batch: int = Field(4, ge=1, description="Rows of the prefill")
     length: int = Field(256, ge=1, description="Tokens per row")
-    repeats: int = Field(7, ge=2, description="Interleaved pairs of base and configuration")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="Threads of a CPU's kernels; 1 if left out. A GPU's times do not hang on them",
+    )
+    clock: Literal["auto", "wall", "cpu"] = Field(
+        "auto",
+        description="What a CPU's times are read from: wall time, or the CPU seconds of the one thread, which other processes disturb "
+        "least; auto: cpu with one thread",
+    )
+    repeats: int = Field(
+        4, ge=2, description="Runs of a configuration, base beside them; more with a target"
+    )
     method: Literal["signature", "group"] = Field(
         "signature", description="Switch all groups of a signature, or one (the paper)"
     )
@@ -140,10 +152,13 @@ class TimingSpec(_Strict):
         "interval's lower end, or with that where the interval includes zero",
     )
     target: float | None = Field(
-        None, gt=0, lt=1, description="Repeat until gains are known to ± this share of TTFT"
+        0.01,
+        gt=0,
+        lt=1,
+        description="Repeat until gains are known to ± this share of TTFT; null: do not",
     )
     cap: int | None = Field(
-        None, ge=2, description="Pairs at most; 2 x repeats, or 4 x with a target, if left out"
+        None, ge=2, description="Runs at most; 4 x repeats, or 2 x without a target, if left out"
     )
     compile: bool = Field(
         False,
@@ -152,7 +167,19 @@ class TimingSpec(_Strict):
     graph: bool = Field(
         True, description="On CUDA, replay captured graphs, so that launches do not hide gains"
     )
-    seed: int = Field(0, description="Seed of order, tokens and bootstrap")
+    seed: int = Field(0, description="Seed of order and tokens")
+
+    @model_validator(mode="after")
+    def _one_thread(self) -> TimingSpec:
+        if self.clock == "cpu" and (self.threads or 1) > 1:
+            raise ValueError(
+                f"the CPU seconds of {self.threads} threads are no time to wait for: set clock to wall, or threads to 1"
+            )
+        return self
+
+    def threads_on(self, device: str) -> int | None:
+        """Threads that times on `device` are measured with; None on a GPU."""
+        return (self.threads or 1) if device == "cpu" else None
 
 
 class EvaluationSpec(TextSpec):

@@ -39,7 +39,7 @@ def time_configurations(
     """A row of the timing table for each (signature, configuration) wanted, under its key."""
     from mpq.timing.measure import measure_each
 
-    check_device(device, made_on)
+    check_device(device, made_on, spec.threads_on(device))
     with (
         exclusive(device),
         tracked("timing " + ", ".join(dict.fromkeys(s for s, _ in wanted.values()))) as progress,
@@ -61,6 +61,8 @@ def time_configurations(
             cap=spec.cap,
             compiled=spec.compile,
             graph=spec.graph,
+            threads=spec.threads,
+            clock=spec.clock,
             wanted=lambda place: missing(open_[place]),
         )
         for done, (place, row) in enumerate(rows, 1):
@@ -79,12 +81,17 @@ def probe(folder: str, base: str, device: str, spec: TimingSpec, made_on: str) -
     """Seconds to build the model to be timed, and its TTFT in base: what slices are cut by."""
     from mpq.timing.measure import base_ttft
 
-    check_device(device, made_on)
+    check_device(device, made_on, spec.threads_on(device))
     with exclusive(device):
         start = time.perf_counter()
         model = _random_model(folder, base).to(device)
         build_s = time.perf_counter() - start
-        told = {"build_s": build_s, "ttft_s": base_ttft(model, base, spec.batch, spec.length)}
+        told = {
+            "build_s": build_s,
+            "ttft_s": base_ttft(
+                model, base, spec.batch, spec.length, threads=spec.threads, clock=spec.clock
+            ),
+        }
     return {"probe": (json.dumps(told).encode(), "json")}
 
 
@@ -102,7 +109,7 @@ def time_plans(
     """TTFT of whole plans beside base; a row a plan, in the order given."""
     from mpq.timing.measure import measure_ttft
 
-    check_device(device, made_on)
+    check_device(device, made_on, spec.threads_on(device))
     with exclusive(device), tracked("TTFT of the plans") as progress:
         model = _random_model(folder, base).to(device)
         frame = measure_ttft(
@@ -118,6 +125,8 @@ def time_plans(
             cap=spec.cap,
             compiled=spec.compile,
             graph=spec.graph,
+            threads=spec.threads,
+            clock=spec.clock,
             progress=progress,
         )
     return {"plan_ttft": frame.with_columns(pl.Series("plan", range(len(plans)), dtype=pl.Int64))}

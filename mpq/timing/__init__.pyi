@@ -1,3 +1,4 @@
+from .clock import clock_of as clock_of
 from .design import anchors as anchors
 from .design import choices_of as choices_of
 from .design import complete as complete
@@ -11,5 +12,5 @@ from .measure import measure as measure
 from .measure import measure_ttft as measure_ttft
 from .measure import timing_model as timing_model
 from .pairs import Pairs as Pairs
+from .pairs import compare as compare
 from .pairs import gain_statistics as gain_statistics
-from .pairs import interleave as interleave
