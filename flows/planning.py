@@ -260,7 +260,7 @@ class Planning:
         """One timing table of everything wanted; what the store has not is measured, an entry a configuration."""
         base, part = (
             self.spec.model.base,
-            self.spec.timing.model_dump(exclude={"slice", "bound", "limit", "rounds"}),
+            self.spec.timing.model_dump(exclude={"slice", "bound", "limit", "rounds", "more"}),
         )
         keys = {
             content_key(architecture, groups.sha256, s, c, base, part, self._made_with): (s, c)
@@ -340,7 +340,7 @@ class Planning:
     ) -> tuple[list[References], list[TableRef]]:
         """Plans for each objective, and the timing tables that they rest on: for measured time it solves, measures what was
         chosen and not yet measured, and solves again."""
-        from mpq.timing.design import anchors, refine
+        from mpq.timing.design import anchors, refine, uncertain
 
         spec, objectives = self.spec, list(self.objectives)
 
@@ -348,7 +348,16 @@ class Planning:
             solved = self._solve(
                 ["et"], groups, sums, timed, self._gains(["et"], groups, sums, timed)
             )
-            return self._unmeasured(groups, timed, solved[0])
+            wanted = self._unmeasured(groups, timed, solved[0])
+            if spec.timing.more and spec.timing.target:
+                wanted += uncertain(
+                    pl.concat([read(t) for t in timed], how="diagonal_relaxed"),
+                    self._choices(groups),
+                    spec.model.base,
+                    spec.timing.target,
+                    spec.timing.more,
+                )
+            return list(dict.fromkeys(wanted))
 
         def measure(timed: list[TableRef], wanted: list[Wanted]) -> list[TableRef]:
             return [*timed, *self._measured("timing of chosen", groups, architecture, wanted)]

@@ -138,11 +138,22 @@ class TimingSpec(_Strict):
         "signature", description="Switch all groups of a signature, or one (the paper)"
     )
     limit: int = Field(
-        64,
+        16,
         ge=8,
-        description="Configurations of a signature measured at first; the rest are predicted, and measured where chosen",
+        description="Configurations of a signature measured at first: all where it has no more, else each change of one op, "
+        "everything in each format, and random ones",
     )
-    rounds: int = Field(6, ge=0, description="Rounds of solving and measuring what was chosen")
+    rounds: int = Field(
+        3,
+        ge=0,
+        description="Rounds of solving and measuring what was chosen, and of each signature the `more` least certain gains",
+    )
+    more: int = Field(
+        8,
+        ge=0,
+        description="Configurations of a signature measured in each round beside what was chosen, while their gains are not known to "
+        "± target",
+    )
     slice: int | None = Field(
         None, ge=1, description="Configurations per task; chosen by what a task costs, if left out"
     )

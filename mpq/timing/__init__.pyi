@@ -4,6 +4,7 @@ from .design import choices_of as choices_of
 from .design import complete as complete
 from .design import design as design
 from .design import refine as refine
+from .design import uncertain as uncertain
 from .design import unmeasured as unmeasured
 from .drift import carried as carried
 from .drift import drift_of as drift_of
@@ -14,3 +15,4 @@ from .measure import timing_model as timing_model
 from .pairs import Pairs as Pairs
 from .pairs import compare as compare
 from .pairs import gain_statistics as gain_statistics
+from .plausible import implausible as implausible
