@@ -257,7 +257,7 @@ def timing(c: Campaign, model: nn.Module, groups: pl.DataFrame) -> pl.DataFrame:
         chunk = [f for s, f in wanted[:CHUNK] if s == signature]
         wanted = wanted[len(chunk) :]
         rows = measure(model, groups, [(signature, chunk)], repeats=c.repeats, **c.shape)
-        rows = rows.with_columns(pl.col("measured") + (0 if done is None else done.height))
+        rows = rows.with_columns(pl.col("order_measured") + (0 if done is None else done.height))
         done = rows if done is None else pl.concat([done, rows], how="diagonal_relaxed")
         done.write_parquet(c.path(name))
         slowest = max(slowest, time.monotonic() - start)

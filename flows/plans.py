@@ -39,11 +39,17 @@ def make_plans(
 
 def refined(run: Run, groups: TableRef, sums: References) -> list[TableRef]:
     """Timing tables with everything in them that the plans for measured time choose."""
-    from mpq.timing.design import refine
+    from mpq.timing.design import refine, uncertain
 
     def chosen(timed: list[TableRef]) -> list[Wanted]:
         built = gains(run, ["et"], groups, sums, timed)
-        return unmeasured_of(run, groups, timed, solve(run, ["et"], groups, sums, built, timed)[0])
+        (solved,) = solve(run, ["et"], groups, sums, built, timed)
+        wanted = unmeasured_of(run, groups, timed, solved)
+        part, base = run.spec.timing, run.spec.model.base
+        if part.more and part.target:
+            of = choices(run, groups)
+            wanted += uncertain(read_together(timed), of, base, part.target, part.more)
+        return list(dict.fromkeys(wanted))
 
     def measure(timed: list[TableRef], wanted: list[Wanted]) -> list[TableRef]:
         return [*timed, measured(run, groups, wanted, "timing of chosen")]

@@ -85,7 +85,8 @@ class Subject:
         from mpq.models.partition import architecture_key
 
         model = self.spec.model
-        made = made_with(model.device, str(self.place.ask(device_name, model.device)))
+        threads = self.spec.timing.threads_on(model.device)
+        made = made_with(model.device, str(self.place.ask(device_name, model.device, threads)))
         key = architecture_key(load_config(self.folder))
         return Architecture(self._source, key, model.base, model.device, made)
 

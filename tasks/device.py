@@ -50,11 +50,11 @@ def exclusive(device: str, alone: bool = True) -> Iterator[None]:
         yield
 
 
-def check_device(device: str, name: str) -> None:
-    """Raise MpqError unless `device` is of the kind that its timing will be kept under."""
+def check_device(device: str, name: str, threads: int | None = None) -> None:
+    """Raise MpqError unless `device`, on so many threads, is of the kind that its timing will be kept under."""
     from mpq.kernels import device_name
 
-    if (here := device_name(device)) != name:
+    if (here := device_name(device, threads)) != name:
         raise MpqError(
             f"{device} of {platform.node()} is {here}, the timing is for {name}: give each kind a cluster of its own."
         )

@@ -20,7 +20,7 @@ from mpq.tasks.stage import Output, batch, content_of, read, read_together, stag
 
 Wanted = tuple[str, tuple[str, ...]]  # signature, configuration
 # how the work is spread, what is measured of all there is, what the plans make of it: no time depends on them
-_NOT_MEASURED = {"slice", "bound", "limit", "rounds"}
+_NOT_MEASURED = {"slice", "bound", "limit", "rounds", "more"}
 
 
 def made_with(device: str, device_name: str) -> tuple[str, ...]:
@@ -40,7 +40,9 @@ def time_configurations(
     """A row of the timing table for each (signature, configuration) wanted, under its key."""
     from mpq.timing.measure import measure_each
 
-    check_device(architecture.device, architecture.device_name)
+    check_device(
+        architecture.device, architecture.device_name, spec.threads_on(architecture.device)
+    )
     label = "timing " + ", ".join(dict.fromkeys(s for s, _ in wanted.values()))
     with exclusive(architecture.device), tracked(label) as progress:
         if not (left := [key for key in wanted if missing(key)]):
@@ -73,7 +75,7 @@ def measurement_keys(
 
 
 def _how(spec: TimingSpec) -> dict[str, Any]:
-    fields = {"batch", "length", "seed", "target", "cap", "graph"}
+    fields = {"batch", "length", "seed", "target", "cap", "graph", "threads", "clock"}
     return {**spec.model_dump(include=fields), "compiled": spec.compile}
 
 
@@ -88,12 +90,21 @@ def probe(architecture: Architecture, spec: TimingSpec) -> Output:
     """Seconds to build the model to be timed, and its TTFT in base: what slices are cut by."""
     from mpq.timing.measure import base_ttft
 
-    check_device(architecture.device, architecture.device_name)
+    check_device(
+        architecture.device, architecture.device_name, spec.threads_on(architecture.device)
+    )
     with exclusive(architecture.device):
         start = time.perf_counter()
         model = with_random_weights(architecture)
         build_s = time.perf_counter() - start
-        ttft_s = base_ttft(model, architecture.base, spec.batch, spec.length)
+        ttft_s = base_ttft(
+            model,
+            architecture.base,
+            spec.batch,
+            spec.length,
+            threads=spec.threads,
+            clock=spec.clock,
+        )
     return {"probe": (json.dumps({"build_s": build_s, "ttft_s": ttft_s}).encode(), "json")}
 
 
@@ -118,7 +129,9 @@ def time_plans(
     """
     from mpq.timing.measure import measure_ttft
 
-    check_device(architecture.device, architecture.device_name)
+    check_device(
+        architecture.device, architecture.device_name, spec.threads_on(architecture.device)
+    )
     with exclusive(architecture.device), tracked(purpose) as progress:
         frame = measure_ttft(
             with_random_weights(architecture),

@@ -23,7 +23,6 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.setattr(timing, "folder_of", lambda *_: tmp_path)
     for name, value in (("REPEATS", 2), ("PLANS", 4), ("LIMIT", 20)):
         monkeypatch.setattr(timing, name, value)
-    monkeypatch.setattr("mpq.timing.measure.PAUSE_S", 0.0)
     yield timing
     for module in (
         "timing",

@@ -75,10 +75,10 @@ def native_kernels(device: str) -> Any:
     return importlib.import_module(f"mpq.kernels.{device}")
 
 
-def device_name(device: str = "cpu") -> str:
-    """The device's model, as timing tables carry it: `AMD EPYC family 25 model 17 (avx512_bf16, avx512_vnni), 2 threads`, `NVIDIA H200`.
+def device_name(device: str = "cpu", threads: int | None = None) -> str:
+    """The device's model, as timing tables carry it: `AMD EPYC family 25 model 17 (avx512_bf16, avx512_vnni), 1 thread`, `NVIDIA H200`.
 
-    A CPU on which kernels of ours could not be compiled or loaded is another one: `…, without rows, int8_attention`.
+    `threads` are those that a CPU's kernels use, torch's own number if left out. A CPU on which kernels of ours could not be compiled or loaded is another one: `…, without rows, int8_attention`.
     """
     check_device(device)
     if device != "cpu":
@@ -88,8 +88,9 @@ def device_name(device: str = "cpu") -> str:
     if lacking := _not_loaded():  # what runs in their place is slower
         shown.append(f"without {', '.join(lacking)}")
     name = f"{has.get('cpu_name') or 'CPU'}{generation()}"  # a hypervisor calls all generations the same
-    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    return f"{name} ({', '.join(shown) or 'no bf16 or int8 instructions'}), {threads}"
+    count = threads or torch.get_num_threads()
+    told = f"{count} thread{'s' if count > 1 else ''}"
+    return f"{name} ({', '.join(shown) or 'no bf16 or int8 instructions'}), {told}"
 
 
 def _not_loaded() -> list[str]:

@@ -14,6 +14,7 @@ from mpq.program.gains import solve_table
 from mpq.program.plan import Plan
 from mpq.program.solver import SolverName
 from mpq.timing.design import neighbours
+from mpq.timing.plausible import implausible
 
 Rows = dict[tuple[str, ...], tuple[float, float]]  # configuration → gain, loss MSE
 
@@ -73,6 +74,8 @@ def choose(
     ttft = None
     if objective == "et" and base_ttft_s is not None:
         ttft = base_ttft_s - gain - interaction * neighbours(groups, formats, base)
+    doubt = implausible(ttft, base_ttft_s, formats.values(), base)
+    facts["note"] = " ".join(part for part in (facts["note"], doubt) if part)
     plan = Plan(
         strategy,
         objective,

@@ -183,16 +183,36 @@ class TimingSpec(_Strict):
 
     batch: Count = Field(4, description="Rows of the prefill")
     length: Count = Field(256, description="Tokens per row")
-    repeats: Count = Field(7, ge=2, description="Interleaved pairs of base and configuration")
+    threads: Count | None = Field(
+        None,
+        description="Threads of a CPU's kernels; 1 if left out. A GPU's times do not hang on them",
+    )
+    clock: Literal["auto", "wall", "cpu"] = Field(
+        "auto",
+        description="What a CPU's times are read from: wall time, or the CPU seconds of the one thread, which other processes disturb "
+        "least; auto: cpu with one thread",
+    )
+    repeats: Count = Field(
+        4, ge=2, description="Runs of a configuration, base beside them; more with a target"
+    )
     method: Literal["signature", "group"] = Field(
         "signature", description="Switch all groups of a signature, or one (the paper)"
     )
     limit: Count = Field(
-        64,
+        16,
         ge=8,
-        description="Configurations of a signature measured at first; the rest are predicted, and measured where chosen",
+        description="Configurations of a signature measured at first: all where it has no more, else each change of one op, "
+        "everything in each format, and random ones",
     )
-    rounds: Whole = Field(6, description="Rounds of solving and measuring what was chosen")
+    rounds: Whole = Field(
+        3,
+        description="Rounds of solving and measuring what was chosen, and of each signature the `more` least certain gains",
+    )
+    more: Whole = Field(
+        8,
+        description="Configurations of a signature measured in each round beside what was chosen, while their gains are not known to "
+        "± target",
+    )
     slice: Count | None = Field(
         None, description="Configurations per task; chosen by what a task costs, if left out"
     )
@@ -203,10 +223,13 @@ class TimingSpec(_Strict):
         "cautious: the lower end where the interval includes zero",
     )
     target: Number | None = Field(
-        None, gt=0, lt=1, description="Repeat until gains are known to ± this share of TTFT"
+        0.01,
+        gt=0,
+        lt=1,
+        description="Repeat until gains are known to ± this share of TTFT; null: do not",
     )
     cap: Count | None = Field(
-        None, ge=2, description="Pairs at most; 2 x repeats, or 4 x with a target, if left out"
+        None, ge=2, description="Runs at most; 4 x repeats, or 2 x without a target, if left out"
     )
     compile: bool = Field(
         False,
@@ -215,7 +238,7 @@ class TimingSpec(_Strict):
     graph: bool = Field(
         True, description="On CUDA, replay captured graphs, so that launches do not hide gains"
     )
-    seed: Whole = Field(0, description="Seed of order, tokens and bootstrap")
+    seed: Whole = Field(0, description="Seed of order and tokens")
 
     @field_validator("bound", mode="before")
     @classmethod
@@ -227,6 +250,18 @@ class TimingSpec(_Strict):
             )
             return "median"
         return bound
+
+    @model_validator(mode="after")
+    def _one_thread(self) -> TimingSpec:
+        if self.clock == "cpu" and (self.threads or 1) > 1:
+            raise ValueError(
+                f"the CPU seconds of {self.threads} threads are no time to wait for: set clock to wall, or threads to 1"
+            )
+        return self
+
+    def threads_on(self, device: str) -> int | None:
+        """Threads that times on `device` are measured with; None on a GPU."""
+        return (self.threads or 1) if device == "cpu" else None
 
 
 class EvaluationSpec(TextSpec):

@@ -61,9 +61,12 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "load_average": pl.Float64,
         "steal_share": pl.Float64,
         "disturbed": pl.Int64,
-        "measured": pl.Int64,
+        "order_measured": pl.Int64,
         "significant": pl.Boolean,
         "mode": pl.String,
+        "predicted": pl.Boolean,
+        "clock": pl.String,
+        "threads": pl.Int64,
     },
     "gains": {
         "objective": pl.String,
@@ -117,12 +120,32 @@ def table(name: str, rows: list[dict[str, object]]) -> pl.DataFrame:
     return validate(name, pl.DataFrame(rows, schema=SCHEMAS[name], strict=False))
 
 
+def upgraded(name: str, frame: pl.DataFrame) -> pl.DataFrame:
+    """A table as earlier versions wrote it, with the columns that came later: `order_measured` was called `measured`, a row
+    without repeats was `predicted`, and every clock was wall time's (a GPU's graphs: events)."""
+    if name != "timing" or not {"repeats", "device"} <= set(frame.columns):
+        return frame
+    if "measured" in frame.columns and "order_measured" not in frame.columns:
+        frame = frame.rename({"measured": "order_measured"})
+    absent = {"order_measured": pl.Int64, "predicted": pl.Boolean, "clock": pl.String}
+    frame = frame.with_columns(
+        pl.lit(None, dtype).alias(c)
+        for c, dtype in {**absent, "mode": pl.String, "threads": pl.Int64}.items()
+        if c not in frame.columns
+    )
+    graph = pl.col("mode").fill_null("").str.contains("graph")
+    return frame.with_columns(
+        pl.col("predicted").fill_null(pl.col("repeats") == 0),
+        pl.col("clock").fill_null(pl.when(graph).then(pl.lit("events")).otherwise(pl.lit("wall"))),
+    )
+
+
 def validate(name: str, frame: pl.DataFrame) -> pl.DataFrame:
     """The frame with the columns of table `name`, cast to their types; further columns are kept behind them.
 
     Raises MpqError that names the missing columns or the one that cannot be cast.
     """
-    schema = SCHEMAS[name]
+    schema, frame = SCHEMAS[name], upgraded(name, frame)
     missing = [column for column in schema if column not in frame.columns]
     if missing:
         raise MpqError(

@@ -1,7 +1,9 @@
+from .clock import clock_of as clock_of
 from .design import anchors as anchors
 from .design import choices_of as choices_of
 from .design import complete as complete
 from .design import refine as refine
+from .design import uncertain as uncertain
 from .design import unmeasured as unmeasured
 from .drift import carried as carried
 from .drift import drift_of as drift_of
@@ -9,5 +11,6 @@ from .gain_model import GainModel as GainModel
 from .measure import measure_ttft as measure_ttft
 from .measure import timing_model as timing_model
 from .pairs import Pairs as Pairs
+from .pairs import compare as compare
 from .pairs import gain_statistics as gain_statistics
-from .pairs import interleave as interleave
+from .plausible import implausible as implausible

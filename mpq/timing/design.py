@@ -16,14 +16,14 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import polars as pl
 
-from mpq.store.tables import table
+from mpq.store.tables import table, upgraded
 from mpq.timing.gain_model import Choices, Configuration, GainModel
+from mpq.timing.pairs import NORMAL_95, few
 
 Wanted: TypeAlias = tuple[str, Configuration]  # signature, configuration
 Timed = TypeVar("Timed")
 POOLED = 1024  # so many measured gains are not pooled, which takes the cube of their number
 CANDIDATES = 20_000  # configurations of one group that the program may choose from
-NORMAL_95 = 1.96  # half a 95 % interval, in standard errors
 
 
 def choices_of(
@@ -63,13 +63,14 @@ def candidates(
 
 
 def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) -> pl.DataFrame:
-    """The timing table with a row for each configuration that may be chosen and was not measured: `repeats` 0, its gain
-    predicted, its interval that of the prediction (95 %). Measured rows stay as they are; what `choices` does not allow is left out.
+    """The timing table with a row for each configuration that may be chosen and was not measured: `predicted`, its gain
+    and its interval that of the prediction (95 %). Measured rows stay as they are; what `choices` does not allow is left out.
 
     The further columns `pooled_gain_s` and `pooled_error_s` are what all measured configurations of the signature together say of a
     row's gain (gain_model.py), and its standard error: of many noisy gains the largest is too large, and a program looks for the largest.
     """
     parts: list[pl.DataFrame] = []
+    timing = upgraded("timing", timing)
     for signature, per_op in choices.items():
         of = timing.filter(pl.col("signature") == signature)
         allowed = [
@@ -106,7 +107,8 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) ->
                 "gain_ci_low_s": g - NORMAL_95 * e,
                 "gain_ci_high_s": g + NORMAL_95 * e,
                 "disturbed": 0,
-                "measured": None,
+                "order_measured": None,
+                "predicted": True,
                 "significant": abs(g) > NORMAL_95 * e,
             }
             for c, g, e in zip(
@@ -123,7 +125,8 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) ->
 def standard_errors(timing: pl.DataFrame, base: str) -> np.ndarray:
     """Of each row's gain (s), from its interval. With few pairs an interval may be narrow by luck: no error is taken for less than half
     of the usual one. All-base gains nothing for certain."""
-    errors = ((timing["gain_ci_high_s"] - timing["gain_ci_low_s"]) / (2 * NORMAL_95)).to_numpy()
+    half = ((timing["gain_ci_high_s"] - timing["gain_ci_low_s"]) / 2).to_numpy()
+    errors = half / (NORMAL_95 * few(timing["repeats"].to_numpy()))
     lowered = np.array([set(c) != {base} for c in timing["configuration"]])
     return np.where(
         lowered, np.maximum(errors, np.median(errors[lowered]) / 2 if lowered.any() else 0.0), 0.0
@@ -136,7 +139,8 @@ def unmeasured(
     """The configurations that plans (op → format) put some group in, and that no row of `timing` has measured."""
     seen = {
         (s, tuple(c))
-        for s, c in timing.filter(pl.col("repeats") > 0)
+        for s, c in upgraded("timing", timing)
+        .filter(~pl.col("predicted"))
         .select("signature", "configuration")
         .iter_rows()
     }
@@ -150,6 +154,34 @@ def unmeasured(
         (s, tuple(plan.get(op, base) for op in ops)): None for plan in plans for s, ops in members
     }
     return [w for w in wanted if w not in seen and set(w[1]) != {base}]
+
+
+def uncertain(
+    timing: pl.DataFrame,
+    choices: Mapping[str, Choices],
+    base: str,
+    target: float,
+    at_most: int,
+) -> list[Wanted]:
+    """The unmeasured configurations whose predicted gain is least certain, at most so many of each signature, worst first.
+
+    None whose gain, of all groups of the signature, is known to ± `target` of base's TTFT (95 %). Measured next, these say more
+    than random ones: of 243 configurations 33 chosen so predict as well as 43 at random (docs/log.md).
+    """
+    wanted: list[Wanted] = []
+    for signature, per_op in choices.items():
+        full = complete(timing, {signature: per_op}, base)
+        if full.is_empty() or "pooled_error_s" not in full.columns:
+            continue
+        enough_s = target * float(full["base_ttft_s"].median()) / NORMAL_95  # type: ignore[arg-type]
+        unsure = (
+            full.filter(pl.col("predicted"))
+            .with_columns(error_s=pl.col("pooled_error_s") * pl.col("instances"))
+            .filter(pl.col("error_s") > enough_s)
+            .sort("error_s", descending=True, maintain_order=True)
+        )
+        wanted += [(signature, tuple(c)) for c in unsure["configuration"].head(at_most)]
+    return wanted
 
 
 def refine(

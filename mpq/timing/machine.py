@@ -6,6 +6,7 @@ Read from Linux; elsewhere nothing is known, and nothing is held against a measu
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +76,12 @@ def between(first: Reading, last: Reading, seconds: float) -> Interval:
     )
 
 
-def calm(intervals: list[Interval]) -> np.ndarray:
-    """For each interval, whether nobody else took the cores and their clock was as always. What most intervals show is how this
-    machine is (more threads than cores, say), and is held against none."""
+def calm(intervals: Sequence[Interval], waiting: bool = True) -> np.ndarray:
+    """For each interval, whether nobody else took the cores and their clock was as always.
+
+    What most intervals show is how this machine is (more threads than cores, say), and is held against none. Without `waiting`
+    the time that threads waited for a core counts for nothing: a clock that counts CPU seconds does not see it.
+    """
     steal, waited, clock = (
         np.array([getattr(i, name) for i in intervals])
         for name in ("steal_share", "waited_share", "clock_mhz")
@@ -89,7 +93,7 @@ def calm(intervals: list[Interval]) -> np.ndarray:
         else np.zeros(len(clock), dtype=bool)
     )
     undisturbed = np.ones(len(intervals), dtype=bool)
-    for disturbed in (steal > STOLEN, waited > WAITED, slow):
+    for disturbed in (steal > STOLEN, waiting & (waited > WAITED), slow):
         if 2 * disturbed.sum() <= len(intervals):
             undisturbed &= ~disturbed
     return undisturbed

@@ -26,6 +26,7 @@ from mpq.timing.design import (
     refine,
     standard_errors,
     sums,
+    uncertain,
     unmeasured,
 )
 
@@ -118,7 +119,7 @@ class Device:
                     "load_average": 0.0,
                     "steal_share": 0.0,
                     "disturbed": 0,
-                    "measured": 0,
+                    "order_measured": 0,
                     "significant": True,
                 }
             )
@@ -148,7 +149,7 @@ def test_completed_tables_hold_every_candidate() -> None:
         device.measure([("block", c) for c in design(CHOICES["block"], 60)]), CHOICES, BASE
     )
     assert full.height == 3**N == len(candidates(CHOICES["block"], []))
-    guessed = full.filter(pl.col("repeats") == 0)
+    guessed = full.filter(pl.col("predicted"))
     assert guessed.height == 3**N - 60
     assert (guessed["gain_ci_low_s"] < guessed["gain_s"]).all()
     assert complete(full, CHOICES, BASE).height == 3**N
@@ -174,6 +175,8 @@ def test_no_lowered_gain_is_certain_by_luck() -> None:
     errors = standard_errors(timing, BASE)
     assert errors[0] == 0
     assert errors[lucky] == pytest.approx(np.median(errors) / 2)
+    more = standard_errors(timing.with_columns(repeats=pl.lit(100)), BASE)
+    assert (errors[1:] < more[1:]).all(), "an interval of seven pairs is wider than 1.96 errors"
     full = complete(timing, CHOICES, BASE)
     assert full["pooled_gain_s"][lucky] < 17e-3
     assert full["pooled_error_s"][lucky] > 1e-4
@@ -200,7 +203,7 @@ def test_pooled_gains_are_nearer_the_truth_than_noisy_measurements() -> None:
         gain_ci_low_s=pl.col("gain_s") - half, gain_ci_high_s=pl.col("gain_s") + half
     )
     full = complete(timing, CHOICES, BASE)
-    measured = full.filter(pl.col("repeats") > 0)
+    measured = full.filter(~pl.col("predicted"))
     truth = np.array(
         [device.gain(tuple(c)) if set(c) != {BASE} else 0.0 for c in measured["configuration"]]
     )
@@ -219,6 +222,27 @@ def test_pooled_gains_are_nearer_the_truth_than_noisy_measurements() -> None:
         ]
     )
     assert raw["gain"].max() == full["gain_s"].max()
+
+
+def test_the_least_certain_gains_are_measured_next() -> None:
+    """What is asked for is unmeasured, worst first; measured, it tells more than as many at random; once all is known, nothing is asked."""
+    device = Device()
+    start = device.measure([("block", c) for c in design(CHOICES["block"], 24)])
+    errors: dict[str, float] = {}
+    for name in ("asked", "random"):
+        timing = start
+        for done in range(3):
+            wanted = uncertain(timing, CHOICES, BASE, 1e-3, 8)
+            assert len(wanted) == 8
+            assert not {c for _, c in wanted} & {tuple(c) for c in timing["configuration"]}
+            if name == "random":
+                wanted = [("block", c) for c in design(CHOICES["block"], 200, done)[100:108]]
+            timing = pl.concat([timing, device.measure(wanted)])
+        full = complete(timing, CHOICES, BASE)
+        truth = np.array([device.gain(tuple(c)) for c in full["configuration"]])
+        errors[name] = float(np.sqrt(np.mean((full["pooled_gain_s"].to_numpy() - truth) ** 2)))
+    assert errors["asked"] < 1.1 * errors["random"]
+    assert uncertain(timing, CHOICES, BASE, 0.5, 8) == []
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3])
