@@ -12,6 +12,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -39,7 +40,7 @@ Taus = Annotated[tuple[float, ...], AfterValidator(_positive)]
 Url = Annotated[str, AfterValidator(without_credentials)]
 Objective = Literal["et", "tt", "m"]
 FROM_TASKS = "tasks"  # a text source: documents of the tasks that are evaluated
-Strategy = Literal["ip", "random", "prefix"]
+Strategy = Literal["ip", "random", "prefix", "uniform"]
 
 
 class _Strict(BaseModel):
@@ -108,7 +109,9 @@ class ObjectiveSpec(_Strict):
         min_length=1, description="Formats to lower to, base left out"
     )
     strategies: tuple[Strategy, ...] = Field(
-        ("ip", "random", "prefix"), description="How plans are chosen"
+        ("ip", "random", "prefix", "uniform"),
+        description="How plans are chosen: ip, by the integer program; random and prefix, op by op "
+        "in that order until the bound is met; uniform, everything in one format",
     )
     random_seeds: int = Field(1, ge=1, description="Draws of the random strategy")
     taus: Taus | None = Field(
@@ -134,10 +137,14 @@ class TimingSpec(_Strict):
     slice: int | None = Field(
         None, ge=1, description="Configurations per task; chosen by what a task costs, if left out"
     )
-    bound: Literal["pooled", "mean", "lower", "cautious"] = Field(
+    bound: Annotated[
+        Literal["pooled", "median", "lower", "cautious"],
+        BeforeValidator(lambda given: "median" if given == "mean" else given),  # its name before
+    ] = Field(
         "pooled",
-        description="Plan with what all configurations of a signature together say of a gain, with the gain as measured, with its "
-        "interval's lower end, or with that where the interval includes zero",
+        description="Plan with what all configurations of a signature together say of a gain "
+        "(pooled), with the gain as measured, a median (median), with its interval's lower end "
+        "(lower), or with that where the interval includes zero (cautious)",
     )
     target: float | None = Field(
         None, gt=0, lt=1, description="Repeat until gains are known to ± this share of TTFT"

@@ -162,12 +162,10 @@ def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Ou
             ]
         if seconds is not None and plan["ttft"] is not None:
             timed = seconds.row(plan["ttft"], named=True)
-            measured = {
-                "metric": "ttft_s",
-                "value": timed["ttft_s"],
-                "base_value": timed["base_ttft_s"],
-            }
-            rows.append({**who, "task": "loss", "seed": 0, **measured})
+            for metric in ("ttft_s", "gain_s", "gain_ci_low_s", "gain_ci_high_s"):
+                measured = {"metric": metric, "value": timed[metric]}
+                beside = {"seed": 0, "base_value": timed["base_ttft_s"]}
+                rows.append({**who, "task": "loss", **measured, **beside})
     return {"evaluation": table("evaluation", rows)}
 
 

@@ -65,6 +65,7 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "significant": pl.Boolean,
         "mode": pl.String,
     },
+    # group: for et a group of the groups table; for tt and m, which add up over ops, an op's `order`
     "gains": {
         "objective": pl.String,
         "group": pl.Int64,

@@ -9,7 +9,7 @@ import yaml
 from small import ROOT
 
 from mpq.errors import MpqError
-from mpq.spec import load_spec, parse_spec
+from mpq.spec import TimingSpec, load_spec, parse_spec
 
 GOOD = {
     "model": {"path": "some/model", "base": "FP32"},
@@ -73,3 +73,9 @@ def test_files_that_are_no_specs(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text(yaml.safe_dump([1]))
     with pytest.raises(MpqError, match="is not a spec"):
         load_spec(tmp_path / "b.yaml")
+
+
+def test_the_old_name_of_a_bound_is_read() -> None:
+    """`timing.bound: mean` was always the median of the pairs: it is read, and called so."""
+    assert TimingSpec.model_validate({"bound": "mean"}).bound == "median"
+    assert TimingSpec().bound == "pooled"
