@@ -66,6 +66,8 @@ def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
 class Pipeline(Evaluating):
     """All stages: plans, their evaluation, and the report."""
 
+    appendix = ""  # what the report ends with: the paper's figures, where a run reproduces them
+
     def run(self) -> dict[str, Any]:
         """Every stage in order; returns the tables' references, what was written, and the stages' accounts."""
         tables, plan_files, architecture = self.tables()
@@ -128,6 +130,7 @@ class Pipeline(Evaluating):
             "torch": version("torch"),
             "transformers": version("transformers"),
             "python": platform.python_version(),
+            **({"appendix": self.appendix} if self.appendix else {}),
         }
         template = (files("mpq.report") / "templates" / "report.html.j2").read_text(
             encoding="utf-8"
@@ -139,12 +142,20 @@ class Pipeline(Evaluating):
             template,
             code_of(
                 "report.page",
+                "report.sheets",
+                "report.best",
+                "report.summary",
+                "report.results",
                 "report.accuracy",
+                "report.accuracy_figures",
                 "report.findings",
                 "report.drawing",
                 "report.figures",
+                "report.maps",
                 "paper.attention_gain",
                 "paper.figures",
+                "paper.page",
+                "paper.table_1",
             ),
         )
         inputs = {"tables": tables, "title": spec.name, "facts": facts}

@@ -69,8 +69,9 @@ def reproduce(spec: RunSpec, dry_run: DryRun = False) -> dict[str, Any]:
 
 
 class Sweep(Pipeline):
-    """The pipeline with its cost told on the way."""
+    """The pipeline with its cost told on the way, and the paper's figures in its report."""
 
+    appendix = "paper"
     _whole = False  # whether a look has come to the end, so that there is nothing new to tell
 
     def evaluate(

@@ -16,7 +16,7 @@ from mpq.errors import MpqError
 from mpq.flows.calibrate import calibrate
 from mpq.flows.reproduce import reproduce
 from mpq.flows.stages import listening
-from mpq.report.accuracy import table_1
+from mpq.paper.table_1 import table_1
 from mpq.report.results import results_table
 from mpq.report.runs import join_tables
 from mpq.spec import RunSpec

@@ -171,7 +171,7 @@ def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Ou
 
 @stage("report")
 def write_report(tables: dict[str, list[TableRef]], title: str, facts: dict[str, str]) -> Output:
-    """The HTML report, from tables alone."""
+    """The HTML report, from tables alone; with the paper's appendix where the facts name it."""
     from mpq.report.page import write_report as render
 
     together = {
@@ -179,4 +179,9 @@ def write_report(tables: dict[str, list[TableRef]], title: str, facts: dict[str,
         for name, refs in tables.items()
         if refs
     }
-    return {"report": (render(together, title, facts).encode(), "html")}
+    appendix = None
+    if facts.get("appendix") == "paper":
+        from mpq.paper.page import appendix as of_paper
+
+        appendix = of_paper(together, facts.get("base", ""))
+    return {"report": (render(together, title, facts, appendix).encode(), "html")}

@@ -498,7 +498,13 @@ def report(
         write_file(out, frontier_png(tables))
     else:
         out = out or run / "report.html"
-        write_file(out, write_report(tables, record["name"], record["facts"]).encode())
+        appendix = None
+        if record["facts"].get("appendix") == "paper":  # a run of `mpq reproduce`
+            from mpq.paper.page import appendix as of_paper
+
+            appendix = of_paper(tables, record["facts"].get("base", ""))
+        page = write_report(tables, record["name"], record["facts"], appendix)
+        write_file(out, page.encode())
     extra: dict[str, object] = {"written": str(out)}
     if figures:
         from mpq.paper.figures import write_figures
@@ -573,7 +579,7 @@ def reproduce(
     checked = _spec_for(spec, store)
     _prefect_environment(verbose)
     from mpq.flows.terminal import reproduce_in_terminal
-    from mpq.report.accuracy import for_people
+    from mpq.paper.table_1 import for_people
 
     frame, where = reproduce_in_terminal(checked, log, dry_run)
     emit(
