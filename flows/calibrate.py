@@ -149,6 +149,7 @@ class Pipeline(Evaluating):
                 "report.accuracy",
                 "report.accuracy_figures",
                 "report.findings",
+                "report.comparisons",
                 "report.drawing",
                 "report.figures",
                 "report.maps",

@@ -10,7 +10,8 @@ import polars as pl
 
 from mpq.report.accuracy import METRICS, TASKS, averages, by_tau, differences
 from mpq.report.best import Outline, outline, percent, uniform_outlines
-from mpq.report.findings import Findings, rows_of
+from mpq.report.comparisons import comparison_rows
+from mpq.report.findings import Findings
 from mpq.report.results import (
     OBJECTIVES,
     Gain,
@@ -255,7 +256,7 @@ def additivity(found: Findings) -> Sheet:
             ("95 % quantile", "high", "number"),
             ("Median error", "error", "share"),
         ],
-        rows_of(found)["additivity"],
+        [vars(a) for a in found.additivity],
         tall=False,
     )
 
@@ -277,7 +278,7 @@ def comparisons(found: Findings) -> Sheet:
             ("better at", "better", "count"),
             ("clearly at", "clearly", "count"),
         ],
-        rows_of(found)["comparisons"],
+        comparison_rows(found.comparisons),
     )
 
 
