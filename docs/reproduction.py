@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from mpq.report.accuracy import markdown, table_1
+from mpq.paper.table_1 import markdown, table_1
 from mpq.report.findings import Findings, find
 from mpq.report.runs import read_run
 from mpq.report.summary import summarize

@@ -55,10 +55,14 @@ def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
     return spec.model_copy(update={"name": name, "model": model})
 
 
-def chain(run: Run, evaluate: Evaluate = evaluate) -> dict[str, Any]:
-    """Every stage in order; returns the tables' references, what was written, and the stages' accounts."""
+def chain(run: Run, evaluate: Evaluate = evaluate, appendix: str = "") -> dict[str, Any]:
+    """Every stage in order; returns the tables' references, what was written, and the stages' accounts.
+
+    `appendix` is what the report ends with: `paper`, its figures and Table 1, where a run reproduces them.
+    """
     found = tables_of(run, evaluate)
     facts = facts_of(run, found.tables["drawn"][0])
+    facts |= {"appendix": appendix} if appendix else {}
     report = run.one(evaluation.write_report, tables=found.tables, title=run.spec.name, facts=facts)
     plans = [plan for ref in found.plan_files for plan in read_json(ref)]
     out = write_outputs(run.spec, plans, report["report"], found.tables, facts)

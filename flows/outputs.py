@@ -15,6 +15,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from mpq.errors import MpqError
 from mpq.program.plan import Plan
+from mpq.report.best import best_plan
 from mpq.report.runs import join_tables, write_run
 from mpq.spec import RunSpec
 from mpq.store.entries import Store, TableRef
@@ -31,7 +32,9 @@ def write_outputs(
 ) -> dict[str, str]:
     """Write plans, report and the run's record under the spec's `out`; returns their paths.
 
-    Where plan files say which model and text they belong to is added here: it is true of this run, not of the content.
+    `plan` among them is the plan to run, by what was measured (report.best). Which model and text
+    plans belong to is added here: it is true of this run, not of the content. Plans that a run
+    under an earlier spec left are removed. Raises MpqError where the folder cannot be written.
     """
     out = Path(spec.out) / spec.name
     belongs = {
@@ -39,29 +42,38 @@ def write_outputs(
         "evaluation": (spec.evaluation or spec.calibration).source,
         "prefill": [spec.timing.batch, spec.timing.length],
     }
-    best = ""
+    made = [replace(Plan(**p), provenance={**p["provenance"], **belongs}) for p in plans]
+    best = best_plan(join_tables(tables))
     try:
         (out / "plans").mkdir(parents=True, exist_ok=True)
-        for data in plans:
-            plan = replace(Plan(**data), provenance={**data["provenance"], **belongs})
-            draw = f"-seed{plan.seed}" if plan.strategy == "random" else ""
-            path = out / "plans" / f"{plan.objective}-{plan.strategy}-tau{plan.tau:g}{draw}.json"
-            path.write_text(plan.to_json(), encoding="utf-8")
-            if plan.strategy.startswith("ip_") and (
-                not best or plan.objective == next(iter(spec.objectives))
-            ):
-                best = str(path)  # the first objective's at the largest τ
+        _remove_plans(out / "plans")
+        for plan in made:
+            (out / "plans" / f"{plan.name}.json").write_text(plan.to_json(), encoding="utf-8")
         (out / "report.html").write_bytes(Store(report.store).read_bytes(report))
         write_run(out, spec.name, facts, tables)
     except OSError as error:
         raise MpqError(
-            f"The output folder {out} cannot be written ({error}): set `out` in the spec to a folder of yours."
+            f"The output folder {out} cannot be written ({error}): set `out` in the spec to a "
+            "folder of yours."
         ) from None
+    chosen = best.outline.plan if best else made[-1].name
     return {
         "report": str(out / "report.html"),
         "plans": str(out / "plans"),
-        "plan": best or str(path),
+        "plan": str(out / "plans" / f"{chosen}.json"),
     }
+
+
+def _remove_plans(folder: Path) -> None:
+    """Remove the plans that an earlier run wrote: those that carry a run's provenance and are
+    called as a run calls them. What people put there stays."""
+    for path in folder.glob("*.json"):
+        try:
+            plan = Plan.from_json(path.read_text(encoding="utf-8"))
+        except (MpqError, UnicodeDecodeError):
+            continue
+        if plan.name == path.stem and {"gains", "model"} <= set(plan.provenance):
+            path.unlink()
 
 
 def publish(spec: RunSpec, tables: Tables, report: TableRef, out: Mapping[str, str]) -> None:

@@ -61,7 +61,7 @@ def reproduce(spec: RunSpec, dry_run: DryRun = False) -> dict[str, Any]:
         )
         if dry_run:
             return {"forecast": rows}
-        outcome = chain(run, evaluate_and_tell)
+        outcome = chain(run, evaluate_and_tell, appendix="paper")
     folder = Path(outcome["out"]["report"]).parent / "figures"
     left_out = write_figures(join_tables(outcome["tables"]), folder, spec.model.base)
     for sentence in left_out:

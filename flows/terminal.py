@@ -22,7 +22,7 @@ from mpq.flows.calibrate import calibrate
 from mpq.flows.interruption import when_interrupted
 from mpq.flows.reproduce import reproduce
 from mpq.flows.run import listening
-from mpq.report.accuracy import table_1
+from mpq.paper.table_1 import table_1
 from mpq.report.results import results_table
 from mpq.report.runs import join_tables
 from mpq.spec import RunSpec

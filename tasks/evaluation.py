@@ -171,12 +171,10 @@ def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Ou
             ]
         if seconds is not None and plan["ttft"] is not None:
             timed = seconds.row(plan["ttft"], named=True)
-            measured = {
-                "metric": "ttft_s",
-                "value": timed["ttft_s"],
-                "base_value": timed["base_ttft_s"],
-            }
-            rows.append({**who, "task": "loss", "seed": 0, **measured})
+            for metric in ("ttft_s", "gain_s", "gain_ci_low_s", "gain_ci_high_s"):
+                measured = {"metric": metric, "value": timed[metric]}
+                beside = {"seed": 0, "base_value": timed["base_ttft_s"]}
+                rows.append({**who, "task": "loss", **measured, **beside})
     return {"evaluation": table("evaluation", rows)}
 
 
@@ -189,8 +187,13 @@ def _told(**inputs: Any) -> Any:
 
 @stage("report", name="report", key=_told)
 def write_report(tables: dict[str, list[TableRef]], title: str, facts: dict[str, str]) -> Output:
-    """The HTML report, from tables alone."""
+    """The HTML report, from tables alone; with the paper's appendix where the facts name it."""
     from mpq.report.page import write_report as render
 
     together = {name: read_together(refs) for name, refs in tables.items() if refs}
-    return {"report": (render(together, title, facts).encode(), "html")}
+    appendix = None
+    if facts.get("appendix") == "paper":
+        from mpq.paper.page import appendix as of_paper
+
+        appendix = of_paper(together, facts.get("base", ""))
+    return {"report": (render(together, title, facts, appendix).encode(), "html")}

@@ -55,40 +55,55 @@ def solve(
     provenance: dict[str, Any],
     anchor: TableRef | None = None,
 ) -> Output:
-    """A plan for each strategy, τ and seed of one objective. `anchor` is the measured TTFT of the plans of design.anchors."""
-    from mpq.program.strategies import choose
+    """A plan for each strategy, τ and seed of one objective, and its uniform plans once.
+
+    `anchor` is the measured TTFT of the plans of design.anchors.
+    """
+    from mpq.program.strategies import choose, gain_errors, uniform_plans
     from mpq.timing.design import anchors, interaction, neighbours, sums
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
-    base_ttft = (
-        float(read_together(timing)["base_ttft_s"].median())  # type: ignore[arg-type]
-        if timing
-        else None
-    )
+    measured = read_together(timing) if timing else table("timing", [])
+    base_ttft: Any = measured["base_ttft_s"].median()
     term = 0.0
     if anchor:
         whole = anchors(*tables, base)
         pairs = [neighbours(tables[0], plan, base) for plan in whole]
         term = interaction(pairs, sums(*tables, whole, base), read(anchor)["gain_s"].to_list())
-    plans, rows = [], []
-    for strategy in part.strategies:
+    solved = []
+    if "uniform" in part.strategies:
+        solved += uniform_plans(
+            objective,
+            *tables,
+            mean_square_loss=mean_square,
+            base=base,
+            base_ttft_s=base_ttft,
+            interaction=term,
+        )
+    for strategy in (s for s in part.strategies if s != "uniform"):
         name = f"ip_{objective}" if strategy == "ip" else strategy
         for seed in range(part.random_seeds if strategy == "random" else 1):
             for tau in taus:
-                plan, row = choose(
-                    name,
-                    objective,
-                    *tables,
-                    tau=tau,
-                    mean_square_loss=mean_square,
-                    base=base,
-                    seed=seed,
-                    solver=solver,
-                    base_ttft_s=base_ttft,
-                    interaction=term,
+                solved.append(
+                    choose(
+                        name,
+                        objective,
+                        *tables,
+                        tau=tau,
+                        mean_square_loss=mean_square,
+                        base=base,
+                        seed=seed,
+                        solver=solver,
+                        base_ttft_s=base_ttft,
+                        interaction=term,
+                    )
                 )
-                plans.append(replace(plan, fingerprint=fingerprint, provenance=provenance))
-                rows.append(row)
+    errors = gain_errors(tables[0], measured, [plan for plan, _ in solved])
+    plans = [
+        replace(plan, predicted_gain_error=e, fingerprint=fingerprint, provenance=provenance)
+        for (plan, _), e in zip(solved, errors, strict=True)
+    ]
+    solutions = table("solutions", [row for _, row in solved])
     ops = [
         {
             "strategy": p.strategy,
@@ -103,6 +118,8 @@ def solve(
     ]
     return {
         "plans": table("plans", ops),
-        "solutions": table("solutions", rows),
+        "solutions": solutions.with_columns(
+            pl.Series("predicted_gain_error", errors, dtype=pl.Float64)
+        ),
         "plan_files": (json.dumps([asdict(p) for p in plans]).encode(), "json"),
     }

@@ -170,8 +170,74 @@ def make_run(layers: int = 16, seeds: int = 2) -> dict[str, pl.DataFrame]:
     return {"groups": groups, **{name: table(name, rows) for name, rows in tables.items()}}
 
 
+def with_intervals(run: dict[str, pl.DataFrame], half: float = 2e-4) -> dict[str, pl.DataFrame]:
+    """The run with each plan's measured gain, ± `half` seconds, as the evaluation stage writes it."""
+    timed = run["evaluation"].filter(pl.col("metric") == "ttft_s")
+    gain = pl.col("base_value") - pl.col("value")
+    rows = [
+        timed.with_columns(metric=pl.lit(metric), value=gain + off)
+        for metric, off in (("gain_s", 0.0), ("gain_ci_low_s", -half), ("gain_ci_high_s", half))
+    ]
+    return {**run, "evaluation": pl.concat([run["evaluation"], *rows])}
+
+
+UNIFORM_GAIN, UNIFORM_LOSS = 0.009, 2e-3  # s, nats²: faster than all plans, and far above bounds
+
+
+def with_uniform(run: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
+    """The run with everything in INT8, with the head and without, for measured time and memory."""
+    ops, square = run["groups"]["op"].to_list(), 6.25
+    tables: dict[str, list[dict[str, Any]]] = {"solutions": [], "plans": [], "evaluation": []}
+    for objective, strategy, factor in (
+        ("et", "uniform_int8", 1.0),
+        ("et", "uniform_int8_but_head", 0.8),
+        ("m", "uniform_int8", 1.0),
+    ):
+        loss, gain = UNIFORM_LOSS * factor, UNIFORM_GAIN * factor
+        tau = math.sqrt(loss / square)
+        who: dict[str, Any] = {"strategy": strategy, "objective": objective, "tau": tau}
+        kept = "lm_head" if strategy.endswith("head") else ""
+        tables["solutions"].append(
+            {
+                **who,
+                "seed": 0,
+                "predicted_loss_mse": loss,
+                "budget": loss,
+                "predicted_gain": gain if objective == "et" else 5e7,
+                "bound": None,
+                "status": "heuristic",
+                "solver": "none",
+                "seconds": 0.0,
+                "note": "",
+                "share_lowered": 1.0,
+                "predicted_ttft_s": BASE_TTFT - gain if objective == "et" else None,
+                "base_ttft_s": BASE_TTFT if objective == "et" else None,
+            }
+        )
+        tables["plans"] += [
+            {**who, "seed": 0, "op": op, "format": BASE if op == kept else "int8"} for op in ops
+        ]
+        measured = {"loss_mse": (loss, square), "perplexity": (12.06 * (1 + 0.05 * factor), 12.06)}
+        if objective == "et":
+            measured["ttft_s"] = (BASE_TTFT - gain, BASE_TTFT)
+        tables["evaluation"] += [
+            {
+                **who,
+                "plan_seed": 0,
+                "seed": 0,
+                "task": "loss",
+                "metric": metric,
+                "value": value,
+                "base_value": base_value,
+            }
+            for metric, (value, base_value) in measured.items()
+        ]
+    more = {name: pl.concat([run[name], table(name, rows)]) for name, rows in tables.items()}
+    return run | more
+
+
 TASKS = {"hellaswag": 0.45, "lambada_openai": 0.55, "winogrande": 0.58, "piqa": 0.7}
-LOSES = {"ip": 4.0, "random": 9.0, "prefix": 12.0}  # points of accuracy at the largest τ
+LOSES = {"ip": 4.0, "random": 9.0, "prefix": 12.0, "uniform": 8.0}  # points at the largest τ
 
 
 def add_accuracy(
@@ -182,7 +248,8 @@ def add_accuracy(
     for who in (
         run["solutions"].select("strategy", "objective", "tau", "seed").iter_rows(named=True)
     ):
-        lost = LOSES[who["strategy"].split("_")[0]] * (TAUS.index(who["tau"]) + 1) / len(TAUS)
+        step = TAUS.index(who["tau"]) + 1 if who["tau"] in TAUS else len(TAUS)
+        lost = LOSES[who["strategy"].split("_")[0]] * step / len(TAUS)
         for seed, (task, base) in itertools.product(range(seeds), TASKS.items()):
             key = {
                 **{k: v for k, v in who.items() if k != "seed"},

@@ -9,16 +9,24 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from synthetic import BASE, add_accuracy, add_attention, make_run
+from synthetic import (
+    BASE,
+    add_accuracy,
+    add_attention,
+    make_run,
+    with_intervals,
+    with_uniform,
+)
 
 from deployments.browser import CHROMIUM, Browser
 from mpq.paper.figures import write_figures
+from mpq.paper.page import appendix
 from mpq.report.page import write_report
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium found: install Debian's package chromium"
 )
-RUN = add_attention(add_accuracy(make_run(layers=4)))
+RUN = add_attention(add_accuracy(with_uniform(with_intervals(make_run(layers=4)))))
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +46,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
             RUN,
             "A run",
             {"base": BASE, "model": "a/very/long/path/of-a-model-that-does-not-break-the-line" * 3},
+            appendix(RUN, BASE),
         )
     )
     return path.as_uri()
@@ -57,7 +66,8 @@ def test_page_opens_and_fetches_nothing(
     drawn = browser.run(
         "[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width * s.getBoundingClientRect().height)"
     )
-    assert len(drawn) == 10 + 3 + 1 + 3
+    # the paper's ten; frontier, formats, predicted, groups, accuracy
+    assert len(drawn) == 10 + 3 + 3 + 2 + 1 + 4
     assert min(drawn) > 10_000
     assert [r["request"]["url"] for r in browser.seen("Network.requestWillBeSent")] == [page]
     assert not browser.seen("Runtime.exceptionThrown")
@@ -75,6 +85,21 @@ def test_page_opens_and_fetches_nothing(
     )
 
 
+def test_the_first_screen_answers(browser: Browser, page: str) -> None:
+    """At 1280 × 900 the plan to run and its baselines are in view before any picture; the change of
+    perplexity is in view in both tables, without scrolling sideways."""
+    browser.open(page, 1280)
+    table = browser.run("document.getElementById('choice').getBoundingClientRect().bottom")
+    picture = browser.run("document.querySelector('svg').getBoundingClientRect().top")
+    assert table < 600 < picture + 100
+    for name in ("choice", "results"):
+        left, right = browser.run(
+            f"(() => {{ const h = document.querySelector('#{name} th[data-k=perplexity_change]');"
+            "return [h.getBoundingClientRect().right, h.closest('.scroll').getBoundingClientRect().right] })()"
+        )
+        assert left <= right <= 1280
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_text_in_figures_stands_out(browser: Browser, page: str, dark: bool) -> None:
     """Text and axes take the page's colour: a contrast of 7 or more to its background, except labels on coloured boxes."""
@@ -90,7 +115,7 @@ def test_text_in_figures_stands_out(browser: Browser, page: str, dark: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("table", "column"), [("results", 3), ("table-1", 2), ("results", 0), ("accuracy", 5)]
+    ("table", "column"), [("results", 7), ("table-1", 2), ("results", 0), ("accuracy", 5)]
 )
 def test_sorting(browser: Browser, page: str, table: str, column: int) -> None:
     """A click on a heading sorts up, a second down, by numbers where they are numbers, what is missing last."""
@@ -129,7 +154,7 @@ def test_csv_is_the_table(browser: Browser, page: str) -> None:
     assert link[0] == "table-1.csv"
     assert link[1].startswith("data:text/csv")
     rows = list(csv.DictReader(io.StringIO(unquote(link[1].partition(",")[2]))))
-    assert len(rows) == 9
+    assert len(rows) == 9 + 3
     assert abs(float(rows[0]["lambada_openai_perplexity"]) - 2.4) < 1e-9
 
 

@@ -61,7 +61,7 @@ def test_the_papers_setup(name: str) -> None:
     assert spec.evaluation.seeds > 1
     assert set(spec.objectives) == {"et", "tt", "m"}
     assert all(
-        set(part.strategies) == {"ip", "random", "prefix"} and part.random_seeds > 1
+        set(part.strategies) == {"ip", "random", "prefix", "uniform"} and part.random_seeds > 1
         for part in spec.objectives.values()
     )
     assert sum(plans_at_most(spec).values()) >= 50

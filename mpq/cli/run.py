@@ -87,7 +87,7 @@ def reproduce(
 
     with prefect_api(verbose) as ready:
         from mpq.flows.terminal import reproduce_in_terminal
-        from mpq.report.accuracy import for_people
+        from mpq.paper.table_1 import for_people
 
         frame, where = reproduce_in_terminal(checked, log, ready, dry_run)
         title, shown = ("forecast", None) if dry_run else ("table_1", for_people(frame))
@@ -130,7 +130,13 @@ def report(
         from mpq.report.page import write_report
 
         out = out or run / "report.html"
-        write_file(out, write_report(tables, record["name"], record["facts"]).encode())
+        appendix = None
+        if record["facts"].get("appendix") == "paper":  # a run of `mpq reproduce`
+            from mpq.paper.page import appendix as of_paper
+
+            appendix = of_paper(tables, record["facts"].get("base", ""))
+        page = write_report(tables, record["name"], record["facts"], appendix)
+        write_file(out, page.encode())
     extra: dict[str, object] = {"written": str(out)}
     if figures:
         from mpq.paper.figures import write_figures

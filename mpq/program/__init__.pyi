@@ -8,3 +8,4 @@ from .plan import Plan as Plan
 from .solver import Solution as Solution
 from .solver import solve as solve
 from .strategies import choose as choose
+from .strategies import uniform_plans as uniform_plans

@@ -54,9 +54,10 @@ def gains_et(
 ) -> pl.DataFrame:
     """IP-ET: seconds gained, measured for the group's signature (or, by the paper's way, for the group itself).
 
-    `bound` says what of a gain counts: `median` (as it was measured), `lower` (its interval's lower end), `cautious` (the lower end where
-    the interval includes zero), or `pooled` (what all of its signature's configurations say of it: design.complete). A
-    configuration measured twice counts as it was the last time, unless pooled.
+    `bound` says what of a gain counts: `median` (as measured), `lower` (its interval's lower end),
+    `cautious` (the lower end where the interval includes zero), or `pooled` (what all of its
+    signature's configurations say of it: design.complete). A configuration measured twice counts
+    as it was the last time, unless pooled.
     """
     losses = loss_by_op(sensitivity, noise_model)
     if bound == "pooled" and "pooled_gain_s" not in timing.columns:

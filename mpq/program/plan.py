@@ -17,10 +17,12 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """Op → format for one model. Ops in `formats` are all that the plan decides; the others stay in base.
+    """Op → format for one model. `formats` has all ops that the plan decides; others stay in base.
 
-    Units: `predicted_loss_mse`, `budget` and `mean_square_loss` in nats², times in seconds. `provenance` holds
-    content keys of the tables that led here and the versions of the software that made it.
+    `predicted_loss_mse`, `budget` and `mean_square_loss` are in nats², times in seconds,
+    `predicted_gain` in the objective's unit (et: s, tt: BF16 MACs, m: bytes).
+    `predicted_gain_error` is half its 95 % interval, None where that is unknown. `provenance`
+    holds content keys of the tables that led here, and versions of the software that made it.
     """
 
     strategy: str
@@ -35,6 +37,7 @@ class Plan:
     seed: int = 0
     base_ttft_s: float | None = None
     predicted_ttft_s: float | None = None
+    predicted_gain_error: float | None = None
     fingerprint: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
@@ -48,6 +51,11 @@ class Plan:
     def lowered(self) -> dict[str, str]:
         """The ops that leave the base format."""
         return {op: f for op, f in self.formats.items() if f != self.base}
+
+    @property
+    def name(self) -> str:
+        """What the plan's file is called, without its suffix."""
+        return plan_name(self.objective, self.strategy, self.tau, self.seed)
 
     @property
     def share_lowered(self) -> float:
@@ -71,7 +79,8 @@ class Plan:
             ) from None
         if plan.version != PLAN_VERSION:
             raise MpqError(
-                f"The plan has version {plan.version}, this mpq reads {PLAN_VERSION}: solve it again."
+                f"The plan has version {plan.version}, this mpq reads {PLAN_VERSION}: "
+                "solve it again."
             )
         for format_name in {plan.base, *plan.formats.values()}:
             get_format(format_name)
@@ -81,11 +90,24 @@ class Plan:
         """Raise MpqError unless the plan was made for the weights with this fingerprint."""
         if self.fingerprint and self.fingerprint != fingerprint:
             raise MpqError(
-                f"The plan was made for a model with fingerprint {self.fingerprint[:12]}, this one has "
-                f"{fingerprint[:12]}: give the checkpoint that it was made for, or make a plan for this one."
+                f"The plan was made for a model with fingerprint {self.fingerprint[:12]}, this one "
+                f"has {fingerprint[:12]}: give the checkpoint that it was made for, or make a plan "
+                "for this one."
             )
 
 
 @functools.cache
 def _reader() -> TypeAdapter[Plan]:
     return TypeAdapter(Plan)
+
+
+def is_uniform(strategy: str) -> bool:
+    """Whether a strategy puts everything in one format, under no τ of its own."""
+    return strategy.startswith("uniform_")
+
+
+def plan_name(objective: str, strategy: str, tau: float, seed: int = 0) -> str:
+    """The name of a plan's file: `et-ip_et-tau0.002`, `et-random-tau0.002-seed1`, `m-uniform_int8`."""
+    draw = f"-seed{seed}" if strategy == "random" else ""
+    under = "" if is_uniform(strategy) else f"-tau{tau:g}"
+    return f"{objective}-{strategy}{under}{draw}"

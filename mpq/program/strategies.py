@@ -1,9 +1,15 @@
-"""How a plan is chosen: the integer program (ip_et, ip_tt, ip_m), and the baselines random and prefix (Sec. 3)."""
+"""How a plan is chosen: by the integer program (ip_et, ip_tt, ip_m), or by a baseline.
+
+The paper's baselines (Sec. 3) lower ops in random or in model order until the bound is met.
+Ours are what people run today: everything in one format.
+"""
 
 from __future__ import annotations
 
 import math
 import random
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -13,10 +19,12 @@ from mpq.formats.format import get_format
 from mpq.program.gains import solve_table
 from mpq.program.plan import Plan
 from mpq.program.solver import SolverName
-from mpq.timing.design import neighbours
+from mpq.timing.design import half_widths, neighbours
 from mpq.timing.plausible import implausible
 
 Rows = dict[tuple[str, ...], tuple[float, float]]  # configuration → gain, loss MSE
+Chosen = dict[int, tuple[str, ...]]  # group → its configuration
+HEURISTIC = {"bound": None, "status": "heuristic", "solver": "none", "seconds": 0.0, "note": ""}
 
 
 def choose(
@@ -35,75 +43,175 @@ def choose(
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of one strategy under τ, and its row of the `solutions` table.
 
-    Random and Prefix walk over the ops, each taking the theoretically fastest format that still fits under τ² E[g²], and
-    stop at the first op that fits in none. `interaction` (s) corrects the predicted TTFT
-    for lowered neighbours (design.interaction). Raises MpqError for a τ that is not above zero.
+    Random and Prefix walk over the ops. Each op takes the format that is fastest in theory and
+    still fits under τ² E[g²]; they stop at the first op that fits in none. `interaction` (s)
+    corrects the predicted TTFT for lowered neighbours (design.interaction). Raises MpqError for a
+    τ that is not above zero.
     """
     if not (tau > 0 and math.isfinite(tau)):
         raise MpqError(
-            f"τ must be above zero, got {tau:g}: it is the normalised RMSE of the loss that the plan may have."
+            f"τ must be above zero, got {tau:g}: it is the normalised RMSE of the loss that the "
+            "plan may have."
         )
     budget = tau**2 * mean_square_loss
-    members = _members(groups, gains)
-    options: dict[int, Rows] = {}
-    for row in gains.iter_rows(named=True):
-        options.setdefault(row["group"], {})[tuple(row["configuration"])] = (
-            row["gain"],
-            row["loss_mse"],
-        )
-    facts: dict[str, Any] = {
-        "bound": None,
-        "status": "heuristic",
-        "solver": "none",
-        "seconds": 0.0,
-        "note": "",
-    }
+    program = _Program(objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction)
     if strategy in ("random", "prefix"):
-        chosen = _walk(strategy, members, options, base, budget, seed)
-    else:
-        rows, solution = solve_table(gains, budget, solver)
-        chosen = {row["group"]: tuple(row["configuration"]) for row in rows.iter_rows(named=True)}
-        facts = {k: getattr(solution, k) for k in ("bound", "status", "solver", "seconds", "note")}
-    formats = {
-        op: f
-        for group, configuration in chosen.items()
-        for op, f in zip(members[group], configuration, strict=True)
-    }
-    gain = math.fsum(options[g][c][0] for g, c in chosen.items())
-    loss = math.fsum(options[g][c][1] for g, c in chosen.items())
-    ttft = None
-    if objective == "et" and base_ttft_s is not None:
-        ttft = base_ttft_s - gain - interaction * neighbours(groups, formats, base)
-    doubt = implausible(ttft, base_ttft_s, formats.values(), base)
-    facts["note"] = " ".join(part for part in (facts["note"], doubt) if part)
-    plan = Plan(
-        strategy,
-        objective,
-        tau,
-        base,
-        formats,
-        loss,
-        budget,
-        gain,
-        mean_square_loss,
-        seed,
-        base_ttft_s,
-        ttft,
-    )
-    row = {
-        "strategy": strategy,
-        "objective": objective,
-        "tau": tau,
-        "seed": seed,
-        "predicted_loss_mse": loss,
-        "budget": budget,
-        "predicted_gain": gain,
-        "share_lowered": plan.share_lowered,
-        "predicted_ttft_s": ttft,
-        "base_ttft_s": base_ttft_s,
-        **facts,
-    }
-    return plan, row
+        return program.plan(strategy, tau, budget, _walk(strategy, program, budget, seed), seed)
+    rows, solution = solve_table(gains, budget, solver)
+    chosen = {row["group"]: tuple(row["configuration"]) for row in rows.iter_rows(named=True)}
+    facts = {k: getattr(solution, k) for k in ("bound", "status", "solver", "seconds", "note")}
+    return program.plan(strategy, tau, budget, chosen, seed, facts)
+
+
+def uniform_plans(
+    objective: str,
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    *,
+    mean_square_loss: float,
+    base: str,
+    base_ttft_s: float | None = None,
+    interaction: float = 0.0,
+) -> list[tuple[Plan, dict[str, Any]]]:
+    """What people run today: everything in one format, and everything but the model's head.
+
+    For each format of the gains table a plan `uniform_<format>`, and where that lowers the head
+    and more `uniform_<format>_but_head`; each with its row of the `solutions` table. Ops that the
+    table cannot lower to the format stay in base. No τ was asked for: `tau` is the one that the
+    predicted loss MSE d just meets, √(d / E[g²]), and `budget` is d.
+    """
+    program = _Program(objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction)
+    head = _head(groups)
+    formats = sorted({f for of in program.options.values() for c in of for f in c} - {base})
+    plans = []
+    for f in formats:
+        whole = program.in_one_format(f)
+        plans.append((f"uniform_{f}", whole))
+        but_head = program.in_one_format(f, kept=head)
+        if but_head != whole and any(f in c for c in but_head.values()):
+            plans.append((f"uniform_{f}_but_head", but_head))
+    made = []
+    for name, chosen in plans:
+        loss = program.loss(chosen)
+        tau = math.sqrt(max(0.0, loss) / mean_square_loss)
+        made.append(program.plan(name, tau, loss, chosen))
+    return made
+
+
+def _head(groups: pl.DataFrame) -> str | None:
+    """The model's last op where it stands outside the numbered layers: lm_head, embed_out, …"""
+    last = groups.sort("order")["op"].tail(1).to_list()
+    return next((op for op in last if not re.search(r"(^|\.)\d+\.", op)), None)
+
+
+class _Program:
+    """One objective's options, and how a choice among them becomes a plan."""
+
+    def __init__(
+        self,
+        objective: str,
+        groups: pl.DataFrame,
+        gains: pl.DataFrame,
+        mean_square_loss: float,
+        base: str,
+        base_ttft_s: float | None,
+        interaction: float,
+    ):
+        self.objective, self.groups, self.base = objective, groups, base
+        self.mean_square_loss, self.base_ttft_s = mean_square_loss, base_ttft_s
+        self.interaction = interaction
+        self.members = _members(groups, gains)
+        self.options: dict[int, Rows] = {}
+        for group, c, gain, loss in gains.select(
+            "group", "configuration", "gain", "loss_mse"
+        ).iter_rows():
+            self.options.setdefault(group, {})[tuple(c)] = (gain, loss)
+
+    def gain(self, chosen: Chosen) -> float:
+        return math.fsum(self.options[g][c][0] for g, c in chosen.items())
+
+    def loss(self, chosen: Chosen) -> float:
+        return math.fsum(self.options[g][c][1] for g, c in chosen.items())
+
+    def in_one_format(self, f: str, kept: str | None = None) -> Chosen:
+        """Each group with as many ops in `f` as it can have, all others and the op `kept` in base."""
+        chosen = {}
+        for group, options in self.options.items():
+            ops = self.members[group]
+            alone = [
+                c
+                for c in options
+                if set(c) <= {f, self.base}
+                and all(name == self.base for op, name in zip(ops, c, strict=True) if op == kept)
+            ]
+            chosen[group] = max(alone, key=lambda c: c.count(f))
+        return chosen
+
+    def plan(
+        self,
+        strategy: str,
+        tau: float,
+        budget: float,
+        chosen: Chosen,
+        seed: int = 0,
+        solved: Mapping[str, Any] = HEURISTIC,
+    ) -> tuple[Plan, dict[str, Any]]:
+        """The plan that puts each group in its chosen configuration, and its solutions row."""
+        formats = {
+            op: f
+            for group, configuration in chosen.items()
+            for op, f in zip(self.members[group], configuration, strict=True)
+        }
+        gain, ttft = self.gain(chosen), None
+        if self.objective == "et" and self.base_ttft_s is not None:
+            helped = self.interaction * neighbours(self.groups, formats, self.base)
+            ttft = self.base_ttft_s - gain - helped
+        doubt = implausible(ttft, self.base_ttft_s, formats.values(), self.base)
+        note = " ".join(part for part in (solved["note"], doubt) if part)
+        plan = Plan(
+            strategy=strategy,
+            objective=self.objective,
+            tau=tau,
+            base=self.base,
+            formats=formats,
+            predicted_loss_mse=self.loss(chosen),
+            budget=budget,
+            predicted_gain=gain,
+            mean_square_loss=self.mean_square_loss,
+            seed=seed,
+            base_ttft_s=self.base_ttft_s,
+            predicted_ttft_s=ttft,
+        )
+        of_plan = (
+            "strategy",
+            "objective",
+            "tau",
+            "seed",
+            "predicted_loss_mse",
+            "budget",
+            "predicted_gain",
+            "share_lowered",
+            "predicted_ttft_s",
+            "base_ttft_s",
+        )
+        return plan, {**{k: getattr(plan, k) for k in of_plan}, **solved, "note": note}
+
+
+def gain_errors(
+    groups: pl.DataFrame, timing: pl.DataFrame, plans: Sequence[Plan]
+) -> list[float | None]:
+    """For each plan half the 95 % interval (s) of its predicted time gain; None where the table
+    lacks one of its configurations, or the plan gains no time that was measured."""
+    return [_gain_error(groups, timing, plan) for plan in plans]
+
+
+def _gain_error(groups: pl.DataFrame, timing: pl.DataFrame, plan: Plan) -> float | None:
+    if plan.objective != "et" or timing.is_empty():
+        return None
+    try:
+        return half_widths(groups, timing, [plan.formats], plan.base)[0]
+    except KeyError:
+        return None
 
 
 def _members(groups: pl.DataFrame, gains: pl.DataFrame) -> dict[int, list[str]]:
@@ -117,14 +225,8 @@ def _members(groups: pl.DataFrame, gains: pl.DataFrame) -> dict[int, list[str]]:
     return {order: [op] for order, op in ordered.select("order", "op").iter_rows()}
 
 
-def _walk(
-    strategy: str,
-    members: dict[int, list[str]],
-    options: dict[int, Rows],
-    base: str,
-    budget: float,
-    seed: int,
-) -> dict[int, tuple[str, ...]]:
+def _walk(strategy: str, program: _Program, budget: float, seed: int) -> Chosen:
+    members, options, base = program.members, program.options, program.base
     chosen = {group: (base,) * len(members[group]) for group in options}
     spent = {group: options[group][chosen[group]][1] for group in options}
     places = [(group, i) for group in options for i in range(len(members[group]))]

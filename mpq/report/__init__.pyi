@@ -1,3 +1,6 @@
+from .best import best_plan as best_plan
+from .best import in_words as in_words
+from .page import Appendix as Appendix
 from .page import write_report as write_report
 from .results import OBJECTIVES as OBJECTIVES
 from .results import STRATEGIES as STRATEGIES

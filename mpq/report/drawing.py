@@ -11,13 +11,15 @@ import io
 import math
 import re
 import threading
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
+import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from mpq.program.plan import is_uniform
 from mpq.report.results import STRATEGIES
 
 INK, RULE = "#010203", "#d3d3d5"
@@ -30,7 +32,7 @@ BLUE, RED, GREEN, ORANGE, SKY, PINK, YELLOW = (
     "#cc79a7",
     "#f0e442",
 )
-LOOKS = dict.fromkeys(STRATEGIES, (BLUE, "o", "-")) | {
+_LOOKS = dict.fromkeys(STRATEGIES, (BLUE, "o", "-")) | {
     "random": (RED, "s", "--"),
     "prefix": (GREEN, "^", ":"),
 }
@@ -50,6 +52,36 @@ FORMAT_HATCHES = {
 }  # told apart in grey print as well
 SMALL = 8.5
 _render = threading.Lock()
+
+
+def in_order(strategies: pl.Series) -> list[str]:
+    """The different strategies, integer programs first, uniform plans last."""
+    place = {name: i for i, name in enumerate(STRATEGIES)}
+    return sorted(strategies.unique(), key=lambda s: (place.get(s, len(place)), s))
+
+
+def look(strategy: str) -> dict[str, Any]:
+    """A strategy's colour, marker and line, as matplotlib's plot takes them.
+
+    Uniform plans are points in their format's colour; those that spare the head are hollow.
+    """
+    common = {"markersize": 6, "linewidth": 1.5, "zorder": 3 if strategy.startswith("ip_") else 2}
+    if is_uniform(strategy):
+        name = strategy.removeprefix("uniform_").removesuffix("_but_head")
+        style = {"color": FORMAT_COLOURS.get(name, INK), "marker": "D", "linestyle": "none"}
+        hollow = {"markerfacecolor": "none"} if strategy.endswith("_but_head") else {}
+        return common | style | hollow
+    colour, marker, line = _LOOKS.get(strategy, (INK, "D", "-."))
+    return common | {"color": colour, "marker": marker, "linestyle": line}
+
+
+def label(strategy: str) -> str:
+    """A strategy's name in legends: `all int8` for uniform_int8, `int8 but head` without it."""
+    name = strategy.removeprefix("uniform_")
+    if not is_uniform(strategy):
+        return strategy
+    spared = name.removesuffix("_but_head")
+    return f"{spared} but head" if spared != name else f"all {name}"
 
 
 def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
@@ -134,12 +166,13 @@ def dress(axes: Axes) -> None:
 
 
 def legend(axes: Axes) -> None:
-    """The legend above the axes, four entries a line: inside them it would lie on marks or error bars."""
-    if axes.get_legend_handles_labels()[1]:
+    """The legend above the axes: inside them it would lie on marks or error bars."""
+    entries = len(axes.get_legend_handles_labels()[1])
+    if entries:
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(-0.02, 1.0),
-            ncols=4,
+            ncols=4 if entries <= 4 else 3,
             frameon=False,
             fontsize=SMALL,
             labelcolor=INK,
@@ -167,7 +200,3 @@ def power(value: float) -> str:
     digit = round(value / 10**exponent)
     power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return power if digit == 1 else f"{digit}·{power}"
-
-
-def sentence(words: str) -> str:
-    return words[:1].upper() + words[1:]

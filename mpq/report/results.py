@@ -1,7 +1,9 @@
-"""A run's tables joined: predicted beside measured, a row a plan; and the names that tables, figures and pages share."""
+"""A run's tables joined: predicted beside measured, a row a plan; and the names that tables,
+figures and pages share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,16 +15,11 @@ from mpq.timing.drift import carried
 
 Tables = Mapping[str, pl.DataFrame]
 
-
+# uniform_<format> stand behind these, by name
 STRATEGIES = ("ip_et", "ip_tt", "ip_m", "random", "prefix")
-
-
 RATIO_RANGE = (0.5, 2.0)  # measured / predicted loss MSE outside of it is worth a warning
 
-
 _KEYS = ["objective", "strategy", "tau"]
-
-
 _NUMBERS = (
     "predicted_loss_mse",
     "measured_loss_mse",
@@ -33,20 +30,33 @@ _NUMBERS = (
     "base_perplexity",
     "share_lowered",
 )
-
-
 _FURTHER = (
     "measured_loss_mse_std",
     "measured_ttft_s_std",
     "perplexity_std",
     "budget",
     "predicted_gain",
+    "predicted_gain_error",
     "solved_base_ttft_s",
+    "measured_gain_s",
+    "measured_gain_low_s",
+    "measured_gain_high_s",
+    "weight_bytes",
+    "base_weight_bytes",
+)
+# of the evaluation table: metric, its column here, the column of its base value
+_METRICS = (
+    ("loss_mse", "measured_loss_mse", "mean_square_loss"),
+    ("ttft_s", "measured_ttft_s", "base_ttft_s"),
+    ("perplexity", "perplexity", "base_perplexity"),
+    ("gain_s", "measured_gain_s", None),
+    ("gain_ci_low_s", "measured_gain_low_s", None),
+    ("gain_ci_high_s", "measured_gain_high_s", None),
 )
 
 
 class Objective(NamedTuple):
-    """What an objective gains: its name, and how a gain in the tables' unit is shown (`scale` × gain, in `unit`)."""
+    """What an objective gains, and how a gain of the tables is shown: `scale` × gain, in `unit`."""
 
     name: str
     saved: str
@@ -62,28 +72,37 @@ OBJECTIVES = {
 
 
 def table_of(tables: Tables, name: str) -> pl.DataFrame:
-    """The table called `name`, or an empty one where the run has none. Raises MpqError where columns are missing."""
+    """The table called `name`, or an empty one where the run has none.
+
+    Raises MpqError where columns are missing.
+    """
     frame = tables.get(name)
-    return (
-        pl.DataFrame(schema=SCHEMAS[name])
-        if frame is None or frame.is_empty()
-        else validate(name, frame)
-    )
+    if frame is None or frame.is_empty():
+        return pl.DataFrame(schema=SCHEMAS[name])
+    return validate(name, frame)
 
 
 def results_table(tables: Tables) -> pl.DataFrame:
-    """Predicted beside measured, a row for each objective, strategy and τ: the mean over seeds and over random draws.
+    """Predicted beside measured, a row for each objective, strategy and τ.
 
-    Loss MSE in nats², times in seconds, `share_lowered` 0 to 1, `seeds` the number of measurements behind the loss MSE.
-    Behind them: standard deviations over those measurements, the budget, the predicted gain and what the solver said.
-    `base_ttft_s` was measured beside the plan, `solved_base_ttft_s` while configurations were timed, at whose speed `carried_ttft_s`
-    and `carried_gain_s` are what was measured (drift.py). What was not predicted or not measured is null.
+    Numbers are means over seeds and over random draws. Loss MSE in nats², times in seconds,
+    `share_lowered` 0 to 1, `seeds` the number of measurements behind the loss MSE. Further columns:
+
+    - standard deviations over those measurements; the budget; what the solver said;
+    - `predicted_gain`, in the objective's unit, and half its 95 % interval `predicted_gain_error`;
+    - `measured_gain_s`, the median over pairs of base and plan, with its 95 % interval;
+    - `weight_bytes` of the linears' weights, and `base_weight_bytes`;
+    - `base_ttft_s` was measured beside the plan, `solved_base_ttft_s` while configurations were
+      timed. `carried_ttft_s`, `carried_gain_s`, `carried_gain_low_s` and `carried_gain_high_s` are
+      what was measured, scaled to the machine's speed at that time (drift.py).
+
+    What was not predicted or not measured is null.
     """
     return _merged(tables, _KEYS).drop("plan_seed", strict=False)
 
 
 def plan_results(tables: Tables) -> pl.DataFrame:
-    """As `results_table`, with a row for each plan: the draws of the random strategy apart, told by `plan_seed`."""
+    """As `results_table`, a row for each plan: random's draws apart, told by `plan_seed`."""
     return _merged(tables, [*_KEYS, "plan_seed"])
 
 
@@ -91,6 +110,8 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
     solutions = table_of(tables, "solutions").rename(
         {"seed": "plan_seed", "base_ttft_s": "solved_base_ttft_s"}
     )
+    if "predicted_gain_error" not in solutions.columns:  # a run of an earlier version
+        solutions = solutions.with_columns(predicted_gain_error=pl.lit(None, pl.Float64))
     numbers = (
         "predicted_loss_mse",
         "predicted_ttft_s",
@@ -98,34 +119,22 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
         "share_lowered",
         "budget",
         "predicted_gain",
+        "predicted_gain_error",
     )
     words = (
         pl.col(c).drop_nulls().unique(maintain_order=True).str.join("; ")
         for c in ("status", "solver", "note")
     )
     merged = solutions.group_by(keys).agg(*(pl.col(c).mean() for c in numbers), *words)
-    loss = table_of(tables, "evaluation").filter(pl.col("task") == "loss")
-    for metric, name, base in (
-        ("loss_mse", "measured_loss_mse", "mean_square_loss"),
-        ("ttft_s", "measured_ttft_s", "base_ttft_s"),
-        ("perplexity", "perplexity", "base_perplexity"),
-    ):
-        value = pl.col("value")
-        seeds = [pl.len().cast(pl.Int64).alias("seeds")] if metric == "loss_mse" else []
-        measured = (
-            loss.filter(pl.col("metric") == metric)
-            .group_by(keys)
-            .agg(
-                value.mean().alias(name),
-                value.std().alias(f"{name}_std"),
-                pl.col("base_value").mean().alias(base),
-                *seeds,
-            )
-        )
+    for measured in _measured(tables, keys):
         merged = merged.join(measured, on=keys, how="full", coalesce=True)
+    weights = (
+        _weights(tables).group_by(keys).agg(pl.col("weight_bytes", "base_weight_bytes").mean())
+    )
     place = {name: i for i, name in enumerate((*OBJECTIVES, *STRATEGIES))}
     whole = (
-        merged.with_columns(
+        merged.join(weights, on=keys, how="left")
+        .with_columns(
             pl.coalesce("base_ttft_s", "solved_base_ttft_s").alias("base_ttft_s"),
             pl.col("seeds").fill_null(0),
         )
@@ -136,14 +145,85 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
         )
         .select(*keys, *_NUMBERS, "seeds", *_FURTHER, "status", "solver", "note")
     )
-    return carried(whole)
+    return _at_one_speed(whole)
 
 
-def gain_of(row: Mapping[str, Any]) -> tuple[float | None, bool]:
-    """What a row of results gains, in the objective's unit of the tables, and whether that was measured."""
+def _measured(tables: Tables, keys: list[str]) -> list[pl.DataFrame]:
+    """A frame for each metric of the held-out text: its mean, its standard deviation, its base."""
+    loss = table_of(tables, "evaluation").filter(pl.col("task") == "loss")
+    found = []
+    for metric, name, base in _METRICS:
+        value = pl.col("value")
+        columns = [value.mean().alias(name), value.std().alias(f"{name}_std")]
+        if base:
+            columns.append(pl.col("base_value").mean().alias(base))
+        if metric == "loss_mse":
+            columns.append(pl.len().cast(pl.Int64).alias("seeds"))
+        found.append(loss.filter(pl.col("metric") == metric).group_by(keys).agg(columns))
+    return found
+
+
+def _weights(tables: Tables) -> pl.DataFrame:
+    """Bytes of the linears' weights under each plan, and in base: ops not decided are in base."""
+    base = base_of(tables, {})
+    wide = FORMATS[base].bytes if base in FORMATS else 0.0
+    sizes = {name: f.bytes for name, f in FORMATS.items()}
+    linears = table_of(tables, "groups").filter(pl.col("parameters") > 0)
+    whole = float(linears["parameters"].sum()) * wide
+    size = pl.col("format").replace_strict(sizes, default=wide, return_dtype=pl.Float64)
+    return (
+        table_of(tables, "plans")
+        .rename({"seed": "plan_seed"})
+        .join(linears.select("op", "parameters"), on="op")
+        .group_by(*_KEYS, "plan_seed")
+        .agg(weight_bytes=whole - ((wide - size) * pl.col("parameters")).sum())
+        .with_columns(base_weight_bytes=pl.lit(whole))
+    )
+
+
+def _at_one_speed(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows with times carried to the speed of timing; a gain that was measured pair by pair
+    is taken as such, else it is the difference of the two times."""
+    speed = (pl.col("solved_base_ttft_s") / pl.col("base_ttft_s")).fill_null(1.0)
+    return carried(rows).with_columns(
+        carried_gain_s=pl.coalesce(pl.col("measured_gain_s") * speed, "carried_gain_s"),
+        carried_gain_low_s=pl.col("measured_gain_low_s") * speed,
+        carried_gain_high_s=pl.col("measured_gain_high_s") * speed,
+    )
+
+
+class Gain(NamedTuple):
+    """What a plan gains, in the objective's unit of the tables: measured, or predicted.
+
+    `low` and `high` are its 95 % interval. A gain in MACs or bytes is known exactly, so both are
+    the gain itself; where time was measured without an interval, or predicted, they are None.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    measured: bool
+
+    def above(self, other: Gain) -> bool:
+        """Whether it is surely larger: the intervals don't overlap."""
+        if self.low is None or other.high is None:
+            return False
+        return self.low > other.high + 1e-9 * abs(other.high)
+
+
+def gain_of(row: Mapping[str, Any]) -> Gain | None:
+    """The gain of a row of results; None where there is none."""
     if row["objective"] == "et" and row["carried_gain_s"] is not None:
-        return row["carried_gain_s"], True
-    return row["predicted_gain"], False
+        low, high = row["carried_gain_low_s"], row["carried_gain_high_s"]
+        return Gain(row["carried_gain_s"], low, high, True)
+    gain = row["predicted_gain"]
+    if gain is None:
+        return None
+    if row["objective"] != "et":
+        return Gain(gain, gain, gain, False)
+    error = row["predicted_gain_error"]
+    low, high = (None, None) if error is None else (gain - error, gain + error)
+    return Gain(gain, low, high, False)
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -151,9 +231,24 @@ def milliseconds(seconds: float | None) -> str:
     return "–" if seconds is None else f"{seconds * 1e3:.4g}"
 
 
+def plus_minus(value: float, half: float | None) -> str:
+    """`8.1 ± 0.9`: as many decimals as the error deserves, two where it begins with a 1."""
+    if half is None or not math.isfinite(half) or half <= 0:
+        return f"{value:.4g}".replace("-", "−")
+    half = float(f"{half:.3g}")  # 0.19999 is 0.2
+    exponent = math.floor(math.log10(half))
+    decimals = max(0, -exponent + (half < 2 * 10**exponent))
+    return f"{value:.{decimals}f} ± {half:.{decimals}f}".replace("-", "−")
+
+
+def sentence(words: str) -> str:
+    """The words with a capital first letter."""
+    return words[:1].upper() + words[1:]
+
+
 def base_of(tables: Tables, facts: Mapping[str, str]) -> str:
     """The base format: what the facts say, or else the widest in the plans."""
-    found = table_of(tables, "plans")["format"].unique().to_list()
+    found = sorted(table_of(tables, "plans")["format"].unique())
     return facts.get("base") or max(
         found, key=lambda f: FORMATS[f].bits if f in FORMATS else 0, default=""
     )

@@ -1,202 +1,221 @@
-"""A run in numbers and sentences: who gains most under each bound, how far predictions are off, which bounds are broken."""
+"""A run in numbers and sentences: who is ahead under each bound, how far predictions are off,
+which bounds are broken."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpq.program.plan import is_uniform
+from mpq.report.best import Best, best_plan, in_words, outline, percent
 from mpq.report.results import (
     OBJECTIVES,
     RATIO_RANGE,
+    Gain,
     Tables,
     gain_of,
     milliseconds,
     plan_results,
     results_table,
+    sentence,
 )
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Winner:
-    """The strategies that gain most under one budget (several when equal), and the best of the others."""
+class Standing:
+    """An objective's own strategy at one τ, beside the baselines that keep to the same bound.
+
+    A baseline is told apart where the 95 % intervals of both gains don't overlap; of a time that
+    was measured without an interval nothing can be told.
+    """
 
     objective: str
     tau: float
-    strategies: tuple[str, ...]
-    gain: float
+    own: str
+    gain: Gain
     share: float | None  # of the base model's TTFT, where time is gained
-    measured: bool
-    second: str
-    second_gain: float | None
+    ahead: tuple[str, ...]  # of these it gains surely more
+    level: tuple[str, ...]  # from these it is not told apart
+    behind: tuple[str, ...]  # these gain surely more
+    others: tuple[tuple[str, Gain], ...]  # every baseline's gain
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the report says in words, and the numbers behind it. Errors are median |predicted / measured − 1|."""
+    """What the report says in words, and the numbers behind it.
 
-    winners: tuple[Winner, ...] = ()
-    best: dict[str, Any] | None = None  # the row of results with the shortest measured TTFT
+    Errors are median |predicted / measured − 1|. `over_bound` are plans whose measured loss MSE is
+    above their budget, `out_of_range` those whose measured / predicted loss MSE leaves RATIO_RANGE.
+    """
+
+    best: Best | None = None
+    standings: tuple[Standing, ...] = ()
     loss_error: float | None = None
     ttft_error: float | None = None
     gain_error: float | None = None
-    over_bound: tuple[
-        dict[str, Any], ...
-    ] = ()  # plans whose measured loss MSE is above their budget
-    out_of_range: tuple[
-        dict[str, Any], ...
-    ] = ()  # plans whose measured / predicted loss MSE leaves RATIO_RANGE
+    over_bound: tuple[Row, ...] = ()
+    out_of_range: tuple[Row, ...] = ()
     sentences: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 def summarize(tables: Tables) -> Summary:
     """The run in numbers and sentences. What the tables do not hold stays None or empty."""
-    rows, plans = (
-        list(results_table(tables).iter_rows(named=True)),
-        list(plan_results(tables).iter_rows(named=True)),
-    )
-    winners = tuple(
-        w
-        for key in dict.fromkeys((r["objective"], r["tau"]) for r in rows)
-        if (w := _winner(rows, *key))
-    )
-    timed = [r for r in rows if r["objective"] == "et" and r["measured_ttft_s"] is not None]
+    rows = list(results_table(tables).iter_rows(named=True))
+    plans = list(plan_results(tables).iter_rows(named=True))
+    keys = dict.fromkeys((r["objective"], r["tau"]) for r in rows)
     known = [r for r in plans if r["predicted_loss_mse"] and r["measured_loss_mse"] is not None]
     times = [r for r in plans if r["predicted_ttft_s"] and r["measured_ttft_s"]]
-    gains = [(r["predicted_gain"], r["carried_gain_s"]) for r in times]
-    over = [
-        r
-        for r in plans
-        if r["measured_loss_mse"] is not None
-        and r["budget"] is not None
-        and r["measured_loss_mse"] > r["budget"]
-    ]
     summary = Summary(
-        winners=tuple(
-            sorted(
-                winners,
-                key=lambda w: (
-                    list(OBJECTIVES).index(w.objective) if w.objective in OBJECTIVES else 9,
-                    w.tau,
-                ),
-            )
-        ),
-        best=min(timed, key=lambda r: r["measured_ttft_s"] / r["base_ttft_s"], default=None),
+        best=best_plan(tables),
+        standings=tuple(s for key in sorted(keys, key=_place) if (s := _standing(rows, *key))),
         loss_error=_median_error((r["predicted_loss_mse"], r["measured_loss_mse"]) for r in known),
         ttft_error=_median_error((r["predicted_ttft_s"], r["carried_ttft_s"]) for r in times),
-        gain_error=_median_error(gains),
-        over_bound=tuple(over),
-        out_of_range=tuple(
-            r
-            for r in known
-            if not RATIO_RANGE[0]
-            <= r["measured_loss_mse"] / r["predicted_loss_mse"]
-            <= RATIO_RANGE[1]
-        ),
+        gain_error=_median_error((r["predicted_gain"], r["carried_gain_s"]) for r in times),
+        over_bound=tuple(r for r in plans if _over(r)),
+        out_of_range=tuple(r for r in known if not RATIO_RANGE[0] <= _ratio(r) <= RATIO_RANGE[1]),
     )
-    _tell(summary, len(known), len(times))
+    if rows:
+        summary.sentences.append(in_words(summary.best))
+    _say_standings(summary)
+    _say_uniform(summary, rows)
+    _say_errors(summary, len(known), len(times))
+    _say_bounds(summary, bool(known))
     return summary
 
 
-def _winner(rows: Sequence[dict[str, Any]], objective: str, tau: float) -> Winner | None:
-    here = [(r, *gain_of(r)) for r in rows if (r["objective"], r["tau"]) == (objective, tau)]
-    measured = any(m for _, _, m in here)  # a measured gain is not compared with a predicted one
-    ranked = sorted(
-        ((g, r) for r, g, m in here if g is not None and m == measured), key=lambda pair: -pair[0]
-    )
-    if not ranked:
+def _place(key: tuple[str, float]) -> tuple[int, float]:
+    objective, tau = key
+    return (list(OBJECTIVES).index(objective) if objective in OBJECTIVES else 9), tau
+
+
+def _ratio(row: Row) -> float:
+    return float(row["measured_loss_mse"] / row["predicted_loss_mse"])
+
+
+def _over(row: Row) -> bool:
+    """Whether a plan that was given a bound exceeds it when measured."""
+    if is_uniform(row["strategy"]) or row["measured_loss_mse"] is None or row["budget"] is None:
+        return False
+    return bool(row["measured_loss_mse"] > row["budget"])
+
+
+def _standing(rows: Sequence[Row], objective: str, tau: float) -> Standing | None:
+    here = [r for r in rows if (r["objective"], r["tau"]) == (objective, tau)]
+    gains = {r["strategy"]: g for r in here if (g := gain_of(r)) and not is_uniform(r["strategy"])}
+    if any(g.measured for g in gains.values()):  # which are not compared with predicted ones
+        gains = {s: g for s, g in gains.items() if g.measured}
+    own = f"ip_{objective}"
+    if own not in gains:
         return None
-    top, row = ranked[0]
-    equal = [r["strategy"] for g, r in ranked if math.isclose(g, top, rel_tol=1e-9)]
-    second = ranked[len(equal)] if len(equal) < len(ranked) else None
+    mine = gains.pop(own)
+    row = next(r for r in here if r["strategy"] == own)
     base = row["solved_base_ttft_s"] or row["base_ttft_s"]
-    share = top / base if objective == "et" and base else None
-    return Winner(
+    return Standing(
         objective,
         tau,
-        tuple(equal),
-        top,
-        share,
-        measured,
-        second[1]["strategy"] if second else "",
-        second[0] if second else None,
+        own,
+        mine,
+        mine.value / base if objective == "et" and base else None,
+        ahead=tuple(s for s, g in gains.items() if mine.above(g)),
+        level=tuple(s for s, g in gains.items() if not mine.above(g) and not g.above(mine)),
+        behind=tuple(s for s, g in gains.items() if g.above(mine)),
+        others=tuple(gains.items()),
     )
 
 
 def _median_error(pairs: Iterable[tuple[float, float]]) -> float | None:
-    errors = sorted(abs(p / m - 1) for p, m in pairs if m)
+    errors = sorted(abs(p / m - 1) for p, m in pairs if p is not None and m)
+    if not errors:
+        return None
     middle = len(errors) // 2
-    return (
-        None
-        if not errors
-        else errors[middle]
-        if len(errors) % 2
-        else (errors[middle - 1] + errors[middle]) / 2
-    )
+    return errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
 
 
-def _tell(summary: Summary, n_losses: int, n_times: int) -> None:
-    say, warn = summary.sentences.append, summary.warnings.append
-    for objective in dict.fromkeys(w.objective for w in summary.winners):
-        of = [w for w in summary.winners if w.objective == objective]
-        how = "Measured" if any(w.measured for w in of) else "Computed"
-        name = OBJECTIVES[objective].name if objective in OBJECTIVES else objective
+def _say_standings(summary: Summary) -> None:
+    for objective in dict.fromkeys(s.objective for s in summary.standings):
+        of = [s for s in summary.standings if s.objective == objective]
+        how = "measured" if any(s.gain.measured for s in of) else "computed"
+        name = OBJECTIVES[objective].saved if objective in OBJECTIVES else objective
         parts = []
-        for who in dict.fromkeys(w.strategies for w in of if w.gain > 0):
-            at = [f"{w.tau:g}" for w in of if w.strategies == who and w.gain > 0]
-            when = (
-                "at every budget"
-                if len(at) == len(of)
-                else f"at {len(at)} of {len(of)} budgets (τ = {', '.join(at)})"
+        for other in dict.fromkeys(o for s in of for o, _ in s.others):
+            places = (
+                ("ahead of {}", [s.tau for s in of if other in s.ahead]),
+                ("not told apart from {}", [s.tau for s in of if other in s.level]),
+                ("behind {}", [s.tau for s in of if other in s.behind]),
             )
-            parts.append(
-                f"{who[0]} gains the most {when}"
-                if len(who) == 1
-                else f"{', '.join(who)} gain the same {when}"
-            )
-        none = [f"{w.tau:g}" for w in of if w.gain <= 0]
-        parts += [f"nothing gains at τ = {', '.join(none)}"] if none else []
-        say(f"{how} {name}: {'; '.join(parts)}.")
-    if (best := summary.best) is not None:
-        change = 1 - best["measured_ttft_s"] / best["base_ttft_s"]
-        say(
-            f"The fastest plan, {best['strategy']} at τ = {best['tau']:g}, takes {milliseconds(best['measured_ttft_s'])} ms to the first token "
-            f"against {milliseconds(best['base_ttft_s'])} ms of the base model: {abs(change):.1%} {'less' if change >= 0 else 'more'}."
-        )
+            parts += [
+                f"{words.format(other)} {_at(taus, len(of))}" for words, taus in places if taus
+            ]
+        nothing = [s.tau for s in of if s.gain.value <= 0]
+        if nothing:
+            parts.append(f"gaining nothing {_at(nothing, len(of))}")
+        if parts:
+            summary.sentences.append(f"{sentence(name)}, {how}: {of[0].own} is {_listed(parts)}.")
+
+
+def _at(taus: Sequence[float], all_taus: int) -> str:
+    if len(taus) == all_taus:
+        return "at every τ"
+    return f"at τ = {', '.join(f'{t:g}' for t in taus)}"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _say_uniform(summary: Summary, rows: Sequence[Row]) -> None:
+    """Everything in one format, of the first objective that has it."""
+    uniform = [r for r in rows if is_uniform(r["strategy"])]
+    parts = []
+    for row in (r for r in uniform if r["objective"] == uniform[0]["objective"]):
+        of, words = outline(row), []
+        if of.ttft_s is not None and of.base_ttft_s is not None:
+            words.append(f"{milliseconds(of.ttft_s)} ms of {milliseconds(of.base_ttft_s)}")
+        if of.perplexity_change is not None:
+            words.append(f"perplexity {percent(of.perplexity_change)}")
+        if words:
+            parts.append(f"{of.strategy} {', '.join(words)}")
+    if parts:
+        summary.sentences.append(f"Everything in one format: {'; '.join(parts)}.")
+
+
+def _say_errors(summary: Summary, n_losses: int, n_times: int) -> None:
+    say = summary.sentences.append
     if summary.loss_error is not None:
         say(
-            f"Predicted loss MSE is off by {summary.loss_error:.0%} of the measured one (median of {n_losses} plans)."
+            f"Predicted loss MSE is off by {summary.loss_error:.0%} of the measured one "
+            f"(median of {n_losses} plans)."
         )
     if summary.ttft_error is not None:
+        gain = summary.gain_error
         say(
-            f"Predicted TTFT is off by {summary.ttft_error:.1%} of the measured one at one speed of the machine (median of {n_times} plans)"
-            + (
-                f", the time gained by {summary.gain_error:.0%}."
-                if summary.gain_error is not None
-                else "."
-            )
+            f"Predicted time to first token is off by {summary.ttft_error:.1%} of the measured one "
+            f"(median of {n_times} plans, scaled to one speed of the machine by base's own time)"
+            + ("." if gain is None else f", the time saved by {gain:.0%}.")
         )
-    if summary.over_bound:
-        worst = max(
-            summary.over_bound, key=lambda r: r["measured_loss_mse"] / (r["budget"] or 1e-300)
+
+
+def _say_bounds(summary: Summary, evaluated: bool) -> None:
+    over, out = summary.over_bound, summary.out_of_range
+    if over:
+        worst = max(over, key=lambda r: r["measured_loss_mse"] / (r["budget"] or 1e-300))
+        times = worst["measured_loss_mse"] / (worst["budget"] or 1e-300)
+        summary.warnings.append(
+            f"{_plans(over)} a measured loss MSE above the bound τ²·E[g²]; the farthest is "
+            f"{_name(worst)} at {times:.2f} times its bound."
         )
-        warn(
-            f"{_plans(summary.over_bound)} a measured loss MSE above the bound τ²·E[g²]; the farthest is {_name(worst)} "
-            f"at {worst['measured_loss_mse'] / (worst['budget'] or 1e-300):.2f} times its bound."
-        )
-    elif n_losses:
-        say("No plan exceeds its bound on the loss MSE when measured.")
-    if summary.out_of_range:
-        ratios = [
-            f"{_name(r)} ({r['measured_loss_mse'] / r['predicted_loss_mse']:.2f})"
-            for r in summary.out_of_range
-        ]
-        listed = ", ".join(ratios[:6]) + (f" and {len(ratios) - 6} more" if len(ratios) > 6 else "")
-        warn(
-            f"{_plans(summary.out_of_range)} a measured loss MSE outside {RATIO_RANGE[0]:g} to {RATIO_RANGE[1]:g} times "
-            f"the predicted one: {listed}. Do not rely on the predictions there."
+    elif evaluated:
+        summary.sentences.append("No plan exceeds its bound on the loss MSE when measured.")
+    if out:
+        listed = ", ".join(f"{_name(r)} ({_ratio(r):.2f})" for r in out[:6])
+        more = f" and {len(out) - 6} more" if len(out) > 6 else ""
+        summary.warnings.append(
+            f"{_plans(out)} a measured loss MSE outside {RATIO_RANGE[0]:g} to {RATIO_RANGE[1]:g} "
+            f"times the predicted one: {listed}{more}. Do not rely on the predictions there."
         )
 
 
@@ -204,11 +223,10 @@ def _plans(rows: Sequence[object]) -> str:
     return f"{len(rows)} plans have" if len(rows) != 1 else "One plan has"
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    draw = (
-        f" draw {row['plan_seed']}"
-        if row["strategy"] == "random" and row.get("plan_seed") is not None
-        else ""
-    )
+def _name(row: Row) -> str:
+    draw = ""
+    if row["strategy"] == "random" and row.get("plan_seed") is not None:
+        draw = f" draw {row['plan_seed']}"
     objective = "" if row["strategy"].startswith("ip_") else f" ({row['objective']})"
-    return f"{row['strategy']}{objective}{draw} at τ = {row['tau']:g}"
+    under = "" if is_uniform(row["strategy"]) else f" at τ = {row['tau']:g}"
+    return f"{row['strategy']}{objective}{draw}{under}"

@@ -84,7 +84,7 @@ Url = Annotated[
     str, Field(min_length=1), AfterValidator(_at_home), AfterValidator(without_credentials)
 ]
 Objective = Literal["et", "tt", "m"]
-Strategy = Literal["ip", "random", "prefix"]
+Strategy = Literal["ip", "random", "prefix", "uniform"]
 
 
 class _Strict(BaseModel):
@@ -170,7 +170,9 @@ class ObjectiveSpec(_Strict):
         min_length=1, description="Formats to lower to, base left out"
     )
     strategies: tuple[Strategy, ...] = Field(
-        ("ip", "random", "prefix"), description="How plans are chosen"
+        ("ip", "random", "prefix", "uniform"),
+        description="How plans are chosen: ip, by the integer program; random and prefix, op by op "
+        "in that order until the bound is met; uniform, everything in one format",
     )
     random_seeds: Count = Field(1, description="Draws of the random strategy")
     taus: Taus | None = Field(

@@ -68,6 +68,7 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "clock": pl.String,
         "threads": pl.Int64,
     },
+    # group: for et a group of the groups table; for tt and m, which add up over ops, an op's `order`
     "gains": {
         "objective": pl.String,
         "group": pl.Int64,

@@ -11,12 +11,24 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from synthetic import BASE, BASE_TTFT, LOWER, TASKS, TAUS, add_accuracy, add_attention, make_run
+from synthetic import (
+    BASE,
+    BASE_TTFT,
+    LOWER,
+    TASKS,
+    TAUS,
+    add_accuracy,
+    add_attention,
+    make_run,
+    with_uniform,
+)
 
 from mpq.errors import MpqError
 from mpq.paper.attention_gain import attention_gains, fit
 from mpq.paper.figures import paper_figures, write_figures
-from mpq.report.accuracy import AVERAGE, differences, markdown, table_1
+from mpq.paper.page import appendix
+from mpq.paper.table_1 import markdown, table_1
+from mpq.report.accuracy import AVERAGE, differences
 from mpq.report.findings import find
 from mpq.report.page import write_report
 
@@ -231,7 +243,7 @@ def test_additivity_is_checked() -> None:
     [("loss_mse", 3.0, "does not add up over ops"), ("ttft_s", 1.2, "do not add up over groups")],
 )
 def test_a_broken_assumption_is_told(metric: str, factor: float, words: str) -> None:
-    """Measured loss MSE three times as predicted, or TTFT a fifth longer: the report warns by itself."""
+    """Measured loss MSE three times as predicted, or TTFT a fifth longer: a warning comes by itself."""
     value = (
         pl.when(pl.col("metric") == metric)
         .then(pl.col("value") * factor)
@@ -241,7 +253,6 @@ def test_a_broken_assumption_is_told(metric: str, factor: float, words: str) -> 
     told = find(run).warnings
     assert told
     assert all(words in w for w in told)
-    assert words in write_report(run, "broken", {"base": BASE})
 
 
 def test_the_objective_that_breaks_is_named() -> None:
@@ -279,7 +290,8 @@ def test_files_are_written(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:
-    """A run without tasks, or with no tables at all, leaves figures out and says which and why; the page says so too."""
+    """A run without tasks, or with no tables at all, leaves figures out and says which and why;
+    the appendix says so in one line."""
     run = make_run(layers=2)
     told = write_figures(run, tmp_path, BASE)
     assert [t.split(" is ")[0] for t in told] == [
@@ -290,8 +302,17 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
         "Figure 9",
         "Table 1",
     ]
-    page = write_report(run, "no tasks", {"base": BASE})
-    assert all(sentence.replace("'", "&#39;") in page for sentence in told)
+    extra = appendix(run, BASE)
+    assert extra.left_out == (
+        "Left out: figure 1 (the timing table has no attention group with its ops timed one at a "
+        "time); figure 5, figure 7, figure 8, figure 9, Table 1 (no task's accuracy was evaluated)."
+    )
+    assert [c.split(".")[0] for c, _ in extra.figures] == [
+        f"Figure {n}" for n in ("2", "3a", "3b", "4", "6")
+    ]
+    page = write_report(run, "no tasks", {"base": BASE}, extra)
+    assert page.count("Left out: figure 1") == 1
+    assert page.count("Figure 4. ") == 2  # caption, and the picture's own label
     assert len(write_figures({}, tmp_path / "none")) == len(NUMBERS) + 1
 
 
@@ -300,3 +321,26 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MpqError, match="cannot be written"):
         write_figures(RUN, tmp_path / "file")
+
+
+def test_uniform_plans_are_in_table_1_and_change_no_mean() -> None:
+    """They have a row each, of their one τ, never bold; the other strategies' rows stay as they were."""
+    plain = add_accuracy(make_run(layers=2))
+    both = add_accuracy(with_uniform(make_run(layers=2)))
+    tasks = both["evaluation"].filter(pl.col("metric").is_in(["acc", "perplexity"]))
+    own = tasks.filter(pl.col("strategy").str.starts_with("uniform") & (pl.col("task") != "loss"))
+    run = {**plain, "evaluation": pl.concat([plain["evaluation"], own])}
+    table = table_1(run)
+    kept = table.filter(~pl.col("strategy").str.starts_with("uniform"))
+    assert kept.equals(table_1(plain))
+    uniform = table.filter(pl.col("strategy").str.starts_with("uniform"))
+    assert uniform.select("objective", "strategy", "taus").rows() == [
+        ("et", "uniform_int8", 1),
+        ("et", "uniform_int8_but_head", 1),
+        ("m", "uniform_int8", 1),
+    ]
+    lines = markdown(table).splitlines()
+    assert not any("**" in line for line in lines if "uniform" in line)
+    assert "averaged over the 5 τ" in lines[-1]
+    assert "Uniform plans are of one τ each." in lines[-1]
+    assert find(run).comparisons == find(plain).comparisons

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -13,7 +14,7 @@ from mpq.errors import MpqError
 from mpq.models.graph import trace
 from mpq.models.partition import groups_table, partition
 from mpq.program.gains import gains_et, gains_m, gains_tt
-from mpq.program.strategies import choose
+from mpq.program.strategies import choose, gain_errors, uniform_plans
 from mpq.store.tables import table
 from mpq.timing.design import choices_of
 
@@ -147,12 +148,12 @@ def test_prediction_is_base_less_gain() -> None:
 def test_a_doubtful_gain_counts_at_its_lower_end() -> None:
     """`cautious` takes a gain whose interval includes zero at the interval's lower end, every other as it is."""
     doubtful = timing().with_columns(significant=pl.int_range(pl.len()) % 2 == 0)
-    mean, lower, cautious = (
+    median, lower, cautious = (
         gains_et(GROUPS, doubtful, sensitivity(), "fp32", "ulp", b)["gain"]
-        for b in ("mean", "lower", "cautious")
+        for b in ("median", "lower", "cautious")
     )
-    assert set(cautious - mean) | set(cautious - lower) > {0.0}
-    assert all(c in (m, low) for c, m, low in zip(cautious, mean, lower, strict=True))
+    assert set(cautious - median) | set(cautious - lower) > {0.0}
+    assert all(c in (m, low) for c, m, low in zip(cautious, median, lower, strict=True))
 
 
 def test_a_format_that_loses_time_is_left_alone() -> None:
@@ -180,6 +181,57 @@ def test_theoretical_gains_by_hand() -> None:
         ("bf16",): 2.0 * op["parameters"],
         ("fp8_e4m3",): 3.0 * op["parameters"],
     }
+
+
+@pytest.mark.parametrize("objective", ["et", "tt", "m"])
+def test_uniform_plans(objective: str) -> None:
+    """A plan for each format, with the head and without: what can take the format does, the rest is
+    base; gain and loss are sums over the ops, and τ is where the predicted loss just meets τ² E[g²]."""
+    gains = tables(objective)
+    made = uniform_plans(objective, GROUPS, gains, mean_square_loss=4.0, base="fp32")
+    plans = {plan.strategy: plan for plan, _ in made}
+    assert set(plans) == {f"uniform_{f}{end}" for f in FORMATS for end in ("", "_but_head")}
+    kinds = dict(GROUPS.select("op", "kind").iter_rows())
+    for name, plan in plans.items():
+        f = name.removeprefix("uniform_").removesuffix("_but_head")
+        for op, given in plan.formats.items():
+            bgemm_in_fp8 = kinds[op] == "bgemm" and f == "fp8_e4m3" and objective == "et"
+            kept = bgemm_in_fp8 or (name.endswith("_but_head") and op == "lm_head")
+            assert given == ("fp32" if kept else f), op
+        per_op = sensitivity().group_by("op", "format").agg(pl.col("loss_mse").sum())
+        losses = {(op, g): loss for op, g, loss in per_op.iter_rows()}
+        d = sum(losses[op, given] for op, given in plan.formats.items())
+        assert plan.predicted_loss_mse == plan.budget == pytest.approx(d)
+        assert plan.tau == pytest.approx(math.sqrt(d / 4.0))
+    assert {row["status"] for _, row in made} == {"heuristic"}
+    assert {row["strategy"] for _, row in made} == set(plans)
+    head = GROUPS.filter(pl.col("op") == "lm_head").row(0, named=True)
+    lost = plans["uniform_bf16"].predicted_gain - plans["uniform_bf16_but_head"].predicted_gain
+    if objective != "et":
+        assert lost == {"tt": head["macs"], "m": 2 * head["parameters"]}[objective]
+
+
+def test_a_head_that_cannot_be_lowered_needs_no_second_plan() -> None:
+    """Where the head stays in base anyway, or is all that can be lowered, there is one plan a format."""
+    gains = tables("m")
+    head = GROUPS.filter(pl.col("op") == "lm_head")["order"][0]
+    kept = gains.filter((pl.col("group") != head) | (pl.col("gain") == 0))
+    only = gains.filter((pl.col("group") == head) | (pl.col("gain") == 0))
+    for frame in (kept, only):
+        made = uniform_plans("m", GROUPS, frame, mean_square_loss=4.0, base="fp32")
+        assert [p.strategy for p, _ in made] == ["uniform_bf16", "uniform_fp8_e4m3"]
+
+
+def test_a_plan_says_how_sure_its_gain_is() -> None:
+    """Half widths of ± 10 µs a signature: groups that share a measurement err alike, others apart;
+    None where a configuration was not timed, and where no time is gained."""
+    (one, _), *_ = uniform_plans("et", GROUPS, tables("et"), mean_square_loss=4.0, base="fp32")
+    counts = GROUPS.unique("group")["signature"].value_counts()["count"].to_list()
+    (error,) = gain_errors(GROUPS, timing(), [one])
+    assert error == pytest.approx(math.hypot(*(n * 1e-5 for n in counts)))
+    assert gain_errors(GROUPS, timing(), [replace(one, objective="tt")]) == [None]
+    half = timing().filter(pl.col("configuration").list.contains("fp32"))
+    assert gain_errors(GROUPS, half, [one]) == [None]
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, math.nan])

@@ -50,8 +50,8 @@ def test_a_change_of_speed_is_told_and_breaks_no_sum(by: float) -> None:
     (warning,) = found.warnings
     assert f"base took {1e3 * BASE_TTFT:g} ms while configurations were timed" in warning
     now, before = summarize(slowed(by)), summarize(RUN)
-    assert [(w.strategies, round(w.gain, 12)) for w in now.winners] == [
-        (w.strategies, round(w.gain, 12)) for w in before.winners
+    assert [(s.ahead, s.level, round(s.gain.value, 12)) for s in now.standings] == [
+        (s.ahead, s.level, round(s.gain.value, 12)) for s in before.standings
     ]
     assert (now.ttft_error, now.gain_error) == pytest.approx((before.ttft_error, before.gain_error))
     assert found.gain_r2 == pytest.approx(steady.gain_r2)

@@ -1,0 +1,117 @@
+"""Pictures of what plans cost on tasks, against what they gain."""
+
+from __future__ import annotations
+
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mpq.report.accuracy import AVERAGE, name_of_task, tasks_of
+from mpq.report.drawing import INK, SMALL, dress, in_order, label, legend, look, new_figure
+from mpq.report.results import OBJECTIVES
+
+
+def no_x(results: pl.DataFrame, objective: str) -> str:
+    """Why an objective's axis cannot be drawn, or nothing."""
+    if not with_x(results, objective).is_empty():
+        return ""
+    if objective == "et":
+        return "no plan's TTFT was measured or predicted"
+    return f"no plan of the objective {objective} has a gain"
+
+
+def with_x(results: pl.DataFrame, objective: str) -> pl.DataFrame:
+    """The objective's results with `x`: TTFT (ms), measured if any was, else predicted; MAC time
+    gained (billion BF16 MACs); memory of the linears' weights (MB)."""
+    of = results.filter(pl.col("objective") == objective)
+    timed = of["carried_ttft_s"].is_not_null().any()
+    x = {
+        "et": pl.col("carried_ttft_s" if timed else "predicted_ttft_s"),
+        "tt": pl.col("predicted_gain"),
+        "m": pl.col("base_weight_bytes") - pl.col("predicted_gain"),
+    }[objective]
+    return of.with_columns(x=x * OBJECTIVES[objective].scale).drop_nulls("x")
+
+
+def draw_series(axes: Axes, strategy: str, x: pl.Series, y: pl.Series, error: pl.Series) -> None:
+    """A strategy's marks with error bars."""
+    axes.errorbar(
+        x.to_numpy(),
+        y.to_numpy(),
+        error.fill_null(0.0).to_numpy(),
+        **(look(strategy) | {"markersize": 5.5}),
+        label=label(strategy),
+        elinewidth=1,
+        capsize=2.5,
+    )
+
+
+def accuracy_against(scores: pl.DataFrame, results: pl.DataFrame, objective: str) -> Figure:
+    """Accuracy difference to base (points), average of the tasks, mean ± std over seeds.
+
+    Against what `with_x` says of the objective: the paper's figures 5, 8 and 9. `scores` is
+    `accuracy.by_tau`'s, with the average among the tasks.
+    """
+    figure, (axes,) = new_figure(4.8, 3.7)
+    _draw_accuracy(axes, scores.filter(pl.col("task") == AVERAGE), results, objective)
+    axes.set_ylabel("Accuracy difference to base (points)")
+    axes.set_xlabel(_x_label(results, objective))
+    legend(axes)
+    return figure
+
+
+def _x_label(results: pl.DataFrame, objective: str) -> str:
+    if objective == "tt":
+        return "MAC time gained (billion BF16 MACs)"
+    if objective == "m":
+        return "Memory of linear weights (MB)"
+    of = results.filter(pl.col("objective") == "et")
+    return f"TTFT, {'measured' if of['measured_ttft_s'].is_not_null().any() else 'predicted'} (ms)"
+
+
+def _draw_accuracy(axes: Axes, scores: pl.DataFrame, results: pl.DataFrame, objective: str) -> None:
+    rows = with_x(results, objective).join(scores, on=["objective", "strategy", "tau"]).sort("tau")
+    axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="base model")
+    for strategy in in_order(rows["strategy"]):
+        of = rows.filter(pl.col("strategy") == strategy)
+        draw_series(axes, strategy, of["x"], of["mean"], of["std"])
+    axes.margins(0.06)
+
+
+def accuracy_per_task(scores: pl.DataFrame, results: pl.DataFrame) -> Figure:
+    """Each task's accuracy difference (points) against TTFT, and its perplexity difference (%)
+    where it has one: the paper's figure 7. `scores` is `accuracy.by_tau`'s."""
+    of = scores.filter(pl.col("objective") == "et")
+    panels = [
+        (task, metric)
+        for task in tasks_of(of)
+        for metric in ("acc", "perplexity")
+        if not of.filter((pl.col("task") == task) & (pl.col("metric") == metric)).is_empty()
+    ]
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.6 * lines + 0.35), layout="constrained")
+    for i, (task, metric) in enumerate(panels):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        dress(axes)
+        here = of.filter((pl.col("task") == task) & (pl.col("metric") == metric))
+        _draw_accuracy(axes, here, results, "et")
+        axes.set_title(
+            f"{name_of_task(task)}, {'accuracy' if metric == 'acc' else 'perplexity'}",
+            fontsize=9.5,
+            color=INK,
+            loc="left",
+        )
+        axes.set_ylabel("Difference (points)" if metric == "acc" else "Difference (%)")
+        axes.set_xlabel(_x_label(results, "et"))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
+        fontsize=SMALL,
+        labelcolor=INK,
+    )
+    return figure
