@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
+import polars as pl
+
 from mpq.program.solver import SolverName
 from mpq.spec import Objective, ObjectiveSpec
 from mpq.store.entries import TableRef
