@@ -13,6 +13,9 @@ from mpq.tasks.stage import read
 # the modules of mpq by which a model runs under an emulated plan
 EMULATION = (
     "models.checkpoint",
+    "models.quantized",
+    "models.linears",
+    "loss.cross_entropy",
     "running.apply",
     "models.attention",
     "formats.format",

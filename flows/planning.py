@@ -113,7 +113,7 @@ class Planning:
         """Facts of the model, calibration and evaluation blocks; keyed by tokenizer, configuration, texts and tasks."""
         from mpq.evaluation.task_data import data_key, harness_version
         from mpq.models.checkpoint import fingerprint_of
-        from mpq.models.text import source_key
+        from mpq.models.text import TOKENIZER_FILES, source_key
 
         spec, held_out = self.spec, self.held_out
         elsewhere = {
@@ -134,14 +134,19 @@ class Planning:
             if held_out.tasks
             else None
         )
-        tokenizer = fingerprint_of(
-            self.folder, ("config.json", "tokenizer*", "vocab*", "merges*", "*.model")
-        )
+        tokenizer = fingerprint_of(self.folder, TOKENIZER_FILES)
         key = content_key(
             tokenizer,
             texts,
             tasks,
-            code_of("models.checkpoint", "evaluation.draw", "evaluation.task_data", "store.tables"),
+            code_of(
+                "models.checkpoint",
+                "models.text",
+                "models.documents",
+                "evaluation.draw",
+                "evaluation.task_data",
+                "store.tables",
+            ),
         )
         inputs = {
             "folder": str(self.folder),
@@ -159,7 +164,7 @@ class Planning:
             architecture,
             spec.timing.batch,
             spec.timing.length,
-            code_of("models.graph", "models.partition", "store.tables"),
+            code_of("models.graph", "models.linears", "models.partition", "store.tables"),
         )
         inputs = {
             "folder": str(self.folder),
@@ -177,10 +182,13 @@ class Planning:
             sorted(self.measured),
             code_of(
                 "loss.sensitivity",
+                "loss.cross_entropy",
                 "models.attention",
+                "models.linears",
                 "formats.quantize",
                 "formats.format",
                 "models.checkpoint",
+                "models.quantized",
                 "store.tables",
             ),
         )

@@ -7,7 +7,6 @@ from typing import Any
 
 import polars as pl
 
-from mpq.errors import MpqError
 from mpq.store.entries import Store, TableRef
 from mpq.store.tables import table
 from mpq.tasks.calibration import blocks_of, model_of
@@ -118,16 +117,9 @@ def _opened(task: str, data_dir: str | None, data: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _tokenizer(folder: str, fingerprint: str, base: str, device: str) -> Any:
-    from transformers import AutoTokenizer
+    from mpq.models.text import load_tokenizer
 
-    here = at_hand(folder, fingerprint)
-    try:
-        return AutoTokenizer.from_pretrained(here)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise MpqError(
-            f"{here} has no tokenizer that can be read ({reason}): harness tasks need one; leave `tasks` out."
-        ) from None
+    return load_tokenizer(at_hand(folder, fingerprint))
 
 
 @stage("pace")
