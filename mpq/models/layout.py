@@ -37,6 +37,11 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of config.json. Raises MpqError where it is none, or asks for layers by the thousand."""
     config = read_json(folder / "config.json")
+    made_as = config.get("architectures") or []
+    if not (isinstance(made_as, list) and all(isinstance(name, str) for name in made_as)):
+        raise MpqError(
+            f"{folder / 'config.json'} has architectures = {made_as!r}: expected a list of class names."
+        )
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
         for key, value in part.items():
             if key in _LAYERS and isinstance(value, int) and value > _MOST_LAYERS:

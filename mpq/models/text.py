@@ -18,6 +18,19 @@ from mpq.models.documents import source_key as source_key
 from mpq.models.positions import check_length
 from mpq.spec import TextSpec
 
+# the files that say how text becomes tokens, chats included
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+)
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -145,7 +158,7 @@ def tokenized(tokenizer: Any, documents: Iterable[Document]) -> Stream:
         elif isinstance(document[0], dict):
             ids.append(_templated(tokenizer, document))
         else:
-            ids.append(document)  # type: ignore[arg-type]
+            ids.append(document)
     return Stream(_joined(ids), prefix)
 
 

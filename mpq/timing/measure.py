@@ -29,6 +29,7 @@ from mpq.formats.format import get_format
 from mpq.kernels import check_native, device_name
 from mpq.models.graph import build_on_meta
 from mpq.models.partition import feeds_of
+from mpq.models.positions import check_length
 from mpq.running.apply import Mixed
 from mpq.running.prefill import Prefill, Timed, compiled_blocks
 from mpq.store.tables import SCHEMAS, table
@@ -121,6 +122,7 @@ def measure_each(
     Raises MpqError before anything is measured where a format is not native, a signature is unknown, or a configuration
     does not fit its group.
     """
+    check_length(model.config, length)
     if method not in ("signature", "group"):
         raise MpqError(f"Timing method {method!r}: expected signature or group.")
     base = get_format(base).name

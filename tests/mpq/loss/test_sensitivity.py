@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -10,11 +12,13 @@ import torch.nn.functional as F
 from small import small_model
 
 from mpq.errors import MpqError
+from mpq.evaluation.losses import evaluate_loss, losses
 from mpq.formats.format import FORMATS, get_format
 from mpq.formats.quantize import noise_variance
 from mpq.loss.sensitivity import measure_sensitivity, merge
 from mpq.models.attention import AttentionHandler, intercept
 from mpq.models.blocks import Blocks
+from mpq.program.gains import loss_by_op
 
 FORMAT_NAMES = ["bf16", "fp8_e4m3", "fp8_e5m2", "int8"]
 MODELS = {
@@ -130,6 +134,106 @@ def test_equals_a_slow_reference(model_type: str) -> None:
     for key, value in expected.items():
         assert got[key] == pytest.approx(value, rel=1e-4), key
     assert loss["mean_square_loss"][0] == pytest.approx(mean_square, rel=1e-5)
+
+
+INT4 = replace(FORMATS["int8"], name="int4", bits=4, maximum=7.0)
+
+
+def test_an_integer_format_has_its_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error predicted of a registered int4 is that of its own step: what real rounding gives, (127/7)² times int8's."""
+    monkeypatch.setitem(FORMATS, "int4", INT4)
+    model = small_model("llama", **MODELS["llama"])
+    blocks = Blocks(np.random.default_rng(5).integers(0, 97, (24, 16)))
+    op = "model.layers.0.mlp.down_proj"
+    frame, _ = measure_sensitivity(
+        model, [(op, "linear")], blocks, formats=["int4", "int8"], base="fp32"
+    )
+    predicted = loss_by_op(frame, "ulp")
+    assert predicted[op, "int4"] == pytest.approx(predicted[op, "int8"] * (127 / 7) ** 2, rel=1e-6)
+    base = losses(model, blocks)
+    measured = evaluate_loss(
+        model, {op: "int4"}, blocks, base, base="fp32", seeds=list(range(8))
+    ).filter(pl.col("metric") == "loss_mse")
+    assert 0.5 < predicted[op, "int4"] / measured["value"].mean() < 2
+
+
+def test_zeros_have_no_noise() -> None:
+    """A row of zeros is exact in every format: it adds nothing to the error predicted for an integer."""
+    model = small_model("llama", **MODELS["llama"])
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight[3:] = 0
+    zeros = torch.zeros(2, 4)
+    assert not noise_variance(zeros, FORMATS["int8"], "ulp").any()
+    blocks = Blocks(np.random.default_rng(6).integers(0, 97, (2, 12)))
+    frame, _ = measure_sensitivity(
+        model, [("model.layers.0.mlp.up_proj", "linear")], blocks, formats=["int8"], base="fp32"
+    )
+    of_int8 = frame.filter(
+        (pl.col("format") == "int8")
+        & (pl.col("operand") == "weight")
+        & (pl.col("noise_model") == "ulp")
+    )
+    weight[:3] = 0
+    nothing, _ = measure_sensitivity(
+        model, [("model.layers.0.mlp.up_proj", "linear")], blocks, formats=["int8"], base="fp32"
+    )
+    assert of_int8["loss_mse"][0] > 0
+    assert nothing.filter(pl.col("operand") == "weight")["loss_mse"].max() == 0
+
+
+def test_a_model_that_trains_is_left_as_it_was() -> None:
+    """Parameters that ask for gradients still do, and have been given none; the table is that of a frozen model."""
+    model = small_model("llama", **MODELS["llama"])
+    blocks = Blocks(np.random.default_rng(7).integers(0, 97, (2, 12)))
+    options = {"formats": ["int8"], "base": "fp32"}
+    expected, _ = measure_sensitivity(model, ops_of(model), blocks, **options)
+    model.requires_grad_(True)
+    model.lm_head.weight.requires_grad_(False)
+    got, _ = measure_sensitivity(model, ops_of(model), blocks, **options)
+    assert got.equals(expected)
+    assert all(p.grad is None for p in model.parameters())
+    asking = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert asking == {n for n, _ in model.named_parameters()} - {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_encoders_are_refused(model_type: str) -> None:
+    """The next token's loss means nothing where a token sees the next; as a decoder the same architecture is measured."""
+    blocks = Blocks(np.random.default_rng(8).integers(5, 97, (2, 12)))
+    options = {"formats": ["int8"], "base": "fp32"}
+    encoder = small_model(model_type)
+    with pytest.raises(MpqError, match="lets each token see the ones after it"):
+        measure_sensitivity(encoder, [("lm_head.dense", "linear")], blocks, **options)
+    decoder = small_model(model_type, is_decoder=True)
+    linear = next(n for n, m in decoder.named_modules() if isinstance(m, torch.nn.Linear))
+    frame, _ = measure_sensitivity(decoder, [(linear, "linear")], blocks, **options)
+    assert frame["loss_mse"].max() > 0
+
+
+def test_blocks_beyond_learned_positions_are_told() -> None:
+    """More tokens than the model has positions is a sentence, not an index that is out of range."""
+    model = small_model("gpt2", n_embd=32, n_layer=1, n_head=4, max_position_embeddings=16)
+    blocks = Blocks(np.ones((1, 20), np.int64))
+    with pytest.raises(MpqError, match="has 16 positions, 20 tokens"):
+        measure_sensitivity(model, ops_of(model), blocks, formats=["int8"], base="fp32")
+    with pytest.raises(MpqError, match="has 16 positions, 20 tokens"):
+        losses(model, blocks)
+
+
+def test_a_perplexity_beyond_floats_is_infinite(caplog: pytest.LogCaptureFixture) -> None:
+    """A loss above 709 nats has an infinite perplexity, which is told; its other metrics are numbers."""
+    model = small_model("llama", **MODELS["llama"])
+    model.model.embed_tokens.weight.mul_(3e4)
+    model.model.norm.weight.mul_(1e3)
+    model.lm_head.weight.mul_(1e3)
+    blocks = Blocks(np.random.default_rng(9).integers(0, 97, (2, 12)))
+    base = losses(model, blocks)
+    assert base.mean() > 710
+    frame = evaluate_loss(model, {}, blocks, base, base="fp32", seeds=[0])
+    values = dict(frame.select("metric", "value").iter_rows())
+    assert values["perplexity"] == float("inf")
+    assert values["loss_mse"] == 0
+    assert "no finite perplexity" in caplog.text
 
 
 def test_shards_add_up() -> None:
