@@ -34,7 +34,7 @@ def _loaded_from(folder: str, calibration: CalibrationSpec, evaluation: Evaluati
     """Tokenizer and configuration, the texts and tasks by their content, and how they are drawn; no places."""
     from mpq.evaluation.task_data import data_key, harness_version
     from mpq.models.checkpoint import fingerprint_of
-    from mpq.models.text import source_key
+    from mpq.models.text import TOKENIZER_FILES, source_key
 
     how = {
         "source",
@@ -51,8 +51,7 @@ def _loaded_from(folder: str, calibration: CalibrationSpec, evaluation: Evaluati
     ]
     tasks = evaluation.tasks
     data = (data_key(tasks, evaluation.data_dir), harness_version()) if tasks else None
-    tokenizer = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model")
-    return fingerprint_of(Path(folder), tokenizer), texts, data
+    return fingerprint_of(Path(folder), TOKENIZER_FILES), texts, data
 
 
 @stage("model", "calibration", "evaluation_text", "drawn", name="load model", key=_loaded_from)

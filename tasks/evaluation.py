@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from mpq.errors import MpqError
 from mpq.store.entries import Store, TableRef
 from mpq.store.tables import table
 from mpq.tasks.calibration import blocks_of

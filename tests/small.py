@@ -64,7 +64,11 @@ def small_spec(folder: Path) -> RunSpec:
     return parse_spec(
         {
             "name": "tiny",
-            "model": {"path": str(write_checkpoint(folder / "model")), "base": "fp32"},
+            "model": {
+                "path": str(write_checkpoint(folder / "model")),
+                "base": "fp32",
+                "device": "cpu",
+            },
             "calibration": {**text, "shards": 2},
             "evaluation": {**text, "seed": 1, "seeds": 1, "ttft_repeats": 3},
             "timing": {"batch": 2, "length": 16, "repeats": 2, "slice": None},

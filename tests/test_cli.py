@@ -18,6 +18,8 @@ import torch
 from small import ROOT, write_checkpoint
 
 from mpq.cli import main as cli
+from mpq.cli.console import emit
+from mpq.errors import MpqError
 from mpq.program.plan import Plan
 from mpq.report.runs import write_run
 
@@ -93,30 +95,13 @@ def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["loss"]["n_samples"] == 4
-    timing = mpq(
-        "time",
-        checkpoint,
-        "--formats",
-        "bf16",
-        "--batch",
-        1,
-        "--length",
-        8,
-        "--repeats",
-        2,
-        "--out",
-        tmp_path / "t.parquet",
-        "--json",
-    )
-    assert timing.returncode == 0, timing.stderr
+    small = ("--formats", "bf16", "--batch", 1, "--length", 8, "--repeats", 2, "--limit", 8)
+    shown = mpq("time", checkpoint, *small, "--device", "cpu", "--out", tmp_path / "t.parquet")
+    assert shown.returncode == 0, shown.stderr
     assert set(pl.read_parquet(tmp_path / "t.parquet")["configuration"].list.first()) <= {
         "fp32",
         "bf16",
     }
-    shown = mpq(
-        "time", checkpoint, "--formats", "bf16", "--batch", 1, "--length", 8, "--repeats", 2
-    )
-    assert shown.returncode == 0, shown.stderr
     assert max(map(len, shown.stdout.splitlines())) <= 80
     words = [line.split()[:5] for line in shown.stdout.splitlines()]
     assert ["gate_proj", "up_proj", "2", "bf16", "·"] in words, (
@@ -144,6 +129,7 @@ def test_help_teaches() -> None:
     """Every command says in its help what it does and takes."""
     for command in (
         "run",
+        "init",
         "partition",
         "sensitivity",
         "time",
@@ -328,3 +314,95 @@ def test_too_little_memory_is_one_sentence(
         capsys.readouterr().err.split()
     )
     assert "size" in str(caught.value)
+
+
+def test_a_terminal_that_knows_ascii_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it cannot show is escaped, on stdout and on stderr; nothing raises."""
+    for name in ("stdout", "stderr"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+        monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr(sys, "argv", ["mpq", "run", "./τ.yaml"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    sys.stderr.flush()
+    sys.stderr.buffer.seek(0)
+    told = sys.stderr.buffer.read().decode("ascii")
+    assert end.value.code == 2
+    assert "No spec at \\u03c4.yaml" in told
+
+
+def test_names_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Brackets in names are no markup, an escape sequence does not reach the terminal, a path stays in one line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    frame = pl.DataFrame({"op[bold]": ["[/red]a", "\x1b[31mred"]})
+    path = "/a/[bold]/" + "x" * 100
+    emit(frame, False, None, "t", {"plan": path, "name": "\x1b]0;title\x07"})
+    out = capsys.readouterr().out
+    assert "op[bold]" in out
+    assert "[/red]a" in out
+    assert "\\x1b[31mred" in out
+    assert f"plan: {path}\n" in out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    done = mpq("report", "[bold]no[/red]\x1b[31m")
+    assert done.returncode == 2
+    assert "No run at [bold]no[/red]\\x1b[31m" in " ".join(done.stderr.split())
+
+
+def test_what_an_extra_would_bring_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without Prefect, and whatever else is missing while a command runs; a module that is no extra stays a bug."""
+
+    def without(name: str) -> object:
+        return None if name == "prefect" else object()
+
+    monkeypatch.setattr("mpq.errors.find_spec", without)
+    done = mpq("run", ROOT / "examples" / "demo.yaml")
+    assert done.returncode == 2
+    assert "pip install 'mpq[pipeline]'" in " ".join(done.stderr.split())
+
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(cli, "app", lambda: missing("datasets.arrow"))
+    assert "pip install 'mpq[datasets]'" in " ".join(mpq().stderr.split())
+    monkeypatch.setattr(cli, "app", lambda: missing("mpq.nothing"))
+    with pytest.raises(ModuleNotFoundError):
+        mpq()
+
+
+def test_mistakes_in_a_spec_are_told_before_anything_slow(tmp_path: Path) -> None:
+    """In a process of its own: the text is missing, and neither torch nor Prefect was loaded to say so."""
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        "model: {path: some/model}\ncalibration: {source: ./none.txt}\nobjectives: {m: {formats: [int8]}}\n"
+        f"out: {tmp_path / 'out'}\n"
+    )
+    code = (
+        "import sys, mpq.cli.main\n"
+        "try:\n    mpq.cli.main.main()\n"
+        "finally:\n    print(sorted({'torch', 'transformers', 'prefect', 'polars'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", spec], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "No text at ./none.txt" in " ".join(done.stderr.split())
+    assert done.stdout == "[]\n"
+
+
+def test_without_formats_all_that_are_native_are_timed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mpq time` needs no formats: they are the device's own, base left out; nothing is timed here."""
+    asked = []
+
+    def times_of(config: object, formats: list[str], base: str, device: str, **how: object) -> None:
+        asked.append((formats, base, device))
+        raise MpqError("enough")
+
+    monkeypatch.setattr("mpq.method.times_of", times_of)
+    for base in ("fp32", "bf16"):
+        assert "enough" in mpq("time", checkpoint, "--device", "cpu", "--base", base).stderr
+    assert asked == [(["bf16", "int8"], "fp32", "cpu"), (["int8"], "bf16", "cpu")]

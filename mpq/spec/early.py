@@ -98,6 +98,7 @@ def _check_text(text: TextSpec, key: str) -> None:
                 f"No text at {text.source} ({key}.source): expected a text file, .jsonl, .npy, an fsspec URL or a "
                 "Hugging Face dataset id."
             )
+        require("datasets", f"{key}.source: {text.source}")
         return
     try:
         most = _blocks_at_most(path, text)

@@ -94,6 +94,21 @@ def test_what_only_others_can_tell_is_left_to_them(tmp_path: Path) -> None:
         assert not told({**good, **change}), change
 
 
+def test_what_must_be_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each key that needs an extra names it, before anything is computed; without that key nothing is asked."""
+    monkeypatch.setattr("mpq.errors.find_spec", lambda name: None)
+    good = spec_with(tmp_path, "words " * 100)
+    assert not told(good)
+    dask = {"kind": "dask", "address": "tcp://scheduler:8786"}
+    for extra, change in {
+        "gurobi": {"solver": "gurobi"},
+        "datasets": {"calibration": {**good["calibration"], "source": "org/data"}},
+        "eval": {"evaluation": {**good["calibration"], "tasks": ["piqa"]}},
+        "dask": {"runner": dask},
+    }.items():
+        assert f"pip install 'mpq[{extra}]'" in told({**good, **change}), extra
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
 def test_a_folder_of_others_is_told(tmp_path: Path) -> None:
     """`out` below a folder that this user may not write to."""
