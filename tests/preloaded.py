@@ -50,6 +50,7 @@ class Process:
         self, command: Sequence[str], cwd: Path, environment: Mapping[str, str], log: Path
     ) -> None:
         self.args, self.log = command, log
+        log.write_bytes(b"")  # there to be read before the process has begun
         self._process = _context.Process(
             target=_become, args=(list(command), str(cwd), dict(environment), str(log))
         )
@@ -103,7 +104,7 @@ def _without_a_home(folder: Path) -> Iterator[None]:
 def _become(command: list[str], cwd: str, environment: dict[str, str], log: str) -> None:
     os.setsid()
     os.chdir(cwd)
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    sink = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.environ.clear()

@@ -19,7 +19,7 @@ from mpq.spec import RunSpec
 def start(spec: Path, home: Path, command: str = "run", server: bool = True) -> preloaded.Process:
     """`mpq run` or another command in a session of its own, with an ephemeral Prefect server or the tests' one."""
     return preloaded.Process(
-        ["-c", "from mpq.cli.main import main; main()", command, str(spec)],
+        ["-m", "mpq", command, str(spec)],
         ROOT,
         own_prefect(home, server),
         home.with_suffix(".log"),

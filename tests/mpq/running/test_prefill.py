@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
+
 import pytest
 import torch
 from torch import nn
@@ -39,8 +41,13 @@ def in_every_layer(formats: dict[str, str]) -> dict[str, str]:
     return {LAYER.format(i) + op: f for i in range(3) for op, f in formats.items()}
 
 
-def test_a_block_is_compiled_once_for_each_configuration() -> None:
-    """Three blocks are one graph in each configuration, without a break; their logits are those of the eager model."""
+def test_a_block_is_compiled_once_for_each_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks are one graph in each configuration, without a break; their logits are those of the eager model.
+
+    The graphs run without inductor, which takes ten seconds for each: what it makes of them is looked at below.
+    """
+    uncompiled = partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", uncompiled)
     model = timing_model(CONFIG, "fp32")
     tokens = torch.arange(24)[None] % 101
     mixed = Mixed(model, base="fp32", backend="native")
@@ -57,7 +64,6 @@ def test_a_block_is_compiled_once_for_each_configuration() -> None:
             assert prefill.ready(mixed, in_every_layer(plan))() > 0
             with torch.inference_mode():
                 logits = model(tokens, use_cache=False).logits
-            # compiled elementwise operations round in another order, and an INT8 code may then be the next one
             torch.testing.assert_close(
                 logits, eager[name], atol=2e-2 * float(eager[name].abs().max()), rtol=0
             )
@@ -68,12 +74,22 @@ def test_a_block_is_compiled_once_for_each_configuration() -> None:
 
 
 def test_plans_are_timed_compiled() -> None:
-    """The table of whole plans says how they ran; the model comes out as it went in."""
+    """The table of whole plans says how they ran; the model comes out as it went in; inductor keeps the logits."""
     model = timing_model(CONFIG, "fp32")
-    plan = in_every_layer(PLANS["int8 and bf16 linears"])
-    frame = measure_ttft(model, [plan], base="fp32", batch=1, length=8, repeats=2, compiled=True)
+    plan = in_every_layer(PLANS["int8 and bf16 linears"] | PLANS[next(reversed(PLANS))])
+    frame = measure_ttft(model, [plan], base="fp32", batch=1, length=24, repeats=2, compiled=True)
     assert frame["mode"].to_list() == ["compiled"]
     assert not any("forward" in m.__dict__ for m in model.modules())
+    tokens = torch.arange(24)[None] % 101
+    mixed = Mixed(model, base="fp32", backend="native")
+    with torch.inference_mode():
+        mixed.set(plan)
+        eager = model(tokens, use_cache=False).logits
+        with compiled_blocks(model):
+            Prefill(model, 1, 24, compiled=True).ready(mixed, plan)()
+            logits = model(tokens, use_cache=False).logits
+    # compiled elementwise operations round in another order, and an INT8 code may then be the next one
+    torch.testing.assert_close(logits, eager, atol=2e-2 * float(eager.abs().max()), rtol=0)
 
 
 def test_a_model_without_blocks_cannot_be_compiled() -> None:
