@@ -66,7 +66,14 @@ def small_spec(folder: Path) -> RunSpec:
             "model": {"path": str(write_checkpoint(folder / "model")), "base": "fp32"},
             "calibration": {**text, "shards": 2},
             "evaluation": {**text, "seed": 1, "seeds": 1, "ttft_repeats": 3},
-            "timing": {"batch": 2, "length": 16, "repeats": 2, "slice": 20},
+            "timing": {
+                "batch": 2,
+                "length": 16,
+                "repeats": 2,
+                "slice": 20,
+                "limit": 64,
+                "target": None,
+            },
             "objectives": {
                 "et": {"formats": ["bf16"]},
                 "m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]},
