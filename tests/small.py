@@ -71,7 +71,14 @@ def small_spec(folder: Path) -> RunSpec:
             },
             "calibration": {**text, "shards": 2},
             "evaluation": {**text, "seed": 1, "seeds": 1, "ttft_repeats": 3},
-            "timing": {"batch": 2, "length": 16, "repeats": 2, "slice": None},
+            "timing": {
+                "batch": 2,
+                "length": 16,
+                "repeats": 2,
+                "slice": None,
+                "limit": 64,
+                "target": None,
+            },
             "objectives": {
                 "et": {"formats": ["bf16"], "strategies": ["ip"]},
                 "m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]},
