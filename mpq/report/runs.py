@@ -27,7 +27,10 @@ def write_run(
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
-    """The record of a run and its tables. Raises MpqError where the folder is no run's or a table is gone."""
+    """The record of a run and its tables.
+
+    Raises MpqError where the folder is no run's or a table is gone.
+    """
     path = folder / "run.json" if folder.is_dir() else folder
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -37,7 +40,8 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
         }
     except FileNotFoundError:
         raise MpqError(
-            f"No run at {folder}: expected a folder with run.json, as `mpq run` writes under its spec's `out`."
+            f"No run at {folder}: expected a folder with run.json, as `mpq run` writes under its "
+            "spec's `out`."
         ) from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise MpqError(f"{path} is not the record of a run ({error}).") from None
@@ -45,7 +49,8 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
         return record, join_tables(references)
     except Damaged as damage:
         raise MpqError(
-            f"A table of the run is missing or damaged ({damage}): run the spec again, what is whole is re-used."
+            f"A table of the run is missing or damaged ({damage}): run the spec again, what is "
+            "whole is re-used."
         ) from None
 
 
