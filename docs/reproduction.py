@@ -1,8 +1,9 @@
-"""Write what a run of `mpq reproduce` measured into docs/reproduction.md, and its figures beside it.
+"""Write what a run of `mpq reproduce` measured into docs/reproduction.md, its figures beside it.
 
     python docs/reproduction.py .work/runs/reproduce
 
-`make reproduce` calls it: the numbers between the page's markers are the run's own, never written by hand.
+`make reproduce` calls it: the numbers between the page's markers are the run's own, never written
+by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mpq.report.summary import summarize
 
 DOCS = Path(__file__).parent
 BEGIN, END = "<!-- run:begin -->", "<!-- run:end -->"
-# Table 1's last column, accuracy difference averaged over tasks: Llama-3.2-1B-Instruct, Llama-3.1-8B-Instruct
+# Table 1's last column, accuracy difference averaged over tasks: Llama-3.2-1B, Llama-3.1-8B-Instruct
 PAPER = {
     "et": {"ip_et": (-0.463, -0.073), "random": (-0.889, -0.160), "prefix": (-1.170, -0.204)},
     "tt": {"ip_tt": (-0.533, -0.068), "random": (-0.889, -0.160), "prefix": (-1.170, -0.204)},
@@ -53,9 +54,8 @@ def additivity(found: Findings) -> list[str]:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for a in found.additivity:
-        lines.append(
-            f"| {a.quantity} | {a.objective} | {a.plans} | {a.low:.2f} | {a.median:.2f} | {a.high:.2f} | {a.error:.0%} |"
-        )
+        quantiles = f"{a.low:.2f} | {a.median:.2f} | {a.high:.2f}"
+        lines.append(f"| {a.quantity} | {a.objective} | {a.plans} | {quantiles} | {a.error:.0%} |")
     return lines
 
 

@@ -14,7 +14,7 @@ def results(table: pl.DataFrame) -> pl.DataFrame:
     return table.select(
         pl.col("objective").alias("for"),
         "strategy",
-        pl.col("tau").alias("τ"),
+        pl.col("tau").round_sig_figs(4).alias("τ"),
         pl.col("predicted_loss_mse").round_sig_figs(3).alias("MSE pred."),
         pl.col("measured_loss_mse").round_sig_figs(3).alias("MSE meas."),
         milliseconds("predicted_ttft_s").alias("ms pred."),

@@ -1,7 +1,8 @@
 """Figure 1: whether the time gain of a group can be told from its ops one at a time, or from MACs.
 
-Each configuration of the attention group was timed as a whole. Beside it stand the sum of the gains of its ops lowered one at
-a time, and the gain in MACs; MACs have another unit, and any scale and bias of them is free, so both are fitted.
+Each configuration of the attention group was timed as a whole. Beside it stand the sum of the
+gains of its ops lowered one at a time, and the gain in MACs. MACs have another unit, and any scale
+and bias of them is free, so both are fitted.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from mpq.report.drawing import BLUE, INK, RED, SMALL, dress
 
 
 def attention_gains(groups: pl.DataFrame, timing: pl.DataFrame, base: str) -> pl.DataFrame:
-    """A row for each timed configuration of the attention group: configuration, gain_s with gain_ci_low_s and _high_s,
-    sum_s (of its ops' own gains), macs (BF16 MACs gained).
+    """A row for each timed configuration of the attention group.
 
-    The group is the one with products of activations that occurs most often. Configurations that lower an op which was not
-    timed alone are left out; empty where no such group was timed.
+    Columns: configuration, gain_s with gain_ci_low_s and gain_ci_high_s, sum_s (of its ops' own
+    gains), macs (BF16 MACs gained), lowered (how many ops). The group is the one with products of
+    activations that occurs most often. Configurations that lower an op which was not timed alone
+    are left out; empty where no such group was timed.
     """
     empty = pl.DataFrame(
         schema=dict.fromkeys(
@@ -90,7 +92,8 @@ def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 def draw_attention_gains(rows: pl.DataFrame) -> Figure:
-    """Two panels: measured gain (ms, with its confidence interval) against the sum of per-op gains (ms), and against MACs gained."""
+    """Measured gain (ms, with its 95 % interval), in one panel against the sum of per-op gains
+    (ms), in the other against MACs gained."""
     figure = Figure(figsize=(8.6, 3.7), layout="constrained")
     left = figure.add_subplot(1, 2, 1)
     right = figure.add_subplot(1, 2, 2, sharey=left)
@@ -143,7 +146,8 @@ def _panel(
     scale, bias, r2 = fit(xs, ys)
     ends = np.array([min(0.0, float(xs.min())), float(xs.max()) * 1.05])
     factor = "" if unit == "ms" else " ms/10⁹"
-    text = f"fit: {_number(scale)}{factor} · x {'+' if bias >= 0 else '−'} {abs(bias):.2g} ms, R² = {r2:.2f}"
+    sign = "+" if bias >= 0 else "−"
+    text = f"fit: {_number(scale)}{factor} · x {sign} {abs(bias):.2g} ms, R² = {r2:.2f}"
     axes.plot(ends, scale * ends + bias, color=INK, linewidth=1.2, label=text)
     if unit == "ms":
         axes.plot(ends, ends, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="equal")

@@ -36,7 +36,7 @@ ONE_SPEED = ", times scaled to one speed of the machine by base's own"
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure with its number (`1`, `3a`), what it shows, or, where `figure` is None, why it was left out."""
+    """A figure with its number (`1`, `3a`), what it shows, and why it was left out if it was."""
 
     number: str
     caption: str
@@ -45,7 +45,10 @@ class Drawn:
 
 
 def paper_figures(tables: Tables, base: str = "") -> list[Drawn]:
-    """Figures 1, 2, 3a, 3b and 4 to 9 in their order. `base` is the base format, read off the plans if left out."""
+    """Figures 1, 2, 3a, 3b and 4 to 9 in their order.
+
+    `base` is the base format, read off the plans if left out.
+    """
     base = base or base_of(tables, {})
     plans, results = plan_results(tables), results_table(tables)
     rows = differences(tables)
@@ -75,7 +78,8 @@ def paper_figures(tables: Tables, base: str = "") -> list[Drawn]:
         ),
         (
             "2",
-            "Which ops each strategy lowers, at the τ where the integer program lowers nearest to half of them",
+            "Which ops each strategy lowers, at the τ where the integer program lowers nearest to "
+            "half of them",
             "" if not table_of(tables, "plans").is_empty() else "the plans table is empty",
             lambda: ops_lowered(table_of(tables, "plans"), table_of(tables, "groups"), base),
         ),

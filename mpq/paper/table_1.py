@@ -135,7 +135,10 @@ def _of_strategies(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def for_people(table: pl.DataFrame) -> pl.DataFrame:
-    """Table 1 in columns that fit a terminal: `mean ± std` of each task's accuracy in points, perplexity in percent."""
+    """Table 1 in columns that fit a terminal.
+
+    `mean±std` of each task's accuracy difference in points, of perplexity in percent.
+    """
     names = {
         c: name_of_task(c.rsplit("_", 1)[0]) + (" ppl %" if c.endswith("_perplexity") else "")
         for c, _ in columns_of(table)
@@ -155,8 +158,6 @@ def for_people(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _short(mean: float | None, std: float | None) -> str:
-    return (
-        "–"
-        if mean is None
-        else f"{mean:.1f}{'' if std is None else f'±{std:.1f}'}".replace("-", "−")
-    )
+    if mean is None:
+        return "–"
+    return f"{mean:.1f}{'' if std is None else f'±{std:.1f}'}".replace("-", "−")

@@ -134,7 +134,7 @@ class _Program:
         return math.fsum(self.options[g][c][1] for g, c in chosen.items())
 
     def in_one_format(self, f: str, kept: str | None = None) -> Chosen:
-        """Each group with as many ops in `f` as it can have, all others and the op `kept` in base."""
+        """Each group with as many ops in `f` as it can have; the others, and `kept`, in base."""
         chosen = {}
         for group, options in self.options.items():
             ops = self.members[group]
@@ -215,7 +215,7 @@ def _gain_error(groups: pl.DataFrame, timing: pl.DataFrame, plan: Plan) -> float
 
 
 def _members(groups: pl.DataFrame, gains: pl.DataFrame) -> dict[int, list[str]]:
-    """Ops of each group of the gains table: sequential groups, or one op each where the objective adds up over ops."""
+    """Ops of each group of the gains table: of et sequential groups, else one op each."""
     ordered = groups.sort("order")
     if gains["objective"][0] == "et":
         return {

@@ -1,4 +1,4 @@
-"""What plans cost on tasks: differences of accuracy to the base model, a row a seed, τ and strategy.
+"""What plans cost on tasks: differences to the base model, a row a seed, τ and strategy.
 
 Accuracy differences are in percentage points (100 × the difference of fractions), perplexity
 differences in percent of the base model's perplexity. Both are paired: each measurement minus the

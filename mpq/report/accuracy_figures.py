@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpq.report.accuracy import AVERAGE, name_of_task, tasks_of
-from mpq.report.drawing import INK, SMALL, dress, in_order, label, legend, look, new_figure
+from mpq.report.drawing import INK, SMALL, dress, in_order, legend, legend_name, look, new_figure
 from mpq.report.results import OBJECTIVES
 
 
@@ -40,7 +40,7 @@ def draw_series(axes: Axes, strategy: str, x: pl.Series, y: pl.Series, error: pl
         y.to_numpy(),
         error.fill_null(0.0).to_numpy(),
         **(look(strategy) | {"markersize": 5.5}),
-        label=label(strategy),
+        label=legend_name(strategy),
         elinewidth=1,
         capsize=2.5,
     )

@@ -1,8 +1,9 @@
-"""How the report's pictures look: colours, axes, and the way of a matplotlib Figure into HTML, SVG and PNG.
+"""How the report's pictures look, and the way of a matplotlib Figure into HTML and SVG.
 
-No pyplot and no global state of it, so figures can be drawn on any thread. A strategy or format has a colour (Okabe and
-Ito's, which colour-blind readers tell apart) and a marker or label as well. INK and RULE are stand-ins: in HTML and SVG they
-become the page's own text and line colour (and blue a lighter one on dark), so that one picture serves light and dark pages.
+No pyplot and no global state of it, so figures can be drawn on any thread. A strategy or format
+has a colour (Okabe and Ito's, which colour-blind readers tell apart) and a marker or label as
+well. INK and RULE are stand-ins: in HTML and SVG they become the page's own text and line colour,
+and blue a lighter one on dark, so that one picture serves light and dark pages.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def look(strategy: str) -> dict[str, Any]:
     return common | {"color": colour, "marker": marker, "linestyle": line}
 
 
-def label(strategy: str) -> str:
+def legend_name(strategy: str) -> str:
     """A strategy's name in legends: `all int8` for uniform_int8, `int8 but head` without it."""
     name = strategy.removeprefix("uniform_")
     if not is_uniform(strategy):
@@ -85,9 +86,12 @@ def label(strategy: str) -> str:
 
 
 def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
-    """The figure as SVG to stand inside HTML: ids begin with `prefix`, colours follow the page, width at most its own."""
+    """The figure as SVG to stand inside HTML.
+
+    Its ids begin with `prefix`, its colours follow the page, it is no wider than it was drawn.
+    """
     out = io.StringIO()
-    # text stays text (small, and read by screen readers); the setting is global to matplotlib, hence the lock
+    # text stays text: small, and read by screen readers; the setting is global, hence the lock
     with _render, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mpq"}):
         figure.savefig(
             out,
@@ -106,12 +110,9 @@ def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
     width = float(re.search(r'width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
     wide = 'class="wide" ' if width > 500 else ""
     label = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    svg = re.sub(
-        r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>",
-        rf'<svg \1 role="img" aria-label="{label}" {wide}style="max-width:{width * 4 / 3:.0f}px;min-width:{width * 0.7:.0f}px">',
-        svg,
-        count=1,
-    )
+    size = f"max-width:{width * 4 / 3:.0f}px;min-width:{width * 0.7:.0f}px"
+    head = rf'<svg \1 role="img" aria-label="{label}" {wide}style="{size}">'
+    svg = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", head, svg, count=1)
     names = {
         old: f"{prefix}{i}"
         for i, old in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg)))
@@ -129,10 +130,12 @@ def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
 
 
 def standalone_svg(svg: str) -> str:
-    """`to_svg`'s markup as a file of its own: it names its namespace and brings the colours of a light and a dark page."""
+    """`to_svg`'s markup as a file of its own, with its namespace and both pages' colours."""
     style = (
-        "svg { --rule: #d5d9de; --blue: #0072b2; color: #1b1f24; background: #fff; stroke-linejoin: round; font-family: sans-serif } "
-        "@media (prefers-color-scheme: dark) { svg { --rule: #3a424c; --blue: #3f9fe0; color: #e4e7eb; background: #14171b } }"
+        "svg { --rule: #d5d9de; --blue: #0072b2; color: #1b1f24; background: #fff; "
+        "stroke-linejoin: round; font-family: sans-serif } "
+        "@media (prefers-color-scheme: dark) { svg { --rule: #3a424c; --blue: #3f9fe0; "
+        "color: #e4e7eb; background: #14171b } }"
     )
     found = re.match(r'<svg viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     size = f' width="{found[1]}pt" height="{found[2]}pt"' if found else ""
@@ -183,7 +186,8 @@ def legend(axes: Axes) -> None:
 
 
 def log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic axis with labels such as 2·10⁻⁶: at 1, 2, 5 where it spans less than two decades, at powers of ten else."""
+    """A logarithmic axis with labels such as 2·10⁻⁶: at powers of ten, or where it spans less than
+    two decades at 1, 2 and 5 of each."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()

@@ -21,8 +21,8 @@ from mpq.report.drawing import (
     SMALL,
     dress,
     in_order,
-    label,
     legend,
+    legend_name,
     log_axis,
     look,
     new_figure,
@@ -64,7 +64,7 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
     with_program = rows["strategy"].str.starts_with("ip_").any()
     for strategy in in_order(rows["strategy"]):
         of = rows.filter(pl.col("strategy") == strategy)
-        axes.plot(of["x"], of["measured_loss_mse"], **look(strategy), label=label(strategy))
+        axes.plot(of["x"], of["measured_loss_mse"], **look(strategy), label=legend_name(strategy))
         if strategy.startswith("ip_") or (not with_program and strategy in STRATEGIES):
             _mark_ends(axes, of, objective)
     base = rows.select(pl.coalesce("solved_base_ttft_s", "base_ttft_s")).to_series().drop_nulls()
@@ -124,7 +124,7 @@ def predicted_against_measured(
         own = {"ip_tt": "D", "ip_m": "v"}.get(strategy)
         style = look(strategy) | {"linestyle": "none", "markerfacecolor": "none"}
         style |= {"marker": own} if own else {}
-        axes.plot(of[predicted] * scale, of[measured] * scale, **style, label=label(strategy))
+        axes.plot(of[predicted] * scale, of[measured] * scale, **style, label=legend_name(strategy))
     if not rows.is_empty():
         _draw_diagonal(axes, pl.concat([rows[predicted], rows[measured]]) * scale, what)
     name = {"loss": "Loss MSE", "ttft": "TTFT", "gain": "Time gain"}[what]
@@ -209,7 +209,10 @@ def _on_tasks(tables: Tables, results: pl.DataFrame) -> list[tuple[str, Figure]]
 
 
 def frontier_png(tables: Tables) -> bytes:
-    """The frontiers of all objectives side by side as a PNG on white; says so where nothing was measured."""
+    """The frontiers of all objectives side by side as a PNG on white.
+
+    It says so where nothing was measured.
+    """
     results = results_table(tables)
     there = [
         o for o in OBJECTIVES if o in results.filter(pl.col("measured_loss_mse") > 0)["objective"]

@@ -41,7 +41,7 @@ def _short(roles: Sequence[str]) -> list[str]:
 
 
 def format_map(plans: pl.DataFrame, groups: pl.DataFrame, strategy: str, base: str) -> Figure:
-    """Which format each op takes: a panel for each τ, a row for each role in a layer, a column for each layer.
+    """Which format each op takes under a strategy, a panel for each τ.
 
     `plans` and `groups` are the tables so called; ops in `base` are pale, ops that the plan does
     not decide left out.
@@ -59,7 +59,8 @@ def draw_formats(
 ) -> Figure:
     """Maps of ops to formats as rows of panels, each with its title.
 
-    In a panel each role in a layer has a row, each layer a column. Panels that are too wide to stand side by side stand below each other.
+    In a panel each role in a layer has a row, each layer a column. Panels that are too wide to
+    stand side by side stand below each other.
     """
     order = dict(groups.select("op", "order").iter_rows())
     found = dict.fromkeys(op for line in panels for _, of in line for op in of)

@@ -140,16 +140,19 @@ def _say_standings(summary: Summary) -> None:
         of = [s for s in summary.standings if s.objective == objective]
         how = "measured" if any(s.gain.measured for s in of) else "computed"
         name = OBJECTIVES[objective].saved if objective in OBJECTIVES else objective
-        parts = []
+        places: dict[tuple[str, tuple[float, ...]], list[str]] = {}  # baselines that fare alike
         for other in dict.fromkeys(o for s in of for o, _ in s.others):
-            places = (
-                ("ahead of {}", [s.tau for s in of if other in s.ahead]),
-                ("not told apart from {}", [s.tau for s in of if other in s.level]),
-                ("behind {}", [s.tau for s in of if other in s.behind]),
-            )
-            parts += [
-                f"{words.format(other)} {_at(taus, len(of))}" for words, taus in places if taus
-            ]
+            for words, taus in (
+                ("ahead of", tuple(s.tau for s in of if other in s.ahead)),
+                ("not told apart from", tuple(s.tau for s in of if other in s.level)),
+                ("behind", tuple(s.tau for s in of if other in s.behind)),
+            ):
+                if taus:
+                    places.setdefault((words, taus), []).append(other)
+        parts = [
+            f"{words} {_listed(others)} {_at(taus, len(of))}"
+            for (words, taus), others in places.items()
+        ]
         nothing = [s.tau for s in of if s.gain.value <= 0]
         if nothing:
             parts.append(f"gaining nothing {_at(nothing, len(of))}")
