@@ -27,17 +27,8 @@ def write_run(
     (folder / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
-<<<<<<< HEAD
 def read_record(path: Path) -> tuple[dict[str, Any], dict[str, list[TableRef]]]:
     """The record in a `run.json`, and the references of its tables. Raises MpqError where it is none."""
-=======
-def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
-    """The record of a run and its tables.
-
-    Raises MpqError where the folder is no run's or a table is gone.
-    """
-    path = folder / "run.json" if folder.is_dir() else folder
->>>>>>> h-report
     try:
         record = parse_json(path.read_bytes())
         if not isinstance(record, dict) or not isinstance(record.get("tables"), dict):
@@ -54,12 +45,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
             references[kind_] = [TableRef.of(ref) for ref in refs]
     except FileNotFoundError:
         raise MpqError(
-<<<<<<< HEAD
             f"No run at {path.parent}: expected a folder with run.json, as `mpq run` writes under its spec's `out`."
-=======
-            f"No run at {folder}: expected a folder with run.json, as `mpq run` writes under its "
-            "spec's `out`."
->>>>>>> h-report
         ) from None
     except (ValueError, OSError) as error:
         raise MpqError(
