@@ -8,21 +8,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
 from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from mpq.flows.place import On, placed
-from mpq.flows.planning import Planning
-from mpq.flows.stages import Stages
-from mpq.spec import RunnerSpec, RunSpec
+from mpq.flows import calibrate
+from mpq.flows.run import one_by_one, running
+from mpq.spec import RunnerSpec, RunSpec, parse_spec
 from mpq.store.entries import content_key
-from mpq.tasks.stage import batch, read, read_json
+from mpq.tasks.stage import On, batch, read
 
 
-@batch("interval")
+@batch("interval", name="fan out")
 def occupy(
     wanted: dict[str, int], seconds: float, begun: str, missing: Callable[[str], bool]
 ) -> Iterator[tuple[str, pl.DataFrame]]:
@@ -45,7 +44,7 @@ def occupy(
         )
 
 
-@flow(name="fan out", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+@flow(name="fan out", task_runner=one_by_one)
 def fan_out(
     runner: RunnerSpec,
     store: str,
@@ -56,29 +55,30 @@ def fan_out(
     on: On = "accelerator",
 ) -> dict[str, Any]:
     """Run `tasks` tasks of `size` measurements each; returns the intervals, the stages' accounts and the seconds to submit."""
-    with placed(runner, "cpu") as place:
-        stages = Stages(store, place)
-        calls = [
-            (
-                occupy,
-                content_key("slice", t),
-                f"task {t}",
-                {
-                    "wanted": {
-                        content_key("interval", n): n for n in range(t * size, (t + 1) * size)
-                    },
-                    "seconds": seconds,
-                    "begun": begun,
-                },
-            )
+    from_nowhere = parse_spec(
+        {
+            "model": {"path": "none/none", "base": "fp32"},
+            "calibration": {"source": "none"},
+            "objectives": {"et": {"formats": ["bf16"]}},
+            "store": store,
+            "runner": runner.model_dump(),
+        }
+    )
+    with running(from_nowhere) as run:
+        calls = {
+            f"task {t}": {
+                "wanted": {content_key("interval", n): n for n in range(t * size, (t + 1) * size)},
+                "seconds": seconds,
+                "begun": begun,
+            }
             for t in range(tasks)
-        ]
+        }
         start = time.perf_counter()
-        done = stages.run("fan out", calls, on)
+        done = run.map(replace(occupy, on=on), calls)
         took = time.perf_counter() - start
     return {
         "intervals": [ref for references in done for ref in references.values()],
-        "stages": stages.done,
+        "stages": run.done,
         "seconds": took,
     }
 
@@ -88,14 +88,9 @@ def intervals(outcome: dict[str, Any]) -> pl.DataFrame:
     return pl.concat([read(ref) for ref in outcome["intervals"]])
 
 
-@flow(name="sensitivity", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+@flow(name="sensitivity", task_runner=one_by_one)
 def sensitivity(spec: RunSpec) -> float:
     """Seconds of the sensitivity stage of a run."""
-    with placed(spec.runner, "cpu", timed=False) as place:
-        stages = Stages(spec.store, place)
-        run = Planning(spec, stages)
-        loaded = run.load()
-        run.sensitivity(
-            run.partition(read_json(loaded["model"])["architecture"]), loaded["calibration"]
-        )
-    return next(seconds for name, _, _, seconds in stages.done if name == "sensitivity")
+    with running(spec, timing=False) as run:
+        calibrate.sensitivity(run, calibrate.partition(run), calibrate.load(run)["calibration"])
+    return next(seconds for name, _, _, seconds in run.done if name == "sensitivity")

@@ -1,30 +1,29 @@
 """The whole pipeline as one Prefect flow: a checkpoint in, plans and a report out. Wiring only.
 
-Every stage is keyed by the content it depends on and nothing else: a second run computes nothing, a new τ only solves
+Every stage is keyed by the content that it depends on and nothing else (tasks/): a second run computes nothing, a new τ only solves
 and evaluates, a new checkpoint of a known architecture re-uses partition and timing.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
-from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefect import flow
 from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from mpq.evaluation.draw import in_words
-from mpq.flows.evaluating import Evaluating
+from mpq.flows.evaluation import Plans, evaluate
 from mpq.flows.outputs import publish, write_outputs
-from mpq.flows.place import placed
-from mpq.flows.planning import code_of
-from mpq.flows.stages import Stages
+from mpq.flows.plans import make_plans
+from mpq.flows.run import Run, one_by_one, running
 from mpq.spec import RunSpec
-from mpq.store.entries import Store, TableRef, content_key
-from mpq.tasks import evaluation
-from mpq.tasks.stage import read, read_json
+from mpq.store.entries import TableRef
+from mpq.tasks import calibration, evaluation
+from mpq.tasks.stage import References, read, read_json
+
+Evaluate = Callable[[Run, TableRef, Plans, TableRef], TableRef]
 
 
 def run_name() -> str:
@@ -33,8 +32,7 @@ def run_name() -> str:
     return aimed_at(RunSpec.model_validate(given["spec"]), given.get("checkpoint")).title
 
 
-# one worker: a machine's tasks share its device one at a time anyway, and each thread would get an OpenMP team of its own
-@flow(name="calibrate", flow_run_name=run_name, task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+@flow(name="calibrate", flow_run_name=run_name, task_runner=one_by_one)
 def calibrate(spec: RunSpec, checkpoint: str | None = None) -> dict[str, Any]:
     """Calibrate one checkpoint: load, partition, sensitivity, timing, gains, solve, evaluate, report.
 
@@ -44,10 +42,8 @@ def calibrate(spec: RunSpec, checkpoint: str | None = None) -> dict[str, Any]:
         spec: The run, as in a spec file.
         checkpoint: Hub id, folder or fsspec URL of a checkpoint to calibrate in place of the spec's own.
     """
-    spec = aimed_at(spec, checkpoint)
-    Store(spec.store).check()
-    with placed(spec.runner, spec.model.device, "et" in spec.objectives) as place:
-        return Pipeline(spec, Stages(spec.store, place, timeout_s=spec.runner.timeout_s)).run()
+    with running(aimed_at(spec, checkpoint)) as run:
+        return chain(run)
 
 
 def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
@@ -55,99 +51,128 @@ def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
     if not checkpoint:
         return spec
     name = f"{spec.name}-{checkpoint.rstrip('/').rpartition('/')[2]}"
-    return spec.model_copy(
-        update={
-            "name": name,
-            "model": spec.model.model_copy(update={"path": checkpoint, "revision": None}),
-        }
+    model = spec.model.model_copy(update={"path": checkpoint, "revision": None})
+    return spec.model_copy(update={"name": name, "model": model})
+
+
+def chain(run: Run, evaluate: Evaluate = evaluate) -> dict[str, Any]:
+    """Every stage in order; returns the tables' references, what was written, and the stages' accounts."""
+    found = tables_of(run, evaluate)
+    facts = facts_of(run, found.tables["drawn"][0])
+    report = run.one(evaluation.write_report, tables=found.tables, title=run.spec.name, facts=facts)
+    plans = [plan for ref in found.plan_files for plan in read_json(ref)]
+    out = write_outputs(run.spec, plans, report["report"], found.tables, facts)
+    publish(run.spec, found.tables, report["report"], out)
+    return {
+        "tables": found.tables,
+        "out": out,
+        "stages": run.done,
+        "architecture": run.architecture.key,
+        "fingerprint": run.weights.fingerprint,
+        "plan_files": found.plan_files,
+    }
+
+
+class Found(NamedTuple):
+    """The tables of a run by kind, each in the parts that stages wrote, and the plans as JSON."""
+
+    tables: dict[str, list[TableRef]]
+    plan_files: list[TableRef]
+
+
+def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
+    """The stages up to the evaluation: load → partition → sensitivity → timing, gains, solve → evaluate."""
+    check_formats(run)
+    loaded = load(run)
+    groups = partition(run)
+    sums = sensitivity(run, groups, loaded["calibration"])
+    solved, timed = make_plans(run, groups, sums)
+    plan_files = [found["plan_files"] for found in solved]
+    tables = {
+        "groups": [groups],
+        "drawn": [loaded["drawn"]],
+        "sensitivity": [sums["sensitivity"]],
+        "loss": [sums["loss"]],
+        "timing": timed,
+        "plans": [found["plans"] for found in solved],
+        "solutions": [found["solutions"] for found in solved],
+    }
+    if run.evaluating:
+        plans = [plan for ref in plan_files for plan in read_json(ref)]
+        tables["evaluation"] = [evaluate(run, groups, plans, loaded["evaluation_text"])]
+    return Found(tables, plan_files)
+
+
+def check_formats(run: Run) -> None:
+    """Raise MpqError for a device that is not there or has no kernel for a format: before hours of work, not after."""
+    from mpq.kernels import check_native
+
+    formats = run.objectives["et"].formats if "et" in run.objectives else ()
+    run.place.ask(check_native, formats, run.spec.model.device)
+
+
+def load(run: Run) -> References:
+    """Facts of the model, the blocks of tokens to calibrate and to evaluate on, and which ones were drawn."""
+    return run.one(
+        calibration.load_model,
+        folder=str(run.subject.folder),
+        calibration=run.spec.calibration,
+        evaluation=run.held_out,
     )
 
 
-class Pipeline(Evaluating):
-    """All stages: plans, their evaluation, and the report."""
+def partition(run: Run) -> TableRef:
+    """The groups table."""
+    prefill = run.spec.timing
+    return run.one(
+        calibration.partition,
+        architecture=run.architecture,
+        batch=prefill.batch,
+        length=prefill.length,
+    )["groups"]
 
-    def run(self) -> dict[str, Any]:
-        """Every stage in order; returns the tables' references, what was written, and the stages' accounts."""
-        tables, plan_files, architecture = self.tables()
-        report, facts = self.report(tables)
-        plans = [plan for ref in plan_files for plan in read_json(ref)]
-        out = write_outputs(self.spec, plans, report, tables, facts)
-        publish(self.spec, tables, report, out)
-        return {
-            "tables": tables,
-            "out": out,
-            "stages": self.stages.done,
-            "architecture": architecture,
-            "fingerprint": self.fingerprint,
-            "plan_files": plan_files,
+
+def sensitivity(run: Run, groups: TableRef, blocks: TableRef) -> References:
+    """Sensitivity and loss tables: a task a shard of the calibration blocks, and their sum."""
+    part = run.spec.calibration
+    shards = len(calibration.blocks_of(blocks).shards(part.shards))
+    calls = {
+        f"shard {shard + 1}/{shards}": {
+            "weights": run.weights,
+            "groups": groups,
+            "blocks": blocks,
+            "shard": shard,
+            "shards": shards,
+            "formats": sorted(run.formats),
+            "batch": part.batch,
+            "base_term": run.spec.base_term,
+            "checkpoint_activations": part.checkpoint_activations,
         }
+        for shard in range(shards)
+    }
+    found = run.map(calibration.sensitivity_shard, calls)
+    return run.one(
+        calibration.merge_shards,
+        sensitivities=[shard["sensitivity"] for shard in found],
+        losses=[shard["loss"] for shard in found],
+    )
 
-    def tables(self) -> tuple[dict[str, list[TableRef]], list[TableRef], str]:
-        """Every table of the run, the plans as JSON, and the architecture's key."""
-        from mpq.kernels import check_native
 
-        formats = self.objectives["et"].formats if "et" in self.objectives else ()
-        self.stages.place.ask(
-            check_native, formats, self.spec.model.device
-        )  # before hours of work, not after
-        loaded = self.load()
-        architecture = read_json(loaded["model"])["architecture"]
-        groups = self.partition(architecture)
-        sums = self.sensitivity(groups, loaded["calibration"])
-        timed = self.timing(groups, architecture) if "et" in self.objectives else []
-        solved, timed = self.plans(groups, sums, timed, architecture)
-        plan_files = [s["plan_files"] for s in solved]
-        tables = {
-            "groups": [groups],
-            "drawn": [loaded["drawn"]],
-            "sensitivity": [sums["sensitivity"]],
-            "loss": [sums["loss"]],
-            "timing": timed,
-            "plans": [s["plans"] for s in solved],
-            "solutions": [s["solutions"] for s in solved],
-        }
-        if self.evaluating:
-            plans = [plan for ref in plan_files for plan in read_json(ref)]
-            tables["evaluation"] = [
-                self.evaluate(groups, plans, loaded["evaluation_text"], architecture)
-            ]
-        return tables, plan_files, architecture
+def facts_of(run: Run, drawn: TableRef) -> dict[str, str]:
+    """What the report tells of a run besides its tables."""
+    from mpq.evaluation.draw import in_words
 
-    def report(self, tables: dict[str, list[TableRef]]) -> tuple[TableRef, dict[str, str]]:
-        """The HTML report and the facts that it tells of the run."""
-        spec = self.spec
-        facts = {
-            "model": spec.model.path,
-            "fingerprint": self.fingerprint[:16],
-            "base": spec.model.base,
-            "device": self.device_name,
-            **in_words(read(tables["drawn"][0])),
-            "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens",
-            "noise model": spec.noise_model,
-            "mpq": version("mpq"),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        }
-        template = (files("mpq.report") / "templates" / "report.html.j2").read_text(
-            encoding="utf-8"
-        )
-        key = content_key(
-            [r.sha256 for refs in tables.values() for r in refs],
-            facts,
-            spec.name,
-            template,
-            code_of(
-                "report.page",
-                "report.accuracy",
-                "report.findings",
-                "report.drawing",
-                "report.figures",
-                "paper.attention_gain",
-                "paper.figures",
-            ),
-        )
-        inputs = {"tables": tables, "title": spec.name, "facts": facts}
-        return self.stages.run_one(
-            "report", (evaluation.write_report, key, f"report {spec.title}", inputs)
-        )["report"], facts
+    spec = run.spec
+    return {
+        "model": spec.model.path,
+        "fingerprint": run.weights.fingerprint[:16],
+        "base": spec.model.base,
+        "device": run.architecture.device_name,
+        **in_words(read(drawn)),
+        "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens",
+        "noise model": spec.noise_model,
+        "mpq": version("mpq"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }

@@ -7,15 +7,13 @@ from typing import Annotated, Any
 import polars as pl
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from mpq.errors import MpqError
-from mpq.flows.calibrate import Pipeline
-from mpq.flows.place import placed
-from mpq.flows.stages import Stages
+from mpq.flows.calibrate import check_formats, partition
+from mpq.flows.run import one_by_one, running
+from mpq.flows.times import first_times
 from mpq.spec import CalibrationSpec, ModelSpec, RunnerSpec, TimingSpec, parse_spec
-from mpq.store.entries import Store
 from mpq.tasks.stage import read
 
 Formats = Annotated[
@@ -34,7 +32,7 @@ Where = Annotated[
 @flow(
     name="campaign",
     flow_run_name="campaign {model.path}",
-    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
+    task_runner=one_by_one,
 )
 def campaign(
     model: ModelSpec,
@@ -56,10 +54,6 @@ def campaign(
         runner: Where to time.
         device_kind: Part of the device's name that must be there.
     """
-    from mpq.kernels import check_native
-    from mpq.models.checkpoint import load_config
-    from mpq.models.partition import architecture_key
-
     # the text of a run is never read here, its spec wants one
     text = CalibrationSpec(source="none").model_dump()
     data = {
@@ -72,18 +66,16 @@ def campaign(
         {**data, "calibration": text, "objectives": {"et": {"formats": formats}}, "store": store},
         "campaign",
     )
-    Store(store).check()
-    with placed(runner, model.device) as place:
-        run = Pipeline(spec, Stages(store, place, timeout_s=runner.timeout_s))
-        if device_kind and device_kind.lower() not in run.device_name.lower():
+    with running(spec) as run:
+        device = run.architecture.device_name
+        if device_kind and device_kind.lower() not in device.lower():
             raise MpqError(
-                f"The device is {run.device_name}, the campaign is for {device_kind}: run it on a worker that has one."
+                f"The device is {device}, the campaign is for {device_kind}: run it on a worker that has one."
             )
-        place.ask(check_native, spec.objectives["et"].formats, model.device)
-        architecture = architecture_key(load_config(run.folder))
-        groups = run.partition(architecture)
-        timed = run.timing(groups, architecture)
-    times = pl.concat([read(ref) for ref in timed], how="diagonal_relaxed")
+        check_formats(run)
+        groups = partition(run)
+        timed = first_times(run, groups)
+    times = read(timed)
     best = times.group_by("signature", maintain_order=True).agg(
         pl.len().alias("configurations"),
         pl.col("instances").first(),
@@ -91,6 +83,6 @@ def campaign(
         (pl.col("base_ttft_s").median() * 1e3).alias("base_ttft_ms"),
     )
     create_table_artifact(
-        best.to_dicts(), key="campaign", description=f"Times of {model.path} on {run.device_name}"
+        best.to_dicts(), key="campaign", description=f"Times of {model.path} on {device}"
     )
-    return {"groups": groups, "timing": timed, "device": run.device_name, "stages": run.stages.done}
+    return {"groups": groups, "timing": [timed], "device": device, "stages": run.done}

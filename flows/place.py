@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from prefect import Task
 from prefect.futures import PrefectFuture
@@ -13,9 +13,8 @@ from prefect.futures import PrefectFuture
 from mpq.errors import MpqError
 from mpq.spec import RunnerSpec
 from mpq.tasks.device import identity
+from mpq.tasks.stage import On
 
-# flow: beside the flow, on its own threads; workers: anywhere; accelerator: where one is free, and alone on it
-On = Literal["flow", "workers", "accelerator"]
 ACCELERATOR = {"accel": 1}  # what each worker offers that has one
 
 

@@ -5,37 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
-from mpq.flows.calibrate import Pipeline
-from mpq.flows.evaluating import EMULATION, Plans
-from mpq.flows.forecast import Look, Work, forecast, told
-from mpq.flows.place import placed
-from mpq.flows.planning import code_of
-from mpq.flows.stages import Stages, tell
+from mpq.flows.calibrate import chain, load, partition, tables_of
+from mpq.flows.evaluation import Plans, evaluate
+from mpq.flows.run import Account, Calls, Run, one_by_one, running, tell
+from mpq.paper.forecast import Asked, Work, forecast, told
 from mpq.report.runs import join_tables
 from mpq.spec import RunSpec
-from mpq.store.entries import Damaged, Store, TableRef, content_key
+from mpq.store.entries import Damaged, Store, TableRef
 from mpq.tasks import calibration, evaluation
-from mpq.tasks.stage import read, read_json
+from mpq.tasks.stage import References, Stage, read, read_json
 
 DryRun = Annotated[
     bool, Field(description="Say what would be computed and how long it takes, and stop")
 ]
+# seconds each, and the counts of what follows rest on them: a look computes these
+LOOKED_AT = frozenset({"load model", "partition", "pace"})
 
 
-@flow(
-    name="reproduce",
-    flow_run_name="reproduce {spec.name}",
-    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
-)
+@flow(name="reproduce", flow_run_name="reproduce {spec.name}", task_runner=one_by_one)
 def reproduce(spec: RunSpec, dry_run: DryRun = False) -> dict[str, Any]:
     """Run the whole sweep of a spec, what is stored re-used; write report, figures 1 to 9 (SVG, PNG) and Table 1.
 
@@ -49,17 +44,24 @@ def reproduce(spec: RunSpec, dry_run: DryRun = False) -> dict[str, Any]:
     """
     from mpq.paper.figures import write_figures
 
-    Store(spec.store).check()
-    with placed(spec.runner, spec.model.device, "et" in spec.objectives) as place:
-        sweep = Sweep(spec, Stages(spec.store, place, timeout_s=spec.runner.timeout_s))
-        works = sweep.foretold(sweep.tables)
+    with running(spec) as run:
+        whole, works = foretell(run, tables_of)
+
+        def evaluate_and_tell(
+            run: Run, groups: TableRef, plans: Plans, blocks: TableRef
+        ) -> TableRef:
+            """As everywhere; the plans are known by now, so how many evaluations there are is too."""
+            if not whole:
+                foretell(run, lambda look: evaluate(look, groups, plans, blocks))
+            return evaluate(run, groups, plans, blocks)
+
         rows = [asdict(work) for work in works]
         create_table_artifact(
             rows, key="forecast", description=f"What is left to compute: {spec.name}"
         )
         if dry_run:
             return {"forecast": rows}
-        outcome = sweep.run()
+        outcome = chain(run, evaluate_and_tell)
     folder = Path(outcome["out"]["report"]).parent / "figures"
     left_out = write_figures(join_tables(outcome["tables"]), folder, spec.model.base)
     for sentence in left_out:
@@ -68,69 +70,67 @@ def reproduce(spec: RunSpec, dry_run: DryRun = False) -> dict[str, Any]:
     return {**outcome, "forecast": rows, "left_out": left_out}
 
 
-class Sweep(Pipeline):
-    """The pipeline with its cost told on the way."""
+@dataclass
+class Look(Run):
+    """A run that looks instead of computing: what is stored comes back, what is not is noted.
 
-    _whole = False  # whether a look has come to the end, so that there is nothing new to tell
+    A reference to what is not there raises Damaged when it is read, which is where a look ends.
+    """
 
-    def evaluate(
-        self, groups: TableRef, plans: Plans, blocks: TableRef, architecture: str
-    ) -> TableRef:
-        """As everywhere; the plans are known by now, so how many evaluations there are is too."""
-        if not isinstance(self.stages, Look) and not self._whole:
-            self.foretold(lambda: Pipeline.evaluate(self, groups, plans, blocks, architecture))
-        return super().evaluate(groups, plans, blocks, architecture)
+    asked: list[Asked] = field(default_factory=list)
 
-    def foretold(self, what: Callable[[], object]) -> list[Work]:
-        """Go through stages without computing them, and tell what is left to do."""
-        look, mine = Look(self.spec.store, self.stages.place), self.stages
-        self.stages = look
-        try:
-            with suppress(Damaged):  # what follows depends on what is not there yet
-                what()
-                self._whole = True
-            works = self._forecast(look)
-        finally:
-            self.stages = mine
-        tell(told(works, self.spec, self.held_out))
-        return works
+    def map(self, stage: Stage, calls: Calls, name: str = "") -> list[References]:
+        """References to what is stored, and placeholders for the rest."""
+        name = name or stage.name
+        if name in LOOKED_AT:
+            return super().map(stage, calls, name)
+        store, out = Store(self.spec.store), []
+        for inputs in calls.values():
+            key = stage.key(dict(inputs))
+            found = {kind: store.find(kind, key) for kind in stage.kinds}
+            self.asked.append((name, inputs, all(found.values())))
+            absent = {kind: TableRef(kind, key, "", 0, 0, store=store.url) for kind in stage.kinds}
+            out.append({kind: found[kind] or absent[kind] for kind in stage.kinds})
+        return out
 
-    def _forecast(self, look: Look) -> list[Work]:
-        loaded = self.load()
-        facts = read_json(loaded["model"])
-        texts = {
-            part: calibration.blocks_of(loaded[kind]).tokens.size
-            for part, kind in (("calibration", "calibration"), ("evaluation", "evaluation_text"))
-        }
-        everything_stored = self._whole and all(stored for _, _, stored in look.asked)
-        pace = {"base_s_per_token": 0.0, "lowered_s_per_token": 0.0}
-        if not everything_stored:
-            pace = read(self._pace(facts["architecture"])).row(0, named=True)
-        return forecast(
-            look.asked, self.spec, self.held_out, {**texts, **facts["request_tokens"]}, pace
-        )
+    def _account(self, name: str, tasks: int, cached: int, start: float) -> None:
+        """Looking is no work done."""
 
-    def _pace(self, architecture: str) -> TableRef:
-        """Seconds per token; keyed by the kind of device and the hour, since what else a machine does changes."""
-        part, lowered = self.held_out, self.spec.formats[-1]
-        groups = self.partition(architecture)
-        formats = {op: lowered for op, _ in calibration.measured_ops(groups)}
-        key = content_key(
-            architecture,
-            self.device_name,
-            self.spec.model.base,
-            lowered,
-            part.batch,
-            part.length,
-            int(time.time() // 3600),
-            code_of("evaluation.pace", *EMULATION),
-        )
-        inputs = {
-            "model": self.model,
-            "formats": formats,
-            "batch": part.batch,
-            "length": part.length,
-        }
-        return self.stages.run_one(
-            "pace", (evaluation.measure_pace, key, f"pace {self.spec.name}", inputs), "workers"
-        )["pace"]
+
+def foretell(run: Run, what: Callable[[Run], object]) -> tuple[bool, list[Work]]:
+    """Go through stages without computing them, and tell what is left to do: whether it came to their end, and the work."""
+    done: list[Account] = []
+    look = Look(run.subject, run.objectives, run.formats, run.evaluating, run.only, done=done)
+    whole = False
+    with suppress(Damaged):  # what follows depends on what is not there yet
+        what(look)
+        whole = True
+    works = _forecast(look, whole)
+    tell(told(works, run.spec, run.held_out))
+    return whole, works
+
+
+def _forecast(look: Look, whole: bool) -> list[Work]:
+    loaded = load(look)
+    facts = read_json(loaded["model"])
+    parts = (("calibration", "calibration"), ("evaluation", "evaluation_text"))
+    texts = {part: calibration.blocks_of(loaded[kind]).tokens.size for part, kind in parts}
+    pace = {"base_s_per_token": 0.0, "lowered_s_per_token": 0.0}
+    if not (whole and all(stored for _, _, stored in look.asked)):
+        pace = read(_pace(look)).row(0, named=True)
+    tokens = {**texts, **facts["request_tokens"]}
+    return forecast(look.asked, look.spec, look.held_out, tokens, pace)
+
+
+def _pace(look: Look) -> TableRef:
+    """Seconds per token on this kind of device, in this hour."""
+    part, lowered = look.held_out, look.spec.formats[-1]
+    formats = {op: lowered for op, _ in calibration.measured_ops(partition(look))}
+    return look.one(
+        evaluation.measure_pace,
+        weights=look.weights,
+        formats=formats,
+        batch=part.batch,
+        length=part.length,
+        at=(look.architecture.device_name, int(time.time() // 3600)),
+    )["pace"]

@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from prefect import flow
-from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from mpq.errors import MpqError
-from mpq.flows.calibrate import Pipeline
-from mpq.flows.place import placed
-from mpq.flows.stages import Stages
+from mpq.flows.calibrate import chain
+from mpq.flows.run import one_by_one, running
 from mpq.spec import Objective, ObjectiveSpec, RunSpec, parse_spec
-from mpq.store.entries import Store
 
 Taus = Annotated[
     list[float] | None,
@@ -38,7 +35,7 @@ EVALUATING = frozenset(
 @flow(
     name="retune",
     flow_run_name="retune {spec.name}",
-    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
+    task_runner=one_by_one,
 )
 def retune(
     spec: RunSpec,
@@ -58,14 +55,16 @@ def retune(
         formats: Formats that the objective may choose, of those measured.
         evaluate: Run the new plans on the evaluation text too.
     """
-    Store(spec.store).check()
     tuned = retuned(spec, taus, objective, formats)
-    only = SOLVING | EVALUATING if evaluate else SOLVING
-    with placed(tuned.runner, tuned.model.device, evaluate and "et" in tuned.objectives) as place:
-        stages = Stages(spec.store, place, only, spec.runner.timeout_s)
-        return Pipeline(
-            tuned, stages, [objective] if objective else [], evaluate, spec.formats
-        ).run()
+    with running(
+        tuned,
+        solving=objective,
+        formats=spec.formats,
+        evaluating=evaluate,
+        timing=evaluate and "et" in tuned.objectives,
+        only=SOLVING | EVALUATING if evaluate else SOLVING,
+    ) as run:
+        return chain(run)
 
 
 def retuned(

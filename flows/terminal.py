@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import logging
+import contextvars
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import polars as pl
+from prefect import Flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Cancelled
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mpq.errors import MpqError
+from mpq.errors import MpqError, first_line
 from mpq.flows.calibrate import calibrate
+from mpq.flows.interruption import when_interrupted
 from mpq.flows.reproduce import reproduce
-from mpq.flows.stages import listening
+from mpq.flows.run import listening
 from mpq.report.accuracy import table_1
 from mpq.report.results import results_table
 from mpq.report.runs import join_tables
@@ -24,9 +30,9 @@ from mpq.tasks.progress import terminal
 
 
 def in_terminal(
-    spec: RunSpec, console: Console, run: Callable[[], dict[str, Any]]
+    spec: RunSpec, console: Console, ready: Callable[[], None], flow: Flow[..., Any], **more: Any
 ) -> dict[str, Any]:
-    """What the flow that `run` calls returns, its progress on `console`."""
+    """What the flow returns for the spec, its progress on `console`; `ready` waits for Prefect's server."""
     start = time.perf_counter()
     bars = Progress(
         TextColumn("  {task.description}"),
@@ -36,11 +42,13 @@ def in_terminal(
         console=console,
         transient=True,
     )
+    stages, runs = list[str](), list[FlowRun]()
 
     def on_stage(name: str, tasks: int, cached: int, seconds: float) -> None:
         state = (
             "cached" if cached == tasks else f"{cached} of {tasks} cached" if cached else "computed"
         )
+        stages.append(name)
         bars.console.print(
             f"  [green]✓[/] {name:<14} {tasks:>3} task{'s' if tasks != 1 else ' '}  {state:<16} {seconds:6.1f} s",
             highlight=False,
@@ -50,36 +58,64 @@ def in_terminal(
         for line in text.splitlines():
             bars.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
+    def begun(flow: Any, flow_run: FlowRun, state: Any) -> None:
+        runs.append(flow_run)
+
+    def stopped() -> str:
+        bars.stop()
+        console.quiet = True  # the flow goes on until the process ends
+        return f"{len(stages)} stage{'s are' if len(stages) != 1 else ' is'} stored in {spec.store}"
+
     console.print(
         f"[bold]{spec.name}[/]: {spec.model.path} in {spec.model.base} → {', '.join(spec.formats)}; store {spec.store}",
         highlight=False,
     )
-    logging.getLogger("prefect").propagate = False
-    with terminal(bars), listening(on_stage, on_text):
-        try:
-            outcome = run()
-        except (RuntimeError, httpx.ConnectError) as error:
-            if "ephemeral" not in str(error) and not isinstance(error, httpx.ConnectError):
-                raise
-            raise MpqError(
-                "Prefect's own server cannot be reached or did not start: see its reason with `prefect server start`, "
-                "then set PREFECT_API_URL to it, or unset PREFECT_API_URL to have one started for the run."
-            ) from error
+    ready()
+    with (
+        when_interrupted(lambda: _cancel(runs)),
+        when_interrupted(stopped),
+        terminal(bars),
+        listening(on_stage, on_text),
+    ):
+        outcome: dict[str, Any] = _beside(flow.with_options(on_running=[begun]), spec, **more)
     console.print(f"[bold]done[/] in {time.perf_counter() - start:.1f} s", highlight=False)
     return outcome
 
 
-def run_in_terminal(spec: RunSpec, console: Console) -> tuple[pl.DataFrame, dict[str, str]]:
+def _beside(flow: Flow[..., Any], *args: Any, **more: Any) -> Any:
+    """What the flow returns, run in another thread: this one stays free for signals, which Prefect would take over to
+    wait for tasks that nothing can interrupt."""
+    context = contextvars.copy_context()
+    with ThreadPoolExecutor(1, thread_name_prefix="flow") as thread:
+        try:
+            return thread.submit(context.run, flow, *args, **more).result()
+        except httpx.TransportError as error:
+            raise MpqError(
+                f"Prefect's server can no longer be reached ({first_line(error)}): what was done is stored, run the same "
+                "command again once it can."
+            ) from error
+
+
+def _cancel(runs: list[FlowRun]) -> None:
+    """Tell Prefect's server, which may live on, that these runs have ended."""
+    with get_client(httpx_settings={"timeout": 2}, sync_client=True) as client:
+        for run in runs:
+            client.set_flow_run_state(run.id, Cancelled(message="Interrupted."), force=True)
+
+
+def run_in_terminal(
+    spec: RunSpec, console: Console, ready: Callable[[], None]
+) -> tuple[pl.DataFrame, dict[str, str]]:
     """Run the pipeline with its progress on `console`; returns the results table and the paths of what was written."""
-    outcome = in_terminal(spec, console, lambda: calibrate(spec))
+    outcome = in_terminal(spec, console, ready, calibrate)
     return results_table(join_tables(outcome["tables"])), outcome["out"]
 
 
 def reproduce_in_terminal(
-    spec: RunSpec, console: Console, dry_run: bool
+    spec: RunSpec, console: Console, ready: Callable[[], None], dry_run: bool
 ) -> tuple[pl.DataFrame, dict[str, str]]:
     """Run the sweep with its cost and progress on `console`; returns Table 1, or the forecast of a dry run, and the paths."""
-    outcome = in_terminal(spec, console, lambda: reproduce(spec, dry_run=dry_run))
+    outcome = in_terminal(spec, console, ready, reproduce, dry_run=dry_run)
     if dry_run:
         return pl.DataFrame(outcome["forecast"], infer_schema_length=None), {}
     return table_1(join_tables(outcome["tables"])), outcome["out"]

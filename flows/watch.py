@@ -9,13 +9,13 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from mpq.errors import MpqError
 from mpq.flows.calibrate import aimed_at, calibrate
 from mpq.flows.outputs import rows_for_people
 from mpq.flows.records import Claim, Records
+from mpq.flows.run import one_by_one
 from mpq.models.discovery import settled
 from mpq.program.changes import Change, compare
 from mpq.program.plan import Plan
@@ -40,7 +40,7 @@ Lease = Annotated[
 @flow(
     name="watch",
     flow_run_name="watch {spec.name}",
-    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
+    task_runner=one_by_one,
 )
 def watch(
     urls: Urls, spec: RunSpec, settle_s: Settle = 5.0, lease_s: Lease = 120.0

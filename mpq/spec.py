@@ -52,7 +52,8 @@ class TextSpec(_Strict):
     """Text to calibrate or evaluate on, cut into `samples` blocks of `length` tokens."""
 
     source: Url = Field(
-        description="A text file, JSONL, .npy token array, fsspec URL of one, a Hugging Face dataset id, or `tasks`: the evaluated tasks' documents"
+        description="A text file, JSONL, Parquet (.gz too), .npy token array, fsspec URL of one, a folder of a dataset or its Hugging Face id, "
+        "`id:configuration` where it has several (wikitext:wikitext-2-raw-v1), or `tasks`: the evaluated tasks' documents"
     )
     samples: int | None = Field(
         64, ge=1, description="Blocks of tokens drawn; null for all that there are"
@@ -60,8 +61,12 @@ class TextSpec(_Strict):
     length: int = Field(256, ge=2, description="Tokens per block")
     batch: int = Field(8, ge=1, description="Blocks per forward pass")
     seed: int = Field(0, description="Seed of the draw")
-    field: str = Field("text", description="JSONL key or dataset column that holds the text")
+    field: str = Field(
+        "text",
+        description="JSONL key or dataset column that holds the text, chat messages, or token ids (input_ids)",
+    )
     split: str = Field("train", description="Split of a Hugging Face dataset")
+    revision: str | None = Field(None, description="Revision of a Hugging Face dataset")
 
 
 class CalibrationSpec(TextSpec):

@@ -5,32 +5,22 @@ from __future__ import annotations
 import io
 import json
 import threading
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpq.spec import CalibrationSpec, EvaluationSpec
+from mpq.models.blocks import Blocks
+from mpq.spec import FROM_TASKS, CalibrationSpec, EvaluationSpec
 from mpq.store.entries import Store, TableRef
-from mpq.tasks.checkpoint import at_hand
+from mpq.tasks.checkpoint import Architecture, Weights, at_hand, loaded
 from mpq.tasks.device import exclusive
 from mpq.tasks.progress import tracked
 from mpq.tasks.stage import Output, read, stage
 
 
-@lru_cache(maxsize=1)
-def model_of(folder: str, fingerprint: str, base: str, device: str) -> Any:
-    """The loaded model, kept for the next task in this process that asks for the same content."""
-    from mpq.models.checkpoint import load_model
-
-    return load_model(at_hand(folder, fingerprint), base, device)
-
-
-def blocks_of(ref: TableRef) -> Any:
+def blocks_of(ref: TableRef) -> Blocks:
     """The token blocks behind a reference."""
-    from mpq.models.blocks import Blocks
-
     return Blocks(np.load(io.BytesIO(Store(ref.store).read_bytes(ref)), allow_pickle=False))
 
 
@@ -40,18 +30,41 @@ def _npy(array: np.ndarray) -> tuple[bytes, str]:
     return buffer.getvalue(), "npy"
 
 
-@stage("model", "calibration", "evaluation_text", "drawn")
+def _loaded_from(folder: str, calibration: CalibrationSpec, evaluation: EvaluationSpec) -> Any:
+    """Tokenizer and configuration, the texts and tasks by their content, and how they are drawn; no places."""
+    from mpq.evaluation.task_data import data_key, harness_version
+    from mpq.models.checkpoint import fingerprint_of
+    from mpq.models.text import source_key
+
+    how = {
+        "source",
+        "data_dir",
+        "batch",
+        "shards",
+        "checkpoint_activations",
+        "seeds",
+        "ttft_repeats",
+    }
+    texts = [
+        (text.model_dump(mode="json", exclude=how), text.source == FROM_TASKS or source_key(text))
+        for text in (calibration, evaluation)
+    ]
+    tasks = evaluation.tasks
+    data = (data_key(tasks, evaluation.data_dir), harness_version()) if tasks else None
+    tokenizer = ("config.json", "tokenizer*", "vocab*", "merges*", "*.model")
+    return fingerprint_of(Path(folder), tokenizer), texts, data
+
+
+@stage("model", "calibration", "evaluation_text", "drawn", name="load model", key=_loaded_from)
 def load_model(folder: str, calibration: CalibrationSpec, evaluation: EvaluationSpec) -> Output:
     """Facts of the checkpoint, the blocks of tokens to calibrate and to evaluate on, and which ones were drawn."""
     from mpq.evaluation.draw import draw
     from mpq.models.checkpoint import load_config
-    from mpq.models.partition import architecture_key
 
     config = load_config(Path(folder))
     vocabulary = config.get_text_config().vocab_size
     drawn = draw(Path(folder), vocabulary, calibration, evaluation)
     facts = {
-        "architecture": architecture_key(config),
         "model_type": config.model_type,
         "vocabulary": vocabulary,
         "request_tokens": dict(drawn.request_tokens),
@@ -67,22 +80,36 @@ def load_model(folder: str, calibration: CalibrationSpec, evaluation: Evaluation
 tracing = threading.RLock()  # torch.export is not made for two threads of one process
 
 
-@stage("groups")
-def partition(folder: str, batch: int, length: int) -> Output:
-    """The groups table of the architecture; no weights are read."""
+@stage("groups", key=lambda architecture, batch, length: (architecture.key, batch, length))
+def partition(architecture: Architecture, batch: int, length: int) -> Output:
+    """The groups table of the architecture: no weights are read, and a fine-tune costs nothing."""
     from mpq.models.checkpoint import load_config
     from mpq.models.graph import trace
     from mpq.models.partition import groups_table
     from mpq.models.partition import partition as partition_graph
 
     with tracing:
-        graph = trace(load_config(Path(folder)))
+        graph = trace(load_config(at_hand(architecture.source)))
     return {"groups": groups_table(partition_graph(graph), batch, length)}
 
 
-@stage("sensitivity", "loss", retries=1)
+def _shard_alone(
+    weights: Weights,
+    groups: TableRef,
+    blocks: TableRef,
+    shard: int,
+    shards: int,
+    formats: list[str],
+    base_term: bool,
+    **_: Any,
+) -> Any:
+    """The shard's own tokens, not their place among others: a new shard adds to the old ones."""
+    return weights, groups, blocks_of(blocks).shards(shards)[shard].key, formats, base_term
+
+
+@stage("sensitivity", "loss", name="sensitivity", on="workers", key=_shard_alone, retries=1)
 def sensitivity_shard(
-    model: dict[str, str],
+    weights: Weights,
     groups: TableRef,
     blocks: TableRef,
     shard: int,
@@ -96,16 +123,14 @@ def sensitivity_shard(
     from mpq.loss.sensitivity import measure_sensitivity
 
     part = blocks_of(blocks).shards(shards)[shard]
-    with (
-        exclusive(model["device"], alone=False),
-        tracked(f"sensitivity {shard + 1}/{shards}") as progress,
-    ):
+    label = f"sensitivity {shard + 1}/{shards}"
+    with exclusive(weights.device, alone=False), tracked(label) as progress:
         sensitivity, loss = measure_sensitivity(
-            model_of(**model),
+            loaded(weights),
             measured_ops(groups),
             part,
             formats=formats,
-            base=model["base"],
+            base=weights.base,
             batch=batch,
             base_term=base_term,
             checkpoint_activations=checkpoint_activations,
@@ -116,14 +141,11 @@ def sensitivity_shard(
 
 def measured_ops(groups: TableRef) -> list[tuple[str, str]]:
     """(name, kind) of the ops that can be lowered; products of other kinds stay in base."""
-    return [
-        (r["op"], r["kind"])
-        for r in read(groups).iter_rows(named=True)
-        if r["kind"] in ("linear", "bgemm")
-    ]
+    rows = read(groups).select("op", "kind").iter_rows()
+    return [(op, kind) for op, kind in rows if kind in ("linear", "bgemm")]
 
 
-@stage("sensitivity", "loss")
+@stage("sensitivity", "loss", name="merge shards")
 def merge_shards(sensitivities: list[TableRef], losses: list[TableRef]) -> Output:
     """The shards' sums as one table."""
     from mpq.loss.sensitivity import merge

@@ -1,11 +1,52 @@
-"""A checkpoint's files where a task runs, which may be another machine than the flow's."""
+"""A checkpoint as tasks get it: where its files are, which may be another machine than the flow's, and what it holds."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from mpq.errors import MpqError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model to be loaded. Where it lies does not count in a key."""
+
+    source: str
+    fingerprint: str
+    base: str
+    device: str
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """What of it a table depends on."""
+        return self.fingerprint, self.base, self.device
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model to be timed, with random weights: time does not depend on them, so a new checkpoint re-uses every measurement.
+
+    `made_with` is what a time depends on besides the model: the kind of device, its kernels' code, the libraries.
+    """
+
+    source: str
+    key: str
+    base: str
+    device: str
+    made_with: tuple[str, ...]
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What of it a table depends on."""
+        return self.key, self.base, self.device, self.made_with
+
+    @property
+    def device_name(self) -> str:
+        """The kind of device that its times are kept under."""
+        return self.made_with[0]
 
 
 def source_of(path: str, revision: str | None, folder: Path, shared: bool) -> str:
@@ -36,3 +77,20 @@ def at_hand(source: str, fingerprint: str = "") -> Path:
             f"{path} has changed since the run began: run it again for the new checkpoint."
         )
     return folder
+
+
+@lru_cache(maxsize=1)
+def loaded(weights: Weights) -> Any:
+    """The model, kept for the next task in this process that asks for the same."""
+    from mpq.models.checkpoint import load_model
+
+    return load_model(at_hand(weights.source, weights.fingerprint), weights.base, weights.device)
+
+
+def with_random_weights(architecture: Architecture) -> Any:
+    """The model as it is timed, on its device."""
+    from mpq.models.checkpoint import load_config
+    from mpq.timing.measure import timing_model
+
+    model = timing_model(load_config(at_hand(architecture.source)), architecture.base)
+    return model.to(architecture.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.resources import files
 from typing import Any
 
 import polars as pl
@@ -10,29 +11,28 @@ import polars as pl
 from mpq.errors import MpqError
 from mpq.store.entries import Store, TableRef
 from mpq.store.tables import table
-from mpq.tasks.calibration import blocks_of, model_of
-from mpq.tasks.checkpoint import at_hand
+from mpq.tasks.calibration import blocks_of
+from mpq.tasks.checkpoint import Weights, at_hand, loaded
 from mpq.tasks.device import exclusive
 from mpq.tasks.progress import tracked
-from mpq.tasks.stage import Output, read, stage
+from mpq.tasks.stage import Output, read, read_together, stage
 
 
-@stage("base_losses", retries=1)
-def evaluate_base(model: dict[str, str], blocks: TableRef, batch: int) -> Output:
+@stage("base_losses", on="workers", free=["batch"], retries=1)
+def evaluate_base(weights: Weights, blocks: TableRef, batch: int) -> Output:
     """The base model's loss of each evaluation sample."""
     from mpq.evaluation.losses import losses
 
-    with exclusive(model["device"], alone=False):
-        return {
-            "base_losses": pl.DataFrame(
-                {"loss": losses(model_of(**model), blocks_of(blocks), batch)}
-            )
-        }
+    with exclusive(weights.device, alone=False):
+        found = losses(loaded(weights), blocks_of(blocks), batch)
+    return {"base_losses": pl.DataFrame({"loss": found})}
 
 
-@stage("plan_losses", retries=1)
+@stage(
+    "plan_losses", name="evaluate", on="workers", free=["base_losses", "batch", "what"], retries=1
+)
 def evaluate_plan(
-    model: dict[str, str],
+    weights: Weights,
     formats: dict[str, str],
     blocks: TableRef,
     base_losses: TableRef,
@@ -43,13 +43,13 @@ def evaluate_plan(
     """Loss MSE, drift and perplexity under one plan, its scales perturbed by one seed."""
     from mpq.evaluation.losses import evaluate_loss
 
-    with exclusive(model["device"], alone=False), tracked(f"evaluate {what}") as progress:
+    with exclusive(weights.device, alone=False), tracked(f"evaluate {what}") as progress:
         frame = evaluate_loss(
-            model_of(**model),
+            loaded(weights),
             formats,
             blocks_of(blocks),
             read(base_losses)["loss"].to_numpy(),
-            base=model["base"],
+            base=weights.base,
             seeds=[seed],
             batch=batch,
             progress=progress,
@@ -57,27 +57,37 @@ def evaluate_plan(
     return {"plan_losses": frame}
 
 
-@stage("task_scores", retries=1)
+def _scored(
+    weights: Weights,
+    task: str,
+    data: str,
+    limit: int | None,
+    formats: Any = None,
+    seed: int = 0,
+    **_: Any,
+) -> Any:
+    """The model, the plan, the task's documents by their content, and the harness that scores them."""
+    from mpq.evaluation.task_data import harness_version
+
+    return weights, formats, seed, task, data, limit, harness_version()
+
+
+@stage("task_scores", name="tasks base", on="workers", key=_scored, retries=1)
 def evaluate_base_task(
-    model: dict[str, str], task: str, data: str, data_dir: str | None, limit: int | None, batch: int
+    weights: Weights, task: str, data: str, data_dir: str | None, limit: int | None, batch: int
 ) -> Output:
     """The base model's scores on one harness task, document by document."""
     from mpq.evaluation.harness import score
 
-    with exclusive(model["device"]):
-        scores = score(
-            model_of(**model),
-            _tokenizer(**model),
-            _opened(task, data_dir, data),
-            limit=limit,
-            batch=batch,
-        )
+    with exclusive(weights.device):
+        opened = _opened(task, data_dir, data)
+        scores = score(loaded(weights), _tokenizer(weights), opened, limit=limit, batch=batch)
     return {"task_scores": (scores.to_json().encode(), "json")}
 
 
-@stage("plan_tasks", retries=1)
+@stage("plan_tasks", name="tasks", on="workers", key=_scored, retries=1)
 def evaluate_plan_task(
-    model: dict[str, str],
+    weights: Weights,
     task: str,
     data: str,
     data_dir: str | None,
@@ -91,13 +101,13 @@ def evaluate_plan_task(
     """One harness task under one plan, its scales perturbed by one seed."""
     from mpq.evaluation.harness import Scores, evaluate_tasks
 
-    with exclusive(model["device"]), tracked(f"{task} {what}") as progress:
+    with exclusive(weights.device), tracked(f"{task} {what}") as progress:
         frame = evaluate_tasks(
-            model_of(**model),
-            _tokenizer(**model),
+            loaded(weights),
+            _tokenizer(weights),
             formats,
             _opened(task, data_dir, data),
-            base=model["base"],
+            base=weights.base,
             seeds=[seed],
             limit=limit,
             batch=batch,
@@ -117,33 +127,32 @@ def _opened(task: str, data_dir: str | None, data: str) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: str, fingerprint: str, base: str, device: str) -> Any:
-    from transformers import AutoTokenizer
+def _tokenizer(weights: Weights) -> Any:
+    from mpq.models.text import load_tokenizer
 
-    here = at_hand(folder, fingerprint)
+    here = at_hand(weights.source, weights.fingerprint)
     try:
-        return AutoTokenizer.from_pretrained(here)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        return load_tokenizer(here)
+    except MpqError as error:
         raise MpqError(
-            f"{here} has no tokenizer that can be read ({reason}): harness tasks need one; leave `tasks` out."
+            f"Harness tasks need a tokenizer; leave `tasks` out, or mend this: {error}"
         ) from None
 
 
-@stage("pace")
-def measure_pace(model: dict[str, str], formats: dict[str, str], batch: int, length: int) -> Output:
-    """Seconds per token of the model, in base and lowered."""
+@stage("pace", name="pace", on="workers")
+def measure_pace(
+    weights: Weights, formats: dict[str, str], batch: int, length: int, at: tuple[str, int]
+) -> Output:
+    """Seconds per token of the model, in base and lowered, on a kind of device in some hour: `at`, since what else a machine
+    does changes."""
     from mpq.evaluation.pace import measure_pace as measure
 
-    with exclusive(model["device"]):
-        return {
-            "pace": measure(
-                model_of(**model), formats, base=model["base"], batch=batch, length=length
-            )
-        }
+    with exclusive(weights.device):
+        pace = measure(loaded(weights), formats, base=weights.base, batch=batch, length=length)
+    return {"pace": pace}
 
 
-@stage("evaluation")
+@stage("evaluation", name="collect")
 def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Output:
     """The evaluation table. `plans` say for each plan its identity, the tables measured of it, and its row of `ttft`."""
     seconds = read(ttft) if ttft else None
@@ -171,14 +180,17 @@ def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Ou
     return {"evaluation": table("evaluation", rows)}
 
 
-@stage("report")
+def _told(**inputs: Any) -> Any:
+    """Everything, and the page's template."""
+    return inputs, (files("mpq.report") / "templates" / "report.html.j2").read_text(
+        encoding="utf-8"
+    )
+
+
+@stage("report", name="report", key=_told)
 def write_report(tables: dict[str, list[TableRef]], title: str, facts: dict[str, str]) -> Output:
     """The HTML report, from tables alone."""
     from mpq.report.page import write_report as render
 
-    together = {
-        name: pl.concat([read(ref) for ref in refs], how="diagonal_relaxed")
-        for name, refs in tables.items()
-        if refs
-    }
+    together = {name: read_together(refs) for name, refs in tables.items() if refs}
     return {"report": (render(together, title, facts).encode(), "html")}

@@ -6,16 +6,14 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-import polars as pl
-
 from mpq.program.solver import SolverName
 from mpq.spec import Objective, ObjectiveSpec
 from mpq.store.entries import TableRef
 from mpq.store.tables import table
-from mpq.tasks.stage import Output, read, stage
+from mpq.tasks.stage import Output, read, read_together, stage
 
 
-@stage("gains")
+@stage("gains", name="gains")
 def build_gains(
     objective: Objective,
     groups: TableRef,
@@ -36,15 +34,13 @@ def build_gains(
 
     tables = read(groups), read(sensitivity)
     if objective == "et":
-        measured = complete(
-            pl.concat([read(t) for t in timing], how="diagonal_relaxed"), choices, base
-        )
+        measured = complete(read_together(timing), choices, base)
         return {"gains": gains_et(tables[0], measured, tables[1], base, noise_model, bound)}
     build = gains_tt if objective == "tt" else gains_m
     return {"gains": build(tables[0], tables[1], formats, base, noise_model)}
 
 
-@stage("plans", "solutions", "plan_files")
+@stage("plans", "solutions", "plan_files", free=["provenance"])
 def solve(
     objective: Objective,
     part: ObjectiveSpec,
@@ -65,7 +61,7 @@ def solve(
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
     base_ttft = (
-        float(pl.concat([read(t) for t in timing], how="diagonal_relaxed")["base_ttft_s"].median())  # type: ignore[arg-type]
+        float(read_together(timing)["base_ttft_s"].median())  # type: ignore[arg-type]
         if timing
         else None
     )

@@ -1,9 +1,12 @@
-"""What every stage shares: caching by content, the store, a readable name. A stage itself is a pure function.
+"""What every stage shares: its key, caching by content, the store, a readable name. A stage itself is a pure function.
 
-A stage takes references and plain values and returns {kind: table or (bytes, suffix)}. Wrapped, it becomes a Prefect
-task that is cached twice over: by Prefect, whose result is the small JSON of the references, and by the store, which
-knows the entries even where Prefect's own records are gone (another machine, a fresh server). A batch is a stage of many
-entries of one kind.
+A stage takes references and plain values and returns {kind: table or (bytes, suffix)}. Wrapped, it becomes a Prefect task that
+is cached twice over: by Prefect, whose result is the small JSON of the references, and by the store, which knows the entries even
+where Prefect's own records are gone (another machine, a fresh server). A batch is a stage of many entries of one kind.
+
+A stage's key is the content of everything that goes into it, plus the code that it runs through (store/code.py). A stage that
+depends on less says so where it is defined: `free` names inputs that decide how something is computed and not what, `key` says in
+full what counts.
 """
 
 from __future__ import annotations
@@ -11,11 +14,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import polars as pl
 from prefect import Task, task
@@ -25,18 +28,52 @@ from prefect.serializers import Serializer
 from prefect.states import Completed
 
 from mpq.errors import MpqError
+from mpq.store.code import code_version
 from mpq.store.entries import Damaged, Store, TableRef, content_key
 
 References = dict[str, TableRef]
 Output = Mapping[str, "pl.DataFrame | tuple[bytes, str]"]
-
+# flow: beside the flow, on its own threads; workers: anywhere; accelerator: where one is free, and alone on it
+On = Literal["flow", "workers", "accelerator"]
 
 # Prefect warns at each task that a limit on its time cannot interrupt one blocking call: true, and ours are many short ones
 logging.getLogger("prefect.task_runs").addFilter(
     lambda record: not str(record.msg).startswith("Timeout of %s seconds configured")
 )
 
-_kinds: dict[str, tuple[str, ...]] = {}  # what each stage writes, by its name
+
+@dataclass(frozen=True)
+class Stage:
+    """A function as a stage: what it is called, what it writes, where it runs, and what its key holds."""
+
+    name: str
+    kinds: tuple[str, ...]
+    task: Task[..., References]
+    compute: Callable[..., Any]
+    on: On
+    free: frozenset[str]
+    content: Callable[..., Any] | None
+
+    def key(self, inputs: Mapping[str, Any]) -> str:
+        """The key of its entries for these inputs."""
+        if self.content:
+            content = self.content(**inputs)
+        else:
+            content = {name: value for name, value in inputs.items() if name not in self.free}
+        return content_key(self.kinds, content_of(content), code_version(self.compute))
+
+
+def content_of(value: Any) -> Any:
+    """What of a value counts in a key: of a reference the hash of its data, of what has a `content` that, of the rest all."""
+    if isinstance(value, TableRef):
+        return value.sha256
+    if hasattr(value, "content"):
+        return content_of(value.content)
+    if isinstance(value, Mapping):
+        return {str(name): content_of(part) for name, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [content_of(part) for part in value]
+    return value
 
 
 class _Stored(Exception):
@@ -87,17 +124,22 @@ class ReferenceSerializer(Serializer):
         return references
 
 
-def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task[..., References]]:
-    """Make a Prefect task that writes `kinds` from a function that computes them.
+def stage(
+    *kinds: str,
+    name: str = "",
+    on: On = "flow",
+    free: Sequence[str] = (),
+    key: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Callable[[Callable[..., Output]], Stage]:
+    """Make a stage that writes `kinds` from a function that computes them.
 
-    The task is called with `key` (what the stage depends on, see `content_key`), the store's URL, a label for people
-    and the function's own arguments as `inputs`; it returns a reference for each kind.
+    Its task is called with the key, the store's URL, a label for people and the function's own arguments as `inputs`; it
+    returns a reference for each kind. `options` are Prefect's.
     """
 
-    def wrap(compute: Callable[..., Output]) -> Task[..., References]:
-        @functools.wraps(
-            compute, assigned=("__name__", "__qualname__", "__doc__", "__module__"), updated=()
-        )
+    def wrap(compute: Callable[..., Output]) -> Stage:
+        @functools.wraps(compute, assigned=_NAMES, updated=())
         def run(key: str, store: str, label: str, inputs: dict[str, Any]) -> Any:
             where, log = Store(store), get_run_logger()
 
@@ -111,37 +153,36 @@ def stage(*kinds: str, **options: Any) -> Callable[[Callable[..., Output]], Task
                 log.info("%s: computing", label)
                 with _asking(stop_if_stored):
                     output = compute(**inputs)
-                stop_if_stored()  # of two runs that measured the same thing, both go on with what was stored first
+                # of two runs that measured the same thing, both go on with what was stored first
+                stop_if_stored()
             except _Stored as stored:
                 log.info("%s: reused from %s", label, store)
                 return Completed(name="Cached", message="Reused from the store", data=stored.found)
-            return {
-                kind: _write(where, kind, key, output[kind], _upstream(inputs), label)
-                for kind in kinds
-            }
+            upstream = _upstream(inputs)
+            return {kind: _write(where, kind, key, output[kind], upstream, label) for kind in kinds}
 
-        return _task(run, compute.__name__, kinds, options)
+        made = _task(run, compute.__name__, options)
+        of = name or compute.__name__.replace("_", " ")
+        return Stage(of, kinds, made, compute, on, frozenset(free), key)
 
     return wrap
 
 
 def batch(
-    kind: str, **options: Any
-) -> Callable[[Callable[..., Iterator[tuple[str, pl.DataFrame]]]], Task[..., References]]:
-    """Make a Prefect task that computes many entries of one `kind`, each stored as soon as it is there.
+    kind: str, name: str = "", on: On = "accelerator", **options: Any
+) -> Callable[[Callable[..., Iterator[tuple[str, pl.DataFrame]]]], Stage]:
+    """Make a stage that computes many entries of one `kind`, each stored under a key of its own as soon as it is there.
 
-    How entries are spread over tasks is in no entry's key, and whatever ends a task, what it had done stays. It is called
-    as a stage's task is; `inputs` has `wanted`, which maps the entries' keys to what is to be computed. The function gets
-    these, a question `missing(key)` to ask before each one (another run may have stored it meanwhile), and yields
-    (key, table). The task returns a reference for each key.
+    How entries are spread over tasks is in no entry's key, and whatever ends a task, what it had done stays. `inputs` has
+    `wanted`, which maps the entries' keys to what is to be computed. The function gets these, a question `missing(key)` to ask
+    before each one (another run may have stored it meanwhile), and yields (key, table). The task returns a reference for each key.
     """
 
-    def wrap(compute: Callable[..., Iterator[tuple[str, pl.DataFrame]]]) -> Task[..., References]:
-        @functools.wraps(
-            compute, assigned=("__name__", "__qualname__", "__doc__", "__module__"), updated=()
-        )
+    def wrap(compute: Callable[..., Iterator[tuple[str, pl.DataFrame]]]) -> Stage:
+        @functools.wraps(compute, assigned=_NAMES, updated=())
         def run(key: str, store: str, label: str, inputs: dict[str, Any]) -> Any:
-            where, log, found, computed = Store(store), get_run_logger(), dict[str, TableRef](), 0
+            where, log = Store(store), get_run_logger()
+            found, computed = dict[str, TableRef](), 0
 
             def missing(entry: str) -> bool:
                 if entry not in found and (ref := where.find(kind, entry)):
@@ -150,31 +191,26 @@ def batch(
 
             for entry, frame in compute(**inputs, missing=missing):
                 computed += 1
-                if missing(
-                    entry
-                ):  # of two runs that measured the same thing, both go on with what was stored first
+                if missing(entry):  # of two runs, both go on with what was stored first
                     found[entry] = _write(where, kind, entry, frame, _upstream(inputs), label)
-            log.info(
-                "%s: %d computed, %d reused from %s",
-                label,
-                computed,
-                len(inputs["wanted"]) - computed,
-                store,
-            )
+            reused = len(inputs["wanted"]) - computed
+            log.info("%s: %d computed, %d reused from %s", label, computed, reused, store)
             if computed:
                 return {entry: found[entry] for entry in inputs["wanted"]}
             return Completed(name="Cached", message="Reused from the store", data=found)
 
-        return _task(run, compute.__name__, (kind,), options)
+        made = _task(run, compute.__name__, options)
+        of = name or compute.__name__.replace("_", " ")
+        return Stage(of, (kind,), made, compute, on, frozenset(), lambda wanted, **_: list(wanted))
 
     return wrap
 
 
-def _task(
-    run: Callable[..., Any], name: str, kinds: tuple[str, ...], options: dict[str, Any]
-) -> Task[..., References]:
+_NAMES = ("__name__", "__qualname__", "__doc__", "__module__")
+
+
+def _task(run: Callable[..., Any], name: str, options: dict[str, Any]) -> Task[..., References]:
     del run.__wrapped__  # type: ignore[attr-defined]
-    _kinds[name] = kinds
     return task(
         name=name,
         task_run_name="{label}",
@@ -184,11 +220,6 @@ def _task(
         retry_condition_fn=is_worth_a_retry,
         **options,
     )(run)
-
-
-def kinds_of(task: Task[..., References]) -> tuple[str, ...]:
-    """The kinds of table that a stage's task writes."""
-    return _kinds[task.name]
 
 
 def is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
@@ -235,6 +266,11 @@ def read(ref: TableRef) -> pl.DataFrame:
     return Store(ref.store).read_table(ref)
 
 
+def read_together(refs: Sequence[TableRef]) -> pl.DataFrame:
+    """The tables behind references as one; columns that only some have are null in the others."""
+    return pl.concat([read(ref) for ref in refs], how="diagonal_relaxed")
+
+
 def read_json(ref: TableRef) -> Any:
     """The JSON behind a reference."""
     return json.loads(Store(ref.store).read_bytes(ref))
@@ -242,12 +278,15 @@ def read_json(ref: TableRef) -> Any:
 
 __all__ = [
     "Damaged",
+    "On",
     "Output",
     "References",
+    "Stage",
     "batch",
-    "kinds_of",
+    "content_of",
     "read",
     "read_json",
+    "read_together",
     "stage",
     "stop_if_stored",
 ]

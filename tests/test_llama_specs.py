@@ -8,10 +8,10 @@ import polars as pl
 import pytest
 from small import ROOT
 
-from mpq.flows.forecast import plans_at_most
 from mpq.models.checkpoint import load_config
 from mpq.models.graph import trace
 from mpq.models.partition import groups_table, partition
+from mpq.paper.forecast import plans_at_most
 from mpq.program.gains import gains_et, gains_m, gains_tt
 from mpq.program.strategies import choose
 from mpq.spec import RunSpec, load_spec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -530,11 +529,13 @@ def run(
 ) -> None:
     """Do it all: a checkpoint in; plans, their evaluation and a report out. A second run re-uses what is done."""
     checked = _spec_for(spec, store)
-    _prefect_environment(verbose)
-    from mpq.flows.terminal import run_in_terminal
+    from mpq.flows.server import prefect_api
 
-    results, where = run_in_terminal(checked, log)
-    emit_results(results, json_, out, where)
+    with prefect_api(verbose) as ready:  # it starts while this imports torch
+        from mpq.flows.terminal import run_in_terminal
+
+        results, where = run_in_terminal(checked, log, ready)
+        emit_results(results, json_, out, where)
 
 
 @app.command()
@@ -571,19 +572,21 @@ def reproduce(
     Says beforehand what it costs. Cut off and started again it goes on where it was.
     """
     checked = _spec_for(spec, store)
-    _prefect_environment(verbose)
-    from mpq.flows.terminal import reproduce_in_terminal
-    from mpq.report.accuracy import for_people
+    from mpq.flows.server import prefect_api
 
-    frame, where = reproduce_in_terminal(checked, log, dry_run)
-    emit(
-        frame,
-        json_,
-        out,
-        "forecast" if dry_run else "table_1",
-        where,
-        None if dry_run else for_people(frame),
-    )
+    with prefect_api(verbose) as ready:
+        from mpq.flows.terminal import reproduce_in_terminal
+        from mpq.report.accuracy import for_people
+
+        frame, where = reproduce_in_terminal(checked, log, ready, dry_run)
+        emit(
+            frame,
+            json_,
+            out,
+            "forecast" if dry_run else "table_1",
+            where,
+            None if dry_run else for_people(frame),
+        )
 
 
 def _spec_for(path: Path, store: str | None) -> RunSpec:
@@ -596,19 +599,3 @@ def _spec_for(path: Path, store: str | None) -> RunSpec:
         if store
         else checked
     )
-
-
-def _prefect_environment(verbose: bool) -> None:
-    """Prefect's home in the working folder and no telemetry, unless the user has set things up otherwise."""
-    for name, value in {
-        "PREFECT_HOME": str(Path(".work/prefect").absolute()),
-        "DO_NOT_TRACK": "1",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_LEVEL": "INFO" if verbose else "CRITICAL",
-        "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
-    }.items():
-        os.environ.setdefault(name, value)
-    # Prefect makes this folder in some ways of starting its server only, and else says just that it timed out
-    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

@@ -19,18 +19,20 @@ import polars as pl
 from mpq.errors import MpqError
 from mpq.evaluation.task_data import Tasks, open_tasks, quiet
 from mpq.models.blocks import Blocks
-from mpq.models.text import draw_blocks, load_tokenizer
+from mpq.models.text import draw_blocks, load_tokenizer, tokenized
 from mpq.spec import FROM_TASKS, CalibrationSpec, EvaluationSpec, TextSpec
 from mpq.store.tables import table
 
 
 @dataclass(frozen=True)
 class TaskDraw:
-    """Documents drawn of each task: indices into the evaluated split (ascending), their texts, and the texts as blocks."""
+    """Documents drawn of each task: indices into the evaluated split (ascending), their texts, and the texts as blocks,
+    each of which begins with `begins`."""
 
     indices: Mapping[str, tuple[int, ...]]
     texts: Mapping[str, tuple[str, ...]]
     blocks: Blocks
+    begins: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Draw:
     """What a run calibrates and evaluates on.
 
     `table` records it: part (calibration, evaluation of the loss, tasks scored), source, unit (block or document), the index
-    of each one drawn and out of how many. `request_tokens` are the tokens that one scoring of each task runs the model on.
+    of each one drawn and out of how many; what each block begins with, and how many of the source's rows held no text.
+    `request_tokens` are the tokens that one scoring of each task runs the model on.
     """
 
     calibration: Blocks
@@ -48,7 +51,11 @@ class Draw:
 
 
 def draw(
-    folder: Path, vocabulary: int, calibration: CalibrationSpec, evaluation: EvaluationSpec
+    folder: Path,
+    vocabulary: int,
+    calibration: CalibrationSpec,
+    evaluation: EvaluationSpec,
+    trust_remote_code: bool = False,
 ) -> Draw:
     """Draw the blocks to calibrate and to evaluate on, and record which. Raises MpqError where there is too little."""
     rows: list[dict[str, object]] = []
@@ -56,14 +63,23 @@ def draw(
     parts: dict[str, TextSpec] = {"calibration": calibration, "evaluation": evaluation}
     for part, spec in parts.items():
         if spec.source != FROM_TASKS:
-            found[part], indices, of = draw_blocks(spec, folder, vocabulary)
+            drawn_blocks = draw_blocks(spec, folder, vocabulary, trust_remote_code)
+            found[part] = drawn_blocks.blocks
             rows += [
-                {"part": part, "source": spec.source, "unit": "block", "index": int(i), "of": of}
-                for i in indices
+                {
+                    "part": part,
+                    "source": spec.source,
+                    "unit": "block",
+                    "index": int(i),
+                    "of": drawn_blocks.of,
+                    "begins": drawn_blocks.begins,
+                    "skipped": drawn_blocks.skipped,
+                }
+                for i in drawn_blocks.indices
             ]
     tokens: dict[str, int] = {}
     if evaluation.tasks:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
         with open_tasks(evaluation.tasks, evaluation.data_dir) as tasks:
             drawn = {
                 part: draw_documents(
@@ -91,8 +107,11 @@ def draw(
                 (part, of.indices) for part, of in drawn.items()
             ]
             for part, of_tasks in (*every, ("tasks", scored)):
+                begins = drawn[part].begins if part in drawn else ""
                 rows += [
                     {
+                        "begins": begins,
+                        "skipped": 0,
                         "part": part,
                         "source": name,
                         "unit": "document",
@@ -102,11 +121,13 @@ def draw(
                     for name, indices in of_tasks.items()
                     for i in indices
                 ]
-    return Draw(found["calibration"], found["evaluation"], table("drawn", rows), tokens)
+    beside = pl.DataFrame(rows, schema={"begins": pl.String, "skipped": pl.Int64})
+    frame = table("drawn", [{k: v for k, v in row.items() if k not in beside} for row in rows])
+    return Draw(found["calibration"], found["evaluation"], frame.hstack(beside), tokens)
 
 
 def in_words(drawn: pl.DataFrame) -> dict[str, str]:
-    """What was drawn, for people: part → `20 of 100 documents of piqa, …`."""
+    """What was drawn, for people: part → `20 of 100 documents of piqa, …; each block begins with <bos>`."""
     names = {
         "calibration": "calibration",
         "evaluation": "loss evaluated on",
@@ -118,7 +139,12 @@ def in_words(drawn: pl.DataFrame) -> dict[str, str]:
     )
     for part, source, unit, count, of in counted.iter_rows():
         told.setdefault(names[part], []).append(f"{count} of {of} {unit}s of {source}")
-    return {part: ", ".join(parts) for part, parts in told.items()}
+    words = {part: ", ".join(parts) for part, parts in told.items()}
+    if "begins" in drawn.columns:
+        for part, begins, skipped in drawn.select("part", "begins", "skipped").unique().iter_rows():
+            words[names[part]] += f"; each block begins with {begins}" if begins else ""
+            words[names[part]] += f"; {skipped} rows without text left out" if skipped else ""
+    return words
 
 
 def draw_documents(
@@ -134,19 +160,14 @@ def draw_documents(
     """Draw `share` of every task's documents (rounded up), reproducibly by `seed` and the task's name alone; or the `rest`.
 
     A document's text is its prompt followed by the right answer, as the harness joins them. The texts of all tasks are
-    tokenized, joined by the end-of-text token and cut into blocks of `length` tokens, of which the first `samples` in an
-    order drawn by seed are kept (all where None). Raises MpqError where they fill no block.
+    tokenized and cut into blocks of `length` tokens (text.tokenized), of which the first `samples` in an order drawn by
+    seed are kept (all where None). Raises MpqError where they fill no block.
     """
     indices = {name: _draw(name, tasks.documents(name), share, seed, rest) for name in tasks.loaded}
     texts = {name: tuple(_texts(task, indices[name])) for name, task in tasks.loaded.items()}
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    drawn = [text for name in texts for text in texts[name]]
-    ids = [
-        np.array(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] + end, np.int64)
-        for t in drawn
-    ]
-    stream = np.concatenate(ids) if ids else np.empty(0, np.int64)
-    whole = len(stream) // length
+    stream = tokenized(tokenizer, (text for name in texts for text in texts[name]))
+    rows = stream.blocks(length)
+    whole = len(rows)
     if whole < (samples or 1):
         what = (
             f"The documents of {', '.join(texts)} that do not calibrate"
@@ -157,10 +178,9 @@ def draw_documents(
             f"{what} hold {whole} blocks of {length} tokens, {samples or 1} were asked for: "
             "lower samples or length, or give more documents."
         )
-    rows = stream[: whole * length].reshape(whole, length)
-    return TaskDraw(
-        indices, texts, Blocks(rows[np.random.default_rng(seed).permutation(whole)[:samples]])
-    )
+    kept = np.random.default_rng(seed).permutation(whole)[:samples]
+    begins = "".join(tokenizer.convert_ids_to_tokens(list(stream.prefix)))
+    return TaskDraw(indices, texts, Blocks(rows[kept]), begins)
 
 
 def _draw(name: str, documents: int, share: float, seed: int, rest: bool) -> tuple[int, ...]:

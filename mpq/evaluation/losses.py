@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,13 +15,20 @@ from torch import nn
 from mpq.errors import MpqError
 from mpq.loss.cross_entropy import sample_losses
 from mpq.models.blocks import Blocks
+from mpq.models.positions import check_length
 from mpq.running.apply import applied
+
+log = logging.getLogger("mpq")
 
 LOSS_METRICS = ("loss_mse", "loss_drift", "loss", "perplexity")
 
 
 def losses(model: nn.Module, blocks: Blocks, batch: int = 8) -> np.ndarray:
-    """g_i of every block, (samples,) float64, in nats per token. Raises MpqError where one is not finite."""
+    """g_i of every block, (samples,) float64, in nats per token.
+
+    Raises MpqError where one is not finite, and for blocks longer than the model's learned positions.
+    """
+    check_length(model.config, blocks.tokens.shape[1])
     device = str(next(model.parameters()).device)
     with torch.inference_mode():
         all_losses = torch.cat(
@@ -34,6 +43,15 @@ def losses(model: nn.Module, blocks: Blocks, batch: int = 8) -> np.ndarray:
             f"The loss of evaluation sample {at} is {all_losses[at]}: a format overflows or the model is broken there."
         )
     return all_losses
+
+
+def perplexity(of_losses: np.ndarray) -> float:
+    """exp of the mean loss; infinity, with a warning, where that is more than a float holds (709 nats)."""
+    mean = float(of_losses.mean())
+    if mean <= math.log(sys.float_info.max):
+        return math.exp(mean)
+    log.warning("A mean loss of %.0f nats has no finite perplexity: it is given as infinite.", mean)
+    return math.inf
 
 
 def evaluate_loss(
@@ -57,12 +75,12 @@ def evaluate_loss(
         with applied(model, formats, base=base, backend="emulated", seed=seed):
             lowered = losses(model, blocks, batch)
         change = lowered - base_losses
-        values = (np.square(change).mean(), change.mean(), lowered.mean(), math.exp(lowered.mean()))
+        values = (np.square(change).mean(), change.mean(), lowered.mean(), perplexity(lowered))
         beside = (
             np.square(base_losses).mean(),
             0.0,
             base_losses.mean(),
-            math.exp(base_losses.mean()),
+            perplexity(base_losses),
         )
         rows += [
             {"seed": seed, "metric": metric, "value": float(value), "base_value": float(base_value)}

@@ -82,15 +82,33 @@ def open_tasks(names: Sequence[str], data_dir: str | Path | None = None) -> Iter
 
 
 def data_key(names: Sequence[str], data_dir: str | Path | None) -> str:
-    """A hash of the local datasets' content, or of the tasks' names where they come from the hub.
+    """A hash of the datasets' content: of the local files', or of datasets' own fingerprints of what the hub has now.
 
-    The harness takes the hub's current revision where a task's own file names none; a dataset changed there is not noticed.
+    The harness takes the hub's current revision where a task's own file names none. Raises MpqError where a dataset of the
+    hub's cannot be had.
     """
     digest = hashlib.sha256(repr(sorted(names)).encode())
-    for name in sorted(names) if data_dir else ():
-        for path in sorted((Path(str(data_dir)) / name).glob("*")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    if data_dir:
+        for name in sorted(names):
+            for path in sorted((Path(data_dir).expanduser() / name).glob("*")):
+                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    elif names:
+        with open_tasks(names) as opened:
+            for name, task in sorted(opened.loaded.items()):
+                digest.update(f"{name}: {_fingerprints(task)}".encode())
     return digest.hexdigest()
+
+
+def _fingerprints(task: Any) -> list[tuple[str, str]]:
+    """Split → fingerprint of a task's dataset; of a split that a task's own code made, the hash of its rows."""
+    return [
+        (
+            split,
+            getattr(rows, "_fingerprint", None)
+            or hashlib.sha256(repr(list(rows)).encode()).hexdigest(),
+        )
+        for split, rows in sorted(dict(task.dataset).items())
+    ]
 
 
 def harness_version() -> str:

@@ -7,7 +7,7 @@ Noise models, the variance of the rounding error of one element u (method.md, "N
 
 - `paper`   u² 2^(-2m) / 12                  floats (eq. 18)
 - `ulp`     (2^(floor(log2|u|) - m))² / 12   floats: the real rounding step; 0.54 of `paper` over a binade
-- integers  Δ² / 12, Δ = amax / 127 at the granularity of the kernel, under either name
+- integers  Δ² / 12, Δ = amax / maximum at the granularity of the kernel, under either name
 """
 
 from __future__ import annotations

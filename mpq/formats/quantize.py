@@ -24,13 +24,16 @@ Granularity = Literal["tensor", "row", "column"]
 _TINY = torch.finfo(torch.float32).tiny
 
 
+def amax_of(x: Tensor, granularity: Granularity = "tensor") -> Tensor:
+    """The largest magnitude of each neighbourhood of `x`, FP32, shaped to broadcast over it."""
+    if granularity == "tensor":
+        return x.abs().amax().reshape((1,) * x.ndim).float()
+    return x.abs().amax(dim=-1 if granularity == "row" else -2, keepdim=True).float()
+
+
 def scale_of(x: Tensor, fmt: Format, granularity: Granularity = "tensor") -> Tensor:
     """The FP32 scale amax / maximum of `x`, shaped to broadcast over it; 1 where everything is zero."""
-    if granularity == "tensor":
-        amax = x.abs().amax().reshape((1,) * x.ndim)
-    else:
-        amax = x.abs().amax(dim=-1 if granularity == "row" else -2, keepdim=True)
-    scale = amax.float() / fmt.maximum
+    scale = amax_of(x, granularity) / fmt.maximum
     # below `tiny` the division x / scale would overflow; such a neighbourhood rounds to zero either way
     return torch.where(scale > _TINY, scale, torch.ones_like(scale))
 
@@ -81,6 +84,6 @@ def noise_variance(
     Source: eq. 18 for `paper`, method.md "Noise per format" for `ulp` and the integers.
     """
     if fmt.kind == "int":
-        return (scale_of(u, fmt, granularity) ** 2 / 12).expand(u.shape)
+        return ((amax_of(u, granularity) / fmt.maximum) ** 2 / 12).expand(u.shape)
     magnitude = u.float() if noise_model == "paper" else binade(u)
     return magnitude**2 * fmt.relative_variance

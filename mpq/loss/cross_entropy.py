@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mpq.errors import MpqError
 
 
 def sample_losses(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -20,3 +26,51 @@ def sample_losses(model: nn.Module, tokens: Tensor, attention_mask: Tensor | Non
         return loss.mean(dim=1)
     real = attention_mask[:, 1:].to(loss.dtype)
     return (loss * real).sum(dim=1) / real.sum(dim=1)
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raise MpqError where a token's logits depend on the tokens after it, as in an encoder.
+
+    Told by the gradient of all logits but the last with respect to the last token, which is exactly zero in a causal
+    model. Cross entropy of the next token would measure nothing there: the model has seen the answer.
+    """
+    device = next(model.parameters()).device
+    tokens = torch.arange(1, 5, device=device)[None]
+    inputs: list[Tensor] = []
+    with frozen(model), differentiable_input(model, inputs), torch.enable_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits
+        (gradient,) = torch.autograd.grad(logits[:, :-1].float().square().sum(), inputs[:1])
+    if gradient[:, -1].any():
+        raise MpqError(
+            f"{type(model).__name__} lets each token see the ones after it: mpq measures the loss of the next token, which needs a causal language model, not an encoder."
+        )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of `model` asks for a gradient within; on leaving each asks for one as it did before."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_()
+
+
+@contextmanager
+def differentiable_input(model: nn.Module, seen: list[Tensor] | None = None) -> Iterator[None]:
+    """Start the autograd graph at the embedding's output: no parameter asks for a gradient. `seen` is given the leaves."""
+
+    def start(module: nn.Module, arguments: object, output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        if seen is not None:
+            seen.append(leaf)
+        return leaf.clone()  # what a model may scale in place
+
+    hook = model.get_input_embeddings().register_forward_hook(start)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        hook.remove()

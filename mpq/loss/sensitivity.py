@@ -4,7 +4,7 @@ For an op with operands u, and samples i with loss g_i, three sums serve every f
 
     square   Σ_i Σ_n (∂g_i/∂u_n)² u_n²               the paper's noise, for any mantissa
     binade   Σ_i Σ_n (∂g_i/∂u_n)² 4^floor(log2|u_n|)  the rounding step of any float format
-    step     Σ_i Σ_n (∂g_i/∂u_n)² Δ_n²               integers, Δ = amax/127 of the element's neighbourhood
+    largest  Σ_i Σ_n (∂g_i/∂u_n)² amax_n²             integers, whose Δ is amax / maximum of the element's neighbourhood
 
 The gradients are per sample and through one use of the operand alone. An activation's come out of one backward pass of
 Σ_i g_i as they are: sample i's loss does not reach the others' activations. A weight's are formed from the output
@@ -27,18 +27,19 @@ from torch import Tensor, nn
 
 from mpq.errors import MpqError
 from mpq.formats.format import NOISE_MODELS, get_format
-from mpq.formats.quantize import Granularity, binade, scale_of
-from mpq.loss.cross_entropy import sample_losses
+from mpq.formats.quantize import Granularity, amax_of, binade
+from mpq.loss.cross_entropy import check_causal, differentiable_input, frozen, sample_losses
 from mpq.models.attention import AttentionHandler, intercept
 from mpq.models.blocks import Blocks
+from mpq.models.linears import weight_of
+from mpq.models.positions import check_length
 from mpq.store.tables import table
 
 Progress = Callable[[int, int], None]
-_INT8 = get_format("int8")
 
 
 class Tally:
-    """The running sums, per (op, operand): a float64 tensor (square, binade, step). `samples` is the batch in flight."""
+    """The running sums, per (op, operand): a float64 tensor (square, binade, largest). `samples` is the batch in flight."""
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, str], Tensor] = defaultdict(
@@ -56,9 +57,9 @@ class Tally:
     def add(
         self, op: str, operand: str, squared_gradient: Tensor, u: Tensor, granularity: Granularity
     ) -> None:
-        """Add Σ (∂g/∂u)² · (u², binade², Δ²); both tensors have u's shape, the first in FP32."""
+        """Add Σ (∂g/∂u)² · (u², binade², amax²); both tensors have u's shape, the first in FP32."""
         flat = squared_gradient.reshape(-1)
-        step = scale_of(u, _INT8, granularity).square()
+        largest = amax_of(u, granularity).square()
         over = {"tensor": None, "row": -1, "column": -2}[granularity]
         rows = flat.sum().reshape(()) if over is None else squared_gradient.sum(over, keepdim=True)
         self.sums[op, operand] += (
@@ -66,7 +67,7 @@ class Tally:
                 [
                     torch.dot(flat, u.float().square().reshape(-1)),
                     torch.dot(flat, binade(u).square_().reshape(-1)),
-                    (rows * step).sum(),
+                    (rows * largest).sum(),
                 ]
             )
             .double()
@@ -162,31 +163,18 @@ def tapped(model: nn.Module, ops: Sequence[tuple[str, str]], tally: Tally) -> It
             else:
                 stack.enter_context(_tapped_linear(modules[owner], tally, name))
         stack.enter_context(intercept(model, handlers))
-        stack.enter_context(_differentiable_input(model))
+        stack.enter_context(differentiable_input(model))
         yield
 
 
 @contextmanager
 def _tapped_linear(module: nn.Module, tally: Tally, name: str) -> Iterator[None]:
-    weight, bias = module.weight, module.bias
-    if not isinstance(module, nn.Linear):  # GPT-2's Conv1D keeps its weight as (K, C)
-        weight = weight.T
+    weight, bias = weight_of(module), module.bias
     module.forward = lambda x: _TappedLinear.apply(x, weight, bias, tally, name)
     try:
         yield
     finally:
         del module.forward
-
-
-@contextmanager
-def _differentiable_input(model: nn.Module) -> Iterator[None]:
-    """Start the autograd graph at the embedding's output: no parameter asks for a gradient."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    hook = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -229,7 +217,8 @@ def measure_sensitivity(
 
     `loss_mse` in nats² (method.md 22, 24; per operand, all formats and noise models), `sensitivity` in nats² (21, 23).
     With `base_term` false, the base format's own noise is not subtracted: the paper's form.
-    Raises MpqError for a loss or a gradient that is not finite, and for a format that is unknown.
+    The model comes back as it was. Raises MpqError for a loss or a gradient that is not finite, for a format that is
+    unknown, for a model whose tokens see the ones after them, and for blocks longer than its learned positions.
     """
     for name in (*formats, base):
         get_format(name)
@@ -238,7 +227,10 @@ def measure_sensitivity(
     tally, losses = Tally(), []
     device = str(next(model.parameters()).device)
     total = math.ceil(len(blocks.tokens) / batch)
+    check_length(model.config, blocks.tokens.shape[1])
+    check_causal(model)
     with (
+        frozen(model),
         tapped(model, ops, tally),
         _checkpointed(model, checkpoint_activations),
         torch.enable_grad(),
@@ -268,13 +260,17 @@ def _tables(
             raise MpqError(
                 f"The gradient of {operand} of {op} is not finite: calibrate in a wider base format or with other text."
             )
-        square, in_binade, step = (sums / n).tolist()
+        square, in_binade, largest = (sums / n).tolist()
         for noise_model in NOISE_MODELS:
             of_float = square if noise_model == "paper" else in_binade
             subtract = of_float * get_format(base).relative_variance if base_term else 0.0
             for name in dict.fromkeys((base, *formats)):
                 fmt = get_format(name)
-                noise = step / 12 if fmt.kind == "int" else of_float * fmt.relative_variance
+                noise = (
+                    largest / fmt.maximum**2 / 12
+                    if fmt.kind == "int"
+                    else of_float * fmt.relative_variance
+                )
                 loss_mse = 0.0 if name == base and base_term else max(0.0, noise - subtract)
                 rows.append(
                     {

@@ -129,6 +129,21 @@ def intercept(model: nn.Module, handlers: Mapping[str, AttentionHandler]) -> Ite
                 module.__dict__[_ACTIVE] = outer
 
 
+def dispatched(module: nn.Module) -> bool:
+    """Whether Transformers picks this module's attention by name, so that a handler can be put into it."""
+    return _eager_function(module) is not None and _implementation(module) is not None
+
+
+def _implementation(module: nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def _eager_function(module: nn.Module) -> AttentionFunction | None:
+    """The eager attention of the file that the module's class, or one that it inherits from, is written in."""
+    files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+    return next((f for m in files if (f := getattr(m, "eager_attention_forward", None))), None)
+
+
 def _interception(model: nn.Module, name: str, handler: AttentionHandler) -> _Interception:
     try:
         module = model.get_submodule(name)
@@ -139,15 +154,7 @@ def _interception(model: nn.Module, name: str, handler: AttentionHandler) -> _In
     outer: _Interception | None = module.__dict__.get(_ACTIVE)
     if outer is not None:
         return _Interception(handler, outer.implementation, outer.eager, _Products(handler))
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    eager = next(
-        (
-            f
-            for cls in type(module).__mro__
-            if (f := getattr(sys.modules[cls.__module__], "eager_attention_forward", None))
-        ),
-        None,
-    )
+    implementation, eager = _implementation(module), _eager_function(module)
     if implementation is None or eager is None:
         raise MpqError(
             f"{name} ({type(module).__name__}) is no attention module that Transformers dispatches by name."

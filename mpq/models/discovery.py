@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import time
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import Any
 import fsspec
 
 from mpq.errors import MpqError
+from mpq.models.fetching import is_hub_id
 from mpq.store.transport import carry, open_filesystem
 
 
@@ -30,9 +32,10 @@ def checkpoints(urls: Iterable[str]) -> list[Found]:
     What is neither a folder nor a URL is taken for a hub id. Raises MpqError where a URL cannot be listed.
     """
     found: dict[str, Found] = {}
-    for url in urls:
+    for given in urls:
+        url = given if "://" in given else os.path.expanduser(given)
         if "://" not in url and not Path(url).exists():
-            if url.startswith((".", "/", "~")) or url.count("/") != 1:
+            if not is_hub_id(url):
                 raise MpqError(
                     f"Nothing to watch at {url}: expected a folder, an fsspec URL or a hub id such as org/name."
                 )

@@ -13,7 +13,9 @@ import networkx as nx
 import torch
 from torch import nn
 
-from mpq.errors import MpqError
+from mpq.errors import MpqError, first_line, is_out_of_memory
+from mpq.models.attention import dispatched
+from mpq.models.linears import holders, is_linear
 
 log = logging.getLogger(__name__)
 OpKind = Literal["linear", "bgemm", "other"]
@@ -38,6 +40,9 @@ class Op:
     kv_heads: int = 0  # heads of K and V before repetition
     parameters: int = 0
     window: int = 0  # tokens that a sliding attention sees; 0 where it sees all
+    tied: bool = (
+        False  # the weight is another module's too (the embedding's): lowered, it is one copy more
+    )
     feeds: tuple[str, ...] = ()  # the ops that read the output as it is, if nothing else reads it
 
 
@@ -88,6 +93,7 @@ _MOVES = {
     "detach",
 }
 _OTHER = ("conv", "einsum", "grouped_mm", "tensordot", "bilinear", "addbmm")
+_ENCODERS = ("bert", "roberta", "distilbert", "electra")
 _DRIVES_NOTHING = ("_assert", "sym_size", "sym_constrain")
 
 
@@ -96,15 +102,16 @@ def build_on_meta(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     config = copy.deepcopy(config)
-    masked = any("MaskedLM" in a for a in config.architectures or ()) or config.model_type in (
-        "bert",
-        "roberta",
-        "distilbert",
-        "electra",
+    masked = (
+        any("MaskedLM" in a for a in config.architectures or ()) or config.model_type in _ENCODERS
     )
     build: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    # a configuration of the checkpoint's own code was read with leave to run it; without, nobody is to be asked
+    trusted = type(config).__module__.startswith("transformers_modules")
     with torch.device("meta"):
-        return build.from_config(config, attn_implementation="eager").eval()  # type: ignore[no-any-return]
+        return build.from_config(  # type: ignore[no-any-return]
+            config, attn_implementation="eager", trust_remote_code=trusted
+        ).eval()
 
 
 def trace(config: Any, *, batch: int = 2, length: int = 64) -> Graph:
@@ -117,19 +124,22 @@ def trace(config: Any, *, batch: int = 2, length: int = 64) -> Graph:
         ids = torch.zeros((batch, length), dtype=torch.long, device="meta")
         arguments = (
             {"input_ids": ids}
-            if config.model_type in ("bert", "roberta", "distilbert", "electra")
+            if config.model_type in _ENCODERS
             else {"input_ids": ids, "use_cache": False}
         )
         program = torch.export.export(model, (), arguments, strict=False)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        graph, lost = _graph(program, model, length)
+        if lost:
+            # written in place, their results seem to lead nowhere: in the functional form they do; it takes twice the time
+            graph, lost = _graph(program.run_decompositions({}), model, length)
+    except Exception as error:  # whatever the architecture's own code and torch.export raise
+        if is_out_of_memory(error):
+            raise MpqError(
+                f"There is not enough memory to trace the architecture {config.model_type}: check the sizes in config.json, or use a larger machine."
+            ) from None
         raise MpqError(
-            f"The architecture {config.model_type} cannot be traced ({reason}): it needs a transformers causal or masked LM that torch.export accepts."
+            f"The architecture {config.model_type} cannot be traced ({first_line(error)}): it needs a transformers causal or masked LM that torch.export accepts."
         ) from None
-    graph, lost = _graph(program, model, length)
-    if lost:
-        # written in place, their results seem to lead nowhere: in the functional form they do; it takes twice the time
-        graph, lost = _graph(program.run_decompositions({}), model, length)
     if lost:
         log.warning("Products that do not reach the logits are left out: %s.", ", ".join(lost))
     return graph
@@ -153,6 +163,7 @@ def _graph(program: Any, model: nn.Module, length: int) -> tuple[Graph, list[str
     dag.add_node(number[source])
     fqn = dict(program.graph_signature.inputs_to_parameters)  # placeholder → parameter
     shapes = {p: tuple(program.state_dict[name].shape) for p, name in fqn.items()}
+    modules, held = dict(model.named_modules()), holders(model)
     for node in nodes:
         above = [a for a in node.all_input_nodes if number[a] in dag]
         if (
@@ -169,16 +180,27 @@ def _graph(program: Any, model: nn.Module, length: int) -> tuple[Graph, list[str
     useful = nx.ancestors(dag, sink) | {sink}
     lost = [op.name for i, op in ops.items() if i not in useful]
     ops = _told_apart(
-        {i: op for i, op in ops.items() if i in useful}, {number[n]: n for n in nodes}, length
+        {i: op for i, op in ops.items() if i in useful},
+        {number[n]: n for n in nodes},
+        model,
+        length,
     )
+    ops = {
+        i: replace(op, tied=op.kind == "linear" and held[id(modules[op.name].weight)] > 1)
+        for i, op in ops.items()
+    }
     ops = {i: replace(op, feeds=_feeds(nodes[i], ops, number)) for i, op in ops.items()}
     return Graph(dag.subgraph(useful).copy(), ops, number[source], sink), lost
 
 
-def _told_apart(ops: dict[int, Op], nodes: dict[int, Any], length: int) -> dict[int, Op]:
-    """The ops with kind `other` for what mpq must not take for a linear or for attention: a linear that is called
-    twice (one weight, two places in the model), and products of a module that are not the two of an attention.
+def _told_apart(
+    ops: dict[int, Op], nodes: dict[int, Any], model: nn.Module, length: int
+) -> dict[int, Op]:
+    """The ops with kind `other` for what mpq must not take for a linear or for attention: products of modules that do
+    more than a linear (a router of experts), a linear that is called twice (one weight, two places in the model), and
+    products that are not the two of an attention which Transformers dispatches by name.
     """
+    modules = dict(model.named_modules())
     calls: dict[str, list[int]] = defaultdict(list)
     for i, op in ops.items():
         calls[op.name.rpartition(".")[0] if op.kind == "bgemm" else op.name].append(i)
@@ -186,6 +208,8 @@ def _told_apart(ops: dict[int, Op], nodes: dict[int, Any], length: int) -> dict[
     for name, places in calls.items():
         products = [i for i in places if ops[i].kind == "bgemm"]
         if len(places) == 1 and not products:
+            if ops[places[0]].kind == "linear" and not is_linear(modules.get(name, model)):
+                told[places[0]] = replace(ops[places[0]], kind="other")
             continue
         # scores (T, T) come out of the first product and, as probabilities, go into the second
         passed = [nodes[i] if k == 0 else _operands(nodes[i])[0] for k, i in enumerate(products)]
@@ -193,6 +217,7 @@ def _told_apart(ops: dict[int, Op], nodes: dict[int, Any], length: int) -> dict[
         if (
             len(products) == 2
             and not more
+            and dispatched(modules.get(name, model))
             and all(_sizes(node) == (length, length) for node in passed)
         ):
             continue
@@ -282,9 +307,10 @@ def _parameter(node: Any, fqn: dict[str, str]) -> str | None:
 def _attention_product(node: Any, above: list[Any], name: str, index: int, model: nn.Module) -> Op:
     left, right = (a.meta["val"].shape for a in above[-2:])
     text = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    heads = (
-        int(node.meta["val"].shape[1]) if node.meta["val"].ndim == 4 else text.num_attention_heads
-    )
+    if node.meta["val"].ndim == 4:
+        heads = int(node.meta["val"].shape[1])
+    else:  # a state-space model's products look like these, and it has no heads
+        heads = getattr(text, "num_attention_heads", None) or 0
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     window = _window(text, name)
     if index == 1:

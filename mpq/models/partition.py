@@ -49,7 +49,8 @@ def partition(graph: Graph) -> tuple[Group, ...]:
 
 def _signature(ops: tuple[Op, ...]) -> str:
     shape = [
-        {**asdict(op), "name": _role(op.name), "feeds": [_role(name) for name in op.feeds]}
+        {k: v for k, v in asdict(op).items() if k != "tied"}
+        | {"name": _role(op.name), "feeds": [_role(name) for name in op.feeds]}
         for op in ops
     ]
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:8]
@@ -67,9 +68,16 @@ def macs(op: Op, batch: int, length: int) -> int:
     return batch * length * op.in_features * op.out_features
 
 
+# an op's fields that the table has under another name, behind its schema, or in the signature alone
+_BESIDE = ("name", "window", "feeds", "tied")
+
+
 def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataFrame:
-    """The `groups` table of a prefill of `batch` × `length` tokens, and a column `feeds`: the ops that read an op's output as it is, where
-    nothing else does. Raises MpqError for a prefill with more multiply-accumulates than its column holds."""
+    """The `groups` table of a prefill of `batch` × `length` tokens, and two columns more: `feeds`, the ops that read an
+    op's output as it is, where nothing else does; `tied`, whether the op's weight is another module's too.
+
+    Raises MpqError for a prefill with more multiply-accumulates than its column holds.
+    """
     if any(macs(op, batch, length) >= 2**63 for group in groups for op in group.ops):
         raise MpqError(
             f"A prefill of {batch:,} × {length:,} tokens has more multiply-accumulates than 64 bits count: lower batch or length."
@@ -77,7 +85,7 @@ def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataF
     rows: list[dict[str, object]] = []
     for group in groups:
         for op in group.ops:
-            fields = {k: v for k, v in asdict(op).items() if k not in ("name", "window", "feeds")}
+            fields = {k: v for k, v in asdict(op).items() if k not in _BESIDE}
             rows.append(
                 {
                     "group": group.index,
@@ -91,7 +99,8 @@ def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataF
     feeds = pl.Series(
         "feeds", [list(op.feeds) for group in groups for op in group.ops], dtype=pl.List(pl.String)
     )
-    return table("groups", rows).with_columns(feeds)
+    tied = pl.Series("tied", [op.tied for group in groups for op in group.ops], dtype=pl.Boolean)
+    return table("groups", rows).with_columns(feeds, tied)
 
 
 def feeds_of(groups: pl.DataFrame) -> dict[str, tuple[str, ...]]:

@@ -124,20 +124,30 @@ def gains_m(
     base: str,
     noise_model: str,
 ) -> pl.DataFrame:
-    """IP-M: bytes of weights gained (eqs. 29–30); linear ops only, every op its own group."""
+    """IP-M: bytes of weights gained (eqs. 29–30); linear ops only, every op its own group.
+
+    A weight that is tied to the embedding stays there in base: lowered, it is a copy more and gains less than nothing.
+    """
     losses = loss_by_op(sensitivity, noise_model)
     rows = [
         _row(
             "m",
             op["order"],
             (f,),
-            (get_format(base).bytes - get_format(f).bytes) * op["parameters"],
+            _bytes_gained(op, base, f),
             _loss(losses, op["op"], f, base),
         )
         for op in groups.filter(pl.col("kind") == "linear").sort("order").iter_rows(named=True)
         for f in dict.fromkeys((base, *formats))
     ]
     return table("gains", rows)
+
+
+def _bytes_gained(op: dict[str, Any], base: str, name: str) -> float:
+    if name == base:
+        return 0.0
+    kept = 0.0 if op.get("tied") else get_format(base).bytes
+    return float((kept - get_format(name).bytes) * op["parameters"])
 
 
 def _groups(groups: pl.DataFrame) -> list[dict[str, Any]]:

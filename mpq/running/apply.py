@@ -20,17 +20,17 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mpq.errors import MpqError
 from mpq.formats.format import Format, get_format
 from mpq.kernels import check_native, cpu, emulated, int8_attention, native_kernels
 from mpq.kernels.rounding import rounded
 from mpq.models.attention import AttentionHandler, PlainAttention, intercept
+from mpq.models.linears import is_linear, weight_of
 
 Backend: TypeAlias = Literal["native", "emulated"]
 Forward: TypeAlias = Callable[..., Tensor]
@@ -160,26 +160,24 @@ class Mixed:
         try:
             if _is_product(op):
                 return product in PRODUCTS and self.model.get_submodule(owner) is not None
-            return isinstance(self.model.get_submodule(op), (nn.Linear, Conv1D))
+            return is_linear(self.model.get_submodule(op))
         except AttributeError:
             return False
 
     def _is_product_of_other_kind(self, op: str) -> bool:
-        """Whether `op` may be a product that mpq names but cannot lower (`<module>.bmm`), and a plan leaves in base."""
+        """Whether `op` may be a product that mpq names but cannot lower (`<module>.bmm`, a router of experts), and a plan
+        leaves in base."""
         owner, _, product = op.rpartition(".")
         try:
             module = self.model.get_submodule(owner)
         except AttributeError:
             return False
-        return not isinstance(getattr(module, product, None), nn.Module)
+        return not is_linear(getattr(module, product, module))
 
     def _linear(self, op: str, name: str) -> Forward:
         if (op, name) not in self._kernels:
             module = self.model.get_submodule(op)
-            assert isinstance(module, (nn.Linear, Conv1D))  # _exists has seen to it
-            weight = (
-                module.weight.t() if isinstance(module, Conv1D) else module.weight
-            )  # (C, K), as nn.Linear keeps it
+            weight, bias = weight_of(module), cast("Tensor | None", module.bias)
             fmt = get_format(name)
             make = (
                 emulated.linear
@@ -190,7 +188,7 @@ class Mixed:
                 f"perturb_{operand}": perturbation(self.seed, op, operand, fmt)
                 for operand in ("input", "weight")
             }
-            self._kernels[op, name] = make(weight, module.bias, fmt, **noise)
+            self._kernels[op, name] = make(weight, bias, fmt, **noise)
         return self._kernels[op, name]
 
     def _handlers(

@@ -28,9 +28,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from datetime import datetime
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -127,20 +124,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
         return asdict(value)
     raise TypeError(f"{type(value).__name__} has no canonical form, so it cannot be part of a key")
-
-
-@cache
-def code_version(*modules: str) -> str:
-    """A SHA-256 over the source of the named modules: the part of a key that says which code computed it."""
-    digest = hashlib.sha256()
-    for name in modules:
-        spec = find_spec(name)  # not imported: a GPU's kernels need what a flow's machine may lack
-        path = Path((spec and spec.origin) or "")
-        digest.update(name.encode() + b"\0" + path.read_bytes())
-        if (native := path.with_suffix(".cpp")).exists():
-            for file in (native, *sorted(path.parent.glob("*.h"))):
-                digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
 from .design import anchors as anchors
 from .design import choices_of as choices_of
 from .design import complete as complete
-from .design import design as design
 from .design import refine as refine
 from .design import unmeasured as unmeasured
 from .drift import carried as carried
 from .drift import drift_of as drift_of
 from .gain_model import GainModel as GainModel
-from .measure import measure as measure
 from .measure import measure_ttft as measure_ttft
 from .measure import timing_model as timing_model
 from .pairs import Pairs as Pairs

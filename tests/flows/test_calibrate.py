@@ -301,10 +301,10 @@ def test_names_say_what_runs_on_what(spec: RunSpec, caplog: pytest.LogCaptureFix
     for name in (
         "partition tiny model",
         "sensitivity tiny model shard 2/2",
-        "evaluate tiny model ip_m m τ=0.01 seed 0",
+        "evaluate tiny model ip_m m tau=0.01 seed 0",
     ):
         assert f"{name}: computing" in caplog.text
-    assert re.search(r"timing tiny model \S*down_proj-[0-9a-f]{8}", caplog.text)
+    assert re.search(r"timing: measure tiny model \S*down_proj-[0-9a-f]{8}", caplog.text)
     assert change(spec, name="the-model").title == "the-model"
 
 
@@ -315,8 +315,10 @@ def test_a_task_that_takes_too_long(spec: RunSpec, monkeypatch: pytest.MonkeyPat
         for _ in range(6000):
             time.sleep(0.01)
 
-    monkeypatch.setattr("mpq.draw.draw", slowly)
-    with pytest.raises(MpqError, match=r"load tiny model took longer than 1 s: .*runner.timeout_s"):
+    monkeypatch.setattr("mpq.evaluation.draw.draw", slowly)
+    with pytest.raises(
+        MpqError, match=r"load model tiny model took longer than 1 s: .*runner.timeout_s"
+    ):
         calibrate(change(spec, runner={"timeout_s": 1}))
 
 

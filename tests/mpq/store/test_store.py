@@ -12,7 +12,9 @@ import polars as pl
 import pytest
 
 from mpq.errors import MpqError
-from mpq.store.entries import Damaged, Store, TableRef, code_version, content_key
+from mpq.store import code
+from mpq.store.code import code_version
+from mpq.store.entries import Damaged, Store, TableRef, content_key
 
 FRAME = pl.DataFrame({"op": ["a", "b"], "gain_s": [1.0, 2.5]})
 
@@ -127,9 +129,9 @@ def test_code_version_sees_the_cpp_beside_a_module(
     for python, native in (("x = 1", "int x;"), ("x = 1", "int y;"), ("x = 2", "int y;")):
         (tmp_path / "kernel_of_test.py").write_text(python)
         (tmp_path / "kernel_of_test.cpp").write_text(native)
-        code_version.cache_clear()
+        for kept in (code._spec, code._source, code._imports_of):
+            kept.cache_clear()
         versions.append(code_version("kernel_of_test"))
-    code_version.cache_clear()
     assert len(set(versions)) == 3
 
 

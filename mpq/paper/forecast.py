@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from mpq.flows.place import On
-from mpq.flows.stages import Call, Stages
 from mpq.spec import EvaluationSpec, RunSpec
-from mpq.store.entries import Store, TableRef
-from mpq.tasks.stage import References, kinds_of
 
-COMPUTED = frozenset(
-    {"load model", "partition", "pace"}
-)  # seconds each, and the counts rest on them
 BACKWARD = 4  # a sensitivity pass over a text in forward passes: forward, backward, and the sums of squares (bench/sensitivity.py)
 TIMING = 3  # a timed pair in forward passes: base, configuration, and as much again for warming up and disturbed pairs
+Asked = tuple[str, Mapping[str, Any], bool]  # stage, inputs, whether its tables are stored
 EVALUATIONS = ("evaluate base", "evaluate", "tasks base", "tasks")
 
 
@@ -31,41 +25,8 @@ class Work:
     bound: bool = False
 
 
-@dataclass
-class Look(Stages):
-    """Stages that look instead of computing: what is stored comes back, what is not is counted.
-
-    A reference to what is not there raises Damaged when it is read, which is where a look ends.
-    """
-
-    asked: list[tuple[str, Call, bool]] = field(
-        default_factory=list
-    )  # stage, call, whether it is stored
-
-    def run(self, name: str, calls: Iterable[Call], on: On = "flow") -> list[References]:
-        """References to what is stored, and placeholders for the rest."""
-        calls = list(calls)
-        if name in COMPUTED:
-            return super().run(name, calls, on)
-        store, out = Store(self.store), []
-        for call in calls:
-            task, key = call[:2]
-            found = {kind: store.find(kind, key) for kind in kinds_of(task)}
-            self.asked.append((name, call, all(found.values())))
-            out.append(
-                {
-                    kind: ref or TableRef(kind, key, "", 0, 0, store=self.store)
-                    for kind, ref in found.items()
-                }
-            )
-        return out
-
-    def _account(self, name: str, tasks: int, cached: int, start: float) -> None:
-        """Looking is no work done."""
-
-
 def forecast(
-    asked: Iterable[tuple[str, Call, bool]],
+    asked: Iterable[Asked],
     spec: RunSpec,
     held_out: EvaluationSpec,
     tokens: Mapping[str, int],
@@ -76,7 +37,7 @@ def forecast(
     `tokens` are those of the calibration, of the evaluation text and of each harness task; `pace` is measure_pace's row.
     """
     stages: dict[str, Work] = {}
-    for name, (_, _, _, inputs), stored in asked:
+    for name, inputs, stored in asked:
         seconds = 0.0 if stored else _passes(name, inputs, spec, tokens, pace)
         seen = stages.get(name, Work(name, 0, 0))
         stages[name] = Work(name, seen.tasks + 1, seen.cached + stored, seen.seconds + seconds)

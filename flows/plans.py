@@ -1,0 +1,128 @@
+"""From sensitivity and times to plans: gains, solve, measure what was chosen and not yet measured, and solve again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from mpq.flows.run import Calls, Run, tell
+from mpq.flows.times import choices, first_times, measured, times_of_plans
+from mpq.spec import Objective
+from mpq.store.entries import TableRef
+from mpq.tasks import planning
+from mpq.tasks.stage import References, read, read_json, read_together
+from mpq.tasks.timing import Wanted
+
+MAKERS = ("mpq", "torch", "transformers", "highspy", "gurobipy")
+
+
+def make_plans(
+    run: Run, groups: TableRef, sums: References
+) -> tuple[list[References], list[TableRef]]:
+    """Plans for each objective, and the timing tables that those for measured time rest on."""
+    if "et" not in run.objectives:
+        objectives = list(run.objectives)
+        return solve(run, objectives, groups, sums, gains(run, objectives, groups, sums)), []
+    timed = refined(run, groups, sums)
+    built = gains(run, list(run.objectives), groups, sums, timed)
+    anchor = anchors_of(run, groups, built[list(run.objectives).index("et")]["gains"])
+    solved = solve(run, list(run.objectives), groups, sums, built, timed, anchor)
+    left = unmeasured_of(run, groups, timed, solved[list(run.objectives).index("et")])
+    if left:
+        tell(
+            f"{len(left)} configurations of the plans for et are predicted, not measured: "
+            f"timing.rounds was {run.spec.timing.rounds}."
+        )
+    return solved, timed
+
+
+def refined(run: Run, groups: TableRef, sums: References) -> list[TableRef]:
+    """Timing tables with everything in them that the plans for measured time choose."""
+    from mpq.timing.design import refine
+
+    def chosen(timed: list[TableRef]) -> list[Wanted]:
+        built = gains(run, ["et"], groups, sums, timed)
+        return unmeasured_of(run, groups, timed, solve(run, ["et"], groups, sums, built, timed)[0])
+
+    def measure(timed: list[TableRef], wanted: list[Wanted]) -> list[TableRef]:
+        return [*timed, measured(run, groups, wanted, "timing of chosen")]
+
+    timed, _ = refine([first_times(run, groups)], chosen, measure, run.spec.timing.rounds)
+    return timed
+
+
+def unmeasured_of(
+    run: Run, groups: TableRef, timed: Sequence[TableRef], solved: References
+) -> list[Wanted]:
+    """What IP-ET's plans put a group in and no timing table has measured."""
+    from mpq.timing.design import unmeasured
+
+    plans = [p["formats"] for p in read_json(solved["plan_files"]) if p["strategy"] == "ip_et"]
+    return unmeasured(read_together(timed), read(groups), plans, run.spec.model.base)
+
+
+def anchors_of(run: Run, groups: TableRef, built: TableRef) -> TableRef | None:
+    """The measured TTFT of the whole plans that tell how groups help each other."""
+    from mpq.timing.design import anchors
+
+    whole = anchors(read(groups), read(built), run.spec.model.base)
+    return times_of_plans(run, groups, whole, "TTFT of anchors") if whole else None
+
+
+def gains(
+    run: Run,
+    objectives: Sequence[Objective],
+    groups: TableRef,
+    sums: References,
+    timed: Sequence[TableRef] = (),
+) -> list[References]:
+    """The gains table of each objective."""
+    spec = run.spec
+    calls: Calls = {
+        objective: {
+            "objective": objective,
+            "groups": groups,
+            "sensitivity": sums["sensitivity"],
+            "timing": list(timed) if objective == "et" else [],
+            "formats": list(spec.objectives[objective].formats),
+            "base": spec.model.base,
+            "noise_model": spec.noise_model,
+            "bound": spec.timing.bound if objective == "et" else "",
+            "choices": choices(run, groups) if objective == "et" else {},
+        }
+        for objective in objectives
+    }
+    return run.map(planning.build_gains, calls)
+
+
+def solve(
+    run: Run,
+    objectives: Sequence[Objective],
+    groups: TableRef,
+    sums: References,
+    built: Sequence[References],
+    timed: Sequence[TableRef] = (),
+    anchor: TableRef | None = None,
+) -> list[References]:
+    """Plans of each objective, for each strategy, τ and seed."""
+    spec, provenance = run.spec, {kind: ref.key for kind, ref in sums.items()}
+    versions = {name: version(name) for name in MAKERS}
+    calls: dict[str, dict[str, Any]] = {}
+    for objective, found in zip(objectives, built, strict=True):
+        part, et = spec.objectives[objective], objective == "et"
+        calls[objective] = {
+            "objective": objective,
+            "part": part,
+            "groups": groups,
+            "gains": found["gains"],
+            "loss": sums["loss"],
+            "timing": list(timed) if et else [],
+            "taus": list(part.taus or spec.taus),
+            "base": spec.model.base,
+            "solver": spec.solver,
+            "fingerprint": run.weights.fingerprint,
+            "anchor": anchor if et else None,
+            "provenance": {"gains": found["gains"].key, **provenance, "versions": versions},
+        }
+    return run.map(planning.solve, calls)

@@ -1,0 +1,97 @@
+"""Checkpoints whose weights are quantized already: told from the configuration, and from the files where it is silent."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from mpq.errors import MpqError, first_line
+
+_NAMES = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "fp8": "native FP8",
+    "modelopt": "ModelOpt",
+    "mlx": "MLX",
+    "mxfp4": "MXFP4",
+    "torchao": "torchao",
+}
+READABLE = ("fp8",)  # what is turned back into the base format while it is loaded
+# scales, zero points and packed weights under the names that quantizers give them
+_OF_QUANTIZERS = re.compile(
+    r"(^|[._])((weight|input|output|activation|[qkv]|proj)_scale(_inv|_2)?|scales|scale_inv|qweight|qzeros"
+    r"|g_idx|(weight_|input_)?zero_point|weight_packed|absmax|quant_map|SCB)$|\.quant_state\.|\.biases$"
+)
+_WIDE = ("F64", "F32", "F16", "BF16")
+
+
+def method_of(config: Mapping[str, Any], folder: Path | None = None) -> str:
+    """How a checkpoint says that its weights are quantized (`gptq`, `fp8`, ...), "" where it does not.
+
+    `config` is the content of config.json; ModelOpt writes hf_quant_config.json beside it, MLX the key `quantization`.
+    """
+    for part in (config, config.get("text_config")):
+        said = part.get("quantization_config") if isinstance(part, dict) else None
+        if isinstance(said, dict) and said:
+            return str(said.get("quant_method") or said.get("quant_algo") or "unnamed").lower()
+    if isinstance(config.get("quantization"), dict):
+        return "mlx"
+    if folder and (folder / "hf_quant_config.json").is_file():
+        try:
+            beside = json.loads((folder / "hf_quant_config.json").read_text(encoding="utf-8-sig"))
+            named = beside["quantization"]["quant_algo"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            named = "unnamed"  # what else is the file there for
+        return "modelopt" if named else ""
+    return ""
+
+
+def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise MpqError, saying by what, where the weights are quantized in a way that cannot be turned back here."""
+    method = method_of(config, folder)
+    if method and method not in READABLE:
+        raise already_quantized(folder, f"by {_NAMES.get(method, method)}")
+
+
+def already_quantized(folder: Path, how: str) -> MpqError:
+    """The sentence about a checkpoint that is quantized already."""
+    return MpqError(
+        f"The weights in {folder} are quantized already, {how}: mpq chooses formats for a model in fp32, bf16 or fp16; give the checkpoint that it was made from."
+    )
+
+
+def refuse_narrow(files: Iterable[Path], folder: Path) -> None:
+    """Raise MpqError for weights of 8 bits or fewer in the files of a checkpoint that names no quantization.
+
+    Loaded as they are, without their scales, they would be another model's. Masks that old checkpoints keep in bytes are
+    called `bias`.
+    """
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                    part = tensors.get_slice(key)
+                    if (
+                        part.get_dtype() not in (*_WIDE, "I64", "BOOL")
+                        and len(part.get_shape()) > 1
+                    ):
+                        raise already_quantized(folder, f"{key} is stored as {part.get_dtype()}")
+        except MpqError:
+            raise
+        except Exception as error:  # safetensors' own, and what the system says
+            raise MpqError(
+                f"{file} cannot be read as safetensors ({first_line(error)}): fetch the checkpoint again."
+            ) from None
+
+
+def refuse_left_over(keys: Iterable[str], folder: Path) -> None:
+    """Raise MpqError where the loader had no place for a quantizer's tensor, such as a weight's scale."""
+    if scales := sorted(key for key in keys if _OF_QUANTIZERS.search(key)):
+        raise already_quantized(folder, f"as {scales[0]} among them tells")
