@@ -25,6 +25,8 @@ NUMBERLESS = (
     "mpq.devices",
     "mpq.spec",
     "mpq.caches",
+    "mpq.documents",
+    "mpq.urls",
     "mpq.store.entries",
     "mpq.store.transport",
     "mpq.tasks.stage",
