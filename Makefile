@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 
 export DO_NOT_TRACK = 1
 
-.PHONY: demo ops-demo reproduce test check install bench bench-gpu docs clean
+.PHONY: demo ops-demo reproduce test faults check install bench bench-gpu docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mpq run examples/demo.yaml
@@ -24,6 +24,10 @@ reproduce: $(VENV)/.installed
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# what damage, broken transfers, kills and hostile files end in: the table of docs/storage.md, in about a minute
+faults: $(VENV)/.installed
+	timeout 120 $(BIN)/python -m pytest -m faults -n 0 tests/test_faults.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check -q .

@@ -181,6 +181,13 @@ def solve_table(
         raise MpqError(
             f"The gains table lacks {', '.join(missing)}: expected group, configuration, gain, loss_mse."
         )
+    for name in ("group", "gain", "loss_mse"):
+        if not (kind := gains[name].dtype).is_numeric():
+            raise MpqError(f"The gains table has the column {name} as {kind}: expected numbers.")
+        if not gains[name].is_finite().fill_null(False).all():
+            raise MpqError(
+                f"The gains table has a {name} that is no number (empty, NaN or infinite): expected one in every row."
+            )
     if gains.is_empty():
         raise MpqError("The gains table is empty: expected a row for each group and configuration.")
     if "objective" in gains.columns and gains["objective"].n_unique() > 1:

@@ -25,6 +25,7 @@ NUMBERLESS = (
     "mpq.devices",
     "mpq.documents",
     "mpq.caches",
+    "mpq.urls",
     "mpq.spec",
     "mpq.store.entries",
     "mpq.store.transport",
