@@ -53,9 +53,12 @@ def started(folder: Path, **environment: str) -> Iterator[subprocess.Popen[str]]
 def children_once_stored(
     run: subprocess.Popen[str], folder: Path, kind: str
 ) -> list[psutil.Process]:
-    """Wait until the run has stored a table of this kind; the processes that it has started."""
+    """Wait until the run is under way and a table of this kind is stored; the processes that it has started."""
     deadline = time.monotonic() + 280
-    while not list((folder / "store" / kind).glob("*/meta.json")):
+    # while a run before this one was cleaning up, its flow may have stored more than it was waited for
+    while states(folder)[-1:] != ["RUNNING"] or not list(
+        (folder / "store" / kind).glob("*/meta.json")
+    ):
         assert run.poll() is None, run.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
