@@ -122,6 +122,7 @@ def load(run: Run) -> References:
         folder=str(run.subject.folder),
         calibration=run.spec.calibration,
         evaluation=run.held_out,
+        trusted=run.spec.model.trust_remote_code,
     )
 
 

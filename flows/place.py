@@ -9,10 +9,12 @@ from typing import Any
 
 from prefect import Task
 from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_URL
 
+from mpq.devices import resolve
 from mpq.errors import MpqError
 from mpq.spec import RunnerSpec
-from mpq.tasks.device import identity
+from mpq.tasks.device import identity, reaches
 from mpq.tasks.stage import On
 
 ACCELERATOR = {"accel": 1}  # what each worker offers that has one
@@ -49,8 +51,9 @@ class DaskPlace(Place):
     shared = True
 
     def __init__(self, runner: Any, device: str):
-        self._runner, self._device = runner, device
+        self._runner = runner
         self.accelerators = len(_offering(runner.client))
+        self._device = self.ask(resolve, device)
 
     def submit(
         self, task: Task[..., Any], parameters: dict[str, Any], on: On
@@ -95,8 +98,9 @@ class RayPlace(Place):
     shared = True
 
     def __init__(self, runner: Any, device: str):
-        self._runner, self._device = runner, device
+        self._runner = runner
         self.accelerators = sum(_nodes().values())
+        self._device = self.ask(resolve, device)
 
     def submit(
         self, task: Task[..., Any], parameters: dict[str, Any], on: On
@@ -174,7 +178,7 @@ def placed(runner: RunnerSpec, device: str, timed: bool = True) -> Iterator[Plac
         yield Place()
         return
     with (_dask if runner.kind == "dask" else _ray)(str(runner.address), device) as place:
-        if not place.accelerators and (timed or device != "cpu"):
+        if not place.accelerators and (timed or place.ask(resolve, device) != "cpu"):
             raise _no_accelerator(runner.kind, str(runner.address))
         yield place
 
@@ -205,6 +209,7 @@ def _dask(address: str, device: str) -> Iterator[Place]:
             "Dask",
             lambda: run(identity),
             lambda: run(identity, device, workers=accelerators) if accelerators else {},
+            lambda api: run(reaches, api),
         )
         cluster.client.register_worker_callbacks(_unprofiled)  # type: ignore[no-untyped-call]
         yield DaskPlace(cluster, device)
@@ -251,6 +256,7 @@ def _ray(address: str, device: str) -> Iterator[Place]:
             "Ray",
             lambda: dict(zip(nodes, _on_nodes(list(nodes), identity), strict=True)),
             lambda: dict(zip(accelerators, _on_nodes(accelerators, identity, device), strict=True)),
+            lambda api: dict(zip(nodes, _on_nodes(list(nodes), reaches, api), strict=True)),
         )
         with RayTaskRunner(address=address) as runner:
             yield RayPlace(runner, device)
@@ -259,10 +265,14 @@ def _ray(address: str, device: str) -> Iterator[Place]:
 
 
 def _check_alike(
-    cluster: str, codes: Callable[[], dict[str, str]], names: Callable[[], dict[str, str]]
+    cluster: str,
+    codes: Callable[[], dict[str, str]],
+    names: Callable[[], dict[str, str]],
+    reached: Callable[[str], dict[str, bool]],
 ) -> None:
-    """Keys say which code made a table and on which device: a worker with others would write what is not true."""
-    mine = identity()
+    """Keys say which code made a table and on which device: a worker with others would write what is not true. And each
+    has to reach Prefect's server, to which its tasks report."""
+    mine, api = identity(), PREFECT_API_URL.value()
     try:
         theirs, kinds = codes(), set(names().values())
     except Exception as error:
@@ -272,6 +282,11 @@ def _check_alike(
     if other := next((f"{a} has {code}" for a, code in theirs.items() if code != mine), None):
         raise MpqError(
             f"The cluster's worker {other}, the flow {mine}: install the same versions everywhere."
+        )
+    if api and (deaf := next((a for a, there in reached(api).items() if not there), None)):
+        raise MpqError(
+            f"The cluster's worker {deaf} cannot reach Prefect's server at {api}: start one that it can reach "
+            "(`prefect server start --host 0.0.0.0`), and set PREFECT_API_URL to its address."
         )
     if len(kinds) > 1:
         raise MpqError(

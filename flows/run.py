@@ -14,9 +14,10 @@ from prefect import Task
 from prefect.logging import get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from mpq.devices import resolve
 from mpq.errors import MpqError
 from mpq.flows.place import Place, placed
-from mpq.spec import EvaluationSpec, Objective, ObjectiveSpec, RunSpec
+from mpq.spec import EvaluationSpec, Objective, ObjectiveSpec, RunSpec, resolved
 from mpq.store.entries import Store
 from mpq.tasks.checkpoint import Architecture, Weights, source_of
 from mpq.tasks.progress import tracked
@@ -67,15 +68,26 @@ class Subject:
         """The checkpoint's files on this machine."""
         from mpq.models.checkpoint import fetch
 
-        return fetch(self.spec.model.path, self.spec.model.revision)
+        model = self.spec.model
+        return fetch(model.path, model.revision, model.trust_remote_code)
 
     @cached_property
     def weights(self) -> Weights:
         """The model to be loaded, by the content of its files."""
-        from mpq.models.checkpoint import fingerprint
+        from mpq.models.checkpoint import check_unchanged, fingerprint, marks
 
-        model = self.spec.model
-        return Weights(self._source, fingerprint(self.folder), model.base, model.device)
+        model, before = self.spec.model, marks(self.folder)
+        content = fingerprint(self.folder)
+        check_unchanged(self.folder, before)
+        here = Path(self._source).is_dir()  # a copy elsewhere has marks of its own
+        return Weights(
+            self._source,
+            content,
+            model.base,
+            model.device,
+            before if here else (),
+            model.trust_remote_code,
+        )
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -87,8 +99,9 @@ class Subject:
         model = self.spec.model
         threads = self.spec.timing.threads_on(model.device)
         made = made_with(model.device, str(self.place.ask(device_name, model.device, threads)))
-        key = architecture_key(load_config(self.folder))
-        return Architecture(self._source, key, model.base, model.device, made)
+        trusted = model.trust_remote_code
+        key = architecture_key(load_config(self.folder, trusted))
+        return Architecture(self._source, key, model.base, model.device, made, trusted)
 
     @property
     def _source(self) -> str:
@@ -241,5 +254,6 @@ def running(
     objectives = {k: v for k, v in spec.objectives.items() if solving in (None, k)}
     timed = "et" in spec.objectives if timing is None else timing
     with placed(spec.runner, spec.model.device, timed) as place:
+        spec = resolved(spec, lambda device: place.ask(resolve, device))
         subject = Subject(spec, place)
         yield Run(subject, objectives, formats or spec.formats, evaluating, only, unwritable)

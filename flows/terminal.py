@@ -23,9 +23,10 @@ from mpq.flows.interruption import when_interrupted
 from mpq.flows.reproduce import reproduce
 from mpq.flows.run import listening
 from mpq.paper.table_1 import table_1
+from mpq.report.best import best_plan, in_words
 from mpq.report.results import results_table
 from mpq.report.runs import join_tables
-from mpq.spec import RunSpec
+from mpq.spec import RunSpec, estimate
 from mpq.tasks.progress import terminal
 
 
@@ -67,9 +68,12 @@ def in_terminal(
         return f"{len(stages)} stage{'s are' if len(stages) != 1 else ' is'} stored in {spec.store}"
 
     console.print(
-        f"[bold]{spec.name}[/]: {spec.model.path} in {spec.model.base} → {', '.join(spec.formats)}; store {spec.store}",
+        f"{spec.title}: {spec.model.path} in {spec.model.base} → {', '.join(spec.formats)}; store {spec.store}",
         highlight=False,
+        markup=False,
+        style="bold",
     )
+    console.print(f"  on {spec.model.device}: {estimate(spec)}", highlight=False, markup=False)
     ready()
     with (
         when_interrupted(lambda: _cancel(runs)),
@@ -106,9 +110,11 @@ def _cancel(runs: list[FlowRun]) -> None:
 def run_in_terminal(
     spec: RunSpec, console: Console, ready: Callable[[], None]
 ) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Run the pipeline with its progress on `console`; returns the results table and the paths of what was written."""
+    """Run the pipeline with its progress on `console`; returns the results table, and the paths of what was written with
+    a sentence on the plan to run behind them."""
     outcome = in_terminal(spec, console, ready, calibrate)
-    return results_table(join_tables(outcome["tables"])), outcome["out"]
+    tables = join_tables(outcome["tables"])
+    return results_table(tables), {**outcome["out"], "best": in_words(best_plan(tables))}
 
 
 def reproduce_in_terminal(

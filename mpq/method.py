@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]  # done, total
 
 
-def read_text(folder: Path, source: str, **how: Any) -> Blocks:
+def read_text(
+    folder: Path, source: str, *, trust_remote_code: bool = False, **how: Any
+) -> Blocks:
     """Blocks of tokens drawn from a text, by the tokenizer of the checkpoint in `folder`.
 
     `how` is what a spec's `calibration` may say of a text: samples, length, seed, field, split. Raises MpqError for
@@ -36,7 +38,8 @@ def read_text(folder: Path, source: str, **how: Any) -> Blocks:
     from mpq.spec import parse_text
 
     text = parse_text(source=source, **how)
-    return read_blocks(text, folder, load_config(folder).get_text_config().vocab_size)
+    vocabulary = load_config(folder, trust_remote_code).get_text_config().vocab_size
+    return read_blocks(text, folder, vocabulary, trust_remote_code)
 
 
 def groups_of(config: Any, batch: int = 1, length: int = 1024) -> pl.DataFrame:

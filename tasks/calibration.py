@@ -13,7 +13,7 @@ import numpy as np
 from mpq.models.blocks import Blocks
 from mpq.spec import FROM_TASKS, CalibrationSpec, EvaluationSpec
 from mpq.store.entries import Store, TableRef
-from mpq.tasks.checkpoint import Architecture, Weights, at_hand, loaded
+from mpq.tasks.checkpoint import Architecture, Weights, configuration, loaded
 from mpq.tasks.device import exclusive
 from mpq.tasks.progress import tracked
 from mpq.tasks.stage import Output, read, stage
@@ -30,7 +30,9 @@ def _npy(array: np.ndarray) -> tuple[bytes, str]:
     return buffer.getvalue(), "npy"
 
 
-def _loaded_from(folder: str, calibration: CalibrationSpec, evaluation: EvaluationSpec) -> Any:
+def _loaded_from(
+    folder: str, calibration: CalibrationSpec, evaluation: EvaluationSpec, trusted: bool = False
+) -> Any:
     """Tokenizer and configuration, the texts and tasks by their content, and how they are drawn; no places."""
     from mpq.evaluation.task_data import data_key, harness_version
     from mpq.models.checkpoint import fingerprint_of
@@ -55,14 +57,16 @@ def _loaded_from(folder: str, calibration: CalibrationSpec, evaluation: Evaluati
 
 
 @stage("model", "calibration", "evaluation_text", "drawn", name="load model", key=_loaded_from)
-def load_model(folder: str, calibration: CalibrationSpec, evaluation: EvaluationSpec) -> Output:
+def load_model(
+    folder: str, calibration: CalibrationSpec, evaluation: EvaluationSpec, trusted: bool = False
+) -> Output:
     """Facts of the checkpoint, the blocks of tokens to calibrate and to evaluate on, and which ones were drawn."""
     from mpq.evaluation.draw import draw
     from mpq.models.checkpoint import load_config
 
-    config = load_config(Path(folder))
+    config = load_config(Path(folder), trusted)
     vocabulary = config.get_text_config().vocab_size
-    drawn = draw(Path(folder), vocabulary, calibration, evaluation)
+    drawn = draw(Path(folder), vocabulary, calibration, evaluation, trusted)
     facts = {
         "model_type": config.model_type,
         "vocabulary": vocabulary,
@@ -82,13 +86,12 @@ tracing = threading.RLock()  # torch.export is not made for two threads of one p
 @stage("groups", key=lambda architecture, batch, length: (architecture.key, batch, length))
 def partition(architecture: Architecture, batch: int, length: int) -> Output:
     """The groups table of the architecture: no weights are read, and a fine-tune costs nothing."""
-    from mpq.models.checkpoint import load_config
     from mpq.models.graph import trace
     from mpq.models.partition import groups_table
     from mpq.models.partition import partition as partition_graph
 
     with tracing:
-        graph = trace(load_config(at_hand(architecture.source)))
+        graph = trace(configuration(architecture))
     return {"groups": groups_table(partition_graph(graph), batch, length)}
 
 

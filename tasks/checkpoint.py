@@ -18,6 +18,8 @@ class Weights:
     fingerprint: str
     base: str
     device: str
+    marks: tuple[tuple[str, int, int, int], ...] = ()  # of a local folder's files, when it was read
+    trusted: bool = False  # whether code of its own may run
 
     @property
     def content(self) -> tuple[str, ...]:
@@ -37,6 +39,7 @@ class Architecture:
     base: str
     device: str
     made_with: tuple[str, ...]
+    trusted: bool = False
 
     @property
     def content(self) -> tuple[object, ...]:
@@ -60,7 +63,7 @@ def source_of(path: str, revision: str | None, folder: Path, shared: bool) -> st
 
 
 @lru_cache(maxsize=8)
-def at_hand(source: str, fingerprint: str = "") -> Path:
+def at_hand(source: str, fingerprint: str = "", trusted: bool = False) -> Path:
     """A local folder with the checkpoint that `source` (see `source_of`) names, fetched once a process.
 
     Raises MpqError where it cannot be had, or is not the one with this fingerprint any more.
@@ -71,7 +74,7 @@ def at_hand(source: str, fingerprint: str = "") -> Path:
     if Path(source).is_dir():
         return Path(source)
     path, _, revision = (source, "", "") if "://" in source else source.partition("@")
-    folder = fetch(path, revision or None)
+    folder = fetch(path, revision or None, trusted)
     if fingerprint and fingerprint_of_folder(folder) != fingerprint:
         raise MpqError(
             f"{path} has changed since the run began: run it again for the new checkpoint."
@@ -81,16 +84,30 @@ def at_hand(source: str, fingerprint: str = "") -> Path:
 
 @lru_cache(maxsize=1)
 def loaded(weights: Weights) -> Any:
-    """The model, kept for the next task in this process that asks for the same."""
-    from mpq.models.checkpoint import load_model
+    """The model, kept for the next task in this process that asks for the same.
 
-    return load_model(at_hand(weights.source, weights.fingerprint), weights.base, weights.device)
+    Raises MpqError where other files were put in place since the checkpoint's content was taken.
+    """
+    from mpq.models.checkpoint import check_unchanged, load_model
+
+    folder = at_hand(weights.source, weights.fingerprint, weights.trusted)
+    model = load_model(folder, weights.base, weights.device, weights.trusted)
+    if weights.marks:
+        check_unchanged(folder, weights.marks)
+    return model
 
 
 def with_random_weights(architecture: Architecture) -> Any:
     """The model as it is timed, on its device."""
-    from mpq.models.checkpoint import load_config
     from mpq.timing.measure import timing_model
 
-    model = timing_model(load_config(at_hand(architecture.source)), architecture.base)
+    model = timing_model(configuration(architecture), architecture.base)
     return model.to(architecture.device)
+
+
+def configuration(architecture: Architecture) -> Any:
+    """The model's transformers configuration."""
+    from mpq.models.checkpoint import load_config
+
+    trusted = architecture.trusted
+    return load_config(at_hand(architecture.source, trusted=trusted), trusted)

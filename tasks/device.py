@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
+import math
 import os
 import platform
 import re
-import tempfile
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mpq
+from mpq.caches import private_temporary_folder
+from mpq.devices import resolve
 from mpq.errors import MpqError
 from mpq.store.entries import content_key
 from mpq.tasks.stage import stop_if_stored
+
+log = logging.getLogger("mpq")
+TELL_AFTER_S = 5.0
 
 
 @contextmanager
@@ -34,18 +42,21 @@ def exclusive(device: str, alone: bool = True) -> Iterator[None]:
         if device.startswith("cuda")
         else device
     )
-    path = (
-        Path(tempfile.gettempdir())
-        / f"mpq-{os.getuid()}-{re.sub(r'[^A-Za-z0-9]+', '-', which).strip('-')}.lock"
-    )
+    name = f"{re.sub(r'[^A-Za-z0-9]+', '-', which).strip('-')}.lock"
+    path = private_temporary_folder("devices") / name
     how = fcntl.LOCK_EX if alone or device != "cpu" else fcntl.LOCK_SH
-    with path.open("a") as file:
+    # a link that someone put there is not followed
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as file:
+        told = time.monotonic() + TELL_AFTER_S
         while True:
             try:
                 fcntl.flock(file, how | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(0.05)
+            if time.monotonic() > told:
+                told = math.inf
+                log.warning("Waiting for %s: another measurement on this machine has it.", device)
         stop_if_stored()  # the one that had it may have been another run, at the same thing
         yield
 
@@ -64,7 +75,20 @@ def identity(device: str | None = None) -> str:
     """The device's name, or without one the versions of mpq's code and torch: equal where tables are interchangeable."""
     from mpq.kernels import device_name
 
-    return device_name(device) if device else f"mpq {_code()[:12]}, torch {version('torch')}"
+    return (
+        device_name(resolve(device)) if device else f"mpq {_code()[:12]}, torch {version('torch')}"
+    )
+
+
+def reaches(url: str) -> bool:
+    """Whether this machine can open a connection to a URL's host and port."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 def _code() -> str:

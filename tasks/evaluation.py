@@ -130,9 +130,9 @@ def _opened(task: str, data_dir: str | None, data: str) -> Any:
 def _tokenizer(weights: Weights) -> Any:
     from mpq.models.text import load_tokenizer
 
-    here = at_hand(weights.source, weights.fingerprint)
+    here = at_hand(weights.source, weights.fingerprint, weights.trusted)
     try:
-        return load_tokenizer(here)
+        return load_tokenizer(here, weights.trusted)
     except MpqError as error:
         raise MpqError(
             f"Harness tasks need a tokenizer; leave `tasks` out, or mend this: {error}"

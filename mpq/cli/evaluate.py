@@ -57,17 +57,22 @@ def evaluate(
     from mpq.method import evaluate_plan, read_text
     from mpq.models.checkpoint import fetch, fingerprint, load_config, load_model
 
-    device, folder = found_device(device), fetch(model)
+    device, folder = found_device(device), fetch(model, of.get("revision"), trusted)
     chosen.check_model(fingerprint(folder))
-    blocks = read_text(folder, text, samples=samples, length=length, batch=batch)
-    loaded = load_model(folder, chosen.base, device)
+    blocks = read_text(
+        folder,
+        text,
+        **{**of.get("text", {}), "samples": samples, "length": length, "batch": batch},
+        trust_remote_code=trusted,
+    )
+    loaded = load_model(folder, chosen.base, device, trusted)
     with bar("evaluation") as progress:
         frame = evaluate_plan(loaded, chosen, blocks, seeds, batch, progress)
     extra: dict[str, object] = {"predicted_loss_mse": chosen.predicted_loss_mse}
     if ttft_repeats:
         rows, tokens = of.get("prefill") or (4, 256)
         frame, native = _with_ttft(
-            frame, loaded, load_config(folder), chosen, device, rows, tokens, ttft_repeats
+            frame, loaded, load_config(folder, trusted), chosen, device, rows, tokens, ttft_repeats
         )
         extra |= native
     emit(frame, json_, out, "evaluation", extra)

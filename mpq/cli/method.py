@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from mpq.cli.console import bar, emit, log, lowered_and_base, the_base
-from mpq.cli.options import AsJson, Base, Device, Model, Out, Revision
+from mpq.cli.options import AsJson, Base, Device, Model, Out, Revision, Trusted
 
 _FORMATS = "Formats to lower to, separated by commas (see `mpq formats`)"
 
@@ -33,6 +33,7 @@ def partition(
     ] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 1024,
     revision: Revision = None,
+    trusted: Trusted = False,
     json_: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -42,7 +43,7 @@ def partition(
     from mpq.models.checkpoint import fetch, load_config
 
     with log.status("tracing"):
-        frame = groups_of(load_config(fetch(model, revision)), batch, length)
+        frame = groups_of(load_config(fetch(model, revision, trusted), trusted), batch, length)
     emit(frame, json_, out, "groups", shown_as=shown.groups(frame))
 
 
@@ -73,6 +74,7 @@ def sensitivity(
         ),
     ] = True,
     revision: Revision = None,
+    trusted: Trusted = False,
     json_: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -83,7 +85,7 @@ def sensitivity(
     from mpq.method import groups_of, read_text, sensitivity_of
     from mpq.models.checkpoint import fetch, load_config, load_model
 
-    device, folder = found_device(device), fetch(model, revision)
+    device, folder = found_device(device), fetch(model, revision, trusted)
     blocks = read_text(
         folder,
         calibration,
@@ -93,11 +95,12 @@ def sensitivity(
         seed=seed,
         field=field,
         split=split,
+        trust_remote_code=trusted,
     )
-    groups = groups_of(load_config(folder))
+    groups = groups_of(load_config(folder, trusted))
     with bar("sensitivity") as progress:
         frame, loss = sensitivity_of(
-            load_model(folder, base, device),
+            load_model(folder, base, device, trusted),
             groups,
             blocks,
             names,
@@ -153,6 +156,7 @@ def time(
     ] = False,
     seed: int = 0,
     revision: Revision = None,
+    trusted: Trusted = False,
     json_: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -167,7 +171,7 @@ def time(
     device = found_device(device)
     names = names or [f for f in native_formats(device) if f not in ("fp32", base)]
     check_native(names, device)
-    config = load_config(fetch(model, revision))
+    config = load_config(fetch(model, revision, trusted), trusted)
     with bar("timing") as progress:
         frame = times_of(
             config,

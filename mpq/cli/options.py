@@ -34,5 +34,12 @@ Device = Annotated[
     typer.Option(help="cpu, cuda or cuda:N; auto: the first GPU where there is one, else cpu."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
+Trusted = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that the checkpoint brings along: read it first.",
+    ),
+]
 Store = Annotated[str | None, typer.Option(help="Another store than the spec's.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")]

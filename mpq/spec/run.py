@@ -146,6 +146,9 @@ class ModelSpec(_Strict):
         description="Hub id, local folder or fsspec URL of a checkpoint in Hugging Face layout"
     )
     revision: str | None = Field(None, description="Revision of a hub id")
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code that a checkpoint brings along: read it first"
+    )
     base: FormatName = Field(
         "bf16", description="Format where nothing is lowered: fp32, bf16 or fp16"
     )
