@@ -37,6 +37,13 @@ FACTS = {"model": "examples/<demo> & co", "base": BASE, "device": "a test", "noi
 RUN, SMALL = with_intervals(make_run()), with_intervals(make_run(layers=2, seeds=1))
 
 
+# drawing is what takes time: one objective where that is enough
+ONE = {
+    name: frame.filter(pl.col("objective") == "et") if "objective" in frame.columns else frame
+    for name, frame in SMALL.items()
+}
+
+
 @pytest.fixture(scope="module")
 def html() -> str:
     return write_report(RUN, "A <test> run", FACTS)
@@ -271,12 +278,11 @@ def test_a_plan_that_gains_nothing_is_told() -> None:
 
 @pytest.mark.parametrize("missing", REPORTED)
 def test_a_missing_table_is_told(missing: str) -> None:
-    """Without any one of the tables, left out or empty, the report still comes and says which it lacks."""
-    run = {name: frame for name, frame in SMALL.items() if name != missing}
+    """Without any one of the tables, left out or empty, the report comes and says which it lacks."""
+    run = {name: frame for name, frame in ONE.items() if name != missing}
+    if REPORTED.index(missing) % 2:
+        run[missing] = pl.DataFrame(schema=SCHEMAS[missing])
     page = write_report(run, "partial", {})
-    assert page == write_report(
-        {**run, missing: pl.DataFrame(schema=SCHEMAS[missing])}, "partial", {}
-    )
     assert page.count("Left out") == 1
     assert f"no rows in {missing}." in page
     _Page(page)
@@ -451,16 +457,16 @@ def test_an_appendix_stands_at_the_end() -> None:
     """Another room's pictures and tables come after everything else, with one line on what it lacks."""
     sheet = Sheet("more", "More.", [("A", "a", "count")], [{"a": 12345}])
     extra = Appendix("More of it", [("A picture", "<svg></svg>")], [sheet], "Left out: nothing.")
-    page = _Page(write_report(SMALL, "with more", FACTS, extra))
+    page = _Page(write_report(ONE, "with more", FACTS, extra))
     assert page.headings[-1] == "More of it"
     assert page.rows["more"] == [["A"], ["12,345"]]
 
 
 def test_accuracy_is_told_where_tasks_were_evaluated(html: str) -> None:
     """A run with tasks has pictures and a table of accuracy; one without has no such section."""
-    page = _Page(write_report(add_accuracy(SMALL), "tasks", FACTS))
+    page = _Page(write_report(add_accuracy(ONE), "tasks", FACTS))
     assert any(h.startswith("Accuracy") for h in page.headings)
-    assert len(page.rows["accuracy"]) == 1 + 3 * 3 * 5 * (4 + 1 + 1)
+    assert len(page.rows["accuracy"]) == 1 + 3 * 5 * (4 + 1 + 1)
     assert "Accuracy" not in html
 
 

@@ -1,0 +1,81 @@
+"""The task that solves and the one that collects: uniform plans once an objective, gains with their
+intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+from prefect.logging import disable_run_logger
+from synthetic import BASE, make_groups
+
+from mpq.spec import ObjectiveSpec
+from mpq.store.entries import Store
+from mpq.store.tables import table
+from mpq.tasks import evaluation, planning
+from mpq.tasks.stage import read, read_json
+
+
+def test_uniform_plans_are_made_once(tmp_path: Path) -> None:
+    """Two τ, one uniform plan with the head and one without; a gain of memory has no error."""
+    store, groups = Store(tmp_path.as_uri()), make_groups(1)
+    linears = groups.filter(pl.col("kind") == "linear").select("order", "parameters")
+    gains = [
+        {
+            "objective": "m",
+            "group": order,
+            "configuration": [f],
+            "gain": float(parameters) if f == "int8" else 0.0,
+            "loss_mse": 1e-6 if f == "int8" else 0.0,
+        }
+        for order, parameters in linears.iter_rows()
+        for f in (BASE, "int8")
+    ]
+    loss = [{"n_samples": 1, "mean_square_loss": 4.0, "mean_loss": 2.0}]
+    inputs = {
+        "objective": "m",
+        "part": ObjectiveSpec(formats=("int8",)),
+        "groups": store.write_table("groups", "g", groups),
+        "gains": store.write_table("gains", "g", table("gains", gains)),
+        "loss": store.write_table("loss", "g", table("loss", loss)),
+        "timing": [],
+        "taus": [1e-4, 1.0],
+        "base": BASE,
+        "solver": "auto",
+        "fingerprint": "f",
+        "provenance": {},
+    }
+    with disable_run_logger():
+        found = planning.solve.fn("solve", store.url, "k", inputs)
+    solutions = read(found["solutions"])
+    made = solutions.group_by("strategy").len().sort("strategy").rows()
+    assert made == [
+        ("ip_m", 2),
+        ("prefix", 2),
+        ("random", 2),
+        ("uniform_int8", 1),
+        ("uniform_int8_but_head", 1),
+    ]
+    assert solutions["predicted_gain_error"].null_count() == solutions.height
+    assert {p["predicted_gain_error"] for p in read_json(found["plan_files"])} == {None}
+
+
+def test_a_measured_gain_keeps_its_interval(tmp_path: Path) -> None:
+    """The row of a plan's TTFT becomes four of the evaluation table, each beside base's TTFT."""
+    store = Store(tmp_path.as_uri())
+    row = {"ttft_s": 9e-3, "gain_s": 1.1e-3, "gain_ci_low_s": 1e-3, "gain_ci_high_s": 1.2e-3}
+    ttft = store.write_table("plan_ttft", "t", pl.DataFrame([{**row, "base_ttft_s": 1e-2}]))
+    plan = {
+        "strategy": "ip_et",
+        "objective": "et",
+        "tau": 0.1,
+        "seed": 0,
+        "measured": [],
+        "ttft": 0,
+    }
+    inputs = {"plans": [plan], "ttft": ttft}
+    with disable_run_logger():
+        found = evaluation.collect_evaluation.fn("collect", store.url, "k", inputs)
+    table_of = read(found["evaluation"])
+    assert dict(table_of.select("metric", "value").iter_rows()) == row
+    assert table_of["base_value"].unique().to_list() == [1e-2]
