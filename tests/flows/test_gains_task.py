@@ -109,7 +109,9 @@ def test_gains_are_what_the_bound_says(bound: str, column: str, tmp_path: Path) 
         "choices": CHOICES,
     }
     with disable_run_logger():
-        found = read(planning.build_gains.task.fn(bound, tmp_path.as_uri(), "gains", inputs)["gains"])
+        found = read(
+            planning.build_gains.task.fn(bound, tmp_path.as_uri(), "gains", inputs)["gains"]
+        )
     whole = complete(pl.concat(parts, how="diagonal_relaxed"), CHOICES, "fp32")
     assert found["configuration"].to_list() == whole["configuration"].to_list()
     assert found["gain"][1:].to_list() == pytest.approx(whole[column][1:].to_list())
