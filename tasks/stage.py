@@ -1,8 +1,8 @@
 """What every stage shares: its key, caching by content, the store, a readable name. A stage itself is a pure function.
 
 A stage takes references and plain values and returns {kind: table or (bytes, suffix)}. Wrapped, it becomes a Prefect task that
-is cached twice over: by Prefect, whose result is the small JSON of the references, and by the store, which knows the entries even
-where Prefect's own records are gone (another machine, a fresh server). A batch is a stage of many entries of one kind.
+is cached by the store alone, which knows the entries on any machine and beside any server. A batch is a stage of many entries of
+one kind.
 
 A stage's key is the content of everything that goes into it, plus the code that it runs through (store/code.py). A stage that
 depends on less says so where it is defined: `free` names inputs that decide how something is computed and not what, `key` says in
@@ -17,14 +17,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import polars as pl
 from prefect import Task, task
-from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
-from prefect.serializers import Serializer
 from prefect.states import Completed
 
 from mpq.errors import MpqError
@@ -101,27 +100,6 @@ def stop_if_stored() -> None:
     """Inside a stage that has waited: end it here if another run has stored its tables meanwhile."""
     if ask := _ask.get():
         ask()
-
-
-class ReferenceSerializer(Serializer):
-    """References as JSON. Reading them back reads the entries: where one is gone or damaged that raises, which Prefect
-    takes for a miss, and the stage is computed again."""
-
-    type: str = "mpq-references"
-
-    def dumps(self, obj: Any) -> bytes:
-        if isinstance(obj, BaseException):  # a task's failure is kept too
-            return json.dumps({"error": str(obj)}).encode()
-        return json.dumps({kind: asdict(ref) for kind, ref in obj.items()}).encode()
-
-    def loads(self, blob: bytes) -> References:
-        references = {
-            kind: TableRef(**{**r, "upstream": tuple(r["upstream"])})
-            for kind, r in json.loads(blob).items()
-        }
-        for ref in references.values():
-            Store(ref.store).read_bytes(ref)
-        return references
 
 
 def stage(
@@ -214,9 +192,9 @@ def _task(run: Callable[..., Any], name: str, options: dict[str, Any]) -> Task[.
     return task(
         name=name,
         task_run_name="{label}",
-        persist_result=True,
-        cache_policy=CacheKeyFnPolicy(cache_key_fn=cache_key),
-        result_serializer=ReferenceSerializer(),
+        # Prefect unpickles a result file that says so, and whoever may write there would run code here: the store knows all of it
+        persist_result=False,
+        cache_policy=NO_CACHE,
         retry_condition_fn=is_worth_a_retry,
         **options,
     )(run)
@@ -231,11 +209,6 @@ def is_worth_a_retry(task: Any, task_run: Any, state: Any) -> bool:
     except Exception:
         return True
     return False
-
-
-def cache_key(context: Any, parameters: dict[str, Any]) -> str:
-    """Prefect's key of a task run: its stage's key, in its store."""
-    return content_key(parameters["key"], parameters["store"])
 
 
 def _references(value: Any) -> list[TableRef]:

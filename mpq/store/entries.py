@@ -190,7 +190,8 @@ class Store:
                     fs.pipe_file(aside, data)
                     os.replace(aside, target)
                 except BaseException:
-                    Path(aside).unlink(missing_ok=True)  # half a file would keep a full disk full
+                    with suppress(OSError):  # half a file would keep a full disk full
+                        os.unlink(aside)
                     raise
             else:
                 fs.pipe_file(target, data)
