@@ -37,9 +37,12 @@ def write_outputs(
     under an earlier spec left are removed. Raises MpqError where the folder cannot be written.
     """
     out = Path(spec.out) / spec.name
+    text = spec.evaluation or spec.calibration
     belongs = {
         "model": spec.model.path,
-        "evaluation": (spec.evaluation or spec.calibration).source,
+        "revision": spec.model.revision,
+        "evaluation": text.source,
+        "text": text.model_dump(include={"field", "split", "seed", "revision"}),
         "prefill": [spec.timing.batch, spec.timing.length],
     }
     made = [replace(Plan(**p), provenance={**p["provenance"], **belongs}) for p in plans]

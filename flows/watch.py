@@ -23,9 +23,10 @@ from mpq.redaction import redact
 from mpq.spec import RunSpec
 from mpq.store.entries import Store, TableRef
 from mpq.tasks.stage import read_json
+from mpq.urls import PublicUrl
 
 Urls = Annotated[
-    list[str],
+    list[PublicUrl],
     Field(min_length=1, description="Folders, fsspec URLs or hub ids to look for checkpoints in"),
 ]
 Settle = Annotated[

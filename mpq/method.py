@@ -6,6 +6,7 @@ used, so that a mistake is told before torch and transformers have loaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]  # done, total
 
 
-def read_text(
-    folder: Path, source: str, *, trust_remote_code: bool = False, **how: Any
-) -> Blocks:
+def read_text(folder: Path, source: str, *, trust_remote_code: bool = False, **how: Any) -> Blocks:
     """Blocks of tokens drawn from a text, by the tokenizer of the checkpoint in `folder`.
 
     `how` is what a spec's `calibration` may say of a text: samples, length, seed, field, split. Raises MpqError for
@@ -163,6 +162,22 @@ def best_plan(
         solver=solver,
     )
     return plan
+
+
+def plan_within(
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    loss: pl.DataFrame,
+    budget: float,
+    base: str,
+    solver: SolverName = "auto",
+) -> Plan:
+    """As best_plan, its bound given as the loss MSE itself (nats²). Raises MpqError for tables of another kind."""
+    from mpq.store.tables import validate
+
+    groups, loss = validate("groups", groups), validate("loss", loss)
+    tau = math.sqrt(max(0.0, budget) / loss["mean_square_loss"][0])
+    return best_plan(groups, validate("gains", gains), loss, tau, base, solver)
 
 
 def evaluate_plan(

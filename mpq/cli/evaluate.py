@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpq.cli.console import bar, emit
-from mpq.cli.options import AsJson, Device, Out
+from mpq.cli.options import AsJson, Device, Out, Trusted
 from mpq.errors import MpqError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def evaluate(
         ),
     ] = 11,
     device: Device = "auto",
+    trusted: Trusted = False,
     json_: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -48,6 +49,7 @@ def evaluate(
     """
     chosen = _read_plan(plan)
     of = chosen.provenance
+    own = {} if text else of.get("text") or {}  # how the run read its own text
     model, text = model or of.get("model"), text or of.get("evaluation")
     if not model or not text:
         raise MpqError(
@@ -62,7 +64,7 @@ def evaluate(
     blocks = read_text(
         folder,
         text,
-        **{**of.get("text", {}), "samples": samples, "length": length, "batch": batch},
+        **{**own, "samples": samples, "length": length, "batch": batch},
         trust_remote_code=trusted,
     )
     loaded = load_model(folder, chosen.base, device, trusted)

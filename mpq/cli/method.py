@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from mpq.cli.console import bar, emit, log, lowered_and_base, the_base
 from mpq.cli.options import AsJson, Base, Device, Model, Out, Revision, Trusted
+from mpq.errors import MpqError
 
 _FORMATS = "Formats to lower to, separated by commas (see `mpq formats`)"
 
@@ -214,6 +216,22 @@ def solve(
     objective: Annotated[
         str | None, typer.Option(help="Which objective, where the table holds several.")
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            help="Write the plan to FILE, as `mpq eval` reads it; needs --groups, --loss and --base.",
+            metavar="FILE",
+        ),
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="The groups table that the gains are of (`mpq partition`).")
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="The one-row table beside the sensitivities, for the plan's τ."),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base format of the gains.")] = None,
     json_: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -222,12 +240,24 @@ def solve(
 
     import polars as pl
 
-    from mpq.cli.console import read_frame
+    from mpq.cli.console import read_frame, write_file
     from mpq.program.gains import solve_table
 
+    if plan and not (groups and loss and base):
+        raise MpqError(
+            "--plan needs --groups, --loss and --base: a plan names ops, its τ and what it leaves alone."
+        )
     frame = read_frame(gains)
     if objective:
         frame = frame.filter(pl.col("objective") == objective)
     chosen, solution = solve_table(frame, budget, solver=solver)
     summary = {k: v for k, v in asdict(solution).items() if k != "chosen"}
+    if plan and groups and loss and base:
+        from mpq.method import plan_within
+
+        made = plan_within(
+            read_frame(groups), frame, read_frame(loss), budget, the_base(base), solver
+        )
+        write_file(plan, made.to_json().encode())
+        summary["plan"] = str(plan)
     emit(chosen, json_, out, "chosen", {**summary, "budget": budget})

@@ -28,7 +28,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import fsspec
