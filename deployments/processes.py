@@ -190,14 +190,8 @@ class Services:
             "AWS_SECRET_ACCESS_KEY": "demo",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        self.start(
-            "s3",
-            str(Path(sys.executable).parent / "moto_server"),
-            "-H",
-            "127.0.0.1",
-            "-p",
-            str(port),
-        )
+        code = "import sys; from moto.server import main; main(sys.argv[1:])"
+        self.start("s3", sys.executable, "-c", code, "-H", "127.0.0.1", "-p", str(port))
         until("the S3 server", lambda: httpx.get(address).status_code)
         httpx.put(f"{address}/{bucket}").raise_for_status()
         return address
