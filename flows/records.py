@@ -66,9 +66,7 @@ class Records:
         if ref is None:
             return None
         record: dict[str, Any] = json.loads(self._store.read_bytes(ref))
-        record["plans"] = [
-            TableRef(**{**r, "upstream": tuple(r["upstream"])}) for r in record["plans"]
-        ]
+        record["plans"] = [TableRef.of(plan) for plan in record["plans"]]
         try:
             for plan in record["plans"]:
                 Store(plan.store).read_bytes(plan)

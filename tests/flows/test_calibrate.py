@@ -7,7 +7,6 @@ import logging
 import re
 import shutil
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -303,16 +302,10 @@ def test_a_task_that_takes_too_long(spec: RunSpec, monkeypatch: pytest.MonkeyPat
         for _ in range(6000):
             time.sleep(0.01)
 
-<<<<<<< HEAD
     monkeypatch.setattr("mpq.evaluation.draw.draw", slowly)
     with pytest.raises(
         MpqError, match=r"load model tiny model took longer than 1 s: .*runner.timeout_s"
     ):
-=======
-    # by its module: the room hands on a function of the same name
-    monkeypatch.setattr(import_module("mpq.evaluation.draw"), "draw", slowly)
-    with pytest.raises(MpqError, match=r"load tiny model took longer than 1 s: .*runner.timeout_s"):
->>>>>>> h-tests
         calibrate(change(spec, runner={"timeout_s": 1}))
 
 
