@@ -29,7 +29,7 @@ from mpq.models.checkpoint import load_config, load_model
 from mpq.models.graph import trace
 from mpq.models.partition import partition
 from mpq.models.text import load_tokenizer, read_blocks
-from mpq.running.apply import applied
+from mpq.running.apply import apply_plan
 from mpq.spec import TextSpec
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def harness_alone(model: nn.Module, tokenizer: Any, tasks: Tasks, documents: int
 
 
 def under(model: nn.Module, formats: Mapping[str, str], work: Callable[[], object]) -> None:
-    with applied(model, formats, base="fp32", seed=0):
+    with apply_plan(model, formats, base="fp32", seed=0):
         work()
 
 

@@ -38,7 +38,7 @@ CONFIGURATIONS, DEVICES, CONFIGURATION_S, SPREAD = (
 )  # an assumed campaign: 16 prefills of 125 ms each
 
 
-def told(values: list[float], digits: int = 4) -> dict[str, float]:
+def summary(values: list[float], digits: int = 4) -> dict[str, float]:
     """The median of some measurements, and the ends of their spread."""
     return {
         "median": round(statistics.median(values), digits),
@@ -95,7 +95,7 @@ class Bench:
         print(
             f"{runner or on}{' cached' if cached else ''}: {seconds}", file=sys.stderr, flush=True
         )
-        return told(seconds)
+        return summary(seconds)
 
     def cpu(self, address: str) -> dict[str, float]:
         """CPU seconds per task of the processes that there is one of, the flow's, Dask's scheduler, Prefect's server; and of the workers.
@@ -135,7 +135,7 @@ class Bench:
         for _ in range(RUNS + 1):
             seconds.append(sensitivity(parse_spec({**spec, "store": self.store()})))
         print(f"sensitivity: {seconds}", file=sys.stderr, flush=True)
-        return told(seconds[1:], 2)
+        return summary(seconds[1:], 2)
 
 
 def building() -> dict[str, Any]:

@@ -47,7 +47,7 @@ import numpy as np
 import polars as pl
 import torch
 from gpu_plans import figure, plans, summary
-from record import folder_of, told
+from record import folder_of, recorded
 from torch import nn
 from transformers import LlamaConfig
 
@@ -353,7 +353,7 @@ def main() -> None:
             c.path("plans.png"), dpi=150
         )
     result |= summary(timed, frame)
-    text = told("gpu_campaign", result, c.device)
+    text = recorded("gpu_campaign", result, c.device)
     kept.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     if os.environ.get("OUT"):
         for path in c.out.glob(c.path("*").name):

@@ -165,7 +165,7 @@ def attentions(
         q[:1].double(), k[:1].double(), v[:1].double(), is_causal=True, enable_gqa=True
     )
 
-    def told(way: str, run: Callable[[], Tensor], transposed: bool) -> float:
+    def print_speed(way: str, run: Callable[[], Tensor], transposed: bool) -> float:
         output = run()[:1]
         seconds = seconds_of(run, device)
         rows.append(
@@ -179,7 +179,7 @@ def attentions(
         )
         return seconds
 
-    told(
+    print_speed(
         "base: SDPA",
         lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         False,
@@ -194,13 +194,15 @@ def attentions(
     for tile in TILES[place]:
         flash.TILES[place] = tile
         way = f"fused fp8_e4m3, fp8_e4m3, tile {tile}"
-        timed[tile] = told(
+        timed[tile] = print_speed(
             way, lambda: flash.attention(q, k, v, e4m3, e4m3, scaling=scaling, causal=True), True
         )
     flash.TILES[place] = min(timed, key=timed.__getitem__)
     for qk, av in ((e4m3, None), (None, e4m3), (None, None)):
         way = f"fused {', '.join(f.name if f else 'base' for f in (qk, av))}"
-        told(way, lambda: flash.attention(q, k, v, qk, av, scaling=scaling, causal=True), True)
+        print_speed(
+            way, lambda: flash.attention(q, k, v, qk, av, scaling=scaling, causal=True), True
+        )
     p = torch.rand(batch, heads, length, length, device=device, dtype=base)
     for way, run in (
         ("product qk", lambda: bgemm.matmul(q, k.mT, e4m3)),

@@ -24,7 +24,7 @@ def folder_of(device: str = "cpu") -> Path:
     return folder
 
 
-def told(bench: str, result: Any, device: str = "cpu") -> dict[str, Any]:
+def recorded(bench: str, result: Any, device: str = "cpu") -> dict[str, Any]:
     """The result with what it was measured with."""
     return {
         "bench": bench,
@@ -39,7 +39,7 @@ def told(bench: str, result: Any, device: str = "cpu") -> dict[str, Any]:
 
 def record(bench: str, result: Any, device: str = "cpu") -> None:
     """Write the result, and print it as the last line."""
-    text = told(bench, result, device)
+    text = recorded(bench, result, device)
     (folder_of(device) / f"{bench}.json").write_text(
         json.dumps(text, indent=1) + "\n", encoding="utf-8"
     )

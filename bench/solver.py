@@ -39,9 +39,9 @@ if __name__ == "__main__":
         "status": solution.status,
     }
     result |= {"gap": solution.gap, "solver": solution.solver, "note": solution.note}
-    from record import folder_of, told  # after the solve: torch comes with it
+    from record import folder_of, recorded  # after the solve: torch comes with it
 
     (folder_of() / "solver.json").write_text(
-        json.dumps(told("solver", result), indent=1) + "\n", encoding="utf-8"
+        json.dumps(recorded("solver", result), indent=1) + "\n", encoding="utf-8"
     )
     print(json.dumps(result))

@@ -166,7 +166,7 @@ def sensitivity(run: Run, groups: TableRef, blocks: TableRef) -> References:
 
 def facts_of(run: Run, drawn: TableRef) -> dict[str, str]:
     """What the report tells of a run besides its tables."""
-    from mpq.evaluation.draw import in_words
+    from mpq.evaluation.sampling import in_words
 
     spec = run.spec
     return {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from mpq.flows.run import Calls, Run, tell
+from mpq.flows.run import Calls, Run, announce
 from mpq.flows.times import choices, first_times, measured, times_of_plans
 from mpq.spec import Objective
 from mpq.store.entries import TableRef
@@ -30,7 +30,7 @@ def make_plans(
     solved = solve(run, list(run.objectives), groups, sums, built, timed, anchor)
     left = unmeasured_of(run, groups, timed, solved[list(run.objectives).index("et")])
     if left:
-        tell(
+        announce(
             f"{len(left)} configurations of the plans for et are predicted, not measured: "
             f"timing.rounds was {run.spec.timing.rounds}."
         )

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from mpq.flows.calibrate import chain, load, partition, tables_of
 from mpq.flows.evaluation import Plans, evaluate
-from mpq.flows.run import Account, Calls, Run, one_by_one, running, tell
-from mpq.paper.forecast import Asked, Work, forecast, told
+from mpq.flows.run import Account, Calls, Run, announce, one_by_one, running
+from mpq.paper.forecast import Asked, Work, forecast, forecast_in_words
 from mpq.report.runs import join_tables
 from mpq.spec import RunSpec
 from mpq.store.entries import Damaged, Store, TableRef
@@ -65,7 +65,7 @@ def reproduce(spec: RunSpec, dry_run: DryRun = False) -> dict[str, Any]:
     folder = Path(outcome["out"]["report"]).parent / "figures"
     left_out = write_figures(join_tables(outcome["tables"]), folder, spec.model.base)
     for sentence in left_out:
-        tell(sentence)
+        announce(sentence)
     outcome["out"] |= {"figures": str(folder)}
     return {**outcome, "forecast": rows, "left_out": left_out}
 
@@ -106,7 +106,7 @@ def foretell(run: Run, what: Callable[[Run], object]) -> tuple[bool, list[Work]]
         what(look)
         whole = True
     works = _forecast(look, whole)
-    tell(told(works, run.spec, run.held_out))
+    announce(forecast_in_words(works, run.spec, run.held_out))
     return whole, works
 
 

@@ -49,7 +49,7 @@ def listening(listener: Listener, reader: Callable[[str], None]) -> Iterator[Non
         _listener = _reader = None
 
 
-def tell(text: str) -> None:
+def announce(text: str) -> None:
     """Say something to whoever watches the flow: in its log, and on the terminal where it was started from one."""
     get_run_logger().info(text)
     if _reader:
@@ -185,7 +185,7 @@ class Run:
         self._account(name, len(futures), cached, start)
         for detail, result in zip(calls, results, strict=True):
             if isinstance(result, BaseException):
-                raise self._told(result, self._label(name, detail))
+                raise self._explained(result, self._label(name, detail))
         return cast(list[References], results)
 
     def _label(self, name: str, detail: str) -> str:
@@ -196,7 +196,7 @@ class Run:
         limit = self.spec.runner.timeout_s
         return task.with_options(timeout_seconds=limit) if limit else task
 
-    def _told(self, error: BaseException, label: str) -> BaseException:
+    def _explained(self, error: BaseException, label: str) -> BaseException:
         if type(error).__name__ != "TaskRunTimeoutError":
             return error
         return MpqError(

@@ -6,7 +6,7 @@ The method by name, each loaded when it is asked for:
     groups_of                                    its matrix products, in groups that run one after the other
     sensitivity_of, times_of                     what rounding does to the loss; what a format gains on this device
     gains_of, best_plan                          the program's coefficients, and the plan that it chooses
-    applied, evaluate_plan                       a plan on a model, and what it really does
+    apply_plan, evaluate_plan                    a plan on a model, and what it really does
     load_spec, read_run, Plan, MpqError          a run's file, a finished run's tables, a plan, the one kind of error
 """
 

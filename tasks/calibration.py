@@ -61,7 +61,7 @@ def load_model(
     folder: str, calibration: CalibrationSpec, evaluation: EvaluationSpec, trusted: bool = False
 ) -> Output:
     """Facts of the checkpoint, the blocks of tokens to calibrate and to evaluate on, and which ones were drawn."""
-    from mpq.evaluation.draw import draw
+    from mpq.evaluation.sampling import draw
     from mpq.models.checkpoint import load_config
 
     config = load_config(Path(folder), trusted)

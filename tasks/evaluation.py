@@ -178,14 +178,14 @@ def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Ou
     return {"evaluation": table("evaluation", rows)}
 
 
-def _told(**inputs: Any) -> Any:
+def _with_template(**inputs: Any) -> Any:
     """Everything, and the page's template."""
     return inputs, (files("mpq.report") / "templates" / "report.html.j2").read_text(
         encoding="utf-8"
     )
 
 
-@stage("report", name="report", key=_told)
+@stage("report", name="report", key=_with_template)
 def write_report(tables: dict[str, list[TableRef]], title: str, facts: dict[str, str]) -> Output:
     """The HTML report, from tables alone; with the paper's appendix where the facts name it."""
     from mpq.report.page import write_report as render

@@ -19,7 +19,7 @@ from torch import nn
 
 from mpq.errors import MpqError
 from mpq.evaluation.task_data import Tasks, open_tasks, quiet
-from mpq.running.apply import applied
+from mpq.running.apply import apply_plan
 
 SCHEMA = {
     "seed": pl.Int64,
@@ -82,7 +82,7 @@ def evaluate_tasks(
                 progress(1, steps)
         rows: list[dict[str, object]] = []
         for left, seed in zip(range(len(seeds) - 1, -1, -1), seeds, strict=True):
-            with applied(model, formats, base=base, backend="emulated", seed=seed):
+            with apply_plan(model, formats, base=base, backend="emulated", seed=seed):
                 lowered = score(model, tokenizer, opened, limit=limit, batch=batch)
             rows += [{"seed": seed, **row} for row in _beside(opened, lowered, base_scores)]
             if progress:

@@ -16,7 +16,7 @@ from mpq.errors import MpqError
 from mpq.loss.cross_entropy import sample_losses
 from mpq.models.blocks import Blocks
 from mpq.models.positions import check_length
-from mpq.running.apply import applied
+from mpq.running.apply import apply_plan
 
 log = logging.getLogger("mpq")
 
@@ -72,7 +72,7 @@ def evaluate_loss(
     """
     rows: list[dict[str, object]] = []
     for done, seed in enumerate(seeds):
-        with applied(model, formats, base=base, backend="emulated", seed=seed):
+        with apply_plan(model, formats, base=base, backend="emulated", seed=seed):
             lowered = losses(model, blocks, batch)
         change = lowered - base_losses
         values = (np.square(change).mean(), change.mean(), lowered.mean(), perplexity(lowered))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpq.loss.cross_entropy import sample_losses
-from mpq.running.apply import applied
+from mpq.running.apply import apply_plan
 
 REPEATS = 3
 
@@ -38,6 +38,6 @@ def measure_pace(
         return min(seconds[1:]) / tokens.numel()
 
     plain = pace()
-    with applied(model, formats, base=base, backend="emulated"):
+    with apply_plan(model, formats, base=base, backend="emulated"):
         lowered = pace()
     return pl.DataFrame({"base_s_per_token": [plain], "lowered_s_per_token": [lowered]})

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpq.formats.format import FORMATS
-from mpq.report.drawing import BLUE, INK, RED, SMALL, dress
+from mpq.report.style import BLUE, INK, RED, SMALL, dress
 
 
 def attention_gains(groups: pl.DataFrame, timing: pl.DataFrame, base: str) -> pl.DataFrame:

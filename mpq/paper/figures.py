@@ -19,7 +19,6 @@ from mpq.paper.attention_gain import attention_gains, draw_attention_gains
 from mpq.paper.table_1 import markdown, table_1
 from mpq.report.accuracy import averages, by_tau, differences
 from mpq.report.accuracy_figures import accuracy_against, accuracy_per_task, draw_series, no_x
-from mpq.report.drawing import in_order, legend, log_axis, new_figure, standalone_svg, to_svg
 from mpq.report.figures import predicted_against_measured
 from mpq.report.maps import draw_formats, layer_groups
 from mpq.report.results import (
@@ -30,6 +29,7 @@ from mpq.report.results import (
     results_table,
     table_of,
 )
+from mpq.report.style import in_order, legend, log_axis, new_figure, standalone_svg, to_svg
 
 ONE_SPEED = ", times scaled to one speed of the machine by base's own"
 

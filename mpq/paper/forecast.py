@@ -101,7 +101,7 @@ def _bounds(
     return works
 
 
-def told(works: list[Work], spec: RunSpec, held_out: EvaluationSpec) -> str:
+def forecast_in_words(works: list[Work], spec: RunSpec, held_out: EvaluationSpec) -> str:
     """The forecast in a few lines for people."""
     parts = [w for w in works if w.stage in EVALUATIONS]
     count, cached = sum(w.tasks for w in parts), sum(w.cached for w in parts)

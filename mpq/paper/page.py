@@ -8,10 +8,10 @@ import polars as pl
 from mpq.paper.attention_gain import attention_gains
 from mpq.paper.figures import paper_figures
 from mpq.paper.table_1 import columns_of, how_averaged, table_1
-from mpq.report.drawing import to_svg
 from mpq.report.page import Appendix
 from mpq.report.results import Tables, base_of, plan_results, table_of
 from mpq.report.sheets import Sheet
+from mpq.report.style import to_svg
 
 
 def appendix(tables: Tables, base: str = "") -> Appendix:

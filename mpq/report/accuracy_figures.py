@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpq.report.accuracy import AVERAGE, name_of_task, tasks_of
-from mpq.report.drawing import INK, SMALL, dress, in_order, legend, legend_name, look, new_figure
 from mpq.report.results import OBJECTIVES
+from mpq.report.style import INK, SMALL, dress, in_order, legend, legend_name, look, new_figure
 
 
 def no_x(results: pl.DataFrame, objective: str) -> str:

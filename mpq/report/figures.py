@@ -16,7 +16,17 @@ from matplotlib.ticker import MaxNLocator
 
 from mpq.report.accuracy import AVERAGE, averages, by_tau, differences
 from mpq.report.accuracy_figures import accuracy_against, accuracy_per_task, no_x
-from mpq.report.drawing import (
+from mpq.report.maps import format_map, layer_groups
+from mpq.report.results import (
+    OBJECTIVES,
+    STRATEGIES,
+    Tables,
+    plan_results,
+    results_table,
+    sentence,
+    table_of,
+)
+from mpq.report.style import (
     INK,
     SMALL,
     dress,
@@ -27,16 +37,6 @@ from mpq.report.drawing import (
     look,
     new_figure,
     to_svg,
-)
-from mpq.report.maps import format_map, layer_groups
-from mpq.report.results import (
-    OBJECTIVES,
-    STRATEGIES,
-    Tables,
-    plan_results,
-    results_table,
-    sentence,
-    table_of,
 )
 
 Pictures = list[tuple[str, str]]  # caption, SVG

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch, PathPatch
 from matplotlib.path import Path
 
-from mpq.report.drawing import (
+from mpq.report.style import (
     FORMAT_COLOURS,
     FORMAT_HATCHES,
     INK,

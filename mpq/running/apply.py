@@ -293,7 +293,7 @@ def _both(op: str, lowered: Mapping[str, str]) -> str | None:
 
 
 @contextmanager
-def applied(
+def apply_plan(
     model: nn.Module,
     formats: Mapping[str, str],
     *,
@@ -312,3 +312,6 @@ def applied(
         yield model
     finally:
         mixed.clear()
+
+
+applied = apply_plan  # its name before, for one version

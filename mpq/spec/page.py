@@ -44,7 +44,7 @@ def _section(title: str, at: str, model: type[BaseModel]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, field in model.model_fields.items():
         key = f"{at}.{name}" if at else name
-        yield f"| `{key}` | {_told(field.description)} | {_default(field)} | {_told(_values(field))} |"
+        yield f"| `{key}` | {_in_cell(field.description)} | {_default(field)} | {_in_cell(_values(field))} |"
     yield ""
     for name, field in model.model_fields.items():
         for inner in _models(field.annotation):
@@ -54,7 +54,7 @@ def _section(title: str, at: str, model: type[BaseModel]) -> Iterator[str]:
             yield from _section(f"`{key}`", key, inner)
 
 
-def _told(text: str | None) -> str:
+def _in_cell(text: str | None) -> str:
     return (text or "").replace("|", "\\|").replace("<", "&lt;")
 
 

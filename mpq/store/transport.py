@@ -145,7 +145,7 @@ def carry(operation: Callable[[], T], url: str, doing: str, what: str = "store")
             retry=retry_if_exception(is_passing),
             wait=wait_random_exponential(multiplier=0.25, max=8),
             stop=stop_after_attempt(_attempts()),
-            before_sleep=lambda state: _tell(state, f"{what} {url}"),
+            before_sleep=lambda state: _log_retry(state, f"{what} {url}"),
             reraise=True,
         ):
             with attempt:
@@ -179,7 +179,7 @@ def _attempts() -> int:
     return int(given)
 
 
-def _tell(state: RetryCallState, place: str) -> None:
+def _log_retry(state: RetryCallState, place: str) -> None:
     error = state.outcome.exception() if state.outcome else None
     seconds = state.next_action.sleep if state.next_action else 0.0
     log.warning(

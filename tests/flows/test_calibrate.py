@@ -302,7 +302,7 @@ def test_a_task_that_takes_too_long(spec: RunSpec, monkeypatch: pytest.MonkeyPat
         for _ in range(6000):
             time.sleep(0.01)
 
-    monkeypatch.setattr("mpq.evaluation.draw.draw", slowly)
+    monkeypatch.setattr("mpq.evaluation.sampling.draw", slowly)
     with pytest.raises(
         MpqError, match=r"load model tiny model took longer than 1 s: .*runner.timeout_s"
     ):

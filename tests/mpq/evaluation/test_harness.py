@@ -17,12 +17,12 @@ import torch
 from small import DEMO, ROOT
 
 from mpq.errors import MpqError
-from mpq.evaluation.draw import draw_documents
 from mpq.evaluation.harness import Scores, evaluate_tasks, paired_stderr, score
+from mpq.evaluation.sampling import draw_documents
 from mpq.evaluation.task_data import open_tasks
 from mpq.models.checkpoint import load_model
 from mpq.models.text import load_tokenizer
-from mpq.running.apply import applied
+from mpq.running.apply import apply_plan
 from mpq.spec import EvaluationSpec
 
 pytest.importorskip("lm_eval")
@@ -123,7 +123,7 @@ def test_a_plan_is_felt_and_leaves_the_model_alone(
     difference = evaluated.filter(pl.col("metric") == "perplexity_diff").sort("seed")["value"]
     np.testing.assert_allclose(difference, perplexity["value"] - perplexity["base_value"])
     assert (evaluated.filter(pl.col("metric") == "perplexity_diff_stderr")["value"] > 0).all()
-    with applied(model, lowered, base="fp32", seed=1):
+    with apply_plan(model, lowered, base="fp32", seed=1):
         under = by_hand(model, tokenizer, "lambada_openai")["lambada_openai"]
     after = by_hand(model, tokenizer, "lambada_openai")["lambada_openai"]
     assert under["perplexity"] == pytest.approx(second, rel=1e-5)

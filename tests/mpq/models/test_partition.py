@@ -27,7 +27,7 @@ from mpq.models.checkpoint import load_config
 from mpq.models.graph import Graph, Op, trace
 from mpq.models.partition import architecture_key, feeds_of, groups_table, partition
 from mpq.program.gains import gains_m
-from mpq.running.apply import applied
+from mpq.running.apply import apply_plan
 
 GQA = {"num_key_value_heads": 2, "head_dim": 8}
 ATTENTION = [
@@ -393,7 +393,7 @@ def test_what_cannot_be_lowered_stops_nothing_else(model_type: str) -> None:
     assert set(frame["op"]) == {name for name, _ in lowered}
     before = losses(model, blocks)
     plan = {name: "fp32" if kind == "other" else "fp8_e4m3" for name, kind in kinds.items()}
-    with applied(model, plan, base="fp32", seed=0):
+    with apply_plan(model, plan, base="fp32", seed=0):
         assert not np.array_equal(losses(model, blocks), before)
 
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mpq.errors import MpqError
-from mpq.evaluation.draw import draw, in_words
+from mpq.evaluation.sampling import draw, in_words
 from mpq.loss.cross_entropy import sample_losses
 from mpq.models.documents import read_documents, source_key
 from mpq.models.text import draw_blocks, load_tokenizer, read_blocks

@@ -25,11 +25,11 @@ from synthetic import (
 
 from mpq.errors import MpqError
 from mpq.report import figures
-from mpq.report.drawing import to_svg
 from mpq.report.maps import format_map
 from mpq.report.page import REPORTED, Appendix, write_report
 from mpq.report.results import plan_results, results_table
 from mpq.report.sheets import Sheet
+from mpq.report.style import to_svg
 from mpq.report.summary import summarize
 from mpq.store.tables import SCHEMAS, table
 

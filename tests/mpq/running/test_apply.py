@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.kernels import int8_attention
-from mpq.running.apply import Mixed, applied, perturbation
+from mpq.running.apply import Mixed, apply_plan, perturbation
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 64,
@@ -87,13 +87,13 @@ def test_applied_and_taken_off(backend: Any, base: str) -> None:
         }
     before, attributes = logits(model), state(model)
     embedding = model.get_input_embeddings().weight.detach().clone()
-    with applied(model, formats, base=base, backend=backend):
+    with apply_plan(model, formats, base=base, backend=backend):
         assert not torch.equal(logits(model), before)
         assert logits(model).dtype == before.dtype
     assert torch.equal(logits(model), before)
     with (
         pytest.raises(RuntimeError, match="boom"),
-        applied(model, formats, base=base, backend=backend),
+        apply_plan(model, formats, base=base, backend=backend),
     ):
         raise RuntimeError("boom")
     assert torch.equal(logits(model), before)
@@ -113,7 +113,7 @@ def test_a_lowered_linear_is_the_rounded_product_and_nothing_else_changes(
     seen: list[tuple[Tensor, Tensor]] = []
     module.register_forward_hook(lambda _, args, out: seen.append((args[0].clone(), out.clone())))
     logits(model)
-    with applied(model, {op: "fp8_e4m3"}, base="fp32"):
+    with apply_plan(model, {op: "fp8_e4m3"}, base="fp32"):
         logits(model)
     (x, _), (x_lowered, y) = seen
     assert torch.equal(x, x_lowered)
@@ -134,7 +134,7 @@ def test_a_lowered_product_is_the_rounded_attention() -> None:
             lambda _, __, out, name=name: seen.update({name: out.clone()})
         )
     attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update(out=args[0].clone()))
-    with applied(model, {f"{ATTENTION}.qk_matmul": "fp8_e4m3"}, base="fp32"):
+    with apply_plan(model, {f"{ATTENTION}.qk_matmul": "fp8_e4m3"}, base="fp32"):
         logits(model)
     q, k, v = (seen[n].view(2, 9, -1, 16).transpose(1, 2) for n in ("q_proj", "k_proj", "v_proj"))
     angle = torch.arange(9)[:, None] * 10000.0 ** (-torch.arange(8) / 8)
@@ -167,7 +167,7 @@ def test_fused_attention_is_emulated_as_eager_attention(lowered: tuple[str, ...]
     results = []
     for implementation in ("sdpa", "sdpa", "eager"):
         model.set_attn_implementation(implementation)  # type: ignore[operator]
-        with applied(model, formats, base="fp32", seed=0):
+        with apply_plan(model, formats, base="fp32", seed=0):
             results.append(logits(model))
     fused, again, eager = results
     assert torch.equal(fused, again)
@@ -204,7 +204,7 @@ def test_seeds_draw_other_errors_of_the_same_size() -> None:
     base = logits(model)
 
     def error(seed: int | None) -> Tensor:
-        with applied(model, EVERYTHING, base="fp32", seed=seed):
+        with apply_plan(model, EVERYTHING, base="fp32", seed=seed):
             return logits(model) - base
 
     errors = [error(seed) for seed in (None, 0, 1)]
@@ -242,7 +242,7 @@ def test_native_int8_attention_is_the_emulated_one(products: tuple[str, ...]) ->
     }
     got = {}
     for backend in ("native", "emulated"):
-        with applied(model, plan, base="fp32", backend=backend):  # type: ignore[arg-type]
+        with apply_plan(model, plan, base="fp32", backend=backend):  # type: ignore[arg-type]
             got[backend] = logits(model)
     away = (got["emulated"] - logits(model)).norm()
     assert 0 < (got["native"] - got["emulated"]).norm() < 0.05 * away
@@ -260,7 +260,7 @@ def dtypes(
         )
         for n in names
     ]
-    with applied(model, plan, base="fp32", backend="native", feeds=feeds):
+    with apply_plan(model, plan, base="fp32", backend="native", feeds=feeds):
         result = logits(model)
     for hook in hooks:
         hook.remove()
@@ -308,7 +308,7 @@ def test_a_plan_for_another_model_is_refused() -> None:
     ):
         with (
             pytest.raises(MpqError, match=message),
-            applied(model, formats, base="fp32", backend=backend),
+            apply_plan(model, formats, base="fp32", backend=backend),
         ):  # type: ignore[arg-type]
             pass
     with pytest.raises(MpqError, match="load the model in bf16"):

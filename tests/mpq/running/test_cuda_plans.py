@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton comes for Linux on x86-64 alone")
 from mpq.formats.format import get_format
 from mpq.kernels import cuda, native_formats
 from mpq.models.attention import PlainAttention, intercept
-from mpq.running.apply import Mixed, applied
+from mpq.running.apply import Mixed, apply_plan
 from mpq.running.prefill import blocks
 
 
@@ -136,7 +136,7 @@ def test_a_plan_on_cuda_is_what_emulation_says(monkeypatch: pytest.MonkeyPatch) 
         "lm_head": "fp8_e4m3",
     }
     for seed in (None, 3):
-        with applied(model, plan, base="fp32", backend="emulated", seed=seed):
+        with apply_plan(model, plan, base="fp32", backend="emulated", seed=seed):
             want = model(ids).logits
         native = Mixed(model, base="fp32", backend="native", seed=seed)
         native._device = "cuda"
@@ -203,7 +203,7 @@ def test_a_plan_runs_on_the_gpu_and_comes_off() -> None:
     plan = {
         f"{attention}.{op}": "fp8_e4m3" for op in ("q_proj", "k_proj", "qk_matmul", "av_matmul")
     } | {"lm_head": "fp8_e4m3"}
-    with applied(model, plan, base="bf16", backend="native"), torch.inference_mode():
+    with apply_plan(model, plan, base="bf16", backend="native"), torch.inference_mode():
         eager = model(ids).logits
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
