@@ -12,7 +12,7 @@ from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_URL
 
 from mpq.devices import resolve
-from mpq.errors import MpqError
+from mpq.errors import MpqError, missing_extra
 from mpq.spec import RunnerSpec
 from mpq.tasks.device import identity, reaches
 from mpq.tasks.stage import On
@@ -188,9 +188,7 @@ def _dask(address: str, device: str) -> Iterator[Place]:
     try:
         from prefect_dask import DaskTaskRunner  # type: ignore[attr-defined]
     except ImportError:
-        raise MpqError(
-            "The dask runner needs prefect-dask, which is not installed: pip install -e '.[dask]' in mpq's checkout."
-        ) from None
+        raise missing_extra("prefect_dask", "the dask runner") from None
 
     cluster = DaskTaskRunner(address=address, client_kwargs={"timeout": "10s"})
     with cluster:
@@ -228,9 +226,7 @@ def _ray(address: str, device: str) -> Iterator[Place]:
         import ray
         from prefect_ray import RayTaskRunner
     except ImportError:
-        raise MpqError(
-            "The ray runner needs prefect-ray, which is not installed: pip install -e '.[ray]' in mpq's checkout."
-        ) from None
+        raise missing_extra("prefect_ray", "the ray runner") from None
 
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")

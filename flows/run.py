@@ -19,6 +19,7 @@ from mpq.errors import MpqError
 from mpq.flows.place import Place, placed
 from mpq.spec import EvaluationSpec, Objective, ObjectiveSpec, RunSpec, resolved
 from mpq.store.entries import Store
+from mpq.store.transport import absolute
 from mpq.tasks.checkpoint import Architecture, Weights, source_of
 from mpq.tasks.progress import tracked
 from mpq.tasks.stage import References, Stage
@@ -246,6 +247,8 @@ def running(
     `solving` is the one objective to solve for, all of them by default; `timing` says whether an accelerator is needed, which
     an objective et does. Raises MpqError where the store can be neither written nor read, or the cluster not be reached.
     """
+    # a run's record is read from other folders too
+    spec = spec.model_copy(update={"store": absolute(spec.store)})
     unwritable = None
     try:
         Store(spec.store).check()

@@ -99,6 +99,10 @@ def _one(path: str, spec: RunSpec, lease_s: float) -> dict[str, Any]:
         aimed = aimed_at(spec, path)
         aimed = aimed.model_copy(update={"name": f"{aimed.name}-{content[:8]}"})
         result = calibrate(aimed)
+        if result["fingerprint"] != content:  # else another content would count as done
+            raise MpqError(
+                f"{path} changed while it was calibrated: the next run takes it up again."
+            )
         previous = records.latest(result["architecture"])
         changes = (
             compare(_plans(previous["plans"]), _plans(result["plan_files"])) if previous else []

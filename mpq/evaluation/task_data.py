@@ -118,7 +118,7 @@ def harness_version() -> str:
         return version("lm_eval")
     except PackageNotFoundError:
         raise MpqError(
-            "Harness tasks need lm-evaluation-harness, which is not installed: pip install -e '.[eval]' in mpq's checkout."
+            "Harness tasks need lm-evaluation-harness, which is not installed: pip install 'mpq[eval]'."
         ) from None
 
 
@@ -136,7 +136,7 @@ def _manager(names: tuple[str, ...]) -> Any:
             return few if set(names) <= set(few.all_subtasks) else _every_task()
     except ImportError as error:
         raise MpqError(
-            f"Tasks need lm-evaluation-harness ({error}): pip install -e '.[eval]' in mpq's checkout."
+            f"Tasks need lm-evaluation-harness ({error}): pip install 'mpq[eval]'."
         ) from None
 
 

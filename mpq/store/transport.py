@@ -98,6 +98,11 @@ def refuse_credentials(url: str) -> None:
         raise MpqError(str(error)) from None
 
 
+def absolute(url: str) -> str:
+    """The URL itself, of a local path the one that every folder knows it by."""
+    return url if "://" in url else Path(url).absolute().as_uri()
+
+
 def open_filesystem(
     url: str, options: Mapping[str, Any], what: str = "store"
 ) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -105,7 +110,7 @@ def open_filesystem(
     or the URL carries credentials.
     """
     refuse_credentials(url)
-    url = url if "://" in url else Path(url).absolute().as_uri()
+    url = absolute(url)
     protocol = url.partition("://")[0]
     options = dict(options)
     if protocol in ("s3", "s3a"):

@@ -313,3 +313,18 @@ def test_a_failure_inside_a_task_is_told(spec: RunSpec, tmp_path: Path) -> None:
     """An error of a task reaches the caller as the sentence that it was."""
     with pytest.raises(MpqError, match="blocks of 16 tokens, 999 were asked for"):
         calibrate(change(spec, calibration={"samples": 999}))
+
+
+def test_a_store_that_can_only_be_read(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is in it serves a re-run; what is not there is told with the reason why nothing can be computed into it."""
+    calibrate(spec)
+
+    def refused(*args: object) -> None:
+        raise MpqError("The store cannot be written (read-only): check it.")
+
+    monkeypatch.setattr("mpq.store.entries.Store._write", refused)
+    assert computed(calibrate(spec)) == set()
+    with pytest.raises(MpqError, match="read-only"):
+        calibrate(change(spec, taus=[0.02]))
