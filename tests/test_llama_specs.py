@@ -11,10 +11,9 @@ from small import ROOT
 from mpq.models.checkpoint import load_config
 from mpq.models.graph import trace
 from mpq.models.partition import groups_table, partition
-from mpq.paper.forecast import plans_at_most
 from mpq.program.gains import gains_et, gains_m, gains_tt
 from mpq.program.strategies import choose
-from mpq.spec import RunSpec, load_spec
+from mpq.spec import RunSpec, load_spec, plans_at_most
 from mpq.store.tables import table
 from mpq.timing.design import choices_of, design
 

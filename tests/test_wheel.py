@@ -61,9 +61,9 @@ def test_a_users_own_tasks_and_flows_keep_their_names(python: Path, tmp_path: Pa
     for name in ("tasks", "flows"):
         (tmp_path / f"{name}.py").write_text("OWN = True\n")
     code = (
-        "import mpq, tasks, flows, mpq.tasks.stage, mpq.flows.stages\n"
+        "import mpq, tasks, flows, mpq.tasks.stage, mpq.flows.run\n"
         "assert tasks.OWN and flows.OWN\n"
-        "print(mpq.__file__, mpq.tasks.stage.__file__, mpq.flows.stages.__file__)"
+        "print(mpq.__file__, mpq.tasks.stage.__file__, mpq.flows.run.__file__)"
     )
     done = run(python, code, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -107,7 +107,7 @@ sys.meta_path.insert(0, Absent())
 import mpq
 for name in mpq.__all__:
     getattr(mpq, name)
-pictures = ("mpq.report.style", "mpq.report.figures", "mpq.paper")
+pictures = ("mpq.report.style", "mpq.report.figures", "mpq.report.maps", "mpq.report.accuracy_figures", "mpq.paper")
 gpu = ("mpq.kernels.fp8", "mpq.kernels.flash", "mpq.kernels.bgemm", "mpq.kernels.cuda")
 for module in pkgutil.walk_packages(mpq.__path__, "mpq."):
     if not module.name.startswith((*pictures, *gpu, "mpq.tasks", "mpq.flows", "mpq.__main__")):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpq.spec import EvaluationSpec, RunSpec
+from mpq.spec import EvaluationSpec, RunSpec, plans_at_most
 
 BACKWARD = 4  # a sensitivity pass over a text in forward passes: forward, backward, and the sums of squares (bench/sensitivity.py)
 TIMING = 3  # a timed pair in forward passes: base, configuration, and as much again for warming up and disturbed pairs
@@ -67,16 +67,6 @@ def _passes(
         case "tasks base" | "tasks":
             return (base if name.endswith("base") else lowered) * tokens[inputs["task"]]
     return 0.0
-
-
-def plans_at_most(spec: RunSpec) -> dict[str, int]:
-    """For each objective, how many plans the spec asks for; several may turn out equal."""
-    return {
-        objective: len(part.taus or spec.taus)
-        * sum(part.random_seeds if s == "random" else 1 for s in part.strategies if s != "uniform")
-        + ("uniform" in part.strategies) * 2 * len(part.formats)
-        for objective, part in spec.objectives.items()
-    }
 
 
 def _bounds(

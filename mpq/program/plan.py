@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 PLAN_VERSION = 1
 
@@ -43,9 +44,11 @@ class Plan:
     version: int = PLAN_VERSION
 
     # for reading alone: a key that this version does not know may change what the plan means
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        strict=True, extra="forbid", hide_input_in_errors=True
-    )
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "strict": True,
+        "extra": "forbid",
+        "hide_input_in_errors": True,
+    }
 
     @property
     def lowered(self) -> dict[str, str]:
@@ -69,6 +72,8 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan back. Raises MpqError where the text is not a plan that this version reads."""
+        from pydantic import ValidationError
+
         try:
             plan = _reader().validate_json(text)
         except ValidationError as error:
@@ -98,6 +103,8 @@ class Plan:
 
 @functools.cache
 def _reader() -> TypeAdapter[Plan]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(Plan)
 
 

@@ -45,7 +45,7 @@ def read_record(path: Path) -> tuple[dict[str, Any], dict[str, list[TableRef]]]:
             references[kind_] = [TableRef.of(ref) for ref in refs]
     except FileNotFoundError:
         raise MpqError(
-            f"No run at {path.parent}: expected a folder with run.json, as `mpq run` writes under its spec's `out`."
+            f"No run at {path}: expected a folder with run.json, as `mpq run` writes under its spec's `out`."
         ) from None
     except (ValueError, OSError) as error:
         raise MpqError(
@@ -56,6 +56,10 @@ def read_record(path: Path) -> tuple[dict[str, Any], dict[str, list[TableRef]]]:
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
     """The record of a run and its tables. Raises MpqError where the folder is no run's or a table is gone."""
+    if not folder.exists():
+        raise MpqError(
+            f"No run at {folder}: expected a folder with run.json, as `mpq run` writes under its spec's `out`."
+        )
     record, references = read_record(folder / "run.json" if folder.is_dir() else folder)
     try:
         return record, join_tables(references)

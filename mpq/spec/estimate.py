@@ -37,13 +37,19 @@ class Estimate:
         return ", ".join(parts)
 
 
-def estimate(spec: RunSpec) -> Estimate:
-    """The work that a spec asks for. A pure function of the spec: no model, text or store is looked at."""
-    plans: dict[str, int] = {
+def plans_at_most(spec: RunSpec) -> dict[str, int]:
+    """For each objective, how many plans the spec asks for; several may turn out equal."""
+    return {
         objective: len(part.taus or spec.taus)
-        * sum(part.random_seeds if s == "random" else 1 for s in part.strategies)
+        * sum(part.random_seeds if s == "random" else 1 for s in part.strategies if s != "uniform")
+        + ("uniform" in part.strategies) * 2 * len(part.formats)
         for objective, part in spec.objectives.items()
     }
+
+
+def estimate(spec: RunSpec) -> Estimate:
+    """The work that a spec asks for. A pure function of the spec: no model, text or store is looked at."""
+    plans = plans_at_most(spec)
     seeds = (spec.evaluation or EvaluationSpec(source=spec.calibration.source)).seeds
     evaluations = sum(plans.values()) * seeds + 1
     return Estimate(

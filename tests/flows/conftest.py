@@ -12,38 +12,46 @@ from typing import Any
 import pytest
 import small
 from prefect.settings import (
-    PREFECT_API_DATABASE_CONNECTION_URL,
     PREFECT_API_URL,
     PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    PREFECT_HOME,
     PREFECT_RESULTS_LOCAL_STORAGE_PATH,
     temporary_settings,
 )
-from prefect.testing.utilities import prefect_test_harness
 from small import small_spec
 
 from mpq.flows.calibrate import calibrate
+from mpq.flows.server import Server
 from mpq.spec import RunSpec
 
 
 @pytest.fixture(scope="session", autouse=True)
 def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A temporary Prefect server and database; results in a temporary folder, or tests would share a cache."""
-    results = tmp_path_factory.mktemp("results")
-    with (
-        prefect_test_harness(server_startup_timeout=120),
-        temporary_settings(
-            {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_RESULTS_LOCAL_STORAGE_PATH: results}
-        ),
-    ):
+    """A Prefect server of the tests' own, as a run starts one; results in a temporary folder, or tests would share a cache."""
+    home = tmp_path_factory.mktemp("prefect")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("HOME", str(home)), ("SERVER_ANALYTICS_ENABLED", "false")):
+            patch.setenv(f"PREFECT_{name}", value)
+        server = Server()
+    try:
+        server.wait()
+        small.API = server.api
         small.DATABASE = tmp_path_factory.mktemp("database") / "prefect.db"
-        ours = str(PREFECT_API_DATABASE_CONNECTION_URL.value()).removeprefix("sqlite+aiosqlite:///")
         with (
-            closing(sqlite3.connect(ours)) as source,
+            closing(sqlite3.connect(home / "prefect.db")) as source,
             closing(sqlite3.connect(small.DATABASE)) as copy,
         ):
             source.backup(copy)
-        small.API = str(PREFECT_API_URL.value())
-        yield
+        settings: dict[Any, Any] = {
+            PREFECT_API_URL: server.api,
+            PREFECT_HOME: home,
+            PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
+            PREFECT_RESULTS_LOCAL_STORAGE_PATH: tmp_path_factory.mktemp("results"),
+        }
+        with temporary_settings(settings):
+            yield
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,9 @@ from test_kill import start
 
 from deployments.processes import Services, free_port, until
 from mpq.errors import MpqError
+from mpq.flows import plans
 from mpq.flows.calibrate import calibrate
-from mpq.flows.planning import Planning
+from mpq.flows.run import Run
 from mpq.report.runs import join_tables, read_run
 from mpq.spec import RunSpec, parse_spec
 from mpq.store.entries import TableRef
@@ -153,15 +154,15 @@ def test_kinds_of_devices_do_not_mix(
         )
         until("the stranger", lambda: "Starting established connection" in services.log("stranger"))
 
-    original = Planning.timing
+    original = plans.first_times
 
-    def timing(self: Planning, groups: TableRef, architecture: str) -> list[TableRef]:
-        assert "Another" not in self.device_name
+    def first_times(run: Run, groups: TableRef) -> TableRef:
+        assert "Another" not in run.architecture.device_name
         stranger_joins()
         services.kill("dask-0")
-        return original(self, groups, architecture)
+        return original(run, groups)
 
-    monkeypatch.setattr(Planning, "timing", timing)  # the moment in which it happens
+    monkeypatch.setattr(plans, "first_times", first_times)  # the moment in which it happens
     there = on(address, spec, timing={"slice": 8})
     with pytest.raises(
         MpqError,
