@@ -126,7 +126,7 @@ def take(services: Services, run: dict[str, Any], folder: Path) -> list[Path]:
             eyes.wait(f"partition {run['name']}", "Cached")
             keep("tasks", 1000, SIDE, BELOW_GRAPH)
             eyes.tab("Artifacts")
-            eyes.wait(*KINDS, "PROGRESS")
+            eyes.wait(*KINDS)
             keep("artifacts", 1100, SIDE, BELOW_GRAPH)
             eyes.look(
                 f"artifacts/artifact/{ids['results']}",

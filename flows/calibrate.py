@@ -22,7 +22,7 @@ from mpq.spec import RunSpec
 from mpq.store.entries import TableRef
 from mpq.tasks import calibration, evaluation
 from mpq.tasks.stage import References, read, read_json
-from mpq.urls import PublicUrl
+from mpq.urls import UrlParameter
 
 Evaluate = Callable[[Run, TableRef, Plans, TableRef], TableRef]
 
@@ -34,7 +34,7 @@ def run_name() -> str:
 
 
 @flow(name="calibrate", flow_run_name=run_name, task_runner=one_by_one)
-def calibrate(spec: RunSpec, checkpoint: PublicUrl | None = None) -> dict[str, Any]:
+def calibrate(spec: RunSpec, checkpoint: UrlParameter | None = None) -> dict[str, Any]:
     """Calibrate one checkpoint: load, partition, sensitivity, timing, gains, solve, evaluate, report.
 
     Returns the references of every table, the paths of plans and report, and the stages' accounts.

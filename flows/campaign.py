@@ -15,7 +15,7 @@ from mpq.flows.run import one_by_one, running
 from mpq.flows.times import first_times
 from mpq.spec import CalibrationSpec, ModelSpec, RunnerSpec, TimingSpec, parse_spec
 from mpq.tasks.stage import read
-from mpq.urls import PublicUrl
+from mpq.urls import UrlParameter
 
 Formats = Annotated[
     list[str], Field(min_length=1, description="Formats to time, of those native on the device")
@@ -25,7 +25,7 @@ Kind = Annotated[
     Field(description="Part of the device's name that must be there, such as H200 or EPYC"),
 ]
 Where = Annotated[
-    PublicUrl,
+    UrlParameter,
     Field(description="fsspec URL of the tables: that of the runs which are to find these times"),
 ]
 
@@ -58,7 +58,7 @@ def campaign(
     # the text of a run is never read here, its spec wants one
     text = CalibrationSpec(source="none").model_dump()
     data = {
-        "name": model.path,
+        "name": "campaign",
         "model": model.model_dump(),
         "timing": timing.model_dump(),
         "runner": runner.model_dump(),

@@ -23,10 +23,10 @@ from mpq.redaction import redact
 from mpq.spec import RunSpec
 from mpq.store.entries import Store, TableRef
 from mpq.tasks.stage import read_json
-from mpq.urls import PublicUrl
+from mpq.urls import UrlParameter
 
 Urls = Annotated[
-    list[PublicUrl],
+    list[UrlParameter],
     Field(min_length=1, description="Folders, fsspec URLs or hub ids to look for checkpoints in"),
 ]
 Settle = Annotated[

@@ -15,3 +15,5 @@ PublicUrl = Annotated[
     AfterValidator(without_credentials),
     WithJsonSchema({"type": "string", "pattern": PUBLIC_PATTERN}),
 ]
+# the same for a flow's parameters, which check it in their body: of a parameter that a validator refuses Prefect logs the value
+UrlParameter = Annotated[str, WithJsonSchema({"type": "string", "pattern": PUBLIC_PATTERN})]

@@ -198,6 +198,6 @@ def test_two_runs_at_once_share_their_work(
     ]
     said = "".join(services.log(f"dask-{k}") for k in range(2))
     assert (
-        sum(int(n) for n in re.findall(r"timing .*: (\d+) computed", said))
+        sum(int(n) for n in re.findall(r"timing: measure .*: (\d+) computed", said))
         == one[1]["timing"].height
     ), "measured once each"

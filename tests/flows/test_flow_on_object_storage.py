@@ -85,7 +85,8 @@ def test_flow_on_object_storage(
     _, tables = read_run(tmp_path / "out" / "tiny")
     assert tables["evaluation"].height
 
-    shown = CliRunner().invoke(app, ["store", "show", spec.store, first["out"]["plan"]])
+    plan = next(Path(first["out"]["plans"]).glob("et-ip_et-*.json"))
+    shown = CliRunner().invoke(app, ["store", "show", spec.store, str(plan)])
     assert shown.exit_code == 0, shown.output
     for kind in ("gains", "sensitivity", "timing", "groups"):
         assert kind in shown.output

@@ -60,7 +60,7 @@ def test_cost_is_told_and_nothing_is_computed_twice(sweep: RunSpec) -> None:
     """A dry run computes no evaluation and gives a bound; after the run everything is cached; a new seed or task adds its own alone."""
     dry = reproduce(sweep, dry_run=True)
     assert set(dry) == {"forecast"}
-    plans = 4 + 1  # ip, prefix and two draws of random under tt; ip under m
+    plans = 4 + 2 + 1  # ip, prefix, two draws of random and two uniform ones under tt; ip under m
     assert forecast(dry)["evaluate"] == (plans * 2, 0, True)
     assert forecast(dry)["tasks"] == (plans * 2 * 2, 0, True)
     assert all(
@@ -125,6 +125,8 @@ def test_every_strategy_meets_the_same_tau_seeds_and_tasks(sweep: RunSpec) -> No
         ("tt", "prefix", 0, each),
         ("tt", "random", 0, each),
         ("tt", "random", 1, each),
+        ("tt", "uniform_fp8_e5m2", 0, each),
+        ("tt", "uniform_fp8_e5m2_but_head", 0, each),
     ]
 
 
