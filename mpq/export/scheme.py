@@ -20,7 +20,7 @@ from mpq.formats.quantize import quantize, scale_of
 
 # format → (type, how the group's tensors are stored)
 SCHEMES = {"int8": ("int", "int-quantized"), "fp8_e4m3": ("float", "float-quantized")}
-_CHUNK = 2**24  # elements rounded at a time: rounding takes several FP32 copies
+_CHUNK = 2**21  # elements rounded at a time: rounding takes several FP32 copies
 
 
 def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
