@@ -17,6 +17,7 @@ EXTRAS = {
     "adlfs": "azure",
     "prefect_dask": "dask",
     "prefect_ray": "ray",
+    "compressed_tensors": "export",
 }
 
 

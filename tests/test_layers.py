@@ -26,6 +26,7 @@ ROOMS = [
     ["timing"],
     ["program"],
     ["evaluation"],
+    ["export"],
     ["method"],
     ["report"],
     ["paper"],

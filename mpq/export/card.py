@@ -1,0 +1,86 @@
+"""The model card of an exported checkpoint: what it is, what was predicted of it, what was found, how it was made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from mpq import __version__
+from mpq.program.plan import Plan
+
+_UNITS = {"et": "s per prefill", "tt": "BF16 MACs", "m": "bytes"}
+
+
+def model_card(
+    plan: Plan, lowered: Mapping[str, str], linears: int, engine: str, record: Mapping[str, Any]
+) -> str:
+    """README.md for the checkpoint, with the metadata that the Hugging Face hub reads in front."""
+    of = str(plan.provenance.get("model") or "the checkpoint that the plan was made for")
+    counts = Counter(lowered.values())
+    held = (
+        ", ".join(f"{n} of {linears} linears in {f}" for f, n in counts.items())
+        or "no linear lowered"
+    )
+    rows = [
+        ("lowered", held),
+        ("all else", plan.base),
+        (
+            "weights",
+            f"{record['weight_bytes'] / 1e6:.1f} MB, in {plan.base} {record['base_weight_bytes'] / 1e6:.1f} MB",
+        ),
+        ("bound on the loss MSE", f"{plan.budget:.3g} nats² (τ = {plan.tau:g})"),
+        ("predicted loss MSE", f"{plan.predicted_loss_mse:.3g} nats²"),
+        ("predicted gain", f"{plan.predicted_gain:.4g} {_UNITS.get(plan.objective, '')}".strip()),
+    ]
+    if plan.predicted_ttft_s is not None and plan.base_ttft_s is not None:
+        rows.append(
+            (
+                "predicted time to first token",
+                f"{plan.predicted_ttft_s * 1e3:.1f} ms, base {plan.base_ttft_s * 1e3:.1f} ms (on the machine that the plan was made on)",
+            )
+        )
+    found = record["check"]
+    if found.get("done"):
+        rows += [
+            (
+                "loss on held-out text",
+                f"{found['loss_reloaded']:.4f} nats a token reloaded in transformers, {found['loss_plan']:.4f} in mpq, base {found['loss_base']:.4f}",
+            ),
+            ("KL from base", f"{found['kl_base_reloaded']:.3g} nats a token"),
+        ]
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    made = {k: v for k, v in plan.provenance.items() if k not in ("model", "versions")}
+    return f"""---
+library_name: transformers
+tags: [compressed-tensors, mpq]
+---
+
+# {of.rstrip("/").rpartition("/")[2]}, in mixed precision
+
+Made by [mpq](https://arxiv.org/abs/2505.13060) {__version__} from {of} (fingerprint {plan.fingerprint[:16] or "not recorded"}):
+plan `{plan.name}`, strategy {plan.strategy} for objective {plan.objective}.
+
+| | |
+|---|---|
+{table}
+
+Weights have a scale for each output channel, activations one for each token, computed as the model runs. The checkpoint
+keeps to the fused layers of {engine}. `export.json` has the check's numbers and the files' SHA-256.
+
+```console
+$ vllm serve FOLDER --dtype {_DTYPES[plan.base]}
+```
+
+## How it was made
+
+{_lines({**made, "versions": plan.provenance.get("versions", {})}) or "The plan does not say."}
+"""
+
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _lines(of: Mapping[str, Any]) -> str:
+    told = {k: v for k, v in of.items() if v not in (None, "", {}, [])}
+    return "\n".join(f"- {name}: `{value}`" for name, value in told.items())

@@ -1,0 +1,301 @@
+"""A plan and a checkpoint in, a folder that an engine loads out: all of the export in order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from mpq.errors import MpqError, require
+from mpq.export.folder import (
+    RECORD,
+    Aside,
+    alone,
+    check_room,
+    check_target,
+    copy_beside,
+    told,
+)
+from mpq.formats.format import get_format
+from mpq.models.blocks import Blocks
+from mpq.program.plan import Plan
+
+if TYPE_CHECKING:
+    from mpq.export.shards import Shard
+
+log = logging.getLogger("mpq")
+
+Target: TypeAlias = Literal["compressed-tensors", "json"]
+TARGETS: tuple[Target, ...] = ("compressed-tensors", "json")
+_VERSION = 1  # of what is written: shards of another are not taken over
+_NO_CHECK = {"done": False, "why": "it was not asked for (--no-check)"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was exported: `formats` counts the lowered linears by format, `check` is what reloading it found.
+
+    `weight_bytes` are those of the exported tensors, `base_weight_bytes` of the same model all in its base format.
+    """
+
+    folder: str
+    to: str
+    engine: str
+    base: str
+    formats: Mapping[str, int]
+    linears: int
+    weight_bytes: int
+    base_weight_bytes: int
+    plan: str
+    fingerprint: str
+    check: Mapping[str, Any]
+    files: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def export(
+    plan: Plan,
+    source: Path,
+    out: str | Path,
+    *,
+    to: str = "compressed-tensors",
+    engine: str = "vllm",
+    check: Blocks | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    shard_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write `plan` on the checkpoint in the folder `source` as a folder `out`, which appears when it is whole and right.
+
+    With `check`, blocks of held-out text, the export is reloaded in transformers by a fresh process and compared with
+    mpq's own run of the plan (check.py). Cut off, the same call goes on where it was. Raises MpqError, before anything
+    is written, for a plan of another model, what the target or the engine cannot express, an `out` that is not empty, and
+    too little room; afterwards, with no `out` left behind, where the disk fills up or the check fails.
+    """
+    if to not in TARGETS:
+        raise MpqError(f"Unknown target {to!r}: expected one of {', '.join(TARGETS)}.")
+    out = Path(out).expanduser()
+    check_target(out, source, overwrite)
+    if to == "json":
+        return _export_json(plan, out, engine)
+    if check is not None:
+        require("compressed_tensors", "the check of an export")
+    work = _Work(plan, source, out, engine, trust_remote_code, shard_bytes)
+    with alone(out), told(out):
+        return work.run(check, device, progress)
+
+
+class _Work:
+    """One export to compressed-tensors: all that can be refused is refused while it is made."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Path,
+        out: Path,
+        engine: str,
+        trust_remote_code: bool,
+        shard_bytes: int | None,
+    ):
+        from mpq.export.expressible import lowered_linears
+        from mpq.export.shards import SHARD_BYTES, shards_of
+        from mpq.export.skeleton import skeleton
+        from mpq.models.checkpoint import fingerprint, load_config, marks
+        from mpq.models.layout import read_config, weight_files
+        from mpq.models.quantized import already_quantized, method_of, refuse_narrow
+
+        self.plan, self.source, self.out, self.engine = plan, source, out, engine
+        self.trusted = trust_remote_code
+        self.config = read_config(source)
+        loaded = load_config(source, trust_remote_code)
+        if method := method_of(self.config, source):
+            raise already_quantized(source, f"by {method}")
+        refuse_narrow(weight_files(source), source)
+        self.model = skeleton(loaded)
+        self.lowered = dict(lowered_linears(plan, self.model, engine))
+        self.shards = shards_of(
+            source, self.model, self.lowered, plan.base, shard_bytes or SHARD_BYTES
+        )
+        self.marks = marks(source)
+        self.fingerprint = fingerprint(source)
+        plan.check_model(self.fingerprint)
+
+    def run(
+        self,
+        check: Blocks | None,
+        device: str,
+        progress: Callable[[int, int], None] | None,
+    ) -> Exported:
+        from mpq.export.shards import write_index, write_shard
+        from mpq.models.checkpoint import check_unchanged
+
+        aside = Aside(self.out, self._key())
+        check_room(self.out, self._missing(aside) + self._room_of(check))
+        aside.begin()
+        for done, shard in enumerate(self.shards):
+            aside.shard(shard.file, self._writer(shard, write_shard))
+            if progress:
+                progress(done + 1, len(self.shards))
+        check_unchanged(self.source, self.marks)
+        write_index(self.shards, aside.folder)
+        config = json.dumps(self._config(), indent=2)
+        (aside.folder / "config.json").write_text(config + "\n", encoding="utf-8")
+        copy_beside(self.source, aside.folder, code=bool(self.config.get("auto_map")))
+        found = self._checked(aside.folder, check, device) if check is not None else _NO_CHECK
+        made = self._exported(found, aside.digests)
+        self._describe(made, aside.folder)
+        if found.get("done") and not found["passed"]:
+            raise _wrong(found, aside.folder)
+        aside.finish()
+        return made
+
+    def _key(self) -> str:
+        """What decides the shards' content."""
+        content = [
+            _VERSION,
+            self.fingerprint,
+            self.plan.base,
+            self.lowered,
+            [asdict(shard) for shard in self.shards],
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _missing(self, aside: Aside) -> int:
+        there = sum(f.stat().st_size for f in aside.folder.glob("*.safetensors"))
+        return max(0, sum(shard.bytes for shard in self.shards) - there)
+
+    def _room_of(self, check: Blocks | None) -> int:
+        """Bytes of the log-probabilities that the check keeps for a while, and a little for the files beside."""
+        if check is None:
+            return 2**20
+        samples, length = check.tokens.shape
+        text = self.config.get("text_config") or self.config
+        vocabulary = int(text.get("vocab_size") or 0)
+        return int(samples * (length - 1)) * vocabulary * 4 + 2**20
+
+    def _writer(self, shard: Shard, write: Callable[..., None]) -> Callable[[Path], None]:
+        return lambda to: write(shard, self.source, self.plan.base, to)
+
+    def _config(self) -> dict[str, Any]:
+        """The source's config.json in the plan's base dtype, a lowered head untied, with what is quantized."""
+        from mpq.export.scheme import quantization_config
+
+        config = {k: v for k, v in self.config.items() if k not in ("dtype", "torch_dtype")}
+        config["dtype"] = get_format(self.plan.base).dtype
+        head = f"{self.model.head}.weight"
+        if self.model.head in self.lowered and len(self.model.sharing(head)) > 1:
+            config["tie_word_embeddings"] = False
+            if "tie_word_embeddings" in (config.get("text_config") or {}):
+                config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+        if self.lowered:
+            config["quantization_config"] = quantization_config(self.lowered, self.model)
+        return config
+
+    def _checked(self, folder: Path, blocks: Blocks, device: str) -> dict[str, Any]:
+        from mpq.export.check import check_export
+
+        linears = {*self.model.linears, *self.model.transposed}
+        names = {
+            op: (piece.file, piece.tensor)
+            for shard in self.shards
+            for piece in shard.pieces
+            if (op := piece.name.removesuffix(".weight")) in linears
+        }
+        found = check_export(
+            folder, self.source, names, self.lowered, self.plan.base, blocks, device, self.trusted
+        )
+        return found.as_json()
+
+    def _exported(self, found: Mapping[str, Any], files: Mapping[str, str]) -> Exported:
+        from mpq.export.shards import in_base
+
+        notes = (
+            (
+                f"{self.model.head} is lowered: vLLM reads that since its pull request 37291 (March 2026) only; see docs/engines.md",
+            )
+            if self.engine == "vllm" and self.model.head in self.lowered
+            else ()
+        )
+        for note in notes:
+            log.warning("%s.", note)
+        return Exported(
+            folder=str(self.out),
+            to="compressed-tensors",
+            engine=self.engine,
+            base=self.plan.base,
+            formats=dict(Counter(self.lowered.values())),
+            linears=len(self.model.linears) + len(self.model.transposed),
+            weight_bytes=sum(shard.bytes for shard in self.shards),
+            base_weight_bytes=in_base(self.shards, self.plan.base),
+            plan=self.plan.name,
+            fingerprint=self.fingerprint,
+            check=found,
+            files=files,
+            notes=notes,
+        )
+
+    def _describe(self, made: Exported, folder: Path) -> None:
+        from mpq.export.card import model_card
+
+        card = model_card(self.plan, self.lowered, made.linears, self.engine, asdict(made))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "plan.json").write_text(self.plan.to_json(), encoding="utf-8")
+        write_record(made, folder)
+
+
+def write_record(made: Exported, folder: Path) -> None:
+    """export.json, beside what was exported."""
+    from mpq import __version__
+
+    record = {"mpq": __version__, **{k: v for k, v in asdict(made).items() if k != "folder"}}
+    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _wrong(found: Mapping[str, Any], folder: Path) -> MpqError:
+    """What the check found, with the folder in which the export is left to be looked at."""
+    if found["differing"]:
+        why = f"{len(found['differing'])} linears differ, first: {found['differing'][0]}"
+    else:
+        why = f"loss {found['loss_reloaded']:.5f} against {found['loss_plan']:.5f} of mpq's own run, ± {found['loss_tolerance']:.2g} allowed; KL {found['kl_plan_reloaded']:.2g}, {found['kl_tolerance']:.2g} allowed"
+    return MpqError(
+        f"The export is not the plan once transformers has reloaded it ({why}): it is left in {folder}; please report it."
+    )
+
+
+def _export_json(plan: Plan, out: Path, engine: str) -> Exported:
+    """The plan for other tools: `plan.json` as mpq reads it, `formats.json` with the format of each op."""
+    with alone(out), told(out):
+        aside = Aside(out, "json")
+        aside.begin()
+        formats = {
+            "base": plan.base,
+            "fingerprint": plan.fingerprint,
+            "formats": dict(plan.formats),
+        }
+        files = {"formats.json": json.dumps(formats, indent=1), "plan.json": plan.to_json()}
+        for name, text in files.items():
+            (aside.folder / name).write_text(text, encoding="utf-8")
+        made = Exported(
+            folder=str(out),
+            to="json",
+            engine=engine,
+            base=plan.base,
+            formats=dict(Counter(plan.lowered.values())),
+            linears=len(plan.formats),
+            weight_bytes=0,
+            base_weight_bytes=0,
+            plan=plan.name,
+            fingerprint=plan.fingerprint,
+            check={"done": False, "why": "there is nothing to load in JSON"},
+            files={n: hashlib.sha256(t.encode()).hexdigest() for n, t in files.items()},
+        )
+        write_record(made, aside.folder)
+        aside.finish()
+        return made

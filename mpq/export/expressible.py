@@ -1,0 +1,65 @@
+"""What a compressed-tensors checkpoint can say of a plan; what it cannot is told in one sentence, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mpq.errors import MpqError
+from mpq.export.engines import ENGINES, split_ties
+from mpq.export.scheme import SCHEMES
+from mpq.export.skeleton import Skeleton
+from mpq.program.plan import Plan
+
+_PRODUCTS = ("qk_matmul", "av_matmul")
+
+
+def lowered_linears(plan: Plan, model: Skeleton, engine: str) -> Mapping[str, str]:
+    """The plan's lowered ops, all linears, in the model's order: op → format.
+
+    Raises MpqError for attention's products, ops that the model lacks or that are no nn.Linear, formats that the file has
+    no scheme for, weights that two linears share, and fused layers of the engine whose parts differ.
+    """
+    lowered = plan.lowered
+    if products := [op for op in lowered if op.rpartition(".")[2] in _PRODUCTS]:
+        raise MpqError(
+            f"The plan lowers {len(products)} of attention's products ({products[0]} among them), which a compressed-tensors checkpoint cannot express: pin them to base (*.qk_matmul, *.av_matmul), solve again, and export that plan."
+        )
+    for op, name in lowered.items():
+        if op in model.transposed:
+            raise MpqError(
+                f"{op} is a Conv1D, whose weight lies transposed: compressed-tensors reads nn.Linear alone and transformers would leave its codes as they are, so plans that lower {op} run in mpq only."
+            )
+        if op not in model.linears:
+            raise MpqError(
+                f"The model has no linear {op}, which the plan lowers: make the plan for this architecture."
+            )
+        if op not in model.plain:
+            raise MpqError(
+                f"{op} computes more than a product with its weight, and cannot be lowered: pin it to base and solve again."
+            )
+        if name not in SCHEMES:
+            raise MpqError(
+                f"{op} runs in {name} in this plan, which a compressed-tensors checkpoint in {plan.base} cannot express: it can hold {' and '.join(SCHEMES)}, and all else in its one base format; make the plan with those."
+            )
+        shared = model.sharing(f"{op}.weight") - {f"{op}.weight", model.embedding}
+        if shared:
+            raise MpqError(
+                f"{op} shares its weight with {min(shared)}, so that one cannot be lowered without the other: pin both to base and solve again."
+            )
+    check_ties(plan, model, engine)
+    return {op: lowered[op] for op in model.linears if op in lowered}
+
+
+def check_ties(plan: Plan, model: Skeleton, engine: str) -> None:
+    """Raise MpqError where the engine would multiply linears of different formats in one product."""
+    if engine not in ENGINES:
+        raise MpqError(f"Unknown engine {engine!r}: expected one of {', '.join(ENGINES)}.")
+    broken = list(split_ties(plan.formats, model.linears, plan.base, engine))
+    if broken:
+        layer, chosen = broken[0]
+        found = ", ".join(f"{op.rpartition('.')[2]} in {name}" for op, name in chosen.items())
+        parent = next(iter(chosen)).rpartition(".")[0]
+        more = f" ({len(broken)} fused layers differ so)" if len(broken) > 1 else ""
+        raise MpqError(
+            f"{engine} multiplies {', '.join(op.rpartition('.')[2] for op in chosen)} of {parent} in one product ({layer.into}), but the plan has {found}{more}: it would take one format for all and answer wrongly; tie them and solve again, or export with --engine transformers."
+        )

@@ -1,0 +1,125 @@
+"""A fresh process that loads an exported checkpoint in transformers, as any user would, and says what it found.
+
+`python -m mpq.export.reload REQUEST.json`: log-probabilities of the tokens asked for go to a .npy file, and what the
+loaded model is made of to the answer: formats by module, and weights compared with mpq's own rounding of the source.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mpq.errors import first_line
+from mpq.export.scheme import SCHEMES
+from mpq.formats.format import get_format
+from mpq.formats.quantize import quantize, scale_of
+from mpq.models.layout import weight_files
+
+# transformers keeps scales in the base dtype: half a unit in the last place of it, relative
+PRECISION = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
+
+
+def log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(B, T − 1, V) FP32: log-probabilities of what follows each token but the last."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return torch.log_softmax(logits.float(), -1).cpu()
+
+
+def loaded_model(folder: Path, base: str, trust_remote_code: bool = False) -> nn.Module:
+    """The exported model as transformers loads it. Raises ValueError where a tensor is missing or has no place."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, get_format(base).dtype),
+        local_files_only=True,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
+    model, report = loaded
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if report.get(kind):
+            raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(map(str, report[kind]))[:300]}")
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def differing(
+    model: nn.Module,
+    source: Path,
+    names: Mapping[str, tuple[str, str]],
+    formats: Mapping[str, str],
+    base: str,
+) -> list[str]:
+    """What of a loaded model, before its first pass, is not as the plan has it, a line each.
+
+    Every linear must have the plan's scheme, or none in base, and hold the codes and scales that the source's weight
+    rounds to, or that weight itself; `names` says where it lies in the source: (file, tensor).
+    """
+    dtype, wrong = getattr(torch, get_format(base).dtype), []
+    with ExitStack() as stack:
+        files = {f.name: stack.enter_context(safe_open(f, "pt")) for f in weight_files(source)}
+        for op, module in model.named_modules():
+            scheme = getattr(module, "quantization_scheme", None)
+            found = getattr(scheme, "weights", None)
+            kind = str(getattr(found, "type", "")) if found else ""
+            if kind.rpartition(".")[2].lower() != SCHEMES.get(formats.get(op, ""), ("",))[0]:
+                wrong.append(f"{op} is in {kind or 'base'}, not in {formats.get(op, base)}")
+            if op not in names:
+                continue
+            file, tensor = names[op]
+            want = files[file].get_tensor(tensor).to(dtype)
+            if op in formats:
+                fmt = get_format(formats[op])
+                scale = scale_of(want, fmt, "row")
+                want = quantize(want, fmt, scale)
+                off = (module.weight_scale.float() - scale).abs() > PRECISION[base] * scale
+                if bool(off.any()):
+                    wrong.append(f"the scales of {op} are others")
+            have = module.weight
+            same = have.dtype == want.dtype and have.shape == want.shape
+            if not (same and bool((have.float() == want.float()).all())):
+                wrong.append(f"the weight of {op} is another")
+    return wrong
+
+
+def main(request: Path) -> None:
+    """Answer a request; what goes wrong is an answer, too."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    asked = json.loads(request.read_text(encoding="utf-8"))
+    answer: dict[str, Any] = {}
+    try:
+        model = loaded_model(Path(asked["folder"]), asked["base"], asked["trust_remote_code"])
+        tokens = torch.from_numpy(np.load(asked["tokens"]))
+        answer["differing"] = differing(
+            model, Path(asked["source"]), asked["names"], asked["formats"], asked["base"]
+        )
+        held = None
+        with torch.inference_mode():
+            for at in range(0, len(tokens), asked["batch"]):
+                found = log_probabilities(model, tokens[at : at + asked["batch"]]).numpy()
+                if held is None:
+                    shape = (len(tokens), *found.shape[1:])
+                    held = np.lib.format.open_memmap(
+                        asked["out"], mode="w+", dtype=np.float32, shape=shape
+                    )
+                held[at : at + len(found)] = found
+        del held
+    except Exception as error:  # whatever transformers or compressed-tensors raise over the folder
+        answer = {"error": f"{type(error).__name__}: {first_line(error)}"}
+    Path(asked["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

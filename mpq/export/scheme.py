@@ -1,0 +1,76 @@
+"""compressed-tensors' way of writing formats: the `quantization_config` of config.json, and codes with their scales.
+
+Written by hand, so that a checkpoint is streamed and never is a model in memory. The key names and values are those of
+compressed-tensors 0.20 (QuantizationConfig, QuantizationScheme, QuantizationArgs), which the tests read them back with.
+Each group has its own `format`: vLLM finds no scheme without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpq.errors import MpqError
+from mpq.export.skeleton import Skeleton
+from mpq.formats.format import Format
+from mpq.formats.quantize import quantize, scale_of
+
+# format → (type, how the group's tensors are stored)
+SCHEMES = {"int8": ("int", "int-quantized"), "fp8_e4m3": ("float", "float-quantized")}
+_CHUNK = 2**21  # elements rounded at a time: rounding takes several FP32 copies
+
+
+def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
+    """The section of config.json: a group for each format, targets by module name, every other linear in `ignore`."""
+    groups = {
+        f"group_{number}": _group(name, [op for op, f in lowered.items() if f == name])
+        for number, name in enumerate(f for f in SCHEMES if f in lowered.values())
+    }
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        # an engine that fuses experts asks for each by a name that no module has here
+        "ignore": [op for op in model.linears if op not in lowered]
+        + [f"re:.*{name.rpartition('.')[0]}[.]experts[.].*" for name in model.experts],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _group(name: str, targets: Iterable[str]) -> dict[str, Any]:
+    kind, stored = SCHEMES[name]
+    args = {"num_bits": 8, "type": kind, "symmetric": True}
+    return {
+        "format": stored,
+        "targets": list(targets),
+        "weights": {**args, "strategy": "channel", "dynamic": False},
+        "input_activations": {**args, "strategy": "token", "dynamic": True},
+        "output_activations": None,
+    }
+
+
+def codes_of(weight: Any, fmt: Format, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
+    """(codes (C, K) in the format's dtype, scales (C, 1) FP32) of a weight that is first cast to the base `dtype`.
+
+    The same as formats.quantize by row, in chunks of rows; `weight` is a tensor or safetensors' slice of one. Raises
+    MpqError where a value is not finite.
+    """
+    rows, columns = (weight.get_shape if hasattr(weight, "get_shape") else lambda: weight.shape)()
+    codes = torch.empty((rows, columns), dtype=getattr(torch, fmt.dtype))
+    scales = torch.empty((rows, 1), dtype=torch.float32)
+    step = max(1, _CHUNK // columns)
+    for at in range(0, rows, step):
+        part = weight[at : at + step].to(dtype)
+        if not torch.isfinite(part).all():
+            raise MpqError(
+                f"{name} holds a value that is not finite in {str(dtype).removeprefix('torch.')}: the checkpoint is damaged, or its base format too narrow."
+            )
+        scales[at : at + step] = scale_of(part, fmt, "row")
+        codes[at : at + step] = quantize(part, fmt, scales[at : at + step])
+    return codes, scales

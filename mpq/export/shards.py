@@ -1,0 +1,185 @@
+"""A checkpoint's tensors, streamed shard by shard: read, rounded where the plan lowers them, written.
+
+A shard of the source becomes one of the export, or several where it is larger than a limit: peak memory is about one
+shard, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpq.errors import MpqError, first_line
+from mpq.export.scheme import codes_of
+from mpq.export.skeleton import Skeleton
+from mpq.formats.format import get_format
+from mpq.models.layout import INDEX, weight_files
+
+SHARD_BYTES = 4 * 2**30
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the source on its way: written as `name`, in `format` with its scales beside it, or in base ("")."""
+
+    file: str
+    tensor: str
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    bytes: int
+
+    @property
+    def tensors(self) -> list[tuple[str, int]]:
+        """Names and bytes of what is written."""
+        if not self.format:
+            return [(self.name, self.bytes)]
+        scales = 4 * self.shape[0]
+        return [(self.name, self.bytes - scales), (f"{self.name}_scale", scales)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the export and what goes into it."""
+
+    file: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(piece.bytes for piece in self.pieces)
+
+
+def shards_of(
+    folder: Path,
+    model: Skeleton,
+    lowered: Mapping[str, str],
+    base: str,
+    limit: int = SHARD_BYTES,
+) -> tuple[Shard, ...]:
+    """How the checkpoint in `folder` is written anew; only the files' headers are read.
+
+    A lowered weight that is tied becomes a tensor of its own. Raises MpqError where the checkpoint has no weight of a
+    lowered op under its name.
+    """
+    held = {file: dict(_headers(file, model)) for file in weight_files(folder)}
+    names = {name for tensors in held.values() for name in tensors}
+    taken_from = {_source(op, model, names): op for op in lowered}
+    groups: list[list[Piece]] = []
+    for file, tensors in held.items():
+        groups.append([])
+        for name, (tensor, kind, shape) in tensors.items():
+            op = taken_from.get(name)
+            kept = {name}
+            if op:  # what is tied to it stays in base, under names of its own
+                kept = (kept | model.sharing(name) - names) - {f"{op}.weight"}
+            pieces = [
+                Piece(file.name, tensor, n, "", shape, _bytes(kind, shape, base))
+                for n in sorted(kept)
+            ]
+            if op:
+                coded = math.prod(shape) + 4 * shape[0]
+                pieces.append(Piece(file.name, tensor, f"{op}.weight", lowered[op], shape, coded))
+            for piece in pieces:
+                if groups[-1] and sum(p.bytes for p in groups[-1]) + piece.bytes > limit:
+                    groups.append([])
+                groups[-1].append(piece)
+    groups = [g for g in groups if g]
+    if len(groups) == 1:
+        return (Shard("model.safetensors", tuple(groups[0])),)
+    return tuple(
+        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(pieces))
+        for number, pieces in enumerate(groups, 1)
+    )
+
+
+def _headers(file: Path, model: Skeleton) -> Iterator[tuple[str, tuple[str, str, tuple[int, ...]]]]:
+    """Of each tensor in the file: the model's name, and (the file's name, dtype, shape)."""
+    with _opened(file) as tensors:
+        for key in sorted(tensors.keys()):
+            part = tensors.get_slice(key)
+            yield model.name_of(key), (key, part.get_dtype(), tuple(part.get_shape()))
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except Exception as error:  # safetensors' own, and what the system says
+        raise MpqError(
+            f"{file} cannot be read as safetensors ({first_line(error)}): fetch the checkpoint again."
+        ) from None
+
+
+def _source(op: str, model: Skeleton, names: set[str]) -> str:
+    """The name under which the checkpoint holds the weight of `op`: its own, or that of what it is tied to."""
+    own = f"{op}.weight"
+    for name in (own, *sorted(model.sharing(own))):
+        if name in names:
+            return name
+    raise MpqError(
+        f"The checkpoint holds no {own}: it keeps that weight under another name or in one tensor with others, which cannot be exported yet; pin {op} to base and solve again."
+    )
+
+
+def _bytes(kind: str, shape: tuple[int, ...], base: str) -> int:
+    size = get_format(base).bits // 8 if kind in _FLOATS else _SIZES.get(kind, 1)
+    return math.prod(shape) * size
+
+
+def write_shard(shard: Shard, source: Path, base: str, to: Path) -> None:
+    """Read, round and write one shard. Raises MpqError for values that are not finite where they have to be."""
+    dtype = getattr(torch, get_format(base).dtype)
+    written: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(_opened(source / name))
+            for name in {piece.file for piece in shard.pieces}
+        }
+        for piece in shard.pieces:
+            if piece.format:
+                codes, scales = codes_of(
+                    files[piece.file].get_slice(piece.tensor),
+                    get_format(piece.format),
+                    dtype,
+                    piece.tensor,
+                )
+                written[piece.name], written[f"{piece.name}_scale"] = codes, scales
+            else:
+                tensor = files[piece.file].get_tensor(piece.tensor)
+                written[piece.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        save_file(written, to, metadata={"format": "pt"})
+
+
+def write_index(shards: tuple[Shard, ...], folder: Path) -> None:
+    """The index of several shards: which tensor lies in which file."""
+    if len(shards) == 1:
+        return
+    placed = [(s.file, *t) for s in shards for piece in s.pieces for t in piece.tensors]
+    index = {
+        "metadata": {"total_size": sum(size for _, _, size in placed)},
+        "weight_map": {name: file for file, name, _ in sorted(placed, key=lambda p: p[1])},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def in_base(shards: tuple[Shard, ...], base: str) -> int:
+    """Bytes of the same tensors all in base; a tied weight that is lowered counts once, as the source has it."""
+    size = get_format(base).bits // 8
+    seen: dict[tuple[str, str], int] = {}
+    for piece in (piece for shard in shards for piece in shard.pieces):
+        in_full = math.prod(piece.shape) * size if piece.format else piece.bytes
+        seen[piece.file, piece.tensor] = in_full
+    return sum(seen.values())
