@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from mpq.flows.run import Calls, Run, announce
-from mpq.flows.times import choices, first_times, measured, times_of_plans
+from mpq.flows.times import allowed_of, choices, first_times, measured, times_of_plans
 from mpq.spec import Objective
 from mpq.store.entries import TableRef
 from mpq.tasks import planning
@@ -95,7 +95,7 @@ def gains(
             "base": spec.model.base,
             "noise_model": spec.noise_model,
             "bound": spec.timing.bound if objective == "et" else "",
-            "choices": choices(run, groups) if objective == "et" else {},
+            "allowed": allowed_of(run, groups, objective),
         }
         for objective in objectives
     }

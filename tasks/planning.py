@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from mpq.program.constraints import Allowed
 from mpq.program.solver import SolverName
 from mpq.spec import Objective, ObjectiveSpec
 from mpq.store.entries import TableRef
@@ -25,21 +26,25 @@ def build_gains(
     base: str,
     noise_model: str,
     bound: str,
-    choices: dict[str, list[tuple[str, ...]]],
+    allowed: Allowed,
 ) -> Output:
     """The gains table of one objective: for each group and configuration its gain and its loss MSE.
 
-    `choices` (et): for each signature what its ops may take; configurations that were not measured are predicted.
+    Those alone that are `allowed`; for et, configurations that were not measured are predicted.
     """
+    from mpq.program.constraints import options_by_signature
     from mpq.program.gains import gains_et, gains_m, gains_tt
     from mpq.timing.design import complete
 
     tables = read(groups), read(sensitivity)
     if objective == "et":
-        measured = complete(read_together(timing), choices, base)
-        return {"gains": gains_et(tables[0], measured, tables[1], base, noise_model, bound)}
+        options = options_by_signature(tables[0], allowed)
+        measured = complete(read_together(timing), options, base)
+        return {
+            "gains": gains_et(tables[0], measured, tables[1], base, noise_model, bound, allowed)
+        }
     build = gains_tt if objective == "tt" else gains_m
-    return {"gains": build(tables[0], tables[1], formats, base, noise_model)}
+    return {"gains": build(tables[0], tables[1], formats, base, noise_model, allowed)}
 
 
 @stage("plans", "solutions", "plan_files", free=["provenance"])

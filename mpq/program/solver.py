@@ -99,10 +99,7 @@ def solve(
     core = undominated(number, gain, cost, budget)
     best = core.row[core.starts]  # the cheapest rows at first; always within the budget
     if (least := total(cost, best)) > budget:
-        raise MpqError(
-            f"No plan fits the budget {budget:.6g}: the cheapest costs {least:.6g}, with the least costly configuration of every "
-            "group. Raise τ (the budget), or add a configuration that costs less."
-        )
+        raise no_plan(budget, least)
     base = best_gain = total(gain, best)
 
     def offer(plan: Ints, of: Core) -> bool:
@@ -171,6 +168,18 @@ def solve(
         used,
         time.perf_counter() - start,
         "; ".join(notes),
+    )
+
+
+class NoPlan(MpqError):
+    """Nothing that may be chosen keeps the bounds."""
+
+
+def no_plan(budget: float, least: float) -> NoPlan:
+    """The sentence for a budget that the cheapest plan, which costs `least`, exceeds."""
+    return NoPlan(
+        f"No plan fits the budget {budget:.6g}: the cheapest costs {least:.6g}, with the least costly configuration of every "
+        "group. Raise τ (the budget), or add a configuration that costs less."
     )
 
 

@@ -18,8 +18,8 @@ from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.program.gains import solve_table
 from mpq.program.plan import Plan
-from mpq.program.solver import SolverName
-from mpq.timing.design import half_widths, neighbours
+from mpq.program.solver import SolverName, no_plan
+from mpq.timing.design import half_widths, members, neighbours
 from mpq.timing.plausible import implausible
 
 Rows = dict[tuple[str, ...], tuple[float, float]]  # configuration → gain, loss MSE
@@ -120,7 +120,7 @@ class _Program:
         self.objective, self.groups, self.base = objective, groups, base
         self.mean_square_loss, self.base_ttft_s = mean_square_loss, base_ttft_s
         self.interaction = interaction
-        self.members = _members(groups, gains)
+        self.members = members(groups, gains)
         self.options: dict[int, Rows] = {}
         for group, c, gain, loss in gains.select(
             "group", "configuration", "gain", "loss_mse"
@@ -134,18 +134,17 @@ class _Program:
         return math.fsum(self.options[g][c][1] for g, c in chosen.items())
 
     def in_one_format(self, f: str, kept: str | None = None) -> Chosen:
-        """Each group with as many ops in `f` as it can have; the others, and `kept`, in base."""
-        chosen = {}
-        for group, options in self.options.items():
-            ops = self.members[group]
-            alone = [
-                c
-                for c in options
-                if set(c) <= {f, self.base}
-                and all(name == self.base for op, name in zip(ops, c, strict=True) if op == kept)
-            ]
-            chosen[group] = max(alone, key=lambda c: c.count(f))
-        return chosen
+        """Each group with as many ops in `f` as it can have; the others, and `kept`, in base where they may be."""
+
+        def uniform(group: int, c: tuple[str, ...]) -> tuple[bool, bool, int]:
+            named = zip(self.members[group], c, strict=True)
+            as_kept = all(name == self.base for op, name in named if op == kept)
+            return as_kept, set(c) <= {f, self.base}, c.count(f)
+
+        return {
+            group: max(options, key=lambda c: uniform(group, c))
+            for group, options in self.options.items()
+        }
 
     def plan(
         self,
@@ -214,29 +213,33 @@ def _gain_error(groups: pl.DataFrame, timing: pl.DataFrame, plan: Plan) -> float
         return None
 
 
-def _members(groups: pl.DataFrame, gains: pl.DataFrame) -> dict[int, list[str]]:
-    """Ops of each group of the gains table: of et sequential groups, else one op each."""
-    ordered = groups.sort("order")
-    if gains["objective"][0] == "et":
-        return {
-            g[0]: rows["op"].to_list()
-            for g, rows in ordered.group_by(["group"], maintain_order=True)
-        }
-    return {order: [op] for order, op in ordered.select("order", "op").iter_rows()}
+def _decisions(options: Rows) -> list[tuple[int, ...]]:
+    """The places of a group that take one format in all its configurations: one op, or tied ones."""
+    together: dict[tuple[str, ...], list[int]] = {}
+    for i, taken in enumerate(zip(*options, strict=True)):
+        together.setdefault(taken, []).append(i)
+    return [tuple(places) for places in together.values()]
 
 
 def _walk(strategy: str, program: _Program, budget: float, seed: int) -> Chosen:
-    members, options, base = program.members, program.options, program.base
-    chosen = {group: (base,) * len(members[group]) for group in options}
+    options, base = program.options, program.base
+    # base, or where that is ruled out what costs the least
+    chosen = {
+        group: min(of, key=lambda c: (c.count(base) < len(c), of[c][1]))
+        for group, of in options.items()
+    }
     spent = {group: options[group][chosen[group]][1] for group in options}
-    places = [(group, i) for group in options for i in range(len(members[group]))]
+    if (least := math.fsum(spent.values())) > budget:
+        raise no_plan(budget, least)
+    places = [(group, of) for group in options for of in _decisions(options[group])]
     if strategy == "random":
         random.Random(seed).shuffle(places)
-    for group, i in places:
+    for group, of in places:
         candidates = [
             c
-            for f in _by_speed(options[group], i, base)
-            if (c := (*chosen[group][:i], f, *chosen[group][i + 1 :])) in options[group]
+            for f in _by_speed(options[group], of[0], base)
+            if (c := tuple(f if i in of else g for i, g in enumerate(chosen[group])))
+            in options[group]
         ]
         if not candidates:
             continue  # an op that cannot be lowered stands in nobody's way

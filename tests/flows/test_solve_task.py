@@ -46,7 +46,7 @@ def test_uniform_plans_are_made_once(tmp_path: Path) -> None:
         "provenance": {},
     }
     with disable_run_logger():
-        found = planning.solve.fn("solve", store.url, "k", inputs)
+        found = planning.solve.task.fn("solve", store.url, "k", inputs)
     solutions = read(found["solutions"])
     made = solutions.group_by("strategy").len().sort("strategy").rows()
     assert made == [
@@ -75,7 +75,7 @@ def test_a_measured_gain_keeps_its_interval(tmp_path: Path) -> None:
     }
     inputs = {"plans": [plan], "ttft": ttft}
     with disable_run_logger():
-        found = evaluation.collect_evaluation.fn("collect", store.url, "k", inputs)
+        found = evaluation.collect_evaluation.task.fn("collect", store.url, "k", inputs)
     table_of = read(found["evaluation"])
     assert dict(table_of.select("metric", "value").iter_rows()) == row
     assert table_of["base_value"].unique().to_list() == [1e-2]
