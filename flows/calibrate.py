@@ -19,6 +19,7 @@ from mpq.flows.outputs import publish, write_outputs
 from mpq.flows.plans import make_plans
 from mpq.flows.run import Run, one_by_one, running
 from mpq.flows.times import allowed_of
+from mpq.program.bounds import check_possible
 from mpq.spec import RunSpec
 from mpq.store.entries import TableRef
 from mpq.tasks import calibration, evaluation
@@ -92,7 +93,7 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
     loaded = load(run)
     groups = partition(run)
     for objective in run.objectives:  # constraints that no plan keeps are told before the work
-        allowed_of(run, groups, objective)
+        check_possible(read(groups), allowed_of(run, groups, objective), run.spec.constraints)
     sums = sensitivity(run, groups, loaded["calibration"])
     solved, timed = make_plans(run, groups, sums)
     plan_files = [found["plan_files"] for found in solved]

@@ -61,10 +61,12 @@ def refined(run: Run, groups: TableRef, sums: References) -> list[TableRef]:
 def unmeasured_of(
     run: Run, groups: TableRef, timed: Sequence[TableRef], solved: References
 ) -> list[Wanted]:
-    """What IP-ET's plans put a group in and no timing table has measured."""
+    """What the program's plans for et put a group in and no timing table has measured."""
     from mpq.timing.design import unmeasured
 
-    plans = [p["formats"] for p in read_json(solved["plan_files"]) if p["strategy"] == "ip_et"]
+    plans = [
+        p["formats"] for p in read_json(solved["plan_files"]) if p["strategy"].startswith("ip_")
+    ]
     return unmeasured(read_together(timed), read(groups), plans, run.spec.model.base)
 
 
@@ -129,6 +131,9 @@ def solve(
             "solver": spec.solver,
             "fingerprint": run.weights.fingerprint,
             "anchor": anchor if et else None,
+            "engine": spec.engine,
+            "bounds": spec.constraints.bounds,
+            "target": spec.target,
             "provenance": {"gains": found["gains"].key, **provenance, "versions": versions},
         }
     return run.map(planning.solve, calls)

@@ -31,7 +31,7 @@ def allowed_of(run: Run, groups: TableRef, objective: Objective) -> Allowed:
 
     spec = run.spec
     lowered = spec.objectives[objective].formats
-    formats: dict[str, tuple[str, ...]] = {kind: lowered for kind in KINDS}
+    formats: dict[str, tuple[str, ...]] = dict.fromkeys(map(str, KINDS), lowered)
     for kind in KINDS if objective == "et" else ():
         native = run.place.ask(native_formats, spec.model.device, kind)
         formats[kind] = tuple(f for f in lowered if f in native)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, replace
 from typing import Any
 
 import polars as pl
 
 from mpq.program.constraints import Allowed
-from mpq.program.solver import SolverName
-from mpq.spec import Objective, ObjectiveSpec
+from mpq.program.solver import NoPlan, SolverName
+from mpq.spec import BoundsSpec, EngineName, Objective, ObjectiveSpec, TargetSpec
 from mpq.store.entries import TableRef
 from mpq.store.tables import table
 from mpq.tasks.stage import Output, read, read_together, stage
+
+log = logging.getLogger("mpq")
 
 
 @stage("gains", name="gains")
@@ -61,12 +64,16 @@ def solve(
     fingerprint: str,
     provenance: dict[str, Any],
     anchor: TableRef | None = None,
+    engine: EngineName = "none",
+    bounds: BoundsSpec = BoundsSpec(),
+    target: TargetSpec | None = None,
 ) -> Output:
-    """A plan for each strategy, τ and seed of one objective, and its uniform plans once.
+    """A plan for each strategy, τ and seed of one objective, its uniform plans once, and that of the smallest loss for a target.
 
-    `anchor` is the measured TTFT of the plans of design.anchors.
+    A τ under which no plan keeps the `bounds` is left out with a warning; where none has a plan,
+    that is a mistake. `anchor` is the measured TTFT of the plans of design.anchors.
     """
-    from mpq.program.strategies import choose, gain_errors, uniform_plans
+    from mpq.program.strategies import choose, gain_errors, least_loss_plan, uniform_plans
     from mpq.timing.design import anchors, interaction, neighbours, sums
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
@@ -77,34 +84,41 @@ def solve(
         whole = anchors(*tables, base)
         pairs = [neighbours(tables[0], plan, base) for plan in whole]
         term = interaction(pairs, sums(*tables, whole, base), read(anchor)["gain_s"].to_list())
+    how: dict[str, Any] = {
+        "mean_square_loss": mean_square,
+        "base": base,
+        "base_ttft_s": base_ttft,
+        "interaction": term,
+        "bounds": bounds,
+        "engine": engine,
+    }
     solved = []
+    if target and (objective == "et" or target.ttft_ms is None):
+        solved.append(least_loss_plan(objective, *tables, target, solver=solver, **how))
     if "uniform" in part.strategies:
-        solved += uniform_plans(
-            objective,
-            *tables,
-            mean_square_loss=mean_square,
-            base=base,
-            base_ttft_s=base_ttft,
-            interaction=term,
-        )
+        solved += uniform_plans(objective, *tables, **how)
+    without: list[NoPlan] = []
     for strategy in (s for s in part.strategies if s != "uniform"):
         name = f"ip_{objective}" if strategy == "ip" else strategy
         for seed in range(part.random_seeds if strategy == "random" else 1):
             for tau in taus:
-                solved.append(
-                    choose(
-                        name,
-                        objective,
-                        *tables,
-                        tau=tau,
-                        mean_square_loss=mean_square,
-                        base=base,
-                        seed=seed,
-                        solver=solver,
-                        base_ttft_s=base_ttft,
-                        interaction=term,
+                try:
+                    solved.append(
+                        choose(
+                            name,
+                            objective,
+                            *tables,
+                            tau=tau,
+                            seed=seed,
+                            solver=solver,
+                            **how,
+                        )
                     )
-                )
+                except NoPlan as why:
+                    log.warning("No %s plan for %s at τ = %g: %s", name, objective, tau, why)
+                    without.append(why)
+    if without and not any(plan.strategy.startswith("ip_") for plan, _ in solved):
+        raise without[-1]  # of the largest τ
     errors = gain_errors(tables[0], measured, [plan for plan, _ in solved])
     plans = [
         replace(plan, predicted_gain_error=e, fingerprint=fingerprint, provenance=provenance)
@@ -126,7 +140,11 @@ def solve(
     return {
         "plans": table("plans", ops),
         "solutions": solutions.with_columns(
-            pl.Series("predicted_gain_error", errors, dtype=pl.Float64)
+            pl.Series("predicted_gain_error", errors, dtype=pl.Float64),
+            *(
+                pl.Series(name, [row[name] for _, row in solved], dtype=pl.Float64)
+                for name in ("effective_bits", "weight_bytes")
+            ),
         ),
         "plan_files": (json.dumps([asdict(p) for p in plans]).encode(), "json"),
     }

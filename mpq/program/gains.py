@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.program.constraints import Allowed
+from mpq.program.rows import Row, solve_within
 from mpq.program.solver import Solution, SolverName, solve
 from mpq.store.tables import table
 
@@ -253,9 +256,36 @@ def _table(objective: str, parts: Sequence[_Part]) -> pl.DataFrame:
 
 
 def solve_table(
-    gains: pl.DataFrame, budget: float, solver: SolverName = "auto"
+    gains: pl.DataFrame, budget: float, solver: SolverName = "auto", bounds: Sequence[Row] = ()
 ) -> tuple[pl.DataFrame, Solution]:
-    """The chosen row of each group of a gains table, and the solution. Raises MpqError for a table that is no program."""
+    """The chosen row of each group of a gains table, and the solution; `bounds` hold beside the one on the loss MSE.
+
+    Raises MpqError for a table that is no program, NoPlan where no plan keeps the bounds.
+    """
+    group = _checked(gains)
+    loss, gain = gains["loss_mse"].to_numpy(), gains["gain"].to_numpy()
+    if not bounds:
+        solution = solve(group, gain, loss, budget, solver=solver)
+    else:
+        rows = [Row("loss MSE", loss, budget, "nats²"), *bounds]
+        solution = solve_within(group, gain, rows, solver=solver)
+    return gains[list(solution.chosen)], solution
+
+
+def least_loss(
+    gains: pl.DataFrame, bounds: Sequence[Row], solver: SolverName = "auto"
+) -> tuple[pl.DataFrame, Solution]:
+    """The program turned round: of each group the row that makes the summed loss MSE smallest while `bounds` hold.
+
+    The solution's gain and bound are losses below zero. Raises as solve_table.
+    """
+    group = _checked(gains)
+    solution = solve_within(group, -gains["loss_mse"].to_numpy(), bounds, solver=solver)
+    return gains[list(solution.chosen)], solution
+
+
+def _checked(gains: pl.DataFrame) -> NDArray[np.int64]:
+    """The groups' numbers. Raises MpqError for a table that is no program."""
     missing = [c for c in ("group", "configuration", "gain", "loss_mse") if c not in gains.columns]
     if missing:
         raise MpqError(
@@ -274,8 +304,4 @@ def solve_table(
         raise MpqError(
             f"The gains table holds several objectives ({', '.join(map(str, gains['objective'].unique()))}): choose one with --objective."
         )
-    group = gains["group"].rank("dense").to_numpy().astype(int) - 1
-    solution = solve(
-        group, gains["gain"].to_numpy(), gains["loss_mse"].to_numpy(), budget, solver=solver
-    )
-    return gains[list(solution.chosen)], solution
+    return gains["group"].rank("dense").to_numpy().astype(np.int64) - 1

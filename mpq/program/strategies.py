@@ -16,9 +16,12 @@ import polars as pl
 
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
-from mpq.program.gains import solve_table
-from mpq.program.plan import Plan
-from mpq.program.solver import SolverName, no_plan
+from mpq.program.bounds import bound_rows, missed, target_rows
+from mpq.program.gains import least_loss, solve_table
+from mpq.program.memory import effective_bits, weight_bytes
+from mpq.program.plan import LEAST_LOSS, Plan
+from mpq.program.solver import Solution, SolverName, no_plan
+from mpq.spec import BoundsSpec, EngineName, TargetSpec
 from mpq.timing.design import half_widths, members, neighbours
 from mpq.timing.plausible import implausible
 
@@ -40,13 +43,16 @@ def choose(
     solver: SolverName = "auto",
     base_ttft_s: float | None = None,
     interaction: float = 0.0,
+    bounds: BoundsSpec | None = None,
+    engine: EngineName = "none",
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of one strategy under τ, and its row of the `solutions` table.
 
     Random and Prefix walk over the ops. Each op takes the format that is fastest in theory and
     still fits under τ² E[g²]; they stop at the first op that fits in none. `interaction` (s)
-    corrects the predicted TTFT for lowered neighbours (design.interaction). Raises MpqError for a
-    τ that is not above zero.
+    corrects the predicted TTFT for lowered neighbours (design.interaction). The program's plan
+    keeps `bounds` too; of the others' plans the row notes which they miss. Raises MpqError for a τ
+    that is not above zero, NoPlan where no plan keeps the bounds.
     """
     if not (tau > 0 and math.isfinite(tau)):
         raise MpqError(
@@ -54,13 +60,54 @@ def choose(
             "plan may have."
         )
     budget = tau**2 * mean_square_loss
-    program = _Program(objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction)
+    program = _Program(
+        objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
+    )
     if strategy in ("random", "prefix"):
         return program.plan(strategy, tau, budget, _walk(strategy, program, budget, seed), seed)
-    rows, solution = solve_table(gains, budget, solver)
-    chosen = {row["group"]: tuple(row["configuration"]) for row in rows.iter_rows(named=True)}
-    facts = {k: getattr(solution, k) for k in ("bound", "status", "solver", "seconds", "note")}
-    return program.plan(strategy, tau, budget, chosen, seed, facts)
+    further = bound_rows(gains, groups, bounds, base) if bounds else []
+    rows, solution = solve_table(gains, budget, solver, further)
+    return program.plan(strategy, tau, budget, _chosen(rows), seed, _facts(solution))
+
+
+def least_loss_plan(
+    objective: str,
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    target: TargetSpec,
+    *,
+    mean_square_loss: float,
+    base: str,
+    solver: SolverName = "auto",
+    base_ttft_s: float | None = None,
+    interaction: float = 0.0,
+    bounds: BoundsSpec | None = None,
+    engine: EngineName = "none",
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan of the smallest predicted loss MSE that meets a target and keeps `bounds`: `ip_loss`.
+
+    A time is met by the sum of the groups' gains; what lowered neighbours gain together comes on
+    top. `tau` is the one that the predicted loss d just meets, √(d / E[g²]), and `budget` is d.
+    Raises NoPlan where no plan keeps the bounds, MpqError for a time without measured ones.
+    """
+    program = _Program(
+        objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
+    )
+    further = target_rows(gains, groups, target, base, base_ttft_s)
+    further += bound_rows(gains, groups, bounds, base) if bounds else []
+    rows, solution = least_loss(gains, further, solver)
+    chosen = _chosen(rows)
+    loss = program.loss(chosen)
+    tau = math.sqrt(max(0.0, loss) / mean_square_loss)
+    return program.plan(LEAST_LOSS, tau, loss, chosen, solved=_facts(solution) | {"bound": None})
+
+
+def _chosen(rows: pl.DataFrame) -> Chosen:
+    return {g: tuple(c) for g, c in rows.select("group", "configuration").iter_rows()}
+
+
+def _facts(solution: Solution) -> dict[str, Any]:
+    return {k: getattr(solution, k) for k in ("bound", "status", "solver", "seconds", "note")}
 
 
 def uniform_plans(
@@ -72,6 +119,8 @@ def uniform_plans(
     base: str,
     base_ttft_s: float | None = None,
     interaction: float = 0.0,
+    bounds: BoundsSpec | None = None,
+    engine: EngineName = "none",
 ) -> list[tuple[Plan, dict[str, Any]]]:
     """What people run today: everything in one format, and everything but the model's head.
 
@@ -80,7 +129,9 @@ def uniform_plans(
     table cannot lower to the format stay in base. No τ was asked for: `tau` is the one that the
     predicted loss MSE d just meets, √(d / E[g²]), and `budget` is d.
     """
-    program = _Program(objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction)
+    program = _Program(
+        objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
+    )
     head = _head(groups)
     formats = sorted({f for of in program.options.values() for c in of for f in c} - {base})
     plans = []
@@ -116,7 +167,10 @@ class _Program:
         base: str,
         base_ttft_s: float | None,
         interaction: float,
+        bounds: BoundsSpec | None,
+        engine: EngineName,
     ):
+        self.bounds, self.engine = bounds, engine
         self.objective, self.groups, self.base = objective, groups, base
         self.mean_square_loss, self.base_ttft_s = mean_square_loss, base_ttft_s
         self.interaction = interaction
@@ -166,7 +220,9 @@ class _Program:
             helped = self.interaction * neighbours(self.groups, formats, self.base)
             ttft = self.base_ttft_s - gain - helped
         doubt = implausible(ttft, self.base_ttft_s, formats.values(), self.base)
-        note = " ".join(part for part in (solved["note"], doubt) if part)
+        over = missed(self.groups, formats, self.bounds, self.base) if self.bounds else []
+        misses = f"Misses {', '.join(over)}." if over else ""
+        note = " ".join(part for part in (solved["note"], doubt, misses) if part)
         plan = Plan(
             strategy=strategy,
             objective=self.objective,
@@ -180,6 +236,9 @@ class _Program:
             seed=seed,
             base_ttft_s=self.base_ttft_s,
             predicted_ttft_s=ttft,
+            effective_bits=effective_bits(self.groups, formats, self.base),
+            weight_bytes=weight_bytes(self.groups, formats, self.base),
+            engine=self.engine,
         )
         of_plan = (
             "strategy",
@@ -192,6 +251,8 @@ class _Program:
             "share_lowered",
             "predicted_ttft_s",
             "base_ttft_s",
+            "effective_bits",
+            "weight_bytes",
         )
         return plan, {**{k: getattr(plan, k) for k in of_plan}, **solved, "note": note}
 

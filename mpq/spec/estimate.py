@@ -42,6 +42,7 @@ def estimate(spec: RunSpec) -> Estimate:
     plans: dict[str, int] = {
         objective: len(part.taus or spec.taus)
         * sum(part.random_seeds if s == "random" else 1 for s in part.strategies)
+        + bool(spec.target and (objective == "et" or spec.target.ttft_ms is None))
         for objective, part in spec.objectives.items()
     }
     seeds = (spec.evaluation or EvaluationSpec(source=spec.calibration.source)).seeds
