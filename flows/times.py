@@ -21,11 +21,13 @@ from mpq.timing.slices import TaskCost, seconds_of, slice_size
 KINDS: tuple[Kind, ...] = ("linear", "bgemm")
 
 
-def allowed_of(run: Run, groups: TableRef, objective: Objective) -> Allowed:
+def allowed_of(
+    run: Run, groups: TableRef, objective: Objective, leave_out: Sequence[str] = ()
+) -> Allowed:
     """What the plans of an objective may choose: the engine's rules and the spec's, over the formats that it lowers to.
 
-    For measured time these are the device's own; for memory, BGEMMs are not decided. Raises MpqError
-    for constraints that no plan keeps.
+    For measured time these are the device's own; for memory, BGEMMs are not decided. `leave_out` names
+    rules that shall not hold. Raises MpqError for constraints that no plan keeps.
     """
     from mpq.kernels import native_formats
 
@@ -37,7 +39,7 @@ def allowed_of(run: Run, groups: TableRef, objective: Objective) -> Allowed:
         formats[kind] = tuple(f for f in lowered if f in native)
     if objective == "m":
         del formats["bgemm"]
-    return allowed(read(groups), spec.constraints, spec.engine, formats, spec.model.base)
+    return allowed(read(groups), spec.constraints, spec.engine, formats, spec.model.base, leave_out)
 
 
 def choices(run: Run, groups: TableRef) -> dict[str, list[Options]]:

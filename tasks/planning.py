@@ -50,7 +50,7 @@ def build_gains(
     return {"gains": build(tables[0], tables[1], formats, base, noise_model, allowed)}
 
 
-@stage("plans", "solutions", "plan_files", free=["provenance"])
+@stage("plans", "solutions", "plan_files", "prices", free=["provenance"])
 def solve(
     objective: Objective,
     part: ObjectiveSpec,
@@ -67,12 +67,15 @@ def solve(
     engine: EngineName = "none",
     bounds: BoundsSpec = BoundsSpec(),
     target: TargetSpec | None = None,
+    without: dict[str, TableRef] | None = None,
 ) -> Output:
     """A plan for each strategy, τ and seed of one objective, its uniform plans once, and that of the smallest loss for a target.
 
     A τ under which no plan keeps the `bounds` is left out with a warning; where none has a plan,
-    that is a mistake. `anchor` is the measured TTFT of the plans of design.anchors.
+    that is a mistake. `without` are the gains tables in which one rule does not hold, by its name:
+    what each constraint costs goes into a table and each plan's provenance. `anchor` is the measured TTFT of the plans of design.anchors.
     """
+    from mpq.program.prices import SCHEMA, prices
     from mpq.program.strategies import choose, gain_errors, least_loss_plan, uniform_plans
     from mpq.timing.design import anchors, interaction, neighbours, sums
 
@@ -97,7 +100,7 @@ def solve(
         solved.append(least_loss_plan(objective, *tables, target, solver=solver, **how))
     if "uniform" in part.strategies:
         solved += uniform_plans(objective, *tables, **how)
-    without: list[NoPlan] = []
+    refused: list[NoPlan] = []
     for strategy in (s for s in part.strategies if s != "uniform"):
         name = f"ip_{objective}" if strategy == "ip" else strategy
         for seed in range(part.random_seeds if strategy == "random" else 1):
@@ -116,13 +119,25 @@ def solve(
                     )
                 except NoPlan as why:
                     log.warning("No %s plan for %s at τ = %g: %s", name, objective, tau, why)
-                    without.append(why)
-    if without and not any(plan.strategy.startswith("ip_") for plan, _ in solved):
-        raise without[-1]  # of the largest τ
+                    refused.append(why)
+    if refused and not any(plan.strategy.startswith("ip_") for plan, _ in solved):
+        raise refused[-1]  # of the largest τ
     errors = gain_errors(tables[0], measured, [plan for plan, _ in solved])
+    loosened = {name: read(ref) for name, ref in (without or {}).items()}
+    priced = [
+        prices(plan, *tables, loosened, bounds=bounds, target=target, solver=solver)
+        if plan.strategy.startswith("ip_")
+        else []
+        for plan, _ in solved
+    ]
     plans = [
-        replace(plan, predicted_gain_error=e, fingerprint=fingerprint, provenance=provenance)
-        for (plan, _), e in zip(solved, errors, strict=True)
+        replace(
+            plan,
+            predicted_gain_error=e,
+            fingerprint=fingerprint,
+            provenance={**provenance, **({"prices": own} if own else {})},
+        )
+        for (plan, _), e, own in zip(solved, errors, priced, strict=True)
     ]
     solutions = table("solutions", [row for _, row in solved])
     ops = [
@@ -146,5 +161,6 @@ def solve(
                 for name in ("effective_bits", "weight_bytes")
             ),
         ),
+        "prices": pl.DataFrame([row for own in priced for row in own], schema=SCHEMA),
         "plan_files": (json.dumps([asdict(p) for p in plans]).encode(), "json"),
     }

@@ -41,6 +41,14 @@ def test_a_run_for_an_engine(tmp_path: Path) -> None:
         assert plan["formats"]["model.layers.0.mlp.down_proj"] == "fp32"
     (target,) = (p for p in plans if p["strategy"] == "ip_loss")
     assert 18 < target["effective_bits"] <= 26
+    priced = {row["constraint"] for row in target["provenance"]["prices"]}
+    assert priced >= {"vllm: tie q k v", "vllm: the head in base"}
+    assert not any("experts" in name for name in priced)
+    for plan in plans:
+        for row in plan["provenance"].get("prices", ()):
+            aim = "loss_mse" if plan["strategy"] == "ip_loss" else "gain"
+            sign = -1 if aim == "loss_mse" else 1
+            assert sign * row[f"{aim}_without"] >= sign * row[aim] - 1e-12
     solutions = read(result["tables"]["solutions"][0])
     assert set(solutions["effective_bits"]) == {p["effective_bits"] for p in plans}
 

@@ -13,6 +13,7 @@ from test_constraints import BASE, GROUPS, gains_of, resolved
 from mpq.errors import MpqError
 from mpq.program.memory import effective_bits, weight_bytes
 from mpq.program.plan import Plan
+from mpq.program.prices import prices
 from mpq.program.solver import NoPlan
 from mpq.program.strategies import choose, least_loss_plan
 from mpq.spec import BoundsSpec, TargetSpec
@@ -114,3 +115,27 @@ def test_a_bound_that_no_plan_meets() -> None:
         choose("ip_m", "m", GROUPS, gains, tau=1e-6, bounds=BoundsSpec(effective_bits=9), **HOW)
     with pytest.raises(MpqError, match="needs measured times"):
         least_loss_plan("m", GROUPS, gains, TargetSpec(ttft_ms=1.0), **HOW)
+
+
+def test_prices_are_what_the_program_gains_without() -> None:
+    """Each constraint's price is the best of all plans that keep the others alone; a pin's by a table without it."""
+    pinned = resolved(
+        tie=[["*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj"], ["*.gate_proj", "*.up_proj"]],
+        pin={"*matmul": "base", "*.down_proj": "base"},
+    )
+    gains, bounds, tau = gains_of("m", pinned), BoundsSpec(effective_bits=13), 0.2
+    plan, _ = choose("ip_m", "m", GROUPS, gains, tau=tau, bounds=bounds, **HOW)
+    made = prices(plan, GROUPS, gains, {"pin": gains_of("m", FEW)}, bounds=bounds)
+    found = {row["constraint"]: row["gain_without"] for row in made}
+
+    def best(table: pl.DataFrame, bits: float) -> float:
+        return max(
+            g
+            for f, g, d in every_plan(table)
+            if d <= tau**2 * 4.0 and effective_bits(GROUPS, f, BASE) <= bits
+        )
+
+    assert found["pin"] == pytest.approx(best(gains_of("m", FEW), 13))
+    assert found["effective_bits ≤ 13"] == pytest.approx(best(gains, 16))
+    assert plan.predicted_gain == pytest.approx(best(gains, 13))
+    assert plan.predicted_gain < found["pin"]
