@@ -106,6 +106,8 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
         "plans": [found["plans"] for found in solved],
         "solutions": [found["solutions"] for found in solved],
     }
+    if run.spec.constrained:
+        tables["prices"] = [found["prices"] for found in solved]
     if run.evaluating:
         plans = [plan for ref in plan_files for plan in read_json(ref)]
         tables["evaluation"] = [evaluate(run, groups, plans, loaded["evaluation_text"])]

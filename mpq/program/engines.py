@@ -1,6 +1,6 @@
 """What engines can serve, as data: which ops take one format, which formats they have, what stays in base.
 
-Every rule says where it is from: an engine that was run (docs/engines.md), or its own documents.
+Every rule says where it is from: an engine that was run, or its own documents.
 """
 
 from __future__ import annotations

@@ -401,6 +401,11 @@ class RunSpec(Strict):
         return self
 
     @property
+    def constrained(self) -> bool:
+        """Whether anything rules out what plans may choose, beside the loss."""
+        return self.engine != "none" or self.constraints != ConstraintSpec()
+
+    @property
     def title(self) -> str:
         """What tasks and flow runs are called by: the name, and the model's where the name does not say it."""
         model = self.model.path.rstrip("/").rpartition("/")[2]

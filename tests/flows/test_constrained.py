@@ -49,6 +49,7 @@ def test_a_run_for_an_engine(tmp_path: Path) -> None:
             aim = "loss_mse" if plan["strategy"] == "ip_loss" else "gain"
             sign = -1 if aim == "loss_mse" else 1
             assert sign * row[f"{aim}_without"] >= sign * row[aim] - 1e-12
+    assert set(read(result["tables"]["prices"][0])["strategy"]) == {"ip_et", "ip_loss"}
     solutions = read(result["tables"]["solutions"][0])
     assert set(solutions["effective_bits"]) == {p["effective_bits"] for p in plans}
 

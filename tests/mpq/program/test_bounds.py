@@ -11,6 +11,7 @@ import pytest
 from test_constraints import BASE, GROUPS, gains_of, resolved
 
 from mpq.errors import MpqError
+from mpq.program.changes import compare
 from mpq.program.memory import effective_bits, weight_bytes
 from mpq.program.plan import Plan
 from mpq.program.prices import prices
@@ -139,3 +140,15 @@ def test_prices_are_what_the_program_gains_without() -> None:
     assert found["effective_bits ≤ 13"] == pytest.approx(best(gains, 16))
     assert plan.predicted_gain == pytest.approx(best(gains, 13))
     assert plan.predicted_gain < found["pin"]
+
+
+def test_plans_without_a_tau_are_compared_too() -> None:
+    """The least loss for a size is the same question after a new checkpoint, whatever τ it then just meets."""
+    gains = gains_of("m", FEW)
+    old, new = (
+        least_loss_plan("m", GROUPS, gains, TargetSpec(effective_bits=b), **HOW)[0]
+        for b in (10, 12)
+    )
+    (change,) = compare([old], [new])
+    assert change.moved
+    assert change.tau == new.tau != old.tau
