@@ -18,6 +18,8 @@ from mpq.flows.evaluation import Plans, evaluate
 from mpq.flows.outputs import publish, write_outputs
 from mpq.flows.plans import make_plans
 from mpq.flows.run import Run, one_by_one, running
+from mpq.flows.times import allowed_of
+from mpq.program.bounds import check_possible
 from mpq.spec import RunSpec
 from mpq.store.entries import TableRef
 from mpq.tasks import calibration, evaluation
@@ -90,6 +92,8 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
     check_formats(run)
     loaded = load(run)
     groups = partition(run)
+    for objective in run.objectives:  # constraints that no plan keeps are told before the work
+        check_possible(read(groups), allowed_of(run, groups, objective), run.spec.constraints)
     sums = sensitivity(run, groups, loaded["calibration"])
     solved, timed = make_plans(run, groups, sums)
     plan_files = [found["plan_files"] for found in solved]
@@ -102,6 +106,8 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
         "plans": [found["plans"] for found in solved],
         "solutions": [found["solutions"] for found in solved],
     }
+    if run.spec.constrained:
+        tables["prices"] = [found["prices"] for found in solved]
     if run.evaluating:
         plans = [plan for ref in plan_files for plan in read_json(ref)]
         tables["evaluation"] = [evaluate(run, groups, plans, loaded["evaluation_text"])]
@@ -109,8 +115,13 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
 
 
 def check_formats(run: Run) -> None:
-    """Raise MpqError for a device that is not there or has no kernel for a format: before hours of work, not after."""
+    """Raise MpqError for a device that is not there or has no kernel for a format, or an engine that has no scheme for one:
+    before hours of work, not after."""
     from mpq.kernels import check_native
+    from mpq.program import engines
+
+    for part in run.objectives.values():
+        engines.check_formats(run.spec.engine, part.formats)
 
     formats = run.objectives["et"].formats if "et" in run.objectives else ()
     run.place.ask(check_native, formats, run.spec.model.device)

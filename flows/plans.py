@@ -7,7 +7,8 @@ from importlib.metadata import version
 from typing import Any
 
 from mpq.flows.run import Calls, Run, announce
-from mpq.flows.times import choices, first_times, measured, times_of_plans
+from mpq.flows.times import allowed_of, choices, first_times, measured, times_of_plans
+from mpq.program.constraints import rules_of
 from mpq.spec import Objective
 from mpq.store.entries import TableRef
 from mpq.tasks import planning
@@ -23,11 +24,13 @@ def make_plans(
     """Plans for each objective, and the timing tables that those for measured time rest on."""
     if "et" not in run.objectives:
         objectives = list(run.objectives)
-        return solve(run, objectives, groups, sums, gains(run, objectives, groups, sums)), []
+        built, without = (make(run, objectives, groups, sums) for make in (gains, gains_without))
+        return solve(run, objectives, groups, sums, built, without=without), []
     timed = refined(run, groups, sums)
     built = gains(run, list(run.objectives), groups, sums, timed)
     anchor = anchors_of(run, groups, built[list(run.objectives).index("et")]["gains"])
-    solved = solve(run, list(run.objectives), groups, sums, built, timed, anchor)
+    without = gains_without(run, list(run.objectives), groups, sums, timed)
+    solved = solve(run, list(run.objectives), groups, sums, built, timed, anchor, without)
     left = unmeasured_of(run, groups, timed, solved[list(run.objectives).index("et")])
     if left:
         announce(
@@ -61,10 +64,12 @@ def refined(run: Run, groups: TableRef, sums: References) -> list[TableRef]:
 def unmeasured_of(
     run: Run, groups: TableRef, timed: Sequence[TableRef], solved: References
 ) -> list[Wanted]:
-    """What IP-ET's plans put a group in and no timing table has measured."""
+    """What the program's plans for et put a group in and no timing table has measured."""
     from mpq.timing.design import unmeasured
 
-    plans = [p["formats"] for p in read_json(solved["plan_files"]) if p["strategy"] == "ip_et"]
+    plans = [
+        p["formats"] for p in read_json(solved["plan_files"]) if p["strategy"].startswith("ip_")
+    ]
     return unmeasured(read_together(timed), read(groups), plans, run.spec.model.base)
 
 
@@ -82,8 +87,9 @@ def gains(
     groups: TableRef,
     sums: References,
     timed: Sequence[TableRef] = (),
+    leave_out: Sequence[str] = (),
 ) -> list[References]:
-    """The gains table of each objective."""
+    """The gains table of each objective; `leave_out` names rules that shall not hold."""
     spec = run.spec
     calls: Calls = {
         objective: {
@@ -95,11 +101,32 @@ def gains(
             "base": spec.model.base,
             "noise_model": spec.noise_model,
             "bound": spec.timing.bound if objective == "et" else "",
-            "choices": choices(run, groups) if objective == "et" else {},
+            "allowed": allowed_of(run, groups, objective, leave_out),
         }
         for objective in objectives
     }
     return run.map(planning.build_gains, calls)
+
+
+def gains_without(
+    run: Run,
+    objectives: Sequence[Objective],
+    groups: TableRef,
+    sums: References,
+    timed: Sequence[TableRef] = (),
+) -> list[dict[str, TableRef]]:
+    """For each objective, the gains tables in which one rule does not hold, of the rules that rule something out."""
+    found: list[dict[str, TableRef]] = [{} for _ in objectives]
+    for rule in rules_of(run.spec.constraints, run.spec.engine):
+        felt = [
+            objective
+            for objective in objectives
+            if allowed_of(run, groups, objective) != allowed_of(run, groups, objective, [rule.name])
+        ]
+        built = gains(run, felt, groups, sums, timed, [rule.name]) if felt else []
+        for objective, table in zip(felt, built, strict=True):
+            found[objectives.index(objective)][rule.name] = table["gains"]
+    return found
 
 
 def solve(
@@ -110,12 +137,14 @@ def solve(
     built: Sequence[References],
     timed: Sequence[TableRef] = (),
     anchor: TableRef | None = None,
+    without: Sequence[dict[str, TableRef]] = (),
 ) -> list[References]:
-    """Plans of each objective, for each strategy, τ and seed."""
+    """Plans of each objective, for each strategy, τ and seed; `without` prices their rules."""
     spec, provenance = run.spec, {kind: ref.key for kind, ref in sums.items()}
     versions = {name: version(name) for name in MAKERS}
     calls: dict[str, dict[str, Any]] = {}
-    for objective, found in zip(objectives, built, strict=True):
+    each = zip(objectives, built, without or [{}] * len(objectives), strict=True)
+    for objective, found, loosened in each:
         part, et = spec.objectives[objective], objective == "et"
         calls[objective] = {
             "objective": objective,
@@ -129,6 +158,10 @@ def solve(
             "solver": spec.solver,
             "fingerprint": run.weights.fingerprint,
             "anchor": anchor if et else None,
+            "engine": spec.engine,
+            "bounds": spec.constraints.bounds,
+            "target": spec.target,
+            "without": loosened,
             "provenance": {"gains": found["gains"].key, **provenance, "versions": versions},
         }
     return run.map(planning.solve, calls)

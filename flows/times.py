@@ -9,30 +9,42 @@ from prefect.runtime import flow_run
 
 from mpq.flows.run import Calls, Run
 from mpq.kernels import Kind
+from mpq.program.constraints import Allowed, allowed, options_by_signature
+from mpq.spec import Objective
 from mpq.store.entries import Store, TableRef
 from mpq.tasks import timing
 from mpq.tasks.stage import read, read_json
 from mpq.tasks.timing import Wanted
+from mpq.timing.options import Options
 from mpq.timing.slices import TaskCost, seconds_of, slice_size
 
 KINDS: tuple[Kind, ...] = ("linear", "bgemm")
 
 
-def choices(run: Run, groups: TableRef) -> dict[str, list[tuple[str, ...]]]:
-    """For each signature, in the model's order, the formats that its ops may take."""
+def allowed_of(
+    run: Run, groups: TableRef, objective: Objective, leave_out: Sequence[str] = ()
+) -> Allowed:
+    """What the plans of an objective may choose: the engine's rules and the spec's, over the formats that it lowers to.
+
+    For measured time these are the device's own; for memory, BGEMMs are not decided. `leave_out` names
+    rules that shall not hold. Raises MpqError for constraints that no plan keeps.
+    """
     from mpq.kernels import native_formats
-    from mpq.timing.design import choices_of
 
     spec = run.spec
-    formats: dict[str, list[str]] = {}
-    for kind in KINDS:
+    lowered = spec.objectives[objective].formats
+    formats: dict[str, tuple[str, ...]] = dict.fromkeys(map(str, KINDS), lowered)
+    for kind in KINDS if objective == "et" else ():
         native = run.place.ask(native_formats, spec.model.device, kind)
-        formats[kind] = [f for f in spec.objectives["et"].formats if f in native]
-    found: dict[str, list[tuple[str, ...]]] = {}
-    by_group = read(groups).sort("order").group_by(["signature", "group"], maintain_order=True)
-    for (signature, _), rows in by_group:
-        found.setdefault(str(signature), choices_of(rows, formats, spec.model.base))
-    return found
+        formats[kind] = tuple(f for f in lowered if f in native)
+    if objective == "m":
+        del formats["bgemm"]
+    return allowed(read(groups), spec.constraints, spec.engine, formats, spec.model.base, leave_out)
+
+
+def choices(run: Run, groups: TableRef) -> dict[str, list[Options]]:
+    """For each signature, in the model's order, what its groups may take."""
+    return options_by_signature(read(groups), allowed_of(run, groups, "et"))
 
 
 def first_times(run: Run, groups: TableRef) -> TableRef:

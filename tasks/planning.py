@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, replace
 from typing import Any
 
 import polars as pl
 
-from mpq.program.solver import SolverName
-from mpq.spec import Objective, ObjectiveSpec
+from mpq.program.constraints import Allowed
+from mpq.program.solver import NoPlan, SolverName
+from mpq.spec import BoundsSpec, EngineName, Objective, ObjectiveSpec, TargetSpec
 from mpq.store.entries import TableRef
 from mpq.store.tables import table
 from mpq.tasks.stage import Output, read, read_together, stage
+
+log = logging.getLogger("mpq")
 
 
 @stage("gains", name="gains")
@@ -25,24 +29,28 @@ def build_gains(
     base: str,
     noise_model: str,
     bound: str,
-    choices: dict[str, list[tuple[str, ...]]],
+    allowed: Allowed,
 ) -> Output:
     """The gains table of one objective: for each group and configuration its gain and its loss MSE.
 
-    `choices` (et): for each signature what its ops may take; configurations that were not measured are predicted.
+    Those alone that are `allowed`; for et, configurations that were not measured are predicted.
     """
+    from mpq.program.constraints import options_by_signature
     from mpq.program.gains import gains_et, gains_m, gains_tt
     from mpq.timing.design import complete
 
     tables = read(groups), read(sensitivity)
     if objective == "et":
-        measured = complete(read_together(timing), choices, base)
-        return {"gains": gains_et(tables[0], measured, tables[1], base, noise_model, bound)}
+        options = options_by_signature(tables[0], allowed)
+        measured = complete(read_together(timing), options, base)
+        return {
+            "gains": gains_et(tables[0], measured, tables[1], base, noise_model, bound, allowed)
+        }
     build = gains_tt if objective == "tt" else gains_m
-    return {"gains": build(tables[0], tables[1], formats, base, noise_model)}
+    return {"gains": build(tables[0], tables[1], formats, base, noise_model, allowed)}
 
 
-@stage("plans", "solutions", "plan_files", free=["provenance"])
+@stage("plans", "solutions", "plan_files", "prices", free=["provenance"])
 def solve(
     objective: Objective,
     part: ObjectiveSpec,
@@ -56,12 +64,19 @@ def solve(
     fingerprint: str,
     provenance: dict[str, Any],
     anchor: TableRef | None = None,
+    engine: EngineName = "none",
+    bounds: BoundsSpec = BoundsSpec(),
+    target: TargetSpec | None = None,
+    without: dict[str, TableRef] | None = None,
 ) -> Output:
-    """A plan for each strategy, τ and seed of one objective, and its uniform plans once.
+    """A plan for each strategy, τ and seed of one objective, its uniform plans once, and that of the smallest loss for a target.
 
-    `anchor` is the measured TTFT of the plans of design.anchors.
+    A τ under which no plan keeps the `bounds` is left out with a warning; where none has a plan,
+    that is a mistake. `without` are the gains tables in which one rule does not hold, by its name:
+    what each constraint costs goes into a table and each plan's provenance. `anchor` is the measured TTFT of the plans of design.anchors.
     """
-    from mpq.program.strategies import choose, gain_errors, uniform_plans
+    from mpq.program.prices import SCHEMA, prices
+    from mpq.program.strategies import choose, gain_errors, least_loss_plan, uniform_plans
     from mpq.timing.design import anchors, interaction, neighbours, sums
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
@@ -72,38 +87,57 @@ def solve(
         whole = anchors(*tables, base)
         pairs = [neighbours(tables[0], plan, base) for plan in whole]
         term = interaction(pairs, sums(*tables, whole, base), read(anchor)["gain_s"].to_list())
+    how: dict[str, Any] = {
+        "mean_square_loss": mean_square,
+        "base": base,
+        "base_ttft_s": base_ttft,
+        "interaction": term,
+        "bounds": bounds,
+        "engine": engine,
+    }
     solved = []
+    if target and (objective == "et" or target.ttft_ms is None):
+        solved.append(least_loss_plan(objective, *tables, target, solver=solver, **how))
     if "uniform" in part.strategies:
-        solved += uniform_plans(
-            objective,
-            *tables,
-            mean_square_loss=mean_square,
-            base=base,
-            base_ttft_s=base_ttft,
-            interaction=term,
-        )
+        solved += uniform_plans(objective, *tables, **how)
+    refused: list[NoPlan] = []
     for strategy in (s for s in part.strategies if s != "uniform"):
         name = f"ip_{objective}" if strategy == "ip" else strategy
         for seed in range(part.random_seeds if strategy == "random" else 1):
             for tau in taus:
-                solved.append(
-                    choose(
-                        name,
-                        objective,
-                        *tables,
-                        tau=tau,
-                        mean_square_loss=mean_square,
-                        base=base,
-                        seed=seed,
-                        solver=solver,
-                        base_ttft_s=base_ttft,
-                        interaction=term,
+                try:
+                    solved.append(
+                        choose(
+                            name,
+                            objective,
+                            *tables,
+                            tau=tau,
+                            seed=seed,
+                            solver=solver,
+                            **how,
+                        )
                     )
-                )
+                except NoPlan as why:
+                    log.warning("No %s plan for %s at τ = %g: %s", name, objective, tau, why)
+                    refused.append(why)
+    if refused and not any(plan.strategy.startswith("ip_") for plan, _ in solved):
+        raise refused[-1]  # of the largest τ
     errors = gain_errors(tables[0], measured, [plan for plan, _ in solved])
+    loosened = {name: read(ref) for name, ref in (without or {}).items()}
+    priced = [
+        prices(plan, *tables, loosened, bounds=bounds, target=target, solver=solver)
+        if plan.strategy.startswith("ip_")
+        else []
+        for plan, _ in solved
+    ]
     plans = [
-        replace(plan, predicted_gain_error=e, fingerprint=fingerprint, provenance=provenance)
-        for (plan, _), e in zip(solved, errors, strict=True)
+        replace(
+            plan,
+            predicted_gain_error=e,
+            fingerprint=fingerprint,
+            provenance={**provenance, **({"prices": own} if own else {})},
+        )
+        for (plan, _), e, own in zip(solved, errors, priced, strict=True)
     ]
     solutions = table("solutions", [row for _, row in solved])
     ops = [
@@ -121,7 +155,12 @@ def solve(
     return {
         "plans": table("plans", ops),
         "solutions": solutions.with_columns(
-            pl.Series("predicted_gain_error", errors, dtype=pl.Float64)
+            pl.Series("predicted_gain_error", errors, dtype=pl.Float64),
+            *(
+                pl.Series(name, [row[name] for _, row in solved], dtype=pl.Float64)
+                for name in ("effective_bits", "weight_bytes")
+            ),
         ),
+        "prices": pl.DataFrame([row for own in priced for row in own], schema=SCHEMA),
         "plan_files": (json.dumps([asdict(p) for p in plans]).encode(), "json"),
     }

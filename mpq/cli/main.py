@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mpq import __version__
-from mpq.cli import evaluate, export, init, method, run
+from mpq.cli import evaluate, export, init, method, run, show
 from mpq.cli.console import log, plain
 from mpq.cli.store import store_app
 from mpq.errors import EXTRAS, MpqError, is_out_of_memory, missing_extra
@@ -81,4 +81,6 @@ app.command()(method.time)
 app.command()(method.solve)
 app.command("eval")(evaluate.evaluate)
 app.command()(export.export)
+app.command()(show.show)
+app.command()(show.diff)
 app.add_typer(store_app, name="store")

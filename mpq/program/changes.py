@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mpq.program.plan import Plan
+from mpq.program.plan import Plan, has_tau
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,15 @@ class Change:
 
 
 def compare(before: Iterable[Plan], after: Iterable[Plan]) -> list[Change]:
-    """A change for each plan of `after` that has one of the same strategy, objective, τ and seed in `before`."""
+    """A change for each plan of `after` that has one of the same strategy, objective, seed and, where it was given one, τ
+    in `before`."""
     old = {_who(plan): plan for plan in before}
     return [
         Change(
-            *_who(new),
+            new.strategy,
+            new.objective,
+            new.tau,
+            new.seed,
             moved=moves(old[_who(new)], new),
             gain_before=old[_who(new)].predicted_gain,
             gain_after=new.predicted_gain,
@@ -70,4 +74,4 @@ def moves(before: Plan, after: Plan) -> dict[str, tuple[str, str]]:
 
 
 def _who(plan: Plan) -> tuple[str, str, float, int]:
-    return plan.strategy, plan.objective, plan.tau, plan.seed
+    return plan.strategy, plan.objective, plan.tau if has_tau(plan.strategy) else 0.0, plan.seed

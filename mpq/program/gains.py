@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
+from mpq.program.constraints import Allowed
+from mpq.program.rows import Row, solve_within
 from mpq.program.solver import Solution, SolverName, solve
 from mpq.store.tables import table
 
+JOINED = 200_000  # configurations of groups that a tie joins
 Losses = dict[tuple[str, str], float]  # (op, format) → loss MSE, nats²
 
 
@@ -51,13 +59,15 @@ def gains_et(
     base: str,
     noise_model: str,
     bound: str = "median",
+    allowed: Allowed | None = None,
 ) -> pl.DataFrame:
     """IP-ET: seconds gained, measured for the group's signature (or, by the paper's way, for the group itself).
 
     `bound` says what of a gain counts: `median` (as measured), `lower` (its interval's lower end),
     `cautious` (the lower end where the interval includes zero), or `pooled` (what all of its
     signature's configurations say of it: design.complete). A configuration measured twice counts
-    as it was the last time, unless pooled.
+    as it was the last time, unless pooled. What `allowed` rules out is left out, and groups that a
+    tie joins are one, whose gain and loss add. Raises MpqError where that leaves a group nothing.
     """
     losses = loss_by_op(sensitivity, noise_model)
     if bound == "pooled" and "pooled_gain_s" not in timing.columns:
@@ -70,28 +80,71 @@ def gains_et(
         lower = bound == "lower" or (bound == "cautious" and unsure)
         counts = "pooled_gain_s" if bound == "pooled" else "gain_ci_low_s" if lower else "gain_s"
         measured.setdefault(row["signature"], {})[tuple(row["configuration"])] = row[counts]
-    rows: list[dict[str, object]] = []
+    parts: list[_Part] = []
     for group in _groups(groups):
         of_signature = measured.get(group["signature"])
         if not of_signature:
             raise MpqError(
                 f"The timing table has no row for {group['signature']} (group {group['group']}): time that signature."
             )
-        for formats, gain in of_signature.items():
-            every_base = all(f == base for f in formats)
-            rows.append(
-                _row(
-                    "et",
-                    group["group"],
-                    formats,
-                    0.0 if every_base else gain,
-                    sum(
-                        _loss(losses, op, f, base)
-                        for op, f in zip(group["op"], formats, strict=True)
-                    ),
-                )
+        options = allowed.options(group["op"]) if allowed else None
+        rows = {
+            formats: (
+                0.0 if set(formats) == {base} else gain,
+                sum(_loss(losses, op, f, base) for op, f in zip(group["op"], formats, strict=True)),
             )
-    return table("gains", rows)
+            for formats, gain in of_signature.items()
+            if options is None or formats in options
+        }
+        if not rows:
+            raise MpqError(
+                f"The timing table has no configuration of {group['signature']} (group {group['group']}) "
+                "that the constraints allow: time that signature with them."
+            )
+        parts.append(_Part(group["group"], tuple(group["op"]), rows))
+    return _table("et", _joined(parts, allowed) if allowed else parts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Ops decided together: each configuration's gain and loss MSE."""
+
+    group: int
+    ops: tuple[str, ...]
+    rows: dict[tuple[str, ...], tuple[float, float]]
+
+
+def _joined(parts: Sequence[_Part], allowed: Allowed) -> list[_Part]:
+    """The parts, those that a tie joins as one, numbered as the first of them."""
+    of = {op: part.group for part in parts for op in part.ops}
+    graph = nx.Graph()
+    graph.add_nodes_from(part.group for part in parts)
+    for together in allowed.decisions:
+        nx.add_path(graph, [of[op] for op in together if op in of])
+    by_group = {part.group: part for part in parts}
+    return [
+        functools.reduce(
+            functools.partial(_join, allowed=allowed), (by_group[g] for g in sorted(joined))
+        )
+        for joined in nx.connected_components(graph)
+    ]
+
+
+def _join(one: _Part, other: _Part, allowed: Allowed) -> _Part:
+    ops = (*one.ops, *other.ops)
+    options = allowed.options(ops)
+    if len(one.rows) * len(other.rows) > JOINED:
+        raise MpqError(
+            f"A tie joins groups with {len(one.rows) * len(other.rows):,} configurations together "
+            f"({one.ops[0]} … {other.ops[-1]}): tie fewer ops."
+        )
+    rows = {
+        (*a, *b): (gain + more, loss + worse)
+        for a, (gain, loss) in one.rows.items()
+        for b, (more, worse) in other.rows.items()
+        if (*a, *b) in options
+    }
+    return _Part(one.group, ops, rows)
 
 
 def gains_tt(
@@ -100,22 +153,17 @@ def gains_tt(
     formats: Sequence[str],
     base: str,
     noise_model: str,
+    allowed: Allowed | None = None,
 ) -> pl.DataFrame:
-    """IP-TT: BF16 MACs gained, Δ_f · MACs (eq. 28). It adds up over ops, so every op is a group of its own: the same
-    optimum as with Fⁿ configurations a group, from F."""
+    """IP-TT: BF16 MACs gained, Δ_f · MACs (eq. 28). It adds up over ops, so every op, or tie of ops, is a group of its
+    own: the same optimum as with Fⁿ configurations a group, from F. `allowed` says what each may take, else `formats`."""
+    ops = groups.filter(pl.col("kind") != "other")
     losses = loss_by_op(sensitivity, noise_model)
-    rows = [
-        _row(
-            "tt",
-            op["order"],
-            (f,),
-            (get_format(base).mac_time - get_format(f).mac_time) * op["macs"],
-            _loss(losses, op["op"], f, base),
-        )
-        for op in groups.filter(pl.col("kind") != "other").sort("order").iter_rows(named=True)
-        for f in dict.fromkeys((base, *formats))
-    ]
-    return table("gains", rows)
+
+    def gain(op: dict[str, Any], name: str) -> float:
+        return float((get_format(base).mac_time - get_format(name).mac_time) * op["macs"])
+
+    return _by_decision("tt", ops, gain, losses, formats, base, allowed)
 
 
 def gains_m(
@@ -124,24 +172,52 @@ def gains_m(
     formats: Sequence[str],
     base: str,
     noise_model: str,
+    allowed: Allowed | None = None,
 ) -> pl.DataFrame:
-    """IP-M: bytes of weights gained (eqs. 29–30); linear ops only, every op its own group.
+    """IP-M: bytes of weights gained (eqs. 29–30); linear ops only, every op, or tie of ops, its own group.
 
-    A weight that is tied to the embedding stays there in base: lowered, it is a copy more and gains less than nothing.
+    `allowed` says what each may take, else `formats`. A weight that is tied to the embedding stays
+    there in base: lowered, it is a copy more and gains less than nothing.
     """
+    ops = groups.filter(pl.col("kind") == "linear")
     losses = loss_by_op(sensitivity, noise_model)
-    rows = [
-        _row(
-            "m",
-            op["order"],
-            (f,),
-            _bytes_gained(op, base, f),
-            _loss(losses, op["op"], f, base),
-        )
-        for op in groups.filter(pl.col("kind") == "linear").sort("order").iter_rows(named=True)
-        for f in dict.fromkeys((base, *formats))
-    ]
-    return table("gains", rows)
+
+    def gain(op: dict[str, Any], name: str) -> float:
+        return _bytes_gained(op, base, name)
+
+    return _by_decision("m", ops, gain, losses, formats, base, allowed)
+
+
+def _by_decision(
+    objective: str,
+    ops: pl.DataFrame,
+    gain: Callable[[dict[str, Any], str], float],
+    losses: Losses,
+    formats: Sequence[str],
+    base: str,
+    allowed: Allowed | None,
+) -> pl.DataFrame:
+    """Gains that add up over ops: a group for each decision, numbered by its first op's `order`."""
+    rows = {row["op"]: row for row in ops.sort("order").iter_rows(named=True)}
+    free = tuple(dict.fromkeys((base, *formats)))
+    decisions = allowed.of(rows).decisions if allowed else [(op,) for op in rows]
+    return _table(
+        objective,
+        [
+            _Part(
+                rows[together[0]]["order"],
+                tuple(together),
+                {
+                    (f,) * len(together): (
+                        math.fsum(gain(rows[op], f) for op in together),
+                        math.fsum(_loss(losses, op, f, base) for op in together),
+                    )
+                    for f in (allowed.formats[together[0]] if allowed else free)
+                },
+            )
+            for together in decisions
+        ],
+    )
 
 
 def _bytes_gained(op: dict[str, Any], base: str, name: str) -> float:
@@ -160,22 +236,56 @@ def _groups(groups: pl.DataFrame) -> list[dict[str, Any]]:
     )
 
 
-def _row(
-    objective: str, group: int, configuration: Sequence[str], gain: float, loss: float
-) -> dict[str, object]:
-    return {
-        "objective": objective,
-        "group": group,
-        "configuration": list(configuration),
-        "gain": gain,
-        "loss_mse": loss,
-    }
+def _table(objective: str, parts: Sequence[_Part]) -> pl.DataFrame:
+    """The gains table, and a column more: `ops`, which a configuration gives formats to, in its order."""
+    rows = [(part, formats, *worth) for part in parts for formats, worth in part.rows.items()]
+    ops = pl.Series("ops", [part.ops for part, *_ in rows], dtype=pl.List(pl.String))
+    return table(
+        "gains",
+        [
+            {
+                "objective": objective,
+                "group": part.group,
+                "configuration": list(formats),
+                "gain": gain,
+                "loss_mse": loss,
+            }
+            for part, formats, gain, loss in rows
+        ],
+    ).with_columns(ops)
 
 
 def solve_table(
-    gains: pl.DataFrame, budget: float, solver: SolverName = "auto"
+    gains: pl.DataFrame, budget: float, solver: SolverName = "auto", bounds: Sequence[Row] = ()
 ) -> tuple[pl.DataFrame, Solution]:
-    """The chosen row of each group of a gains table, and the solution. Raises MpqError for a table that is no program."""
+    """The chosen row of each group of a gains table, and the solution; `bounds` hold beside the one on the loss MSE.
+
+    Raises MpqError for a table that is no program, NoPlan where no plan keeps the bounds.
+    """
+    group = _checked(gains)
+    loss, gain = gains["loss_mse"].to_numpy(), gains["gain"].to_numpy()
+    if not bounds:
+        solution = solve(group, gain, loss, budget, solver=solver)
+    else:
+        rows = [Row("loss MSE", loss, budget, "nats²"), *bounds]
+        solution = solve_within(group, gain, rows, solver=solver)
+    return gains[list(solution.chosen)], solution
+
+
+def least_loss(
+    gains: pl.DataFrame, bounds: Sequence[Row], solver: SolverName = "auto"
+) -> tuple[pl.DataFrame, Solution]:
+    """The program turned round: of each group the row that makes the summed loss MSE smallest while `bounds` hold.
+
+    The solution's gain and bound are losses below zero. Raises as solve_table.
+    """
+    group = _checked(gains)
+    solution = solve_within(group, -gains["loss_mse"].to_numpy(), bounds, solver=solver)
+    return gains[list(solution.chosen)], solution
+
+
+def _checked(gains: pl.DataFrame) -> NDArray[np.int64]:
+    """The groups' numbers. Raises MpqError for a table that is no program."""
     missing = [c for c in ("group", "configuration", "gain", "loss_mse") if c not in gains.columns]
     if missing:
         raise MpqError(
@@ -194,8 +304,4 @@ def solve_table(
         raise MpqError(
             f"The gains table holds several objectives ({', '.join(map(str, gains['objective'].unique()))}): choose one with --objective."
         )
-    group = gains["group"].rank("dense").to_numpy().astype(int) - 1
-    solution = solve(
-        group, gains["gain"].to_numpy(), gains["loss_mse"].to_numpy(), budget, solver=solver
-    )
-    return gains[list(solution.chosen)], solution
+    return gains["group"].rank("dense").to_numpy().astype(np.int64) - 1

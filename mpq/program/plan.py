@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 PLAN_VERSION = 1
+LEAST_LOSS = "ip_loss"  # the strategy of the smallest loss for a target
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Plan:
 
     `predicted_loss_mse`, `budget` and `mean_square_loss` are in nats², times in seconds,
     `predicted_gain` in the objective's unit (et: s, tt: BF16 MACs, m: bytes).
-    `predicted_gain_error` is half its 95 % interval, None where that is unknown. `provenance`
+    `weight_bytes` are those of the linears, scales counted, `effective_bits` the mean of a weight;
+    `engine` is what shall serve the plan. `predicted_gain_error` is half its 95 % interval, None where that is unknown. `provenance`
     holds content keys of the tables that led here, and versions of the software that made it.
     """
 
@@ -39,6 +41,9 @@ class Plan:
     base_ttft_s: float | None = None
     predicted_ttft_s: float | None = None
     predicted_gain_error: float | None = None
+    effective_bits: float | None = None
+    weight_bytes: float | None = None
+    engine: str = "none"
     fingerprint: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
@@ -113,8 +118,13 @@ def is_uniform(strategy: str) -> bool:
     return strategy.startswith("uniform_")
 
 
+def has_tau(strategy: str) -> bool:
+    """Whether a strategy was given a τ: the others' is the one that their predicted loss just meets."""
+    return not is_uniform(strategy) and strategy != LEAST_LOSS
+
+
 def plan_name(objective: str, strategy: str, tau: float, seed: int = 0) -> str:
     """The name of a plan's file: `et-ip_et-tau0.002`, `et-random-tau0.002-seed1`, `m-uniform_int8`."""
     draw = f"-seed{seed}" if strategy == "random" else ""
-    under = "" if is_uniform(strategy) else f"-tau{tau:g}"
+    under = f"-tau{tau:g}" if has_tau(strategy) else ""
     return f"{objective}-{strategy}{under}{draw}"

@@ -7,18 +7,16 @@ counts only once its costs, summed exactly in float64, fit the budget.
 
 from __future__ import annotations
 
-import importlib
-import logging
 import math
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpq.errors import MpqError
+from mpq.program.backends import SIZE_LIMITED, ask
 from mpq.program.presolve import (
     PLANS,
     Core,
@@ -32,12 +30,8 @@ from mpq.program.presolve import (
     undominated,
 )
 
-log = logging.getLogger("mpq")
-
 SolverName = Literal["auto", "highs", "gurobi"]
-SIZE_LIMITED = 2_000  # variables, and constraints, of Gurobi's licence that comes with pip
 BEAMS = (2_000, 200_000)  # states: a narrow front for a good incumbent first
-MAX_CUTS = 20  # plans over budget that a solver may return before its answer is dropped
 
 
 @dataclass(frozen=True)
@@ -54,19 +48,6 @@ class Solution:
     solver: Literal["highs", "gurobi", "presolve"]
     seconds: float
     note: str = ""
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a solver says: a plan (places in the core) or none, its bound above the base, and whether it finished."""
-
-    plan: Ints | None
-    bound: float
-    finished: bool
-
-
-class _Unavailable(Exception):
-    """Why Gurobi cannot be used, in words for the note."""
 
 
 def solve(
@@ -99,10 +80,7 @@ def solve(
     core = undominated(number, gain, cost, budget)
     best = core.row[core.starts]  # the cheapest rows at first; always within the budget
     if (least := total(cost, best)) > budget:
-        raise MpqError(
-            f"No plan fits the budget {budget:.6g}: the cheapest costs {least:.6g}, with the least costly configuration of every "
-            "group. Raise τ (the budget), or add a configuration that costs less."
-        )
+        raise no_plan(budget, least)
     base = best_gain = total(gain, best)
 
     def offer(plan: Ints, of: Core) -> bool:
@@ -141,7 +119,7 @@ def solve(
     bound, finished, notes = base + float(ceiling), exact, list[str]()
     if len(core.row) > len(core.starts) and (solver != "auto" or not exact):
         seconds = max(start + time_limit_s - time.perf_counter(), 0.1)
-        used, answer, notes = _ask(solver, _Program(core, cost, budget), seconds)
+        used, answer, notes = ask(solver, _Program(core, cost, budget), seconds)
         said = -math.inf
         if answer.plan is not None:
             said = total(gain, core.row[answer.plan])
@@ -171,6 +149,18 @@ def solve(
         used,
         time.perf_counter() - start,
         "; ".join(notes),
+    )
+
+
+class NoPlan(MpqError):
+    """Nothing that may be chosen keeps the bounds."""
+
+
+def no_plan(budget: float, least: float) -> NoPlan:
+    """The sentence for a budget that the cheapest plan, which costs `least`, exceeds."""
+    return NoPlan(
+        f"No plan fits the budget {budget:.6g}: the cheapest costs {least:.6g}, with the least costly configuration of every "
+        "group. Raise τ (the budget), or add a configuration that costs less."
     )
 
 
@@ -216,7 +206,7 @@ class _Program:
         largest, capacity = self.open.gain.max(), self.open.capacity
         self.scale = float(largest) if largest > 0 else 1.0
         self.gain = (self.open.gain / self.scale).astype(np.float64)
-        self.costs = (self.open.cost / (capacity if capacity > 0 else 1)).astype(np.float64)
+        self.costs = (self.open.cost / (capacity if capacity > 0 else 1)).astype(np.float64)[None]
         self.offset = float(core.gain[core.starts].sum())
 
     def read(self, values: Floats) -> tuple[Ints, Ints]:
@@ -231,121 +221,3 @@ class _Program:
 
     def bound(self, objective: float) -> float:
         return objective * self.scale + self.offset if math.isfinite(objective) else math.inf
-
-
-def _ask(
-    solver: str, program: _Program, seconds: float
-) -> tuple[Literal["highs", "gurobi"], _Answer, list[str]]:
-    """The answer of the solver asked for, or of HiGHS where Gurobi cannot answer, with notes on why."""
-    notes: list[str] = []
-    if solver in ("auto", "gurobi"):
-        try:
-            if solver == "auto" and max(program.rows, program.groups + 1) > SIZE_LIMITED:
-                raise _Unavailable(
-                    f"{program.rows} variables are more than the {SIZE_LIMITED} of its free licence"
-                )
-            return "gurobi", _gurobi(program, seconds), notes
-        except _Unavailable as why:
-            notes.append(f"HiGHS instead of Gurobi: {why}")
-            if solver == "gurobi":
-                log.warning("Gurobi was asked for, but %s: HiGHS solves instead.", why)
-    return "highs", _highs(program, seconds), notes
-
-
-def _highs(program: _Program, seconds: float) -> _Answer:
-    import highspy
-    from highspy._core import _Highs
-
-    n, groups = program.rows, program.groups
-    lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = n, groups + 1
-    lp.col_cost_, lp.col_lower_, lp.col_upper_ = program.gain, np.zeros(n), np.ones(n)
-    lp.row_lower_, lp.row_upper_ = np.r_[np.ones(groups), -highspy.kHighsInf], np.ones(groups + 1)
-    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    lp.a_matrix_.start_ = np.arange(n + 1) * 2
-    lp.a_matrix_.index_ = np.column_stack((program.group, np.full(n, groups))).ravel()
-    lp.a_matrix_.value_ = np.column_stack((np.ones(n), program.costs)).ravel()
-    lp.integrality_ = [highspy.HighsVarType.kInteger] * n
-    lp.sense_ = highspy.ObjSense.kMaximize
-    h = (
-        _Highs()
-    )  # highspy.Highs enables callbacks first, which prints the banner before it can be silenced
-    h.setOptionValue("output_flag", False)  # before all else, or the banner is printed
-    h.setOptionValue("threads", 1)
-    for option in ("mip_rel_gap", "mip_abs_gap"):
-        h.setOptionValue(option, 0.0)
-    for option in (
-        "mip_feasibility_tolerance",
-        "primal_feasibility_tolerance",
-        "dual_feasibility_tolerance",
-    ):
-        h.setOptionValue(option, 1e-10)
-    h.setOptionValue(
-        "small_matrix_value", 1e-12
-    )  # its least; by default costs below 1e-9 would count as none
-    h.passModel(lp)
-    deadline, bound = time.perf_counter() + seconds, math.inf
-    for _ in range(MAX_CUTS):
-        h.setOptionValue("time_limit", h.getRunTime() + max(deadline - time.perf_counter(), 0.1))
-        h.run()
-        finished = h.getModelStatus() == highspy.HighsModelStatus.kOptimal
-        info = h.getInfo()
-        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-            return _Answer(None, bound, h.getModelStatus() == highspy.HighsModelStatus.kInfeasible)
-        bound = min(bound, program.bound(info.mip_dual_bound))
-        chosen, plan = program.read(np.array(h.getSolution().col_value))
-        if program.fits(plan) or not finished:
-            return _Answer(plan, bound, finished)
-        h.addRow(
-            -highspy.kHighsInf, groups - 1.0, groups, chosen.astype(np.int32), np.ones(groups)
-        )  # not this plan again
-    return _Answer(None, bound, False)
-
-
-def _gurobi(program: _Program, seconds: float) -> _Answer:
-    try:
-        gp = importlib.import_module("gurobipy")
-    except ImportError:
-        raise _Unavailable("gurobipy is not installed") from None
-    try:
-        with gp.Env(empty=True) as env:
-            env.setParam("OutputFlag", 0)
-            env.start()
-            with gp.Model(env=env) as model:
-                return _gurobi_model(gp, model, program, seconds)
-    except gp.GurobiError as error:  # no licence, an expired one, or one for smaller programs
-        raise _Unavailable(f"it says: {str(error).strip().rstrip('.')}") from None
-
-
-def _gurobi_model(gp: Any, model: Any, program: _Program, seconds: float) -> _Answer:
-    for name, value in {
-        "MIPGap": 0,
-        "MIPGapAbs": 0,
-        "FeasibilityTol": 1e-9,
-        "IntFeasTol": 1e-9,
-        "OptimalityTol": 1e-9,
-    }.items():
-        model.setParam(name, value)
-    model.setParam("NumericFocus", 2)
-    model.setParam("Threads", 1)  # ties are broken alike on every machine
-    x = list(model.addVars(program.rows, vtype=gp.GRB.BINARY, obj=program.gain.tolist()).values())
-    model.ModelSense = gp.GRB.MAXIMIZE
-    ends = np.r_[program.open.starts, program.rows].tolist()
-    for start, end in pairwise(ends):
-        model.addConstr(gp.LinExpr([1.0] * (end - start), x[start:end]) == 1)
-    model.addConstr(gp.LinExpr(program.costs.tolist(), x) <= 1)
-    deadline, bound = time.perf_counter() + seconds, math.inf
-    for _ in range(MAX_CUTS):
-        model.setParam("TimeLimit", max(deadline - time.perf_counter(), 0.1))
-        model.optimize()
-        finished = model.Status == gp.GRB.OPTIMAL
-        if not model.SolCount:
-            return _Answer(None, bound, model.Status in (gp.GRB.INFEASIBLE, gp.GRB.INF_OR_UNBD))
-        bound = min(bound, program.bound(model.ObjBound))
-        chosen, plan = program.read(np.array(model.getAttr("X", x)))
-        if program.fits(plan) or not finished:
-            return _Answer(plan, bound, finished)
-        model.addConstr(
-            gp.quicksum(x[i] for i in chosen.tolist()) <= program.groups - 1
-        )  # not this plan again
-    return _Answer(None, bound, False)

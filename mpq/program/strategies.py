@@ -16,10 +16,13 @@ import polars as pl
 
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
-from mpq.program.gains import solve_table
-from mpq.program.plan import Plan
-from mpq.program.solver import SolverName
-from mpq.timing.design import half_widths, neighbours
+from mpq.program.bounds import bound_rows, missed, target_rows
+from mpq.program.gains import least_loss, solve_table
+from mpq.program.memory import effective_bits, weight_bytes
+from mpq.program.plan import LEAST_LOSS, Plan
+from mpq.program.solver import Solution, SolverName, no_plan
+from mpq.spec import BoundsSpec, EngineName, TargetSpec
+from mpq.timing.design import half_widths, members, neighbours
 from mpq.timing.plausible import implausible
 
 Rows = dict[tuple[str, ...], tuple[float, float]]  # configuration → gain, loss MSE
@@ -40,13 +43,16 @@ def choose(
     solver: SolverName = "auto",
     base_ttft_s: float | None = None,
     interaction: float = 0.0,
+    bounds: BoundsSpec | None = None,
+    engine: EngineName = "none",
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of one strategy under τ, and its row of the `solutions` table.
 
     Random and Prefix walk over the ops. Each op takes the format that is fastest in theory and
     still fits under τ² E[g²]; they stop at the first op that fits in none. `interaction` (s)
-    corrects the predicted TTFT for lowered neighbours (design.interaction). Raises MpqError for a
-    τ that is not above zero.
+    corrects the predicted TTFT for lowered neighbours (design.interaction). The program's plan
+    keeps `bounds` too; of the others' plans the row notes which they miss. Raises MpqError for a τ
+    that is not above zero, NoPlan where no plan keeps the bounds.
     """
     if not (tau > 0 and math.isfinite(tau)):
         raise MpqError(
@@ -54,13 +60,54 @@ def choose(
             "plan may have."
         )
     budget = tau**2 * mean_square_loss
-    program = _Program(objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction)
+    program = _Program(
+        objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
+    )
     if strategy in ("random", "prefix"):
         return program.plan(strategy, tau, budget, _walk(strategy, program, budget, seed), seed)
-    rows, solution = solve_table(gains, budget, solver)
-    chosen = {row["group"]: tuple(row["configuration"]) for row in rows.iter_rows(named=True)}
-    facts = {k: getattr(solution, k) for k in ("bound", "status", "solver", "seconds", "note")}
-    return program.plan(strategy, tau, budget, chosen, seed, facts)
+    further = bound_rows(gains, groups, bounds, base) if bounds else []
+    rows, solution = solve_table(gains, budget, solver, further)
+    return program.plan(strategy, tau, budget, _chosen(rows), seed, _facts(solution))
+
+
+def least_loss_plan(
+    objective: str,
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    target: TargetSpec,
+    *,
+    mean_square_loss: float,
+    base: str,
+    solver: SolverName = "auto",
+    base_ttft_s: float | None = None,
+    interaction: float = 0.0,
+    bounds: BoundsSpec | None = None,
+    engine: EngineName = "none",
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan of the smallest predicted loss MSE that meets a target and keeps `bounds`: `ip_loss`.
+
+    A time is met by the sum of the groups' gains; what lowered neighbours gain together comes on
+    top. `tau` is the one that the predicted loss d just meets, √(d / E[g²]), and `budget` is d.
+    Raises NoPlan where no plan keeps the bounds, MpqError for a time without measured ones.
+    """
+    program = _Program(
+        objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
+    )
+    further = target_rows(gains, groups, target, base, base_ttft_s)
+    further += bound_rows(gains, groups, bounds, base) if bounds else []
+    rows, solution = least_loss(gains, further, solver)
+    chosen = _chosen(rows)
+    loss = program.loss(chosen)
+    tau = math.sqrt(max(0.0, loss) / mean_square_loss)
+    return program.plan(LEAST_LOSS, tau, loss, chosen, solved=_facts(solution) | {"bound": None})
+
+
+def _chosen(rows: pl.DataFrame) -> Chosen:
+    return {g: tuple(c) for g, c in rows.select("group", "configuration").iter_rows()}
+
+
+def _facts(solution: Solution) -> dict[str, Any]:
+    return {k: getattr(solution, k) for k in ("bound", "status", "solver", "seconds", "note")}
 
 
 def uniform_plans(
@@ -72,6 +119,8 @@ def uniform_plans(
     base: str,
     base_ttft_s: float | None = None,
     interaction: float = 0.0,
+    bounds: BoundsSpec | None = None,
+    engine: EngineName = "none",
 ) -> list[tuple[Plan, dict[str, Any]]]:
     """What people run today: everything in one format, and everything but the model's head.
 
@@ -80,7 +129,9 @@ def uniform_plans(
     table cannot lower to the format stay in base. No τ was asked for: `tau` is the one that the
     predicted loss MSE d just meets, √(d / E[g²]), and `budget` is d.
     """
-    program = _Program(objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction)
+    program = _Program(
+        objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
+    )
     head = _head(groups)
     formats = sorted({f for of in program.options.values() for c in of for f in c} - {base})
     plans = []
@@ -116,11 +167,14 @@ class _Program:
         base: str,
         base_ttft_s: float | None,
         interaction: float,
+        bounds: BoundsSpec | None,
+        engine: EngineName,
     ):
+        self.bounds, self.engine = bounds, engine
         self.objective, self.groups, self.base = objective, groups, base
         self.mean_square_loss, self.base_ttft_s = mean_square_loss, base_ttft_s
         self.interaction = interaction
-        self.members = _members(groups, gains)
+        self.members = members(groups, gains)
         self.options: dict[int, Rows] = {}
         for group, c, gain, loss in gains.select(
             "group", "configuration", "gain", "loss_mse"
@@ -134,18 +188,17 @@ class _Program:
         return math.fsum(self.options[g][c][1] for g, c in chosen.items())
 
     def in_one_format(self, f: str, kept: str | None = None) -> Chosen:
-        """Each group with as many ops in `f` as it can have; the others, and `kept`, in base."""
-        chosen = {}
-        for group, options in self.options.items():
-            ops = self.members[group]
-            alone = [
-                c
-                for c in options
-                if set(c) <= {f, self.base}
-                and all(name == self.base for op, name in zip(ops, c, strict=True) if op == kept)
-            ]
-            chosen[group] = max(alone, key=lambda c: c.count(f))
-        return chosen
+        """Each group with as many ops in `f` as it can have; the others, and `kept`, in base where they may be."""
+
+        def uniform(group: int, c: tuple[str, ...]) -> tuple[bool, bool, int]:
+            named = zip(self.members[group], c, strict=True)
+            as_kept = all(name == self.base for op, name in named if op == kept)
+            return as_kept, set(c) <= {f, self.base}, c.count(f)
+
+        return {
+            group: max(options, key=lambda c: uniform(group, c))
+            for group, options in self.options.items()
+        }
 
     def plan(
         self,
@@ -167,7 +220,9 @@ class _Program:
             helped = self.interaction * neighbours(self.groups, formats, self.base)
             ttft = self.base_ttft_s - gain - helped
         doubt = implausible(ttft, self.base_ttft_s, formats.values(), self.base)
-        note = " ".join(part for part in (solved["note"], doubt) if part)
+        over = missed(self.groups, formats, self.bounds, self.base) if self.bounds else []
+        misses = f"Misses {', '.join(over)}." if over else ""
+        note = " ".join(part for part in (solved["note"], doubt, misses) if part)
         plan = Plan(
             strategy=strategy,
             objective=self.objective,
@@ -181,6 +236,9 @@ class _Program:
             seed=seed,
             base_ttft_s=self.base_ttft_s,
             predicted_ttft_s=ttft,
+            effective_bits=effective_bits(self.groups, formats, self.base),
+            weight_bytes=weight_bytes(self.groups, formats, self.base),
+            engine=self.engine,
         )
         of_plan = (
             "strategy",
@@ -193,6 +251,8 @@ class _Program:
             "share_lowered",
             "predicted_ttft_s",
             "base_ttft_s",
+            "effective_bits",
+            "weight_bytes",
         )
         return plan, {**{k: getattr(plan, k) for k in of_plan}, **solved, "note": note}
 
@@ -214,29 +274,33 @@ def _gain_error(groups: pl.DataFrame, timing: pl.DataFrame, plan: Plan) -> float
         return None
 
 
-def _members(groups: pl.DataFrame, gains: pl.DataFrame) -> dict[int, list[str]]:
-    """Ops of each group of the gains table: of et sequential groups, else one op each."""
-    ordered = groups.sort("order")
-    if gains["objective"][0] == "et":
-        return {
-            g[0]: rows["op"].to_list()
-            for g, rows in ordered.group_by(["group"], maintain_order=True)
-        }
-    return {order: [op] for order, op in ordered.select("order", "op").iter_rows()}
+def _decisions(options: Rows) -> list[tuple[int, ...]]:
+    """The places of a group that take one format in all its configurations: one op, or tied ones."""
+    together: dict[tuple[str, ...], list[int]] = {}
+    for i, taken in enumerate(zip(*options, strict=True)):
+        together.setdefault(taken, []).append(i)
+    return [tuple(places) for places in together.values()]
 
 
 def _walk(strategy: str, program: _Program, budget: float, seed: int) -> Chosen:
-    members, options, base = program.members, program.options, program.base
-    chosen = {group: (base,) * len(members[group]) for group in options}
+    options, base = program.options, program.base
+    # base, or where that is ruled out what costs the least
+    chosen = {
+        group: min(of, key=lambda c: (c.count(base) < len(c), of[c][1]))
+        for group, of in options.items()
+    }
     spent = {group: options[group][chosen[group]][1] for group in options}
-    places = [(group, i) for group in options for i in range(len(members[group]))]
+    if (least := math.fsum(spent.values())) > budget:
+        raise no_plan(budget, least)
+    places = [(group, of) for group in options for of in _decisions(options[group])]
     if strategy == "random":
         random.Random(seed).shuffle(places)
-    for group, i in places:
+    for group, of in places:
         candidates = [
             c
-            for f in _by_speed(options[group], i, base)
-            if (c := (*chosen[group][:i], f, *chosen[group][i + 1 :])) in options[group]
+            for f in _by_speed(options[group], of[0], base)
+            if (c := tuple(f if i in of else g for i, g in enumerate(chosen[group])))
+            in options[group]
         ]
         if not candidates:
             continue  # an op that cannot be lowered stands in nobody's way

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from mpq.program.plan import is_uniform, plan_name
+from mpq.program.plan import LEAST_LOSS, has_tau, is_uniform, plan_name
 from mpq.report.results import (
     OBJECTIVES,
     Gain,
@@ -195,14 +195,16 @@ def _most(rows: Sequence[Row]) -> Row:
 def _loosest(tables: Tables, objective: str) -> float | None:
     """The largest bound (nats²) that was asked for under an objective."""
     asked = table_of(tables, "solutions").filter(
-        (pl.col("objective") == objective) & ~pl.col("strategy").str.starts_with("uniform_")
+        (pl.col("objective") == objective)
+        & ~pl.col("strategy").str.starts_with("uniform_")
+        & (pl.col("strategy") != LEAST_LOSS)
     )
     largest = asked["budget"].max()
     return None if largest is None else float(largest)  # type: ignore[arg-type]
 
 
 def _bound(row: Row, loosest: float | None) -> float | None:
-    none_of_its_own = is_uniform(row["strategy"]) and loosest is not None
+    none_of_its_own = not has_tau(row["strategy"]) and loosest is not None
     bound: float | None = loosest if none_of_its_own else row["budget"]
     return bound
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpq.program.plan import is_uniform
+from mpq.program.plan import has_tau, is_uniform
 from mpq.report.best import Best, best_plan, in_words, outline, percent
 from mpq.report.results import (
     OBJECTIVES,
@@ -98,7 +98,7 @@ def _ratio(row: Row) -> float:
 
 def _over(row: Row) -> bool:
     """Whether a plan that was given a bound exceeds it when measured."""
-    if is_uniform(row["strategy"]) or row["measured_loss_mse"] is None or row["budget"] is None:
+    if not has_tau(row["strategy"]) or row["measured_loss_mse"] is None or row["budget"] is None:
         return False
     return bool(row["measured_loss_mse"] > row["budget"])
 
@@ -231,5 +231,5 @@ def _name(row: Row) -> str:
     if row["strategy"] == "random" and row.get("plan_seed") is not None:
         draw = f" draw {row['plan_seed']}"
     objective = "" if row["strategy"].startswith("ip_") else f" ({row['objective']})"
-    under = "" if is_uniform(row["strategy"]) else f" at τ = {row['tau']:g}"
+    under = f" at τ = {row['tau']:g}" if has_tau(row["strategy"]) else ""
     return f"{row['strategy']}{objective}{draw}{under}"

@@ -1,3 +1,7 @@
+from .constraints import BoundsSpec as BoundsSpec
+from .constraints import ConstraintSpec as ConstraintSpec
+from .constraints import EngineName as EngineName
+from .constraints import TargetSpec as TargetSpec
 from .early import check_early as check_early
 from .early import resolved as resolved
 from .estimate import Estimate as Estimate

@@ -43,6 +43,7 @@ def plans_at_most(spec: RunSpec) -> dict[str, int]:
         objective: len(part.taus or spec.taus)
         * sum(part.random_seeds if s == "random" else 1 for s in part.strategies if s != "uniform")
         + ("uniform" in part.strategies) * 2 * len(part.formats)
+        + bool(spec.target and (objective == "et" or spec.target.ttft_ms is None))
         for objective, part in spec.objectives.items()
     }
 

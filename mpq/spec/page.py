@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mpq.spec.run import FormatName, RunSpec
+from mpq.spec.constraints import FormatOrBase
+from mpq.spec.fields import FormatName
+from mpq.spec.run import RunSpec
 
 _HEAD = """# The spec of a run: every key
 
@@ -22,7 +24,11 @@ A run is one YAML file, checked before anything is computed: `mpq init MODEL` wr
 runs it. A key that is not listed here is a mistake and told as one. In paths `~` is your home; a URL is one of
 [fsspec](storage.md)'s and carries no credentials.
 """
-_NAMED = get_args(FormatName)[1]  # what makes a text the name of a format
+# what makes a text the name of a format
+_NAMED = {
+    get_args(FormatName)[1]: "format (`mpq formats`)",
+    get_args(FormatOrBase)[1]: "`base` or format (`mpq formats`)",
+}
 _PLAIN = {
     str: "text",
     int: "whole number",
@@ -78,8 +84,8 @@ def _values(field: FieldInfo) -> str:
 def _kinds(annotation: Any) -> Iterator[str]:
     """What may stand there, in words."""
     origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated and _NAMED in inner:
-        yield "format (`mpq formats`)"
+    if origin is Annotated and inner[1] in _NAMED:
+        yield _NAMED[inner[1]]
     elif origin is Literal:
         yield " ".join(f"`{value}`" for value in inner)
     elif origin is Annotated:
@@ -89,6 +95,9 @@ def _kinds(annotation: Any) -> Iterator[str]:
             yield from _kinds(part)
     elif origin is tuple:
         yield f"list of {', '.join(_kinds(inner[0]))}"
+    elif origin is dict and not list(_models(inner[1])):
+        name, value = (" or ".join(_kinds(part)) for part in inner)
+        yield f"a mapping of {name} to {value}"
     elif origin is dict:
         yield f"a section for each of {', '.join(_kinds(inner[0]))}"
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):

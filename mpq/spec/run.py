@@ -6,15 +6,12 @@ import logging
 import math
 import os
 import re
-import unicodedata
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     field_validator,
     model_validator,
@@ -22,21 +19,13 @@ from pydantic import (
 
 from mpq.formats.format import NoiseModel, get_format
 from mpq.redaction import without_credentials
+from mpq.spec.constraints import ConstraintSpec, EngineName, TargetSpec
+from mpq.spec.fields import FormatName, Number, Strict, number
 
 log = logging.getLogger("mpq")
 FROM_TASKS = "tasks"  # a text source: documents of the tasks that are evaluated
 _MOST = 2**31 - 1  # what a count may be: more is a slip, and overflows somewhere later
 _TAUS = (1e-12, 100.0)  # beyond these τ² is nothing, or no bound
-
-
-def _format(name: str) -> str:
-    return get_format(name).name
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, not {str(value).lower()}")
-    return value
 
 
 def _bounds(taus: tuple[float, ...]) -> tuple[float, ...]:
@@ -74,11 +63,9 @@ def _inside(name: str) -> str:
     return name
 
 
-FormatName = Annotated[str, AfterValidator(_format)]
-Number = Annotated[float, BeforeValidator(_number)]
 Taus = Annotated[tuple[Number, ...], AfterValidator(_bounds)]
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=_MOST)]
-Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, le=_MOST)]
+Count = Annotated[int, BeforeValidator(number), Field(ge=1, le=_MOST)]
+Whole = Annotated[int, BeforeValidator(number), Field(ge=0, le=_MOST)]
 # a local path, with ~ for the user's home, or a URL, which may not carry credentials
 Url = Annotated[
     str, Field(min_length=1), AfterValidator(_at_home), AfterValidator(without_credentials)
@@ -87,21 +74,7 @@ Objective = Literal["et", "tt", "m"]
 Strategy = Literal["ip", "random", "prefix", "uniform"]
 
 
-class _Strict(BaseModel):
-    # an input may hold a secret, hence hide_input_in_errors
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-    @field_validator("*")
-    @classmethod
-    def _printable(cls, value: Any) -> Any:
-        """Texts reach terminals, file systems and databases: no NUL, no escape, no half of a character."""
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
-                raise ValueError(f"holds a control character: {text[:60]!a}")
-        return value
-
-
-class TextSpec(_Strict):
+class TextSpec(Strict):
     """Text to calibrate or evaluate on, cut into `samples` blocks of `length` tokens."""
 
     source: Url = Field(
@@ -139,7 +112,7 @@ class CalibrationSpec(TextSpec):
     )
 
 
-class ModelSpec(_Strict):
+class ModelSpec(Strict):
     """Which checkpoint, and the format it runs in when nothing is lowered."""
 
     path: Url = Field(
@@ -166,7 +139,7 @@ class ModelSpec(_Strict):
         return name
 
 
-class ObjectiveSpec(_Strict):
+class ObjectiveSpec(Strict):
     """One objective: et (measured time), tt (MAC time) or m (memory), and the formats that it may choose."""
 
     formats: tuple[FormatName, ...] = Field(
@@ -183,7 +156,7 @@ class ObjectiveSpec(_Strict):
     )
 
 
-class TimingSpec(_Strict):
+class TimingSpec(Strict):
     """How TTFT is measured."""
 
     batch: Count = Field(4, description="Rows of the prefill")
@@ -290,7 +263,7 @@ class EvaluationSpec(TextSpec):
     )
 
 
-class RunnerSpec(_Strict):
+class RunnerSpec(Strict):
     """Where the long tasks of a run go: the machine of the flow, or the workers of a cluster."""
 
     timeout_s: Number | None = Field(
@@ -325,7 +298,7 @@ class RunnerSpec(_Strict):
         return self
 
 
-class RunSpec(_Strict):
+class RunSpec(Strict):
     """A whole run: model → plans under each τ for each objective, evaluated and reported."""
 
     name: Annotated[str, AfterValidator(_inside)] = Field(
@@ -342,6 +315,19 @@ class RunSpec(_Strict):
     objectives: dict[Objective, ObjectiveSpec] = Field(
         min_length=1,
         description="What is gained: et, measured time; tt, MAC time; m, memory; and the formats to choose from",
+    )
+    engine: EngineName = Field(
+        "none",
+        description="What shall serve the plans: brings its own ties, formats and exclusions "
+        "(mpq/program/engines.py); none: nothing is ruled out",
+    )
+    constraints: ConstraintSpec = Field(
+        ConstraintSpec(), description="What plans may choose, beside the engine's own rules"
+    )
+    target: TargetSpec | None = Field(
+        None,
+        description="The objective turned round: a further plan, `ip_loss`, of the smallest "
+        "predicted loss for this size or time",
     )
     taus: Taus = Field(
         (0.003, 0.01, 0.03),
@@ -392,6 +378,32 @@ class RunSpec(_Strict):
                     f"{name}.source is `{FROM_TASKS}`, but no tasks are evaluated: name some in evaluation.tasks"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _measured(self) -> RunSpec:
+        known = {"base", self.model.base, *self.formats}
+        for pattern, formats in self.constraints.pin.items():
+            if unknown := [f for f in formats if f not in known]:
+                raise ValueError(
+                    f"constraints.pin: {pattern} is pinned to {unknown[0]}, which no objective "
+                    f"measures: expected base or one of {', '.join(self.formats)}"
+                )
+        if unknown := [f for f in self.constraints.bounds.min_share if f not in known - {"base"}]:
+            raise ValueError(
+                f"constraints.bounds.min_share: no objective lowers to {unknown[0]}: "
+                f"expected one of {', '.join(self.formats)}"
+            )
+        if self.target and self.target.ttft_ms and "et" not in self.objectives:
+            raise ValueError(
+                "target.ttft_ms needs measured times: add the objective et, or set a target of "
+                "effective_bits or weight_bytes"
+            )
+        return self
+
+    @property
+    def constrained(self) -> bool:
+        """Whether anything rules out what plans may choose, beside the loss."""
+        return self.engine != "none" or self.constraints != ConstraintSpec()
 
     @property
     def title(self) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 import polars as pl
 
 from mpq.store.tables import table, upgraded
-from mpq.timing.gain_model import Choices, Configuration, GainModel
+from mpq.timing.gain_model import Configuration, GainModel
+from mpq.timing.options import Alternatives, Options, alternatives
 from mpq.timing.pairs import NORMAL_95, few
 
 Wanted: TypeAlias = tuple[str, Configuration]  # signature, configuration
@@ -36,33 +37,40 @@ def choices_of(
     ]
 
 
-def design(choices: Choices, limit: int, seed: int = 0) -> list[Configuration]:
+def design(choices: Alternatives, limit: int, seed: int = 0) -> list[Configuration]:
     """The configurations to measure, all-base first: all of them where there are at most `limit`, else every change of a
-    single op, everything in each format, and random ones up to `limit`."""
-    if math.prod(map(len, choices)) <= limit:
-        return list(itertools.product(*choices))
-    base = tuple(c[0] for c in choices)
-    singles = [(*base[:i], f, *base[i + 1 :]) for i, c in enumerate(choices) for f in c[1:]]
-    names = dict.fromkeys(f for c in choices for f in c[1:])
-    # a format that not every op can take: the others in the last that they can
-    whole = [tuple(f if f in c else c[-1] for c in choices) for f in names]
-    chosen = dict.fromkeys([base, *singles, *whole])
+    single op (or of tied ones together), everything in each format, and random ones up to `limit`."""
+    return _together(_design(options, limit, seed) for options in alternatives(choices))
+
+
+def _design(options: Options, limit: int, seed: int) -> list[Configuration]:
+    if options.count <= limit:
+        return list(options)
+    chosen = dict.fromkeys([options.first(), *options.changes(), *options.whole()])
     rng = random.Random(seed)
     while len(chosen) < limit:
-        chosen[tuple(rng.choice(c) for c in choices)] = None
+        chosen[options.draw(rng)] = None
     return list(chosen)
 
 
+def _together(parts: Iterable[Iterable[Configuration]]) -> list[Configuration]:
+    return list(dict.fromkeys(itertools.chain.from_iterable(parts)))
+
+
 def candidates(
-    choices: Choices, measured: Iterable[Configuration], seed: int = 0
+    choices: Alternatives, measured: Iterable[Configuration], seed: int = 0
 ) -> list[Configuration]:
     """What the program may choose from: every configuration, or where there are too many those measured and random ones."""
-    if math.prod(map(len, choices)) <= CANDIDATES:
-        return list(itertools.product(*choices))
-    return list(dict.fromkeys([*measured, *design(choices, CANDIDATES, seed)]))
+    known = list(measured)
+    return _together(
+        options
+        if options.count <= CANDIDATES
+        else [*(c for c in known if c in options), *_design(options, CANDIDATES, seed)]
+        for options in alternatives(choices)
+    )
 
 
-def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) -> pl.DataFrame:
+def complete(timing: pl.DataFrame, choices: Mapping[str, Alternatives], base: str) -> pl.DataFrame:
     """The timing table with a row for each configuration that may be chosen and was not measured: `predicted`, its gain
     and its interval that of the prediction (95 %). Measured rows stay as they are; what `choices` does not allow is left out.
 
@@ -71,17 +79,16 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) ->
     """
     parts: list[pl.DataFrame] = []
     timing = upgraded("timing", timing)
-    for signature, per_op in choices.items():
+    for signature, of_signature in choices.items():
         of = timing.filter(pl.col("signature") == signature)
-        allowed = [
-            all(f in c for f, c in zip(configuration, per_op, strict=True))
-            for configuration in of["configuration"]
-        ]
+        options = alternatives(of_signature)
+        per_op = _per_op(options, base)
+        allowed = [any(c in o for o in options) for c in of["configuration"].to_list()]
         if (of := of.filter(pl.Series(allowed, dtype=pl.Boolean))).is_empty():
             continue
         measured = [tuple(c) for c in of["configuration"]]
         seen = set(measured)
-        missing = [c for c in candidates(per_op, measured) if c not in seen]
+        missing = [c for c in candidates(options, measured) if c not in seen]
         alone = sum(len(c) > 1 for c in per_op) < 2  # one op's formats tell nothing of each other
         if not missing and (alone or of.height > POOLED):
             parts.append(
@@ -122,6 +129,16 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Choices], base: str) ->
     return pl.concat(parts, how="diagonal_relaxed") if parts else timing
 
 
+def _per_op(options: Iterable[Options], base: str) -> list[tuple[str, ...]]:
+    """For each op the formats that some option lets it take, and base before them: what gains are counted from."""
+    taken: dict[int, dict[str, None]] = {}
+    for option in options:
+        for formats, places in zip(option.formats, option.places, strict=True):
+            for i in places:
+                taken.setdefault(i, {base: None}).update(dict.fromkeys(formats))
+    return [tuple(taken[i]) for i in sorted(taken)]
+
+
 def standard_errors(timing: pl.DataFrame, base: str) -> np.ndarray:
     """Of each row's gain (s), from its interval. With few pairs an interval may be narrow by luck: no error is taken for less than half
     of the usual one. All-base gains nothing for certain."""
@@ -158,7 +175,7 @@ def unmeasured(
 
 def uncertain(
     timing: pl.DataFrame,
-    choices: Mapping[str, Choices],
+    choices: Mapping[str, Alternatives],
     base: str,
     target: float,
     at_most: int,
@@ -203,6 +220,20 @@ def refine(
     return timed, rounds
 
 
+def members(groups: pl.DataFrame, gains: pl.DataFrame) -> dict[int, list[str]]:
+    """The ops that each group of a gains table decides, in the order of its configurations.
+
+    As its column `ops` says; without one, for et the group's ops, else the one op of that `order`.
+    """
+    if gains.schema.get("ops") == pl.List(pl.String):
+        return dict(gains.unique("group", maintain_order=True).select("group", "ops").iter_rows())
+    ordered = groups.sort("order")
+    if "objective" not in gains.columns or gains["objective"][0] == "et":
+        kept = ordered.filter(pl.col("group").is_in(gains["group"].implode()))
+        return dict(kept.group_by("group", maintain_order=True).agg("op").iter_rows())
+    return {order: [op] for order, op in ordered.select("order", "op").iter_rows()}
+
+
 def anchors(groups: pl.DataFrame, gains: pl.DataFrame, base: str) -> list[dict[str, str]]:
     """The whole plans (op → format) whose TTFT tells how groups help each other, whatever they do to the loss: every group
     in the configuration that gains most, and for each format as many ops in it as some configuration has."""
@@ -212,12 +243,9 @@ def anchors(groups: pl.DataFrame, gains: pl.DataFrame, base: str) -> list[dict[s
     for name in sorted({f for _, c, _ in rows for f in c if f != base}):
         ranked = sorted(rows, key=lambda row: (row[1].count(name), row[1].count(base)))
         chosen.append({g: tuple(c) for g, c, _ in ranked})
-    members = list(
-        groups.sort("order").group_by(["group"], maintain_order=True).agg("op").iter_rows()
-    )
+    of = members(groups, gains)
     plans = [
-        {op: f for g, ops in members if g in best for op, f in zip(ops, best[g], strict=True)}
-        for best in chosen
+        {op: f for g, c in best.items() for op, f in zip(of[g], c, strict=True)} for best in chosen
     ]
     lowered = [plan for plan in plans if any(f != base for f in plan.values())]
     return [plan for i, plan in enumerate(lowered) if plan not in lowered[:i]]
@@ -230,14 +258,9 @@ def sums(
     gain: dict[Any, float] = {
         (g, tuple(c)): v for g, c, v in gains.select("group", "configuration", "gain").iter_rows()
     }
-    members = (
-        groups.filter(pl.col("group").is_in(gains["group"].implode()))
-        .sort("order")
-        .group_by(["group"], maintain_order=True)
-    )
-    ops_of = list(members.agg("op").iter_rows())
+    of = members(groups, gains)
     return [
-        math.fsum(gain[g, tuple(plan.get(op, base) for op in ops)] for g, ops in ops_of)
+        math.fsum(gain[g, tuple(plan.get(op, base) for op in ops)] for g, ops in of.items())
         for plan in plans
     ]
 

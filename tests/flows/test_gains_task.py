@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 from prefect.logging import disable_run_logger
 
+from mpq.program.constraints import Allowed
 from mpq.store.entries import Store
 from mpq.store.tables import table
 from mpq.tasks import planning
@@ -106,7 +107,9 @@ def test_gains_are_what_the_bound_says(bound: str, column: str, tmp_path: Path) 
         "base": "fp32",
         "noise_model": "ulp",
         "bound": bound,
-        "choices": CHOICES,
+        "allowed": Allowed(
+            "fp32", {f"op{i}": ("fp32", "bf16") for i in range(2)}, (("op0",), ("op1",))
+        ),
     }
     with disable_run_logger():
         found = read(

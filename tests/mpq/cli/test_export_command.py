@@ -44,9 +44,7 @@ def test_export_without_a_check(tmp_path: Path) -> None:
         ("plan", ("--model", "MODEL", "--to", "gguf", "--no-check"), "Unknown target 'gguf'"),
     ],
 )
-def test_mistakes(
-    tmp_path: Path, content: str | None, options: tuple[str, ...], said: str
-) -> None:
+def test_mistakes(tmp_path: Path, content: str | None, options: tuple[str, ...], said: str) -> None:
     """A plan that is none, and what the plan does not say and nobody gives, are one sentence."""
     model = write_checkpoint(tmp_path / "model")
     plan = written(tmp_path)

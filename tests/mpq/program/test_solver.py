@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mpq.errors import MpqError
+from mpq.program import backends
 from mpq.program.solver import Solution, solve
 
 Instance = tuple[np.ndarray, np.ndarray, np.ndarray, float]
@@ -133,10 +134,8 @@ def test_solvers_alone_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_solver_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
     """A solver that answers less than the optimum is not believed, and the note tells."""
-    from mpq.program import solver
-
-    worst = lambda program, seconds: solver._Answer(program.core.starts, 0.0, True)  # noqa: E731
-    monkeypatch.setattr(solver, "_highs", worst)
+    worst = lambda program, seconds: backends.Answer(program.core.starts, 0.0, True)  # noqa: E731
+    monkeypatch.setattr(backends, "_highs", worst)
     solution = solve(*steps(6), solver="highs")
     assert solution.gain == 3.0
     assert "float64" in solution.note

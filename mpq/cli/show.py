@@ -1,0 +1,136 @@
+"""`mpq show` and `mpq diff`: a plan on one screen, and what another one does differently."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpq.cli.console import emit
+from mpq.cli.options import AsJson
+from mpq.errors import MpqError
+
+if TYPE_CHECKING:
+    from mpq.program.plan import Plan
+
+# of each format, one to stand for it in a map of many layers; base is a dot
+LETTERS = {
+    "fp32": "F",
+    "bf16": "B",
+    "fp16": "H",
+    "fp8_e4m3": "8",
+    "fp8_e5m2": "5",
+    "int8": "I",
+}
+_File = Annotated[
+    Path, typer.Argument(help="A plan's JSON, as `mpq run` and `mpq solve` write it.")
+]
+_UNITS = {"et": ("ms", 1e3), "tt": ("BF16 MACs", 1.0), "m": ("bytes", 1.0)}
+
+
+def show(plan: _File, json_: AsJson = False) -> None:
+    """Show a plan: formats by role and layer, what it gains and costs, and the price of each constraint."""
+    import polars as pl
+
+    from mpq.cli.inventory import read_plan
+
+    chosen = read_plan(plan)
+    prices = chosen.provenance.get("prices") or []
+    rows = [{"role": role, "layers": line} for role, line in map_of(chosen).items()]
+    facts = _facts(chosen)
+    if json_:
+        print(
+            json.dumps(
+                {**facts, "formats": chosen.formats, "map": rows, "prices": prices}, indent=1
+            )
+        )
+        return
+    known = {**{name: letter for letter, name in _letters(chosen).items()}, chosen.base: "·"}
+    told = {name: value for name, value in facts.items() if value is not None}
+    legend = {"formats": ", ".join(f"{letter} {name}" for name, letter in known.items())}
+    emit(pl.DataFrame(rows), False, None, chosen.name, legend | told)
+    if prices:
+        unit, factor = _UNITS[chosen.objective]
+        table = pl.DataFrame(prices).select(
+            "constraint",
+            (pl.col("gain_without") * factor).alias(f"gain without, {unit}"),
+            pl.col("loss_mse_without").alias("loss MSE without"),
+        )
+        emit(table, False, None, "price of each constraint")
+
+
+def diff(before: _File, after: _File, json_: AsJson = False) -> None:
+    """Show which ops two plans put in different formats, and what that does to gain, loss and size."""
+    import polars as pl
+
+    from mpq.cli.inventory import read_plan
+    from mpq.program.changes import moves
+
+    old, new = read_plan(before), read_plan(after)
+    if old.formats and new.formats and not set(old.formats) & set(new.formats):
+        raise MpqError(
+            f"{before} and {after} have no op in common: expected two plans of one architecture."
+        )
+    moved = [{"op": op, "before": was, "after": now} for op, (was, now) in moves(old, new).items()]
+    one, other = _facts(old), _facts(new)
+    facts: dict[str, Any] = {"ops moved": len(moved)}
+    for name in dict.fromkeys((*one, *other)):
+        was, now = one.get(name), other.get(name)
+        if json_ or (was != now and not (was is None and now is None)):
+            facts[name] = [was, now] if json_ else f"{_said(was)} → {_said(now)}"
+    schema = {"op": pl.String, "before": pl.String, "after": pl.String}
+    emit(pl.DataFrame(moved, schema=schema), json_, None, "moved", facts)
+
+
+def map_of(plan: Plan) -> dict[str, str]:
+    """Role → a letter for each layer in order, a dot for base; an op outside the layers is a role of its own."""
+    letters = {name: letter for letter, name in _letters(plan).items()}
+    layers: dict[str, list[tuple[int, str]]] = {}
+    for op, name in plan.formats.items():
+        found = re.search(r"(?:^|\.)(\d+)\.", op)
+        role = op[found.end() :] if found else op
+        layers.setdefault(role, []).append((int(found[1]) if found else 0, letters.get(name, "·")))
+    return {role: "".join(letter for _, letter in sorted(of)) for role, of in layers.items()}
+
+
+def _letters(plan: Plan) -> dict[str, str]:
+    """Letter → format, for what the plan lowers to; a format without one of its own gets a free one."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(plan.lowered.values()):
+        free = (c for c in (LETTERS.get(name, name[0].upper()), *"ABCDEGJKLMN") if c not in found)
+        found[next(free)] = name
+    return found
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    """What is told of a plan, units in the names; None where it does not say."""
+    unit, factor = _UNITS.get(plan.objective, ("", 1.0))
+    error = plan.predicted_gain_error
+    return {
+        "objective": plan.objective,
+        "strategy": plan.strategy,
+        "engine": plan.engine,
+        "tau": plan.tau,
+        f"predicted gain, {unit}": plan.predicted_gain * factor,
+        "± half its 95 % interval": None if error is None else error * factor,
+        "predicted loss MSE, nats²": plan.predicted_loss_mse,
+        "budget, nats²": plan.budget,
+        "predicted TTFT, ms": _ms(plan.predicted_ttft_s),
+        "base TTFT, ms": _ms(plan.base_ttft_s),
+        "ops lowered, %": 100 * plan.share_lowered,
+        "effective bits": plan.effective_bits,
+        "weight bytes": plan.weight_bytes,
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
+
+
+def _said(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

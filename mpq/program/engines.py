@@ -1,0 +1,122 @@
+"""What engines can serve, as data: which ops take one format, which formats they have, what stays in base.
+
+Every rule says where it is from: an engine that was run, or its own documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpq.errors import MpqError
+from mpq.spec import EngineName
+
+KINDS = ("linear", "bgemm")  # of ops whose format can be chosen
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A constraint on ops that match one of `patterns` and are of one of `kinds`.
+
+    With `formats` the ops may take these alone (`base`: the base format, whichever that is); without,
+    it is a tie: the matches within a layer take one format. An engine's rule has a `source`, and may
+    match nothing; a user's has none.
+    """
+
+    name: str
+    patterns: tuple[str, ...]
+    formats: tuple[str, ...] | None = None
+    kinds: tuple[str, ...] = KINDS
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine: its rules, and the formats that it runs linears in beside base (None: whatever there is)."""
+
+    name: str
+    rules: tuple[Rule, ...] = ()
+    formats: tuple[str, ...] | None = None
+    source: str = ""
+
+
+_FUSED = "multiplies them in one product (vLLM 0.32 run: q, v in INT8 and k in FP8 answers wrongly)"
+_HEAD = "its quantized layers are linears of the blocks; the head is listed in `ignore`"
+_EXPERTS = "one scheme for all experts of a layer"
+_ATTENTION = "has no scheme for one product of attention: FP8 there comes with the KV cache"
+_HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out")
+
+
+def _fusing(engine: str, source: str = _FUSED) -> tuple[Rule, ...]:
+    """The rules of an engine that merges q, k, v and gate, up, and runs attention as one kernel."""
+
+    def tie(label: str, *patterns: str, why: str = source) -> Rule:
+        return Rule(f"{engine}: tie {label}", patterns, source=why)
+
+    def base(label: str, *patterns: str, kinds: tuple[str, ...], why: str) -> Rule:
+        return Rule(f"{engine}: {label} in base", patterns, ("base",), kinds, why)
+
+    return (
+        tie("q k v", "*.q_proj", "*.k_proj", "*.v_proj"),
+        tie("gate up", "*.gate_proj", "*.up_proj"),
+        tie("experts", "*.experts.*", why=_EXPERTS),
+        base("the head", *_HEADS, kinds=("linear",), why=_HEAD),
+        base("attention's products", "*", kinds=("bgemm",), why=_ATTENTION),
+    )
+
+
+_SIMULATED = "compressed-tensors 0.20 simulates rounding of linears; products have no scheme there"
+ENGINES: dict[str, Engine] = {
+    engine.name: engine
+    for engine in (
+        Engine("none"),
+        Engine(
+            "vllm",
+            _fusing("vllm"),
+            ("int8", "fp8_e4m3"),
+            "vLLM 0.32 run on a CPU: W8A8 INT8 and FP8-E4M3 load and answer; no E5M2 scheme, and "
+            "what is not quantized runs in the engine's one dtype",
+        ),
+        Engine(
+            "tensorrt-llm",
+            _fusing("tensorrt-llm", "modelopt's MIXED_PRECISION refuses two formats in one layer"),
+            ("fp8_e4m3",),
+            "hf_quant_config.json has FP8_PER_CHANNEL_PER_TOKEN and no INT8",
+        ),
+        Engine(
+            "sglang",
+            _fusing("sglang", "merges the same products as vLLM, by the same checkpoint format"),
+            ("int8", "fp8_e4m3"),
+            "reads compressed-tensors, W8A8 INT8 and FP8-E4M3",
+        ),
+        Engine(
+            "gaudi",
+            (),
+            ("fp8_e4m3",),
+            "the paper (Sec. 3): Gaudi 2, BF16 and FP8-E4M3, linears and BGEMMs by name",
+        ),
+        Engine(
+            "transformers",
+            (
+                Rule(
+                    "transformers: attention's products in base",
+                    ("*",),
+                    ("base",),
+                    ("bgemm",),
+                    _SIMULATED,
+                ),
+            ),
+            ("int8", "fp8_e4m3"),
+            "transformers 5.23 run with compressed-tensors 0.20: each op by its own name",
+        ),
+    )
+}
+
+
+def check_formats(engine: EngineName, formats: tuple[str, ...]) -> None:
+    """Raise MpqError, naming what can be, for a format to lower to that the engine has no scheme for."""
+    can = ENGINES[engine].formats
+    if can is not None and (unknown := [f for f in formats if f not in can]):
+        raise MpqError(
+            f"{engine} cannot run {unknown[0]} beside the base format: lower to {' or '.join(can)}, "
+            "or choose another engine."
+        )

@@ -1,0 +1,84 @@
+"""The price of each constraint: what a plan would gain and lose if that one did not hold, all others as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import polars as pl
+
+from mpq.program.bounds import bound_rows, target_rows
+from mpq.program.gains import least_loss, solve_table
+from mpq.program.plan import LEAST_LOSS, Plan
+from mpq.program.solver import SolverName
+from mpq.spec import BoundsSpec, TargetSpec
+
+SCHEMA = {
+    "strategy": pl.String,
+    "objective": pl.String,
+    "tau": pl.Float64,
+    "constraint": pl.String,
+    "gain": pl.Float64,
+    "gain_without": pl.Float64,
+    "loss_mse": pl.Float64,
+    "loss_mse_without": pl.Float64,
+}
+
+
+def prices(
+    plan: Plan,
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    without: Mapping[str, pl.DataFrame],
+    *,
+    bounds: BoundsSpec,
+    target: TargetSpec | None = None,
+    solver: SolverName = "auto",
+) -> list[dict[str, Any]]:
+    """A row for each constraint of a plan that the program made: gain and loss with it, and without it.
+
+    `without` is, for each rule, the gains table in which it does not hold; for et these hold
+    predicted times where the constraints kept configurations from being measured.
+    """
+    rows = []
+    for name, table, left in _loosened(groups, gains, without, bounds, plan.base):
+        further = bound_rows(table, groups, left, plan.base)
+        if plan.strategy == LEAST_LOSS and target:
+            aim = target_rows(table, groups, target, plan.base, plan.base_ttft_s)
+            chosen, _ = least_loss(table, [*aim, *further], solver)
+        else:
+            chosen, _ = solve_table(table, plan.budget, solver, further)
+        rows.append(
+            {
+                "strategy": plan.strategy,
+                "objective": plan.objective,
+                "tau": plan.tau,
+                "constraint": name,
+                "gain": plan.predicted_gain,
+                "gain_without": math.fsum(chosen["gain"]),
+                "loss_mse": plan.predicted_loss_mse,
+                "loss_mse_without": math.fsum(chosen["loss_mse"]),
+            }
+        )
+    return rows
+
+
+def _loosened(
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    without: Mapping[str, pl.DataFrame],
+    bounds: BoundsSpec,
+    base: str,
+) -> Iterator[tuple[str, pl.DataFrame, BoundsSpec]]:
+    """Each constraint's name, with the gains table and the bounds that are left without it."""
+    for name, table in without.items():
+        yield name, table, bounds
+    for key in ("effective_bits", "weight_bytes"):
+        if getattr(bounds, key):
+            (row,) = bound_rows(gains, groups, BoundsSpec(**{key: getattr(bounds, key)}), base)
+            yield row.bound, gains, bounds.model_copy(update={key: None})
+    for name, share in bounds.min_share.items():
+        others = {f: s for f, s in bounds.min_share.items() if f != name}
+        left = bounds.model_copy(update={"min_share": others})
+        yield f"share of {name} ≥ {share:g}", gains, left

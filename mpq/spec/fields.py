@@ -1,0 +1,41 @@
+"""The kinds of value that several sections of a spec hold, and what every section is."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, field_validator
+
+from mpq.formats.format import get_format
+
+
+def _format(name: str) -> str:
+    return get_format(name).name
+
+
+def number(value: Any) -> Any:
+    """The value, which may be no boolean: YAML has yes and no for them."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, not {str(value).lower()}")
+    return value
+
+
+FormatName = Annotated[str, AfterValidator(_format)]
+Number = Annotated[float, BeforeValidator(number)]
+
+
+class Strict(BaseModel):
+    """A section: a key that it does not know is a mistake, and no value changes."""
+
+    # an input may hold a secret, hence hide_input_in_errors
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: Any) -> Any:
+        """Texts reach terminals, file systems and databases: no NUL, no escape, no half of a character."""
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+                raise ValueError(f"holds a control character: {text[:60]!a}")
+        return value

@@ -1,0 +1,74 @@
+"""A whole run under an engine's rules, a bound and a target: nothing is timed or planned that cannot be served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small import small_spec
+
+from mpq.errors import MpqError
+from mpq.flows.calibrate import calibrate
+from mpq.spec import RunSpec, parse_spec
+from mpq.tasks.stage import read, read_json
+
+
+def constrained(folder: Path, **more: object) -> RunSpec:
+    """The small run in INT8 for vLLM."""
+    data = small_spec(folder).model_dump(mode="json")
+    int8 = {"formats": ["int8"], "strategies": ["ip", "uniform"]}
+    return parse_spec({**data, "objectives": {"et": int8}, "engine": "vllm", **more})
+
+
+def test_a_run_for_an_engine(tmp_path: Path) -> None:
+    """Nine configurations are timed; q, k, v are alike in every plan; the target's plan has its bits."""
+    spec = constrained(
+        tmp_path,
+        constraints={"pin": {"model.layers.0.*.down_proj": "base"}},
+        target={"effective_bits": 26},
+    )
+    result = calibrate(spec)
+    timing = [read(ref) for ref in result["tables"]["timing"]]
+    assert sum(part.height for part in timing) == 9
+    plans = [plan for ref in result["plan_files"] for plan in read_json(ref)]
+    assert {p["strategy"] for p in plans} == {"ip_et", "ip_loss", "uniform_int8"}
+    for plan in plans:
+        assert plan["engine"] == "vllm"
+        for layer in range(2):
+            taken = {plan["formats"][f"model.layers.{layer}.self_attn.{x}_proj"] for x in "qkv"}
+            assert len(taken) == 1
+        assert plan["formats"]["lm_head"] == "fp32"
+        assert plan["formats"]["model.layers.0.mlp.down_proj"] == "fp32"
+    (target,) = (p for p in plans if p["strategy"] == "ip_loss")
+    assert 18 < target["effective_bits"] <= 26
+    priced = {row["constraint"] for row in target["provenance"]["prices"]}
+    assert priced >= {"vllm: tie q k v", "vllm: the head in base"}
+    assert not any("experts" in name for name in priced)
+    for plan in plans:
+        for row in plan["provenance"].get("prices", ()):
+            aim = "loss_mse" if plan["strategy"] == "ip_loss" else "gain"
+            sign = -1 if aim == "loss_mse" else 1
+            assert sign * row[f"{aim}_without"] >= sign * row[aim] - 1e-12
+    assert set(read(result["tables"]["prices"][0])["strategy"]) == {"ip_et", "ip_loss"}
+    solutions = read(result["tables"]["solutions"][0])
+    assert set(solutions["effective_bits"]) == {p["effective_bits"] for p in plans}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"constraints": {"pin": {"*.dwn_proj": "base"}}}, "did you mean"),
+        ({"constraints": {"bounds": {"effective_bits": 3}}}, "No plan keeps effective_bits ≤ 3"),
+        ({"objectives": {"m": {"formats": ["bf16"]}}}, "vllm cannot run bf16 beside the base"),
+    ],
+)
+def test_what_no_plan_keeps_is_told_first(tmp_path: Path, more: dict, message: str) -> None:
+    """A pattern that matches nothing, a bound below all, a format that the engine lacks: before any measurement."""
+    with pytest.raises(MpqError, match=message):
+        calibrate(constrained(tmp_path, **more))
+    kinds = (
+        {path.name for path in (tmp_path / "store").iterdir()}
+        if "objectives" not in more
+        else set()
+    )
+    assert not kinds & {"sensitivity", "timing", "measurement"}
