@@ -73,6 +73,7 @@ def differing(
             kind = str(getattr(found, "type", "")) if found else ""
             if kind.rpartition(".")[2].lower() != SCHEMES.get(formats.get(op, ""), ("",))[0]:
                 wrong.append(f"{op} is in {kind or 'base'}, not in {formats.get(op, base)}")
+                continue  # its weight and scales are of another kind, too
             if op not in names:
                 continue
             file, tensor = names[op]
