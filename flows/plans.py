@@ -124,7 +124,7 @@ def solve(
             "gains": found["gains"],
             "loss": sums["loss"],
             "timing": list(timed) if et else [],
-            "taus": list(part.taus or spec.taus),
+            "bounds": list(spec.bounds(objective)),
             "base": spec.model.base,
             "solver": spec.solver,
             "fingerprint": run.weights.fingerprint,

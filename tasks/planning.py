@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from mpq.program.solver import SolverName
-from mpq.spec import Objective, ObjectiveSpec
+from mpq.spec import Bound, Objective, ObjectiveSpec
 from mpq.store.entries import TableRef
 from mpq.store.tables import table
 from mpq.tasks.stage import Output, read, read_together, stage
@@ -27,7 +27,7 @@ def build_gains(
     bound: str,
     choices: dict[str, list[tuple[str, ...]]],
 ) -> Output:
-    """The gains table of one objective: for each group and configuration its gain and its loss MSE.
+    """The gains table of one objective: for each group and configuration its gain, loss MSE and KL.
 
     `choices` (et): for each signature what its ops may take; configurations that were not measured are predicted.
     """
@@ -50,14 +50,14 @@ def solve(
     gains: TableRef,
     loss: TableRef,
     timing: list[TableRef],
-    taus: list[float],
+    bounds: list[Bound],
     base: str,
     solver: SolverName,
     fingerprint: str,
     provenance: dict[str, Any],
     anchor: TableRef | None = None,
 ) -> Output:
-    """A plan for each strategy, τ and seed of one objective, and its uniform plans once.
+    """A plan for each strategy, bound and seed of one objective, and its uniform plans once.
 
     `anchor` is the measured TTFT of the plans of design.anchors.
     """
@@ -85,13 +85,14 @@ def solve(
     for strategy in (s for s in part.strategies if s != "uniform"):
         name = f"ip_{objective}" if strategy == "ip" else strategy
         for seed in range(part.random_seeds if strategy == "random" else 1):
-            for tau in taus:
+            for bound in bounds:
                 solved.append(
                     choose(
                         name,
                         objective,
                         *tables,
-                        tau=tau,
+                        tau=bound.tau,
+                        kl=bound.kl,
                         mean_square_loss=mean_square,
                         base=base,
                         seed=seed,

@@ -1,9 +1,10 @@
-"""What each configuration of each group gains, and what it costs in loss MSE: the program's coefficients (Sec. 2.3)."""
+"""What each configuration of each group gains, and what it costs in loss MSE and in KL divergence: the program's
+coefficients (Sec. 2.3)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -14,18 +15,46 @@ from mpq.program.solver import Solution, SolverName, solve
 from mpq.store.tables import table
 
 Losses = dict[tuple[str, str], float]  # (op, format) → loss MSE, nats²
+Cost = tuple[float | None, ...]  # loss MSE (nats²), KL (nats per token) and its standard error
+COSTS = ("loss_mse", "kl", "kl_stderr")
+
+
+class Costs:
+    """What each op costs in each format, summed over its operands; base costs nothing where the table has no row for it."""
+
+    def __init__(self, sensitivity: pl.DataFrame, noise_model: str, base: str) -> None:
+        self.base = base
+        of_kl = sensitivity.filter(pl.col("noise_model") == "actual")
+        self.columns: list[dict[tuple[str, str], float]] = [
+            loss_by_op(sensitivity, noise_model),
+            *(_by_op(of_kl, c) if c in of_kl.columns else {} for c in COSTS[1:]),
+        ]
+
+    def of(self, ops: Sequence[str], formats: Sequence[str]) -> Cost:
+        """The cost of ops in their formats; a KL that was not measured is None.
+
+        Standard errors add as the KL does: samples that are hard for one op are hard for all, and the sum is never less
+        than the plan's own. Raises MpqError where the table has no loss MSE.
+        """
+        pairs = list(zip(ops, formats, strict=True))
+        loss = sum(_loss(self.columns[0], op, f, self.base) for op, f in pairs)
+        return loss, *(self._sum(of, pairs) for of in self.columns[1:])
+
+    def _sum(self, of: Losses, pairs: Sequence[tuple[str, str]]) -> float | None:
+        if not of:
+            return None
+        found = [0.0 if f == self.base else of.get((op, f)) for op, f in pairs]
+        return None if None in found else sum(v for v in found if v is not None)
+
+
+def _by_op(rows: pl.DataFrame, column: str) -> Losses:
+    summed = rows.drop_nulls(column).group_by("op", "format").agg(pl.col(column).sum())
+    return {(op, name): v for op, name, v in summed.select("op", "format", column).iter_rows()}
 
 
 def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:
     """Loss MSE (nats²) of each op in each format, summed over its operands. Raises MpqError where one is not finite."""
-    rows = (
-        sensitivity.filter(pl.col("noise_model") == noise_model)
-        .group_by("op", "format")
-        .agg(pl.col("loss_mse").sum())
-    )
-    losses = {
-        (op, name): loss for op, name, loss in rows.select("op", "format", "loss_mse").iter_rows()
-    }
+    losses = _by_op(sensitivity.filter(pl.col("noise_model") == noise_model), "loss_mse")
     for (op, name), loss in losses.items():
         if not math.isfinite(loss):
             raise MpqError(
@@ -59,7 +88,7 @@ def gains_et(
     signature's configurations say of it: design.complete). A configuration measured twice counts
     as it was the last time, unless pooled.
     """
-    losses = loss_by_op(sensitivity, noise_model)
+    costs = Costs(sensitivity, noise_model, base)
     if bound == "pooled" and "pooled_gain_s" not in timing.columns:
         raise MpqError(
             "The timing table has no pooled gains: expected what design.complete makes of it, or another bound."
@@ -85,10 +114,7 @@ def gains_et(
                     group["group"],
                     formats,
                     0.0 if every_base else gain,
-                    sum(
-                        _loss(losses, op, f, base)
-                        for op, f in zip(group["op"], formats, strict=True)
-                    ),
+                    costs.of(group["op"], formats),
                 )
             )
     return table("gains", rows)
@@ -103,14 +129,14 @@ def gains_tt(
 ) -> pl.DataFrame:
     """IP-TT: BF16 MACs gained, Δ_f · MACs (eq. 28). It adds up over ops, so every op is a group of its own: the same
     optimum as with Fⁿ configurations a group, from F."""
-    losses = loss_by_op(sensitivity, noise_model)
+    costs = Costs(sensitivity, noise_model, base)
     rows = [
         _row(
             "tt",
             op["order"],
             (f,),
             (get_format(base).mac_time - get_format(f).mac_time) * op["macs"],
-            _loss(losses, op["op"], f, base),
+            costs.of((op["op"],), (f,)),
         )
         for op in groups.filter(pl.col("kind") != "other").sort("order").iter_rows(named=True)
         for f in dict.fromkeys((base, *formats))
@@ -129,14 +155,14 @@ def gains_m(
 
     A weight that is tied to the embedding stays there in base: lowered, it is a copy more and gains less than nothing.
     """
-    losses = loss_by_op(sensitivity, noise_model)
+    costs = Costs(sensitivity, noise_model, base)
     rows = [
         _row(
             "m",
             op["order"],
             (f,),
             _bytes_gained(op, base, f),
-            _loss(losses, op["op"], f, base),
+            costs.of((op["op"],), (f,)),
         )
         for op in groups.filter(pl.col("kind") == "linear").sort("order").iter_rows(named=True)
         for f in dict.fromkeys((base, *formats))
@@ -161,27 +187,29 @@ def _groups(groups: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _row(
-    objective: str, group: int, configuration: Sequence[str], gain: float, loss: float
+    objective: str, group: int, configuration: Sequence[str], gain: float, cost: Cost
 ) -> dict[str, object]:
     return {
         "objective": objective,
         "group": group,
         "configuration": list(configuration),
         "gain": gain,
-        "loss_mse": loss,
+        **dict(zip(COSTS, cost, strict=True)),
     }
 
 
 def solve_table(
-    gains: pl.DataFrame, budget: float, solver: SolverName = "auto"
+    gains: pl.DataFrame, budget: float, solver: SolverName = "auto", cost: str = "loss_mse"
 ) -> tuple[pl.DataFrame, Solution]:
-    """The chosen row of each group of a gains table, and the solution. Raises MpqError for a table that is no program."""
-    missing = [c for c in ("group", "configuration", "gain", "loss_mse") if c not in gains.columns]
+    """The chosen row of each group of a gains table, and the solution, under Σ `cost` ≤ budget.
+
+    Raises MpqError for a table that is no program.
+    """
+    needed = ("group", "configuration", "gain", cost)
+    missing = [c for c in needed if c not in gains.columns]
     if missing:
-        raise MpqError(
-            f"The gains table lacks {', '.join(missing)}: expected group, configuration, gain, loss_mse."
-        )
-    for name in ("group", "gain", "loss_mse"):
+        raise MpqError(f"The gains table lacks {', '.join(missing)}: expected {', '.join(needed)}.")
+    for name in ("group", "gain", cost):
         if not (kind := gains[name].dtype).is_numeric():
             raise MpqError(f"The gains table has the column {name} as {kind}: expected numbers.")
         if not gains[name].is_finite().fill_null(False).all():
@@ -195,7 +223,27 @@ def solve_table(
             f"The gains table holds several objectives ({', '.join(map(str, gains['objective'].unique()))}): choose one with --objective."
         )
     group = gains["group"].rank("dense").to_numpy().astype(int) - 1
-    solution = solve(
-        group, gains["gain"].to_numpy(), gains["loss_mse"].to_numpy(), budget, solver=solver
-    )
+    solution = solve(group, gains["gain"].to_numpy(), gains[cost].to_numpy(), budget, solver=solver)
     return gains[list(solution.chosen)], solution
+
+
+def solve_within(
+    gains: pl.DataFrame, budgets: Mapping[str, float], solver: SolverName = "auto"
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """As solve_table under several bounds at once, column → budget; the facts of its `solutions` row.
+
+    Each bound is tried alone: where its solution keeps the others, that is the optimum. Where none does, a row's cost is
+    the largest share that it takes of any budget: plans within 1 keep every bound, though not each that does is found.
+    """
+    tightest = math.inf
+    for cost, budget in budgets.items():
+        rows, solution = solve_table(gains, budget, solver, cost)
+        facts = {k: getattr(solution, k) for k in ("bound", "status", "solver", "seconds", "note")}
+        if all(math.fsum(rows[c]) <= b for c, b in budgets.items()):
+            return rows, facts
+        tightest = min(tightest, solution.bound)
+    share = pl.max_horizontal(pl.col(c) / b for c, b in budgets.items())
+    rows, solution = solve_table(gains.with_columns(share=share), 1.0, solver, "share")
+    note = f"{' and '.join(budgets)} bind together: the plan keeps both, another may gain more"
+    facts |= {"bound": tightest, "status": "feasible", "seconds": solution.seconds, "note": note}
+    return rows.drop("share"), facts

@@ -20,7 +20,10 @@ PLAN_VERSION = 1
 class Plan:
     """Op → format for one model. `formats` has all ops that the plan decides; others stay in base.
 
-    `predicted_loss_mse`, `budget` and `mean_square_loss` are in nats², times in seconds,
+    `predicted_loss_mse`, `budget` (τ² E[g²]; None where KL alone is bounded) and
+    `mean_square_loss` are in nats², `predicted_kl` and its bound `kl_bound` in nats per predicted
+    token, None where not measured or not asked for; `predicted_kl_error` is half its 95 %
+    interval. `tau` is κ / √E[g²] where KL alone is bounded, by κ. Times are in seconds,
     `predicted_gain` in the objective's unit (et: s, tt: BF16 MACs, m: bytes).
     `predicted_gain_error` is half its 95 % interval, None where that is unknown. `provenance`
     holds content keys of the tables that led here, and versions of the software that made it.
@@ -32,13 +35,16 @@ class Plan:
     base: str
     formats: dict[str, str]
     predicted_loss_mse: float
-    budget: float
+    budget: float | None
     predicted_gain: float
     mean_square_loss: float
     seed: int = 0
     base_ttft_s: float | None = None
     predicted_ttft_s: float | None = None
     predicted_gain_error: float | None = None
+    predicted_kl: float | None = None
+    predicted_kl_error: float | None = None
+    kl_bound: float | None = None
     fingerprint: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
@@ -58,7 +64,8 @@ class Plan:
     @property
     def name(self) -> str:
         """What the plan's file is called, without its suffix."""
-        return plan_name(self.objective, self.strategy, self.tau, self.seed)
+        kl = self.kl_bound if self.budget is None else None
+        return plan_name(self.objective, self.strategy, self.tau, self.seed, kl)
 
     @property
     def share_lowered(self) -> float:
@@ -113,8 +120,13 @@ def is_uniform(strategy: str) -> bool:
     return strategy.startswith("uniform_")
 
 
-def plan_name(objective: str, strategy: str, tau: float, seed: int = 0) -> str:
-    """The name of a plan's file: `et-ip_et-tau0.002`, `et-random-tau0.002-seed1`, `m-uniform_int8`."""
+def plan_name(
+    objective: str, strategy: str, tau: float, seed: int = 0, kl: float | None = None
+) -> str:
+    """The name of a plan's file: `et-ip_et-tau0.002`, `et-random-tau0.002-seed1`, `m-uniform_int8`.
+
+    With `kl`, the only bound that it was made under, `et-ip_et-kl0.01`.
+    """
     draw = f"-seed{seed}" if strategy == "random" else ""
-    under = "" if is_uniform(strategy) else f"-tau{tau:g}"
-    return f"{objective}-{strategy}{under}{draw}"
+    bound = f"-tau{tau:g}" if kl is None else f"-kl{kl:g}"
+    return f"{objective}-{strategy}{'' if is_uniform(strategy) else bound}{draw}"

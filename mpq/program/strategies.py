@@ -16,13 +16,14 @@ import polars as pl
 
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
-from mpq.program.gains import solve_table
+from mpq.program.gains import solve_within
 from mpq.program.plan import Plan
 from mpq.program.solver import SolverName
 from mpq.timing.design import half_widths, neighbours
 from mpq.timing.plausible import implausible
 
-Rows = dict[tuple[str, ...], tuple[float, float]]  # configuration → gain, loss MSE
+Row = Mapping[str, Any]  # of the gains table
+Rows = dict[tuple[str, ...], Row]  # by configuration
 Chosen = dict[int, tuple[str, ...]]  # group → its configuration
 HEURISTIC = {"bound": None, "status": "heuristic", "solver": "none", "seconds": 0.0, "note": ""}
 
@@ -33,7 +34,8 @@ def choose(
     groups: pl.DataFrame,
     gains: pl.DataFrame,
     *,
-    tau: float,
+    tau: float | None = None,
+    kl: float | None = None,
     mean_square_loss: float,
     base: str,
     seed: int = 0,
@@ -41,26 +43,48 @@ def choose(
     base_ttft_s: float | None = None,
     interaction: float = 0.0,
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan of one strategy under τ, and its row of the `solutions` table.
+    """The plan of one strategy under τ, or a bound on KL (nats per token), or both; and its row of
+    the `solutions` table.
 
     Random and Prefix walk over the ops. Each op takes the format that is fastest in theory and
-    still fits under τ² E[g²]; they stop at the first op that fits in none. `interaction` (s)
+    still fits the bounds; they stop at the first op that fits in none. `interaction` (s)
     corrects the predicted TTFT for lowered neighbours (design.interaction). Raises MpqError for a
-    τ that is not above zero.
+    bound that is not above zero, for none, and where KL is bounded and was not measured.
     """
-    if not (tau > 0 and math.isfinite(tau)):
+    budgets = _budgets(gains, tau, kl, mean_square_loss)
+    if tau is None:
+        tau = budgets["kl"] / math.sqrt(mean_square_loss)  # as the loss moves, if it moves by κ
+    program = _Program(objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction)
+    if strategy in ("random", "prefix"):
+        return program.plan(strategy, tau, budgets, _walk(strategy, program, budgets, seed), seed)
+    rows, facts = solve_within(gains, budgets, solver)
+    chosen = {row["group"]: tuple(row["configuration"]) for row in rows.iter_rows(named=True)}
+    return program.plan(strategy, tau, budgets, chosen, seed, facts)
+
+
+def _budgets(
+    gains: pl.DataFrame, tau: float | None, kl: float | None, mean_square_loss: float
+) -> dict[str, float]:
+    """What each column of the gains table may sum to."""
+    if tau is None and kl is None:
+        raise MpqError("A plan needs a bound: give τ, or a bound on KL, or both.")
+    if tau is not None and not (tau > 0 and math.isfinite(tau)):
         raise MpqError(
             f"τ must be above zero, got {tau:g}: it is the normalised RMSE of the loss that the "
             "plan may have."
         )
-    budget = tau**2 * mean_square_loss
-    program = _Program(objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction)
-    if strategy in ("random", "prefix"):
-        return program.plan(strategy, tau, budget, _walk(strategy, program, budget, seed), seed)
-    rows, solution = solve_table(gains, budget, solver)
-    chosen = {row["group"]: tuple(row["configuration"]) for row in rows.iter_rows(named=True)}
-    facts = {k: getattr(solution, k) for k in ("bound", "status", "solver", "seconds", "note")}
-    return program.plan(strategy, tau, budget, chosen, seed, facts)
+    if kl is not None and not (kl > 0 and math.isfinite(kl)):
+        raise MpqError(
+            f"The bound on KL must be above zero, got {kl:g}: it is the divergence from base, in "
+            "nats per token, that the plan may have."
+        )
+    if kl is not None and ("kl" not in gains.columns or gains["kl"].null_count()):
+        raise MpqError(
+            "The gains table has no kl, or not for every configuration: measure sensitivity "
+            "again, or bound τ instead."
+        )
+    of_loss = {} if tau is None else {"loss_mse": tau**2 * mean_square_loss}
+    return of_loss if kl is None else {**of_loss, "kl": kl}
 
 
 def uniform_plans(
@@ -92,9 +116,9 @@ def uniform_plans(
             plans.append((f"uniform_{f}_but_head", but_head))
     made = []
     for name, chosen in plans:
-        loss = program.loss(chosen)
+        loss = program.sure(chosen, "loss_mse")
         tau = math.sqrt(max(0.0, loss) / mean_square_loss)
-        made.append(program.plan(name, tau, loss, chosen))
+        made.append(program.plan(name, tau, {"loss_mse": loss}, chosen))
     return made
 
 
@@ -122,16 +146,17 @@ class _Program:
         self.interaction = interaction
         self.members = _members(groups, gains)
         self.options: dict[int, Rows] = {}
-        for group, c, gain, loss in gains.select(
-            "group", "configuration", "gain", "loss_mse"
-        ).iter_rows():
-            self.options.setdefault(group, {})[tuple(c)] = (gain, loss)
+        for row in gains.iter_rows(named=True):
+            self.options.setdefault(row["group"], {})[tuple(row["configuration"])] = row
 
-    def gain(self, chosen: Chosen) -> float:
-        return math.fsum(self.options[g][c][0] for g, c in chosen.items())
+    def total(self, chosen: Chosen, column: str) -> float | None:
+        """The sum of a column over the chosen configurations; None where one of them has none."""
+        values = [self.options[g][c].get(column) for g, c in chosen.items()]
+        return None if None in values else math.fsum(v for v in values if v is not None)
 
-    def loss(self, chosen: Chosen) -> float:
-        return math.fsum(self.options[g][c][1] for g, c in chosen.items())
+    def sure(self, chosen: Chosen, column: str) -> float:
+        """The sum of a column that every row has."""
+        return math.fsum(self.options[g][c][column] for g, c in chosen.items())
 
     def in_one_format(self, f: str, kept: str | None = None) -> Chosen:
         """Each group with as many ops in `f` as it can have; the others, and `kept`, in base."""
@@ -151,7 +176,7 @@ class _Program:
         self,
         strategy: str,
         tau: float,
-        budget: float,
+        budgets: Mapping[str, float],
         chosen: Chosen,
         seed: int = 0,
         solved: Mapping[str, Any] = HEURISTIC,
@@ -162,7 +187,8 @@ class _Program:
             for group, configuration in chosen.items()
             for op, f in zip(self.members[group], configuration, strict=True)
         }
-        gain, ttft = self.gain(chosen), None
+        gain, ttft = self.sure(chosen, "gain"), None
+        error = self.total(chosen, "kl_stderr")
         if self.objective == "et" and self.base_ttft_s is not None:
             helped = self.interaction * neighbours(self.groups, formats, self.base)
             ttft = self.base_ttft_s - gain - helped
@@ -174,13 +200,16 @@ class _Program:
             tau=tau,
             base=self.base,
             formats=formats,
-            predicted_loss_mse=self.loss(chosen),
-            budget=budget,
+            predicted_loss_mse=self.sure(chosen, "loss_mse"),
+            budget=budgets.get("loss_mse"),
             predicted_gain=gain,
             mean_square_loss=self.mean_square_loss,
             seed=seed,
             base_ttft_s=self.base_ttft_s,
             predicted_ttft_s=ttft,
+            predicted_kl=self.total(chosen, "kl"),
+            predicted_kl_error=None if error is None else 1.96 * error,
+            kl_bound=budgets.get("kl"),
         )
         of_plan = (
             "strategy",
@@ -193,6 +222,9 @@ class _Program:
             "share_lowered",
             "predicted_ttft_s",
             "base_ttft_s",
+            "predicted_kl",
+            "predicted_kl_error",
+            "kl_bound",
         )
         return plan, {**{k: getattr(plan, k) for k in of_plan}, **solved, "note": note}
 
@@ -225,10 +257,9 @@ def _members(groups: pl.DataFrame, gains: pl.DataFrame) -> dict[int, list[str]]:
     return {order: [op] for order, op in ordered.select("order", "op").iter_rows()}
 
 
-def _walk(strategy: str, program: _Program, budget: float, seed: int) -> Chosen:
+def _walk(strategy: str, program: _Program, budgets: Mapping[str, float], seed: int) -> Chosen:
     members, options, base = program.members, program.options, program.base
     chosen = {group: (base,) * len(members[group]) for group in options}
-    spent = {group: options[group][chosen[group]][1] for group in options}
     places = [(group, i) for group in options for i in range(len(members[group]))]
     if strategy == "random":
         random.Random(seed).shuffle(places)
@@ -240,11 +271,15 @@ def _walk(strategy: str, program: _Program, budget: float, seed: int) -> Chosen:
         ]
         if not candidates:
             continue  # an op that cannot be lowered stands in nobody's way
-        others = math.fsum(loss for g, loss in spent.items() if g != group)
-        fitting = next((c for c in candidates if others + options[group][c][1] <= budget), None)
+        others = {g: c for g, c in chosen.items() if g != group}
+        left = {column: b - program.sure(others, column) for column, b in budgets.items()}
+        row = options[group]
+        fitting = next(
+            (c for c in candidates if all(row[c][column] <= b for column, b in left.items())), None
+        )
         if fitting is None:
             break
-        chosen[group], spent[group] = fitting, options[group][fitting][1]
+        chosen[group] = fitting
     return chosen
 
 

@@ -1,3 +1,5 @@
+from .bound import Bound as Bound
+from .bound import BoundSpec as BoundSpec
 from .early import check_early as check_early
 from .early import resolved as resolved
 from .estimate import Estimate as Estimate
