@@ -1,6 +1,6 @@
 """What a store holds and why: its entries, the way from a plan back to its inputs, what is damaged, what nothing needs.
 
-Only files of the store's own layout (mpq/store.py) are looked at; strangers beside them are never touched.
+Only files of the store's own layout (mpq/store/entries.py) are looked at; strangers beside them are never touched.
 """
 
 from __future__ import annotations

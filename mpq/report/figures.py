@@ -221,8 +221,9 @@ def frontier_png(tables: Tables) -> bytes:
     for i, objective in enumerate(there):
         axes = figure.add_subplot(1, len(there), i + 1)
         dress(axes)
-        axes.set_title(sentence(OBJECTIVES[objective].name), fontsize=10, pad=24)
         _draw_frontier(axes, results, objective)
+        above = -(-len(axes.get_legend_handles_labels()[1]) // 3)  # lines of the legend
+        axes.set_title(sentence(OBJECTIVES[objective].name), fontsize=10, pad=10 + 13 * above)
     if not there:
         figure.text(0.5, 0.5, "No plan was evaluated", ha="center", va="center")
     out = io.BytesIO()
