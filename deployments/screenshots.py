@@ -148,7 +148,7 @@ def take(services: Services, run: dict[str, Any], folder: Path) -> list[Path]:
             eyes.look(
                 f"deployments/deployment/{deployment}/run",
                 "Tokens per block",
-                "Bounds on the normalised RMSE of the loss",
+                "on the normalised RMSE of the loss",
             )
             keep("form", 1000)
         finally:

@@ -11,6 +11,7 @@ from .models.checkpoint import load_config as load_config
 from .models.checkpoint import load_model as load_model
 from .program.plan import Plan as Plan
 from .report.runs import read_run as read_run
+from .running.apply import apply_plan as apply_plan
 from .spec.reading import load_spec as load_spec
 
 __version__: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -12,8 +13,10 @@ from mpq.errors import MpqError
 from mpq.program.constraints import Allowed
 from mpq.program.memory import bytes_of_rows, effective_bits, weight_bytes, weights_of
 from mpq.program.rows import Row, solve_within
-from mpq.spec import BoundsSpec, ConstraintSpec, TargetSpec
 from mpq.timing.design import members
+
+if TYPE_CHECKING:
+    from mpq.spec import BoundsSpec, ConstraintSpec, TargetSpec
 
 
 def bound_rows(
@@ -33,7 +36,7 @@ def bound_rows(
             rows.append(Row("effective_bits", values, bounds.effective_bits * per, "", per))
         if bounds.weight_bytes:
             rows.append(Row("weight_bytes", values, bounds.weight_bytes, "bytes"))
-    shares = bounds.min_share if isinstance(bounds, BoundsSpec) else {}
+    shares = getattr(bounds, "min_share", {})  # a target has none
     for name, share in shares.items():
         decided = sum(map(len, of.values()))
         count = -np.array([float(c.count(name)) for c in configurations])

@@ -7,14 +7,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import networkx as nx
 import polars as pl
 
 from mpq.errors import MpqError
 from mpq.program.engines import ENGINES, KINDS, Rule
-from mpq.spec import ConstraintSpec, EngineName
 from mpq.timing.options import Options
+
+if TYPE_CHECKING:
+    from mpq.spec import ConstraintSpec, EngineName
 
 
 @dataclass(frozen=True)

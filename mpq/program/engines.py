@@ -6,9 +6,12 @@ Every rule says where it is from: an engine that was run, or its own documents.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mpq.errors import MpqError
-from mpq.spec import EngineName
+
+if TYPE_CHECKING:
+    from mpq.spec import EngineName
 
 KINDS = ("linear", "bgemm")  # of ops whose format can be chosen
 

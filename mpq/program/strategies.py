@@ -10,7 +10,7 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -21,9 +21,11 @@ from mpq.program.gains import least_loss, solve_table
 from mpq.program.memory import effective_bits, weight_bytes
 from mpq.program.plan import LEAST_LOSS, Plan
 from mpq.program.solver import Solution, SolverName, no_plan
-from mpq.spec import BoundsSpec, EngineName, TargetSpec
 from mpq.timing.design import half_widths, members, neighbours
 from mpq.timing.plausible import implausible
+
+if TYPE_CHECKING:
+    from mpq.spec import BoundsSpec, EngineName, TargetSpec
 
 Rows = dict[tuple[str, ...], tuple[float, float]]  # configuration → gain, loss MSE
 Chosen = dict[int, tuple[str, ...]]  # group → its configuration
