@@ -45,8 +45,14 @@ def exclusive(device: str, alone: bool = True) -> Iterator[None]:
     name = f"{re.sub(r'[^A-Za-z0-9]+', '-', which).strip('-')}.lock"
     path = private_temporary_folder("devices") / name
     how = fcntl.LOCK_EX if alone or device != "cpu" else fcntl.LOCK_SH
-    # a link that someone put there is not followed
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as file:
+    try:  # a link that someone put there is not followed
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise MpqError(
+            f"The lock {path}, by which one measurement at a time has {device}, cannot be opened "
+            f"({error.strerror}): take it away."
+        ) from None
+    with os.fdopen(lock) as file:
         told = time.monotonic() + TELL_AFTER_S
         while True:
             try:

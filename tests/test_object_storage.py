@@ -20,8 +20,9 @@ from mpq.cli.inventory import entries, verify
 from mpq.errors import MpqError
 from mpq.models.checkpoint import fetch
 from mpq.models.discovery import checkpoints
+from mpq.models.documents import read_documents
 from mpq.redaction import has_credentials, redact
-from mpq.spec import parse_spec
+from mpq.spec import TextSpec, parse_spec
 from mpq.store.entries import Damaged, Store
 
 pytest.importorskip("s3fs")
@@ -439,3 +440,14 @@ def test_redaction_knows_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     told = str(MpqError(text))
     for secret in (SECRET, "planted", "pw@", "tok123"):
         assert secret not in told, told
+
+
+def test_a_text_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text on S3 for which there are no credentials is one sentence."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    type(fsspec.filesystem("s3")).clear_instance_cache()
+    with pytest.raises(MpqError, match=r"cannot be read .*credentials"):
+        read_documents(TextSpec(source="s3://no-such-bucket/x.txt"))

@@ -22,7 +22,7 @@ from mpq.flows.calibrate import calibrate
 from mpq.loss import sensitivity
 from mpq.models.text import read_blocks
 from mpq.program.plan import Plan
-from mpq.report.runs import join_tables
+from mpq.report.runs import join_tables, read_run
 from mpq.spec import RunSpec
 
 ALWAYS = {
@@ -330,3 +330,16 @@ def test_a_store_that_can_only_be_read(
     assert computed(calibrate(spec)) == set()
     with pytest.raises(MpqError, match="read-only"):
         calibrate(change(spec, taus=[0.02]))
+
+
+def test_a_record_is_read_from_any_folder(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A store named from one folder is found from another: the run's record says where it is for everyone."""
+    monkeypatch.chdir(tmp_path)
+    short = {"m": {"formats": ["fp8_e4m3"], "strategies": ["ip"]}}
+    outcome = calibrate(change(spec, store="beside", objectives=short, taus=[0.01]))
+    assert (tmp_path / "beside" / "groups").is_dir()
+    monkeypatch.chdir("/")
+    _, tables = read_run(Path(outcome["out"]["report"]).parent)
+    assert tables["evaluation"].height

@@ -17,6 +17,7 @@ from small import ROOT, own_prefect, short, small_model, write_checkpoint
 
 from deployments.processes import until
 from mpq.errors import MpqError
+from mpq.flows import watch as module
 from mpq.flows.calibrate import calibrate
 from mpq.flows.records import Claim, Records
 from mpq.flows.watch import watch
@@ -210,3 +211,21 @@ def test_credentials_in_a_checkpoint_are_refused(spec: RunSpec) -> None:
         with pytest.raises(MpqError, match="carries credentials") as caught:
             call()
         assert "wJalrPlantedSecret" not in str(caught.value)
+
+
+def test_a_checkpoint_exchanged_under_way_is_not_recorded(
+    spec: RunSpec, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that saw another content than the one that was found leaves no record, and the watch says so."""
+    found = fingerprint(write_checkpoint(folder / "one"))
+    seen = {
+        "fingerprint": "another",
+        "architecture": "a",
+        "plan_files": [],
+        "out": {},
+        "stages": [],
+    }
+    monkeypatch.setattr(module, "calibrate", lambda spec: seen)
+    with pytest.raises(MpqError, match="changed while it was calibrated"):
+        watch([str(folder)], spec, settle_s=0)
+    assert Records(spec).done(found) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,13 +16,16 @@ import polars as pl
 import pytest
 from small import small_spec
 
-from mpq.models.checkpoint import fingerprint, load_config
+from mpq.caches import private_temporary_folder
+from mpq.errors import MpqError
+from mpq.models.checkpoint import fingerprint, load_config, marks
 from mpq.models.partition import architecture_key
 from mpq.store import code
 from mpq.store.code import code_version, is_numberless, modules_of
 from mpq.store.entries import Store, TableRef
 from mpq.tasks import calibration, evaluation, planning, timing
-from mpq.tasks.checkpoint import Architecture, Weights
+from mpq.tasks.checkpoint import Architecture, Weights, loaded
+from mpq.tasks.device import exclusive
 from mpq.tasks.stage import Stage, content_of
 
 STAGES = {
@@ -161,3 +166,26 @@ def test_content_not_places(tiny: Tiny, tmp_path: Path) -> None:
     assert stage.key({**given, **free}) == stage.key({**given, **free, "batch": 9, "what": "y"})
     assert stage.key({**given, **free}) != stage.key({**given, **free, "formats": {"a": "bf16"}})
     assert stage.key({**given, **free}) != stage.key({**given, **free, "seed": 1})
+
+
+def test_an_exchanged_checkpoint_is_noticed(tiny: Tiny, tmp_path: Path) -> None:
+    """Weights put in place after the fingerprint was taken are not taken for those it is of."""
+    copy = shutil.copytree(tiny.weights.source, tmp_path / "model")
+    before = Weights(str(copy), tiny.weights.fingerprint, "fp32", "cpu", marks(copy))
+    assert loaded(before) is not None
+    loaded.cache_clear()
+    os.utime(copy / "model.safetensors", ns=(0, 0))
+    with pytest.raises(MpqError, match="changed while they were read"):
+        loaded(before)
+
+
+def test_a_planted_lock_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link where the device's lock should be is one sentence, and what it points to is left alone."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with exclusive("cpu"):
+        (lock,) = private_temporary_folder("devices").iterdir()
+    lock.unlink()
+    lock.symlink_to(tmp_path / "target")
+    with pytest.raises(MpqError, match="take it away"), exclusive("cpu"):
+        pass
+    assert not (tmp_path / "target").exists()
