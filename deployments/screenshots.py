@@ -99,7 +99,8 @@ def take(services: Services, run: dict[str, Any], folder: Path) -> list[Path]:
     artifacts = services.post("artifacts/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
     ids = {a["key"]: a["id"] for a in artifacts if a["key"]}
     deployment = services.get("deployments/name/calibrate/calibrate")["id"]
-    with tempfile.TemporaryDirectory() as profile:
+    # the browser's children write on for a moment after it has ended
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = Browser(Path(profile))
         eyes = Eyes(browser, services.api.removesuffix("/api"))
 
