@@ -11,15 +11,16 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from prefect import flow
 from prefect.runtime import flow_run
 
 from mpq.flows.evaluation import Plans, evaluate
 from mpq.flows.outputs import publish, write_outputs
 from mpq.flows.plans import make_plans
+from mpq.flows.recorded import flow
 from mpq.flows.run import Run, one_by_one, running
 from mpq.flows.times import allowed_of
 from mpq.program.bounds import check_possible
+from mpq.redaction import redact
 from mpq.spec import RunSpec
 from mpq.store.entries import TableRef
 from mpq.tasks import calibration, evaluation
@@ -32,7 +33,7 @@ Evaluate = Callable[[Run, TableRef, Plans, TableRef], TableRef]
 def run_name() -> str:
     """What a run of the flow is called in Prefect: the spec's name, and the model's."""
     given = flow_run.parameters
-    return aimed_at(RunSpec.model_validate(given["spec"]), given.get("checkpoint")).title
+    return redact(aimed_at(RunSpec.model_validate(given["spec"]), given.get("checkpoint")).title)
 
 
 @flow(name="calibrate", flow_run_name=run_name, task_runner=one_by_one)
@@ -66,10 +67,10 @@ def chain(run: Run, evaluate: Evaluate = evaluate, appendix: str = "") -> dict[s
     found = tables_of(run, evaluate)
     facts = facts_of(run, found.tables["drawn"][0])
     facts |= {"appendix": appendix} if appendix else {}
-    report = run.one(evaluation.write_report, tables=found.tables, title=run.spec.name, facts=facts)
+    drawn = run.one(evaluation.write_report, tables=found.tables, title=run.spec.name, facts=facts)
     plans = [plan for ref in found.plan_files for plan in read_json(ref)]
-    out = write_outputs(run.spec, plans, report["report"], found.tables, facts)
-    publish(run.spec, found.tables, report["report"], out)
+    out = write_outputs(run.spec, plans, drawn["report"], found.tables, facts)
+    publish(run.spec, found.tables, drawn, out)
     return {
         "tables": found.tables,
         "out": out,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import polars as pl
-from prefect import flow
 from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
 from mpq.errors import MpqError
 from mpq.flows.calibrate import check_formats, partition
+from mpq.flows.recorded import flow
 from mpq.flows.run import one_by_one, running
 from mpq.flows.times import first_times
 from mpq.spec import CalibrationSpec, ModelSpec, RunnerSpec, TimingSpec, parse_spec

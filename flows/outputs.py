@@ -79,9 +79,13 @@ def _remove_plans(folder: Path) -> None:
             path.unlink()
 
 
-def publish(spec: RunSpec, tables: Tables, report: TableRef, out: Mapping[str, str]) -> None:
-    """Artifacts for Prefect's UI: tables, the frontier as a picture, links to report and plan."""
-    from mpq.report.figures import frontier_png
+def publish(
+    spec: RunSpec, tables: Tables, drawn: Mapping[str, TableRef], out: Mapping[str, str]
+) -> None:
+    """Artifacts for Prefect's UI: tables, the frontier as a picture, links to report and plan.
+
+    `drawn` has the `report` and the `frontier` in the store.
+    """
     from mpq.report.results import results_table
 
     frames = join_tables(tables)
@@ -96,13 +100,14 @@ def publish(spec: RunSpec, tables: Tables, report: TableRef, out: Mapping[str, s
             create_table_artifact(
                 rows_for_people(frame), key=key, description=f"{what}: {spec.name}"
             )
-    picture = base64.b64encode(frontier_png(frames)).decode()
+    frontier = drawn["frontier"]
+    picture = base64.b64encode(Store(frontier.store).read_bytes(frontier)).decode()
     create_markdown_artifact(
         f"![frontier](data:image/png;base64,{picture})",
         key="frontier",
         description=f"Frontier: {spec.name}",
     )
-    for key, stored in (("report", f"; in the store: {report.uri}"), ("plan", "")):
+    for key, stored in (("report", f"; in the store: {drawn['report'].uri}"), ("plan", "")):
         path = Path(out[key]).absolute()
         create_link_artifact(
             path.as_uri(),

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import flow
 from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
 from mpq.flows.calibrate import chain, load, partition, tables_of
 from mpq.flows.evaluation import Plans, evaluate
+from mpq.flows.recorded import flow
 from mpq.flows.run import Account, Calls, Run, announce, one_by_one, running
 from mpq.paper.forecast import Asked, Work, forecast, forecast_in_words
 from mpq.report.runs import join_tables

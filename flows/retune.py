@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from prefect import flow
 from pydantic import Field
 
 from mpq.errors import MpqError
 from mpq.flows.calibrate import chain
+from mpq.flows.recorded import flow
 from mpq.flows.run import one_by_one, running
 from mpq.spec import Objective, ObjectiveSpec, RunSpec, parse_spec
 

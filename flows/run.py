@@ -94,8 +94,8 @@ class Subject:
     def architecture(self) -> Architecture:
         """The model to be timed, on the kind of device that tasks run on."""
         from mpq.kernels import device_name
+        from mpq.models.architecture import architecture_key
         from mpq.models.checkpoint import load_config
-        from mpq.models.partition import architecture_key
 
         model = self.spec.model
         threads = self.spec.timing.threads_on(model.device)

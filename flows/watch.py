@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import polars as pl
-from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -14,6 +13,7 @@ from pydantic import Field
 from mpq.errors import MpqError
 from mpq.flows.calibrate import aimed_at, calibrate
 from mpq.flows.outputs import rows_for_people
+from mpq.flows.recorded import flow
 from mpq.flows.records import Claim, Records
 from mpq.flows.run import one_by_one
 from mpq.models.discovery import settled

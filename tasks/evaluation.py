@@ -185,9 +185,10 @@ def _with_template(**inputs: Any) -> Any:
     )
 
 
-@stage("report", name="report", key=_with_template)
+@stage("report", "frontier", name="report", key=_with_template)
 def write_report(tables: dict[str, list[TableRef]], title: str, facts: dict[str, str]) -> Output:
-    """The HTML report, from tables alone; with the paper's appendix where the facts name it."""
+    """The HTML report, from tables alone, and its frontier as a PNG; with the paper's appendix where the facts name it."""
+    from mpq.report.figures import frontier_png
     from mpq.report.page import write_report as render
 
     together = {name: read_together(refs) for name, refs in tables.items() if refs}
@@ -196,4 +197,7 @@ def write_report(tables: dict[str, list[TableRef]], title: str, facts: dict[str,
         from mpq.paper.page import appendix as of_paper
 
         appendix = of_paper(together, facts.get("base", ""))
-    return {"report": (render(together, title, facts, appendix).encode(), "html")}
+    return {
+        "report": (render(together, title, facts, appendix).encode(), "html"),
+        "frontier": (frontier_png(together), "png"),
+    }

@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# as specs time, one thread; read when torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import preloaded
 import pytest
 import torch

@@ -1,3 +1,4 @@
+from .architecture import architecture_key as architecture_key
 from .attention import AttentionHandler as AttentionHandler
 from .attention import intercept as intercept
 from .blocks import Blocks as Blocks
@@ -10,7 +11,6 @@ from .discovery import settled as settled
 from .graph import Graph as Graph
 from .graph import Op as Op
 from .graph import trace as trace
-from .partition import architecture_key as architecture_key
 from .partition import feeds_of as feeds_of
 from .partition import groups_table as groups_table
 from .text import load_tokenizer as load_tokenizer

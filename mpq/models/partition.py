@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import networkx as nx
 import polars as pl
@@ -110,15 +109,3 @@ def feeds_of(groups: pl.DataFrame) -> dict[str, tuple[str, ...]]:
     return {
         op: tuple(readers) for op, readers in groups.select("op", "feeds").iter_rows() if readers
     }
-
-
-def architecture_key(config: Any) -> str:
-    """SHA-256 over what of a configuration shapes the computation."""
-    drop = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"}
-    return hashlib.sha256(
-        json.dumps(
-            {k: v for k, v in config.to_dict().items() if k not in drop},
-            sort_keys=True,
-            default=str,
-        ).encode()
-    ).hexdigest()

@@ -10,21 +10,25 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
+from typing import Any
 
 import preloaded
 import pytest
+from prefect.client.orchestration import get_client
 from small import ROOT, own_prefect, short, small_model, write_checkpoint
 
 from deployments.processes import until
 from mpq.errors import MpqError
 from mpq.flows import watch as module
 from mpq.flows.calibrate import calibrate
+from mpq.flows.campaign import campaign
 from mpq.flows.records import Claim, Records
 from mpq.flows.watch import watch
 from mpq.models.checkpoint import fingerprint
 from mpq.models.discovery import checkpoints, settled
 from mpq.program.changes import compare, moves
 from mpq.program.plan import Plan
+from mpq.redaction import HIDDEN
 from mpq.spec import RunSpec
 
 
@@ -204,13 +208,30 @@ def test_records_are_of_content(spec: RunSpec) -> None:
     assert json.dumps(Records(spec).done("f")) == "null"
 
 
+def recorded() -> list[dict[str, Any]]:
+    """Every flow run with its parameters, and their logs, as Prefect's server has them."""
+    with get_client(sync_client=True) as client:
+        return [run.model_dump() for run in client.read_flow_runs()]
+
+
 def test_credentials_in_a_checkpoint_are_refused(spec: RunSpec) -> None:
-    """A URL with a password is refused by every flow that takes one, in a sentence without it."""
+    """A URL with a password is refused by every flow that takes one, and neither told nor recorded by Prefect."""
     url = "s3://AKIATESTER:wJalrPlantedSecret@127.0.0.1:9/team/model"
-    for call in (lambda: watch([url], spec), lambda: calibrate(spec, checkpoint=url)):
+    signed = "https://127.0.0.1:9/team/model?sig=wJalrPlantedSecret"
+    before = len(recorded())
+    for call in (
+        lambda: watch([url], spec),
+        lambda: calibrate(spec, checkpoint=url),
+        lambda: calibrate(spec, checkpoint=signed),
+        lambda: campaign(spec.model, ["bf16"], store=url),
+        lambda: calibrate(spec.model_copy(update={"store": url})),
+    ):
         with pytest.raises(MpqError, match="carries credentials") as caught:
             call()
         assert "wJalrPlantedSecret" not in str(caught.value)
+    assert len(recorded()) == before + 5
+    assert "wJalrPlantedSecret" not in json.dumps(recorded(), default=str)
+    assert f"s3://{HIDDEN}@127.0.0.1:9/team/model" in json.dumps(recorded(), default=str)
 
 
 def test_a_checkpoint_exchanged_under_way_is_not_recorded(

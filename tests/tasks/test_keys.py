@@ -18,8 +18,8 @@ from small import small_spec
 
 from mpq.caches import private_temporary_folder
 from mpq.errors import MpqError
+from mpq.models.architecture import architecture_key
 from mpq.models.checkpoint import fingerprint, load_config, marks
-from mpq.models.partition import architecture_key
 from mpq.store import code
 from mpq.store.code import code_version, is_numberless, modules_of
 from mpq.store.entries import Store, TableRef

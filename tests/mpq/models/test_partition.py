@@ -22,10 +22,11 @@ from transformers.pytorch_utils import Conv1D
 from mpq.errors import MpqError
 from mpq.evaluation.losses import losses
 from mpq.loss.sensitivity import measure_sensitivity
+from mpq.models.architecture import architecture_key
 from mpq.models.blocks import Blocks
 from mpq.models.checkpoint import load_config
 from mpq.models.graph import Graph, Op, trace
-from mpq.models.partition import architecture_key, feeds_of, groups_table, partition
+from mpq.models.partition import feeds_of, groups_table, partition
 from mpq.program.gains import gains_m
 from mpq.running.apply import apply_plan
 
