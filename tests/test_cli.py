@@ -96,8 +96,10 @@ def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["loss"]["n_samples"] == 4
     small = ("--formats", "bf16", "--batch", 1, "--length", 8, "--repeats", 2, "--limit", 8)
-    shown = mpq("time", checkpoint, *small, "--device", "cpu", "--out", tmp_path / "t.parquet")
+    on = ("--device", "cpu", "--threads", 2)
+    shown = mpq("time", checkpoint, *small, *on, "--out", tmp_path / "t.parquet")
     assert shown.returncode == 0, shown.stderr
+    assert pl.read_parquet(tmp_path / "t.parquet")["device"][0].endswith("2 threads")
     assert set(pl.read_parquet(tmp_path / "t.parquet")["configuration"].list.first()) <= {
         "fp32",
         "bf16",
@@ -170,6 +172,10 @@ MISTAKES = {
         "There is no cuda:99 here",
     ),
     "no GPU to time on": (["time", "{model}", "--device", "cuda:99"], "There is no cuda:99 here"),
+    "a clock of one thread": (
+        ["time", "{model}", "--device", "cpu", "--clock", "cpu", "--threads", "2"],
+        "expected clock wall or auto, or threads 1",
+    ),
     "a report that is none": (
         ["report", "nope", "--out", "report.txt"],
         "expected a name that ends in .html, .png",

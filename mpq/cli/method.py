@@ -149,6 +149,14 @@ def time(
             help="Configurations of a signature to measure: all where it has no more, else each change of one op and random ones.",
         ),
     ] = 64,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of a CPU's kernels; 1 if left out."),
+    ] = None,
+    clock: Annotated[
+        Literal["auto", "wall", "cpu"],
+        typer.Option(help="auto: the CPU seconds of one thread; with several, and on a GPU, time."),
+    ] = "auto",
     compile: Annotated[
         bool,
         typer.Option(
@@ -188,6 +196,8 @@ def time(
             method=method,
             target=target or None,
             cap=cap,
+            threads=threads,
+            clock=clock,
             compiled=compile,
             progress=progress,
         )
