@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int64_t kFew = 4096;  // elements that one thread sums sooner than two
+constexpr int64_t kFew = 16384;  // elements that one thread sums sooner than two
 constexpr int32_t kMagnitudes = 3;
 enum Kind : int32_t { kScaled, kInteger, kUnscaled, kBf16 };
 
