@@ -49,7 +49,7 @@ def _name(plan: dict[str, Any]) -> str:
 
 
 def _losses(run: Run, formats: ByContent, names: dict[str, str], blocks: TableRef) -> ByContent:
-    """Loss MSE, drift and perplexity on the held-out text: for each plan a table a seed."""
+    """Loss MSE, drift, KL and perplexity on the held-out text: for each plan a table a seed."""
     part = run.held_out
     given: dict[str, Any] = {"weights": run.weights, "blocks": blocks, "batch": part.batch}
     base = run.one(evaluation.evaluate_base, **given)["base_losses"]
