@@ -21,7 +21,7 @@ from mpq.loss.cross_entropy import drawn_labels
 from mpq.loss.sensitivity import measure_sensitivity, merge
 from mpq.models.attention import AttentionHandler, intercept
 from mpq.models.blocks import Blocks
-from mpq.program.gains import loss_by_op
+from mpq.program.costs import loss_by_op
 
 FORMAT_NAMES = ["bf16", "fp8_e4m3", "fp8_e5m2", "int8"]
 MODELS = {
