@@ -45,7 +45,9 @@ def evaluate(run: Run, groups: TableRef, plans: Plans, blocks: TableRef) -> Tabl
 def _name(plan: dict[str, Any]) -> str:
     # `tau` in letters: the font of Prefect's canvas has no τ
     draw = f" draw {plan['seed']}" if plan["strategy"] == "random" else ""
-    return f"{plan['strategy']} {plan['objective']} tau={plan['tau']:g}{draw}"
+    kl_alone = plan["budget"] is None
+    bound = f"kl={plan['kl_bound']:g}" if kl_alone else f"tau={plan['tau']:g}"
+    return f"{plan['strategy']} {plan['objective']} {bound}{draw}"
 
 
 def _losses(run: Run, formats: ByContent, names: dict[str, str], blocks: TableRef) -> ByContent:
