@@ -55,11 +55,11 @@ def show(plan: _File, json_: AsJson = False) -> None:
     if prices:
         unit, factor = _UNITS[chosen.objective]
         costs = {"kl_without": "KL without", "loss_mse_without": "loss MSE without"}
-        known = [c for c in costs if any(price.get(c) is not None for price in prices)]
+        priced = [c for c in costs if any(price.get(c) is not None for price in prices)]
         table = pl.DataFrame(prices).select(
             "constraint",
             (pl.col("gain_without") * factor).alias(f"gain without, {unit}"),
-            *(pl.col(c).alias(costs[c]) for c in known),
+            *(pl.col(c).alias(costs[c]) for c in priced),
         )
         emit(table, False, None, "price of each constraint")
 
