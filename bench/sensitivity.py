@@ -2,8 +2,10 @@
 
     python bench/sensitivity.py
 
-For two sizes of Llama on the CPU: seconds (median of pairs) and peak memory (each in a process of its own, less what the
-loaded model takes, plus its weights). The plain step is transformers' own: SDPA attention, gradients on every parameter. Last line: JSON.
+For two sizes of Llama on the CPU and four formats: seconds (median of interleaved rounds) and peak memory (each in a
+process of its own, less what the loaded model takes, plus its weights), of the pass for the loss, the pass for KL, and
+both through one forward. The plain step is transformers' own: SDPA attention, gradients on every parameter. `--smoke`
+takes one round of the small size and records nothing. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,7 @@ from record import record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpq.loss.cross_entropy import sample_losses
-from mpq.loss.sensitivity import measure_sensitivity
+from mpq.loss.sensitivity import Measure, measure_sensitivity
 from mpq.models.blocks import Blocks
 from mpq.models.graph import trace
 from mpq.models.partition import partition
@@ -40,8 +44,9 @@ SIZES = {
         "num_key_value_heads": 4,
     },
 }
-BATCH, LENGTH, PAIRS = 8, 256, 7
-FORMATS = ["bf16", "fp8_e4m3", "int8"]
+BATCH, LENGTH, ROUNDS = 8, 256, 7
+FORMATS = ["bf16", "fp8_e4m3", "fp8_e5m2", "int8"]
+PASSES: dict[str, tuple[Measure, ...]] = {"loss": ("loss",), "kl": ("kl",), "both": ("loss", "kl")}
 
 
 def model_of(size: str) -> LlamaForCausalLM:
@@ -58,13 +63,23 @@ def plain_step(model: LlamaForCausalLM, blocks: Blocks) -> None:
         model.zero_grad(set_to_none=True)
 
 
-def ours(model: LlamaForCausalLM, blocks: Blocks, ops: list[tuple[str, str]]) -> None:
+def ours(
+    model: LlamaForCausalLM, blocks: Blocks, ops: list[tuple[str, str]], measures: Sequence[Measure]
+) -> None:
     model.requires_grad_(False)
-    measure_sensitivity(model, ops, blocks, formats=FORMATS, base="fp32", batch=BATCH)
+    measure_sensitivity(
+        model, ops, blocks, formats=FORMATS, base="fp32", batch=BATCH, measures=measures
+    )
+
+
+def seconds_of(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 def peak_bytes(size: str, which: str) -> int:
-    """Peak resident memory of one step above that of the loaded model, in a process of its own."""
+    """Peak resident memory of one step, `plain` or one of PASSES, above that of the loaded model, in a process of its own."""
     command = [sys.executable, __file__, "--peak", size, which]
     return int(
         subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
@@ -76,7 +91,7 @@ def _peak(size: str, which: str) -> None:
     ops = [(op.name, op.kind) for group in partition(trace(model.config)) for op in group.ops]
     blocks = Blocks(np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH)))
     before = _high_water()
-    ours(model, blocks, ops) if which == "ours" else plain_step(model, blocks)
+    plain_step(model, blocks) if which == "plain" else ours(model, blocks, ops, PASSES[which])
     print(_high_water() - before)
 
 
@@ -90,41 +105,44 @@ def _high_water() -> int:
     return int(line.split()[1]) * 1024
 
 
-def main() -> None:
+def measured(size: str, rounds: int) -> dict[str, object]:
+    model = model_of(size)
+    ops = [(op.name, op.kind) for group in partition(trace(model.config)) for op in group.ops]
+    blocks = Blocks(np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH)))
+    steps: dict[str, Callable[[], None]] = {"plain": partial(plain_step, model, blocks)}
+    steps |= {name: partial(ours, model, blocks, ops, of) for name, of in PASSES.items()}
+    for step in steps.values():
+        step()
+    times = [{name: seconds_of(step) for name, step in steps.items()} for _ in range(rounds)]
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    peaks = {name: peak_bytes(size, name) + weights for name in steps}
+    found: dict[str, object] = {
+        "size": size,
+        "parameters": weights // 4,
+        "plain_s": float(np.median([t["plain"] for t in times])),
+        "plain_peak_bytes": peaks["plain"],
+    }
+    for name in PASSES:
+        ratios = [t[name] / t["plain"] for t in times]
+        found[name] = {
+            "seconds": float(np.median([t[name] for t in times])),
+            "time_ratio": float(np.median(ratios)),
+            "time_ratio_range": [min(ratios), max(ratios)],
+            "peak_bytes": peaks[name],
+            "peak_ratio": peaks[name] / peaks["plain"],
+        }
+    return found
+
+
+def main(smoke: bool = False) -> None:
     results = []
-    for size in SIZES:
-        model = model_of(size)
-        ops = [(op.name, op.kind) for group in partition(trace(model.config)) for op in group.ops]
-        blocks = Blocks(np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH)))
-        ours(model, blocks, ops)
-        plain_step(model, blocks)
-        ratios, seconds = [], []
-        for _ in range(PAIRS):
-            start = time.perf_counter()
-            plain_step(model, blocks)
-            middle = time.perf_counter()
-            ours(model, blocks, ops)
-            end = time.perf_counter()
-            ratios.append((end - middle) / (middle - start))
-            seconds.append((middle - start, end - middle))
-        weights = sum(p.numel() * 4 for p in model.parameters())
-        plain, sensitivity = peak_bytes(size, "plain"), peak_bytes(size, "ours")
-        results.append(
-            {
-                "size": size,
-                "parameters": weights // 4,
-                "plain_s": float(np.median([s[0] for s in seconds])),
-                "sensitivity_s": float(np.median([s[1] for s in seconds])),
-                "time_ratio": float(np.median(ratios)),
-                "time_ratio_range": [min(ratios), max(ratios)],
-                "plain_peak_bytes": plain + weights,
-                "sensitivity_peak_bytes": sensitivity + weights,
-                "peak_ratio": (sensitivity + weights) / (plain + weights),
-            }
-        )
+    for size in ["small"] if smoke else SIZES:
+        results.append(measured(size, 1 if smoke else ROUNDS))
         print(results[-1], flush=True)
-    record("sensitivity", {"tokens": [BATCH, LENGTH], "pairs": PAIRS, "sizes": results})
+    if not smoke:
+        facts = {"tokens": [BATCH, LENGTH], "rounds": ROUNDS, "formats": FORMATS}
+        record("sensitivity", {**facts, "sizes": results})
 
 
 if __name__ == "__main__":
-    _peak(*sys.argv[2:]) if sys.argv[1:2] == ["--peak"] else main()
+    _peak(*sys.argv[2:]) if sys.argv[1:2] == ["--peak"] else main("--smoke" in sys.argv)

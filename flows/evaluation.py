@@ -45,11 +45,13 @@ def evaluate(run: Run, groups: TableRef, plans: Plans, blocks: TableRef) -> Tabl
 def _name(plan: dict[str, Any]) -> str:
     # `tau` in letters: the font of Prefect's canvas has no τ
     draw = f" draw {plan['seed']}" if plan["strategy"] == "random" else ""
-    return f"{plan['strategy']} {plan['objective']} tau={plan['tau']:g}{draw}"
+    kl_alone = plan["budget"] is None
+    bound = f"kl={plan['kl_bound']:g}" if kl_alone else f"tau={plan['tau']:g}"
+    return f"{plan['strategy']} {plan['objective']} {bound}{draw}"
 
 
 def _losses(run: Run, formats: ByContent, names: dict[str, str], blocks: TableRef) -> ByContent:
-    """Loss MSE, drift and perplexity on the held-out text: for each plan a table a seed."""
+    """Loss MSE, drift, KL and perplexity on the held-out text: for each plan a table a seed."""
     part = run.held_out
     given: dict[str, Any] = {"weights": run.weights, "blocks": blocks, "batch": part.batch}
     base = run.one(evaluation.evaluate_base, **given)["base_losses"]

@@ -153,7 +153,7 @@ def solve(
             "gains": found["gains"],
             "loss": sums["loss"],
             "timing": list(timed) if et else [],
-            "taus": list(part.taus or spec.taus),
+            "limits": list(spec.limits(objective)),
             "base": spec.model.base,
             "solver": spec.solver,
             "fingerprint": run.weights.fingerprint,

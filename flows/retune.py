@@ -84,7 +84,7 @@ def retuned(
         )
     data = spec.model_dump(mode="json")
     if taus:
-        data["taus"] = taus
+        data |= {"taus": taus, "bound": None}
     for name, part in data["objectives"].items():
         if taus and (objective in (None, name)):
             part["taus"] = None

@@ -118,7 +118,7 @@ def gains_of(
     base: str,
     *,
     timing: pl.DataFrame | None = None,
-    noise_model: NoiseModel = "ulp",
+    noise_model: NoiseModel = "actual",
 ) -> pl.DataFrame:
     """The program's coefficients, the `gains` table: et gains measured seconds, tt MAC time, m bytes of weights.
 
@@ -140,13 +140,16 @@ def best_plan(
     groups: pl.DataFrame,
     gains: pl.DataFrame,
     loss: pl.DataFrame,
-    tau: float,
+    tau: float | None,
     base: str,
     solver: SolverName = "auto",
+    *,
+    kl: float | None = None,
 ) -> Plan:
-    """The plan with the largest gain whose predicted loss MSE stays under τ² E[g²].
+    """The plan with the largest gain whose predicted loss MSE stays under τ² E[g²], or whose predicted KL divergence from
+    base stays under `kl` (nats per token), or both.
 
-    `loss` is the one-row table beside the sensitivities. Raises MpqError for a τ that is not above zero.
+    `loss` is the one-row table beside the sensitivities. Raises MpqError for no bound and for one that is not above zero.
     """
     from mpq.program.strategies import choose
 
@@ -157,6 +160,7 @@ def best_plan(
         groups,
         gains,
         tau=tau,
+        kl=kl,
         mean_square_loss=loss["mean_square_loss"][0],
         base=base,
         solver=solver,

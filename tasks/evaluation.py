@@ -40,7 +40,7 @@ def evaluate_plan(
     batch: int,
     what: str,
 ) -> Output:
-    """Loss MSE, drift and perplexity under one plan, its scales perturbed by one seed."""
+    """Loss MSE, drift and perplexity under one plan, its scales perturbed by one seed; with seed 0 its KL as well."""
     from mpq.evaluation.losses import evaluate_loss
 
     with exclusive(weights.device, alone=False), tracked(f"evaluate {what}") as progress:
@@ -52,6 +52,7 @@ def evaluate_plan(
             base=weights.base,
             seeds=[seed],
             batch=batch,
+            kl=seed == 0,
             progress=progress,
         )
     return {"plan_losses": frame}

@@ -11,7 +11,7 @@ import polars as pl
 
 from mpq.program.constraints import Allowed
 from mpq.program.solver import NoPlan, SolverName
-from mpq.spec import BoundsSpec, EngineName, Objective, ObjectiveSpec, TargetSpec
+from mpq.spec import Bound, BoundsSpec, EngineName, Objective, ObjectiveSpec, TargetSpec
 from mpq.store.entries import TableRef
 from mpq.store.tables import table
 from mpq.tasks.stage import Output, read, read_together, stage
@@ -31,7 +31,7 @@ def build_gains(
     bound: str,
     allowed: Allowed,
 ) -> Output:
-    """The gains table of one objective: for each group and configuration its gain and its loss MSE.
+    """The gains table of one objective: for each group and configuration its gain, loss MSE and KL.
 
     Those alone that are `allowed`; for et, configurations that were not measured are predicted.
     """
@@ -58,7 +58,7 @@ def solve(
     gains: TableRef,
     loss: TableRef,
     timing: list[TableRef],
-    taus: list[float],
+    limits: list[Bound],
     base: str,
     solver: SolverName,
     fingerprint: str,
@@ -69,10 +69,11 @@ def solve(
     target: TargetSpec | None = None,
     without: dict[str, TableRef] | None = None,
 ) -> Output:
-    """A plan for each strategy, τ and seed of one objective, its uniform plans once, and that of the smallest loss for a target.
+    """A plan for each strategy, limit and seed of one objective, its uniform plans once, and that of the smallest cost for
+    a target.
 
-    A τ under which no plan keeps the `bounds` is left out with a warning; where none has a plan,
-    that is a mistake. `without` are the gains tables in which one rule does not hold, by its name:
+    `limits` are what KL or τ bounds; one under which no plan keeps the `bounds` is left out with a
+    warning; where none has a plan, that is a mistake. `without` are the gains tables in which one rule does not hold, by its name:
     what each constraint costs goes into a table and each plan's provenance. `anchor` is the measured TTFT of the plans of design.anchors.
     """
     from mpq.program.prices import SCHEMA, prices
@@ -104,24 +105,25 @@ def solve(
     for strategy in (s for s in part.strategies if s != "uniform"):
         name = f"ip_{objective}" if strategy == "ip" else strategy
         for seed in range(part.random_seeds if strategy == "random" else 1):
-            for tau in taus:
+            for limit in limits:
                 try:
                     solved.append(
                         choose(
                             name,
                             objective,
                             *tables,
-                            tau=tau,
+                            tau=limit.tau,
+                            kl=limit.kl,
                             seed=seed,
                             solver=solver,
                             **how,
                         )
                     )
                 except NoPlan as why:
-                    log.warning("No %s plan for %s at τ = %g: %s", name, objective, tau, why)
+                    log.warning("No %s plan for %s under %s: %s", name, objective, limit, why)
                     refused.append(why)
     if refused and not any(plan.strategy.startswith("ip_") for plan, _ in solved):
-        raise refused[-1]  # of the largest τ
+        raise refused[-1]  # of the loosest limit
     errors = gain_errors(tables[0], measured, [plan for plan, _ in solved])
     loosened = {name: read(ref) for name, ref in (without or {}).items()}
     priced = [

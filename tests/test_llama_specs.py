@@ -106,7 +106,7 @@ def test_program(name: str) -> None:
                 "op": op,
                 "operand": "all",
                 "format": f,
-                "noise_model": "ulp",
+                "noise_model": spec.noise_model,
                 "n_samples": 1,
                 "loss_mse": loss * 1e-6 * (1 + i % 7),
                 "sensitivity": 0.0,

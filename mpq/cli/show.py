@@ -54,10 +54,12 @@ def show(plan: _File, json_: AsJson = False) -> None:
     emit(pl.DataFrame(rows), False, None, chosen.name, legend | told)
     if prices:
         unit, factor = _UNITS[chosen.objective]
+        costs = {"kl_without": "KL without", "loss_mse_without": "loss MSE without"}
+        priced = [c for c in costs if any(price.get(c) is not None for price in prices)]
         table = pl.DataFrame(prices).select(
             "constraint",
             (pl.col("gain_without") * factor).alias(f"gain without, {unit}"),
-            pl.col("loss_mse_without").alias("loss MSE without"),
+            *(pl.col(c).alias(costs[c]) for c in priced),
         )
         emit(table, False, None, "price of each constraint")
 

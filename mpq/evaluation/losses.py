@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from mpq.errors import MpqError
-from mpq.loss.cross_entropy import sample_losses
+from mpq.loss.cross_entropy import log_probabilities, sample_losses
 from mpq.models.blocks import Blocks
 from mpq.models.positions import check_length
-from mpq.running.apply import apply_plan
+from mpq.running.apply import Mixed, apply_plan
 
 log = logging.getLogger("mpq")
 
@@ -31,7 +31,7 @@ def losses(model: nn.Module, blocks: Blocks, batch: int = 8) -> np.ndarray:
     check_length(model.config, blocks.tokens.shape[1])
     device = str(next(model.parameters()).device)
     with torch.inference_mode():
-        all_losses = torch.cat(
+        all_losses: np.ndarray = torch.cat(
             [
                 sample_losses(model, tokens).double().cpu()
                 for tokens in blocks.batches(batch, device)
@@ -43,6 +43,38 @@ def losses(model: nn.Module, blocks: Blocks, batch: int = 8) -> np.ndarray:
             f"The loss of evaluation sample {at} is {all_losses[at]}: a format overflows or the model is broken there."
         )
     return all_losses
+
+
+def divergence(
+    model: nn.Module, formats: Mapping[str, str], blocks: Blocks, *, base: str, batch: int = 8
+) -> float:
+    """Mean KL divergence (nats per predicted token) of a plan's predictions from base's, as the plan runs: at the
+    kernels' own scales, which no seed perturbs.
+
+    Σ p (ln p − ln p̂) over the vocabulary, p base's probabilities and p̂ the plan's. Both run block by block, so that no
+    more than a batch of logits is kept. Raises MpqError where it is not finite.
+    """
+    check_length(model.config, blocks.tokens.shape[1])
+    device = str(next(model.parameters()).device)
+    mixed, found = Mixed(model, base=base, backend="emulated"), []
+    try:
+        with torch.inference_mode():
+            for tokens in blocks.batches(batch, device):
+                mixed.clear()
+                p = log_probabilities(model, tokens)
+                mixed.set(formats)
+                q = log_probabilities(model, tokens)
+                # a label that base rules out adds nothing, whatever the plan makes of it
+                terms = torch.where(p == -math.inf, 0.0, p.exp() * q.neg_().add_(p))
+                found.append(terms.sum(-1).mean(dim=1))
+    finally:
+        mixed.clear()
+    kl = float(torch.cat(found).double().mean())
+    if not math.isfinite(kl):
+        raise MpqError(
+            f"The KL divergence from base is {kl}: a format overflows or the model is broken there."
+        )
+    return kl
 
 
 def perplexity(of_losses: np.ndarray) -> float:
@@ -63,14 +95,21 @@ def evaluate_loss(
     base: str,
     seeds: Sequence[int],
     batch: int = 8,
+    kl: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> pl.DataFrame:
     """Metrics of a plan, a row for each seed and metric: columns seed, metric, value, base_value.
 
     `loss_mse` (nats²) is the mean of (ĝ_i − g_i)², beside E[g²]; `loss_drift` (nats) the mean of ĝ_i − g_i, beside 0;
     `loss` and `perplexity` stand beside the base model's. Each seed perturbs the scales before quantization (Sec. 3).
+    With `kl`, a row for the first seed says the KL divergence from base (`divergence`), beside 0: that of the plan
+    unperturbed. A perturbed scale moves the largest element off its code, and in attention's P, whose largest is most of
+    a row, that error is the same all over.
     """
     rows: list[dict[str, object]] = []
+    if kl:
+        value = divergence(model, formats, blocks, base=base, batch=batch)
+        rows.append({"seed": seeds[0], "metric": "kl", "value": value, "base_value": 0.0})
     for done, seed in enumerate(seeds):
         with apply_plan(model, formats, base=base, backend="emulated", seed=seed):
             lowered = losses(model, blocks, batch)

@@ -8,6 +8,7 @@ Noise models, the variance of the rounding error of one element u (method.md, "N
 - `paper`   u² 2^(-2m) / 12                  floats (eq. 18)
 - `ulp`     (2^(floor(log2|u|) - m))² / 12   floats: the real rounding step; 0.54 of `paper` over a binade
 - integers  Δ² / 12, Δ = amax / maximum at the granularity of the kernel, under either name
+- `actual`  (Q(u) − u)², the error that rounding makes at the kernel's own scales; no variance, and any format
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Literal
 
 from mpq.errors import MpqError
 
-NoiseModel = Literal["paper", "ulp"]
-NOISE_MODELS: tuple[NoiseModel, ...] = ("paper", "ulp")
+NoiseModel = Literal["paper", "ulp", "actual"]
+NOISE_MODELS: tuple[NoiseModel, ...] = ("paper", "ulp", "actual")
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,13 @@ def binade(u: Tensor) -> Tensor:
 def noise_variance(
     u: Tensor, fmt: Format, noise_model: NoiseModel, granularity: Granularity = "row"
 ) -> Tensor:
-    """Variance of the rounding error of each element of `u`, in FP32 (`granularity` matters to integers only).
+    """Variance of the rounding error of each element of `u`, in FP32; of `actual` the squared error itself.
 
-    Source: eq. 18 for `paper`, method.md "Noise per format" for `ulp` and the integers.
+    `granularity` matters to integers, and to `actual`. Source: eq. 18 for `paper`, method.md "Noise per format" for
+    `ulp` and the integers, "KL and the rounding that happens" for `actual`.
     """
+    if noise_model == "actual":
+        return (fake_quantize(u, fmt, granularity).float() - u.float()).square()
     if fmt.kind == "int":
         return ((amax_of(u, granularity) / fmt.maximum) ** 2 / 12).expand(u.shape)
     magnitude = u.float() if noise_model == "paper" else binade(u)

@@ -1,62 +1,16 @@
 // Round trips of numbers through a format, in one sweep over rows that stay in cache: what quantize.fake_quantize does in a
 // dozen, bit for bit. Called through ctypes (rounding.py).
-//
-// A float with m mantissa bits has the step 2^(e - m) where 2^e <= |v| < 2^(e + 1). The last bit of 1.5 * 2^(e + 23 - m) in
-// FP32 is worth that step: adding it lets FP32's own addition round v to nearest, ties to even, and taking it away again is
-// exact. Subnormals have the step of the smallest normals. Integers have one step everywhere, no NaN and one zero.
 #include <vector>
 
-#include "codes.h"
+#include "grid.h"
 
 namespace {
 
-constexpr uint32_t kSign = 0x80000000u, kExponent = 0x7f800000u, kHalf = 0x00400000u;
 constexpr int64_t kFew = 16384;  // elements that one thread rounds sooner than two
-
-inline uint32_t size_bits(float x) { return bits_of(x) & ~kSign; }  // order as magnitudes do, NaN above all
-
-inline float clamped(float v, float limit) {  // NaN stays NaN
-  v = v < -limit ? -limit : v;
-  return v > limit ? limit : v;
-}
-
-template <bool kInteger>
-struct Grid {
-  float maximum;
-  uint32_t lift, lowest;  // 23 - m and the smallest normal's exponent, both in the exponent's place
-
-  Grid(int32_t mantissa_bits, int32_t min_exponent, float largest)
-      : maximum(largest),
-        lift(static_cast<uint32_t>(23 - mantissa_bits) << 23),
-        lowest(static_cast<uint32_t>(127 + min_exponent) << 23) {}
-
-  inline float nearest(float v) const {
-    const uint32_t exponent = bits_of(v) & kExponent;
-    const float magic = from_bits(((exponent > lowest ? exponent : lowest) + lift) | kHalf);
-    const float rounded = (v + magic) - magic;
-    if (kInteger) return v != v ? 0.0f : rounded;
-    return from_bits(bits_of(rounded) | (bits_of(v) & kSign));
-  }
-  inline float saturated(float v) const { return nearest(clamped(v, maximum)); }
-  inline float overflowing(float v) const {
-    const float rounded = nearest(clamped(v, 2 * maximum));
-    return size_bits(rounded) > bits_of(maximum) && v == v ? from_bits(kExponent | (bits_of(v) & kSign)) : rounded;
-  }
-  inline float scale(uint32_t largest, float perturb) const {  // of a neighbourhood whose largest magnitude has these bits
-    const float scale = from_bits(largest) / maximum;
-    return (scale > kTiny ? scale : 1.0f) * perturb;
-  }
-};
 
 template <typename T, bool kInteger>
 inline void round_row(const T* __restrict x, T* __restrict y, int64_t k, const Grid<kInteger> grid, float perturb) {
-  uint32_t largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < k; ++i) {
-    const uint32_t size = size_bits(to_float(x[i]));
-    largest = size > largest ? size : largest;
-  }
-  const float scale = grid.scale(largest, perturb);
+  const float scale = grid.scale(largest_bits(x, k), perturb);
 #pragma omp simd
   for (int64_t i = 0; i < k; ++i) store(y + i, grid.saturated(to_float(x[i]) / scale) * scale);
 }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
@@ -17,15 +17,44 @@ def sample_losses(model: nn.Module, tokens: Tensor, attention_mask: Tensor | Non
 
     tokens (B, T) int64, attention_mask (B, T) or None; returns (B,) FP32. Source: method.md, "Loss-MSE sensitivity".
     """
-    logits = model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
-    target = tokens[:, 1:]
-    loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view(
-        target.shape
-    )
+    predicted = log_probabilities(model, tokens, attention_mask)
+    loss = -of_labels(predicted, tokens[:, 1:])
     if attention_mask is None:
         return loss.mean(dim=1)
     real = attention_mask[:, 1:].to(loss.dtype)
     return (loss * real).sum(dim=1) / real.sum(dim=1)
+
+
+def log_probabilities(
+    model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """ln of what the model predicts after every token but the last, (B, T - 1, vocabulary) FP32."""
+    logits = model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+    return torch.log_softmax(logits, -1, dtype=torch.float32)
+
+
+def of_labels(predicted: Tensor, labels: Tensor) -> Tensor:
+    """The entries of `predicted` (B, T, vocabulary) at `labels` (B, T)."""
+    return predicted.gather(-1, labels[..., None]).squeeze(-1)
+
+
+def drawn_labels(predicted: Tensor, tokens: Tensor, seed: int) -> Tensor:
+    """Labels (B, T) drawn from `predicted`, log-probabilities (B, T, vocabulary).
+
+    A sample's draw depends on `seed` and its own `tokens`, not on its place among others, so that shards of a text
+    draw what the whole of it does.
+    """
+    labels = []
+    for row, given in zip(predicted.detach(), tokens.cpu(), strict=True):
+        content = f"{seed}/".encode() + given.numpy().tobytes()
+        draw = torch.Generator().manual_seed(
+            int.from_bytes(hashlib.sha256(content).digest()[:7], "big")
+        )
+        below = row.exp().cumsum(-1)
+        at = torch.rand(len(row), 1, generator=draw).to(row.device) * below[:, -1:]
+        label = torch.searchsorted(below, at, right=True).clamp_(max=row.shape[-1] - 1)
+        labels.append(label.squeeze(-1))
+    return torch.stack(labels)
 
 
 def check_causal(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -64,6 +65,8 @@ class AttentionHandler:
     out: torch.dtype | None = None
     #: keep no (B, H, T, S) tensor for the backward pass: the products are computed again there, as fused attention does
     recompute = False
+    #: with `recompute`, the sample of the batch that the products are of: they come one sample after the other
+    sample = 0
     #: leave the heads of the second operands as they are, (B, H_kv, D, S) and (B, H_kv, S, D_v), where the model would repeat them
     grouped = False
 
@@ -227,6 +230,11 @@ def _attend(
 
     if not handler.recompute:
         return attend(query, key, value, attention_mask)
+
+    def alone(sample: int, *operands: Any) -> Tensor:
+        handler.sample = sample
+        return attend(*operands)[0]
+
     # one sample after the other, or the backward pass would hold several (B, H, T, S) tensors at once
     rows = []
     for i in range(len(query)):
@@ -236,7 +244,7 @@ def _attend(
             else attention_mask
         )
         operands = (t[i : i + 1] for t in (query, key, value))
-        rows.append(checkpoint(lambda *a: attend(*a)[0], *operands, mask, use_reentrant=False))
+        rows.append(checkpoint(partial(alone, i), *operands, mask, use_reentrant=False))
     output = torch.cat(rows)
     return output, None
 

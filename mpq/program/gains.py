@@ -1,10 +1,10 @@
-"""What each configuration of each group gains, and what it costs in loss MSE: the program's coefficients (Sec. 2.3)."""
+"""What each configuration of each group gains, and what it costs in loss MSE and in KL divergence: the program's
+coefficients (Sec. 2.3)."""
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,40 +16,14 @@ from numpy.typing import NDArray
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.program.constraints import Allowed
+from mpq.program.costs import COSTS, Cost, Costs, added
 from mpq.program.rows import Row, solve_within
 from mpq.program.solver import Solution, SolverName, solve
 from mpq.store.tables import table
 
 JOINED = 200_000  # configurations of groups that a tie joins
-Losses = dict[tuple[str, str], float]  # (op, format) → loss MSE, nats²
-
-
-def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:
-    """Loss MSE (nats²) of each op in each format, summed over its operands. Raises MpqError where one is not finite."""
-    rows = (
-        sensitivity.filter(pl.col("noise_model") == noise_model)
-        .group_by("op", "format")
-        .agg(pl.col("loss_mse").sum())
-    )
-    losses = {
-        (op, name): loss for op, name, loss in rows.select("op", "format", "loss_mse").iter_rows()
-    }
-    for (op, name), loss in losses.items():
-        if not math.isfinite(loss):
-            raise MpqError(
-                f"The sensitivity table has the loss MSE {loss} for {op} in {name}: measure sensitivity again."
-            )
-    return losses
-
-
-def _loss(losses: Losses, op: str, name: str, base: str) -> float:
-    if (op, name) not in losses:
-        if name == base:
-            return 0.0
-        raise MpqError(
-            f"The sensitivity table has no row for {op} in {name}: measure sensitivity with that format."
-        )
-    return losses[op, name]
+# what people are told of a column that is bounded: its name and unit
+NAMES = {"loss_mse": ("loss MSE", "nats²"), "kl": ("KL", "nats per token")}
 
 
 def gains_et(
@@ -69,7 +43,7 @@ def gains_et(
     as it was the last time, unless pooled. What `allowed` rules out is left out, and groups that a
     tie joins are one, whose gain and loss add. Raises MpqError where that leaves a group nothing.
     """
-    losses = loss_by_op(sensitivity, noise_model)
+    costs = Costs(sensitivity, noise_model, base)
     if bound == "pooled" and "pooled_gain_s" not in timing.columns:
         raise MpqError(
             "The timing table has no pooled gains: expected what design.complete makes of it, or another bound."
@@ -91,7 +65,7 @@ def gains_et(
         rows = {
             formats: (
                 0.0 if set(formats) == {base} else gain,
-                sum(_loss(losses, op, f, base) for op, f in zip(group["op"], formats, strict=True)),
+                *costs.of(group["op"], formats),
             )
             for formats, gain in of_signature.items()
             if options is None or formats in options
@@ -107,11 +81,11 @@ def gains_et(
 
 @dataclass(frozen=True)
 class _Part:
-    """Ops decided together: each configuration's gain and loss MSE."""
+    """Ops decided together: each configuration's gain, and what it costs."""
 
     group: int
     ops: tuple[str, ...]
-    rows: dict[tuple[str, ...], tuple[float, float]]
+    rows: dict[tuple[str, ...], Cost]
 
 
 def _joined(parts: Sequence[_Part], allowed: Allowed) -> list[_Part]:
@@ -139,9 +113,9 @@ def _join(one: _Part, other: _Part, allowed: Allowed) -> _Part:
             f"({one.ops[0]} … {other.ops[-1]}): tie fewer ops."
         )
     rows = {
-        (*a, *b): (gain + more, loss + worse)
-        for a, (gain, loss) in one.rows.items()
-        for b, (more, worse) in other.rows.items()
+        (*a, *b): added((worth, more))
+        for a, worth in one.rows.items()
+        for b, more in other.rows.items()
         if (*a, *b) in options
     }
     return _Part(one.group, ops, rows)
@@ -158,12 +132,12 @@ def gains_tt(
     """IP-TT: BF16 MACs gained, Δ_f · MACs (eq. 28). It adds up over ops, so every op, or tie of ops, is a group of its
     own: the same optimum as with Fⁿ configurations a group, from F. `allowed` says what each may take, else `formats`."""
     ops = groups.filter(pl.col("kind") != "other")
-    losses = loss_by_op(sensitivity, noise_model)
+    costs = Costs(sensitivity, noise_model, base)
 
     def gain(op: dict[str, Any], name: str) -> float:
         return float((get_format(base).mac_time - get_format(name).mac_time) * op["macs"])
 
-    return _by_decision("tt", ops, gain, losses, formats, base, allowed)
+    return _by_decision("tt", ops, gain, costs, formats, allowed)
 
 
 def gains_m(
@@ -180,26 +154,25 @@ def gains_m(
     there in base: lowered, it is a copy more and gains less than nothing.
     """
     ops = groups.filter(pl.col("kind") == "linear")
-    losses = loss_by_op(sensitivity, noise_model)
+    costs = Costs(sensitivity, noise_model, base)
 
     def gain(op: dict[str, Any], name: str) -> float:
         return _bytes_gained(op, base, name)
 
-    return _by_decision("m", ops, gain, losses, formats, base, allowed)
+    return _by_decision("m", ops, gain, costs, formats, allowed)
 
 
 def _by_decision(
     objective: str,
     ops: pl.DataFrame,
     gain: Callable[[dict[str, Any], str], float],
-    losses: Losses,
+    costs: Costs,
     formats: Sequence[str],
-    base: str,
     allowed: Allowed | None,
 ) -> pl.DataFrame:
     """Gains that add up over ops: a group for each decision, numbered by its first op's `order`."""
     rows = {row["op"]: row for row in ops.sort("order").iter_rows(named=True)}
-    free = tuple(dict.fromkeys((base, *formats)))
+    free = tuple(dict.fromkeys((costs.base, *formats)))
     decisions = allowed.of(rows).decisions if allowed else [(op,) for op in rows]
     return _table(
         objective,
@@ -208,9 +181,8 @@ def _by_decision(
                 rows[together[0]]["order"],
                 tuple(together),
                 {
-                    (f,) * len(together): (
-                        math.fsum(gain(rows[op], f) for op in together),
-                        math.fsum(_loss(losses, op, f, base) for op in together),
+                    (f,) * len(together): added(
+                        [(gain(rows[op], f), *costs.of((op,), (f,))) for op in together]
                     )
                     for f in (allowed.formats[together[0]] if allowed else free)
                 },
@@ -238,7 +210,7 @@ def _groups(groups: pl.DataFrame) -> list[dict[str, Any]]:
 
 def _table(objective: str, parts: Sequence[_Part]) -> pl.DataFrame:
     """The gains table, and a column more: `ops`, which a configuration gives formats to, in its order."""
-    rows = [(part, formats, *worth) for part in parts for formats, worth in part.rows.items()]
+    rows = [(part, formats, worth) for part in parts for formats, worth in part.rows.items()]
     ops = pl.Series("ops", [part.ops for part, *_ in rows], dtype=pl.List(pl.String))
     return table(
         "gains",
@@ -247,51 +219,67 @@ def _table(objective: str, parts: Sequence[_Part]) -> pl.DataFrame:
                 "objective": objective,
                 "group": part.group,
                 "configuration": list(formats),
-                "gain": gain,
-                "loss_mse": loss,
+                **dict(zip(("gain", *COSTS), worth, strict=True)),
             }
-            for part, formats, gain, loss in rows
+            for part, formats, worth in rows
         ],
     ).with_columns(ops)
 
 
 def solve_table(
-    gains: pl.DataFrame, budget: float, solver: SolverName = "auto", bounds: Sequence[Row] = ()
+    gains: pl.DataFrame,
+    budget: float | Mapping[str, float],
+    solver: SolverName = "auto",
+    bounds: Sequence[Row] = (),
 ) -> tuple[pl.DataFrame, Solution]:
-    """The chosen row of each group of a gains table, and the solution; `bounds` hold beside the one on the loss MSE.
+    """The chosen row of each group of a gains table, and the solution.
 
+    `budget` bounds the summed loss MSE (nats²), or each of the columns that it names (loss_mse, kl); `bounds` hold beside it.
     Raises MpqError for a table that is no program, NoPlan where no plan keeps the bounds.
     """
-    group = _checked(gains)
-    loss, gain = gains["loss_mse"].to_numpy(), gains["gain"].to_numpy()
-    if not bounds:
-        solution = solve(group, gain, loss, budget, solver=solver)
+    budgets = budget if isinstance(budget, Mapping) else {"loss_mse": budget}
+    group = _checked(gains, tuple(budgets))
+    gain = gains["gain"].to_numpy()
+    rows = [*(cost_row(gains, column, limit) for column, limit in budgets.items()), *bounds]
+    if len(rows) == 1 and "loss_mse" in budgets:
+        solution = solve(group, gain, rows[0].values, rows[0].limit, solver=solver)
     else:
-        rows = [Row("loss MSE", loss, budget, "nats²"), *bounds]
         solution = solve_within(group, gain, rows, solver=solver)
     return gains[list(solution.chosen)], solution
 
 
-def least_loss(
+def least_cost(
     gains: pl.DataFrame, bounds: Sequence[Row], solver: SolverName = "auto"
 ) -> tuple[pl.DataFrame, Solution]:
-    """The program turned round: of each group the row that makes the summed loss MSE smallest while `bounds` hold.
+    """The program turned round: of each group the row that makes the summed KL smallest while `bounds` hold; where KL was
+    not measured for every row, the summed loss MSE.
 
-    The solution's gain and bound are losses below zero. Raises as solve_table.
+    The solution's gain and bound are costs below zero. Raises as solve_table.
     """
-    group = _checked(gains)
-    solution = solve_within(group, -gains["loss_mse"].to_numpy(), bounds, solver=solver)
+    column = cost_known(gains)
+    group = _checked(gains, (column,))
+    solution = solve_within(group, -gains[column].to_numpy(), bounds, solver=solver)
     return gains[list(solution.chosen)], solution
 
 
-def _checked(gains: pl.DataFrame) -> NDArray[np.int64]:
-    """The groups' numbers. Raises MpqError for a table that is no program."""
-    missing = [c for c in ("group", "configuration", "gain", "loss_mse") if c not in gains.columns]
+def cost_known(gains: pl.DataFrame) -> str:
+    """The column that says best what a plan costs: kl where every row has it, else loss_mse."""
+    return "kl" if "kl" in gains.columns and not gains["kl"].null_count() else "loss_mse"
+
+
+def cost_row(gains: pl.DataFrame, column: str, limit: float) -> Row:
+    """The bound on a column of the gains table as a row of the program."""
+    name, unit = NAMES[column]
+    return Row(name, gains[column].to_numpy(), limit, unit)
+
+
+def _checked(gains: pl.DataFrame, costs: tuple[str, ...]) -> NDArray[np.int64]:
+    """The groups' numbers. Raises MpqError for a table that is no program with these columns as costs."""
+    needed = ("group", "configuration", "gain", *costs)
+    missing = [c for c in needed if c not in gains.columns]
     if missing:
-        raise MpqError(
-            f"The gains table lacks {', '.join(missing)}: expected group, configuration, gain, loss_mse."
-        )
-    for name in ("group", "gain", "loss_mse"):
+        raise MpqError(f"The gains table lacks {', '.join(missing)}: expected {', '.join(needed)}.")
+    for name in ("group", "gain", *costs):
         if not (kind := gains[name].dtype).is_numeric():
             raise MpqError(f"The gains table has the column {name} as {kind}: expected numbers.")
         if not gains[name].is_finite().fill_null(False).all():

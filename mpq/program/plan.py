@@ -21,7 +21,10 @@ LEAST_LOSS = "ip_loss"  # the strategy of the smallest loss for a target
 class Plan:
     """Op → format for one model. `formats` has all ops that the plan decides; others stay in base.
 
-    `predicted_loss_mse`, `budget` and `mean_square_loss` are in nats², times in seconds,
+    `predicted_loss_mse`, `budget` (τ² E[g²]; None where KL alone is bounded) and
+    `mean_square_loss` are in nats², `predicted_kl` and its bound `kl_bound` in nats per predicted
+    token, None where not measured or not asked for; `predicted_kl_error` is half its 95 %
+    interval. `tau` is κ / √E[g²] where KL alone is bounded, by κ. Times are in seconds,
     `predicted_gain` in the objective's unit (et: s, tt: BF16 MACs, m: bytes).
     `weight_bytes` are those of the linears, scales counted, `effective_bits` the mean of a weight;
     `engine` is what shall serve the plan. `predicted_gain_error` is half its 95 % interval, None where that is unknown. `provenance`
@@ -34,7 +37,7 @@ class Plan:
     base: str
     formats: dict[str, str]
     predicted_loss_mse: float
-    budget: float
+    budget: float | None
     predicted_gain: float
     mean_square_loss: float
     seed: int = 0
@@ -44,6 +47,9 @@ class Plan:
     effective_bits: float | None = None
     weight_bytes: float | None = None
     engine: str = "none"
+    predicted_kl: float | None = None
+    predicted_kl_error: float | None = None
+    kl_bound: float | None = None
     fingerprint: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
@@ -61,9 +67,16 @@ class Plan:
         return {op: f for op, f in self.formats.items() if f != self.base}
 
     @property
+    def budgets(self) -> dict[str, float]:
+        """What bounds the plan, by the column of the gains table that it bounds."""
+        limits = {"loss_mse": self.budget, "kl": self.kl_bound}
+        return {column: limit for column, limit in limits.items() if limit is not None}
+
+    @property
     def name(self) -> str:
         """What the plan's file is called, without its suffix."""
-        return plan_name(self.objective, self.strategy, self.tau, self.seed)
+        kl = self.kl_bound if self.budget is None else None
+        return plan_name(self.objective, self.strategy, self.tau, self.seed, kl)
 
     @property
     def share_lowered(self) -> float:
@@ -119,12 +132,17 @@ def is_uniform(strategy: str) -> bool:
 
 
 def has_tau(strategy: str) -> bool:
-    """Whether a strategy was given a τ: the others' is the one that their predicted loss just meets."""
+    """Whether a strategy was given a bound: the others' τ is the one that their predicted loss just meets."""
     return not is_uniform(strategy) and strategy != LEAST_LOSS
 
 
-def plan_name(objective: str, strategy: str, tau: float, seed: int = 0) -> str:
-    """The name of a plan's file: `et-ip_et-tau0.002`, `et-random-tau0.002-seed1`, `m-uniform_int8`."""
+def plan_name(
+    objective: str, strategy: str, tau: float, seed: int = 0, kl: float | None = None
+) -> str:
+    """The name of a plan's file: `et-ip_et-tau0.002`, `et-random-tau0.002-seed1`, `m-uniform_int8`.
+
+    With `kl`, the only bound that it was made under, `et-ip_et-kl0.01`.
+    """
     draw = f"-seed{seed}" if strategy == "random" else ""
-    under = f"-tau{tau:g}" if has_tau(strategy) else ""
-    return f"{objective}-{strategy}{under}{draw}"
+    bound = f"-tau{tau:g}" if kl is None else f"-kl{kl:g}"
+    return f"{objective}-{strategy}{bound if has_tau(strategy) else ''}{draw}"

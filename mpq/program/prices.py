@@ -1,4 +1,4 @@
-"""The price of each constraint: what a plan would gain and lose if that one did not hold, all others as they are."""
+"""The price of each constraint: what a plan would gain and cost if that one did not hold, all others as they are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from mpq.program.bounds import bound_rows, target_rows
-from mpq.program.gains import least_loss, solve_table
+from mpq.program.gains import cost_known, least_cost, solve_table
 from mpq.program.plan import LEAST_LOSS, Plan
 from mpq.program.solver import SolverName
 from mpq.spec import BoundsSpec, TargetSpec
@@ -23,6 +23,8 @@ SCHEMA = {
     "gain_without": pl.Float64,
     "loss_mse": pl.Float64,
     "loss_mse_without": pl.Float64,
+    "kl": pl.Float64,
+    "kl_without": pl.Float64,
 }
 
 
@@ -36,7 +38,7 @@ def prices(
     target: TargetSpec | None = None,
     solver: SolverName = "auto",
 ) -> list[dict[str, Any]]:
-    """A row for each constraint of a plan that the program made: gain and loss with it, and without it.
+    """A row for each constraint of a plan that the program made: gain, loss MSE and KL (null where not measured) with it, and without it.
 
     `without` is, for each rule, the gains table in which it does not hold; for et these hold
     predicted times where the constraints kept configurations from being measured.
@@ -46,9 +48,9 @@ def prices(
         further = bound_rows(table, groups, left, plan.base)
         if plan.strategy == LEAST_LOSS and target:
             aim = target_rows(table, groups, target, plan.base, plan.base_ttft_s)
-            chosen, _ = least_loss(table, [*aim, *further], solver)
+            chosen, _ = least_cost(table, [*aim, *further], solver)
         else:
-            chosen, _ = solve_table(table, plan.budget, solver, further)
+            chosen, _ = solve_table(table, plan.budgets, solver, further)
         rows.append(
             {
                 "strategy": plan.strategy,
@@ -59,6 +61,8 @@ def prices(
                 "gain_without": math.fsum(chosen["gain"]),
                 "loss_mse": plan.predicted_loss_mse,
                 "loss_mse_without": math.fsum(chosen["loss_mse"]),
+                "kl": plan.predicted_kl,
+                "kl_without": math.fsum(chosen["kl"]) if cost_known(chosen) == "kl" else None,
             }
         )
     return rows

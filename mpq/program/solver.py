@@ -156,11 +156,11 @@ class NoPlan(MpqError):
     """Nothing that may be chosen keeps the bounds."""
 
 
-def no_plan(budget: float, least: float) -> NoPlan:
-    """The sentence for a budget that the cheapest plan, which costs `least`, exceeds."""
+def no_plan(budget: float, least: float, of: str = "") -> NoPlan:
+    """The sentence for a budget `of` something that the cheapest plan, which costs `least`, exceeds."""
     return NoPlan(
-        f"No plan fits the budget {budget:.6g}: the cheapest costs {least:.6g}, with the least costly configuration of every "
-        "group. Raise τ (the budget), or add a configuration that costs less."
+        f"No plan fits the budget {budget:.6g}{of and ' '}{of}: the cheapest costs {least:.6g}, with the least costly "
+        "configuration of every group. Raise the bound, or add a configuration that costs less."
     )
 
 

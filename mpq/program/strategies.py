@@ -17,7 +17,7 @@ import polars as pl
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.program.bounds import bound_rows, missed, target_rows
-from mpq.program.gains import least_loss, solve_table
+from mpq.program.gains import NAMES, least_cost, solve_table
 from mpq.program.memory import effective_bits, weight_bytes
 from mpq.program.plan import LEAST_LOSS, Plan
 from mpq.program.solver import Solution, SolverName, no_plan
@@ -27,7 +27,7 @@ from mpq.timing.plausible import implausible
 if TYPE_CHECKING:
     from mpq.spec import BoundsSpec, EngineName, TargetSpec
 
-Rows = dict[tuple[str, ...], tuple[float, float]]  # configuration → gain, loss MSE
+Rows = dict[tuple[str, ...], Mapping[str, Any]]  # configuration → its row of the gains table
 Chosen = dict[int, tuple[str, ...]]  # group → its configuration
 HEURISTIC = {"bound": None, "status": "heuristic", "solver": "none", "seconds": 0.0, "note": ""}
 
@@ -38,7 +38,8 @@ def choose(
     groups: pl.DataFrame,
     gains: pl.DataFrame,
     *,
-    tau: float,
+    tau: float | None = None,
+    kl: float | None = None,
     mean_square_loss: float,
     base: str,
     seed: int = 0,
@@ -48,28 +49,52 @@ def choose(
     bounds: BoundsSpec | None = None,
     engine: EngineName = "none",
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan of one strategy under τ, and its row of the `solutions` table.
+    """The plan of one strategy under τ, or a bound on KL (nats per token), or both; and its row of
+    the `solutions` table.
 
     Random and Prefix walk over the ops. Each op takes the format that is fastest in theory and
-    still fits under τ² E[g²]; they stop at the first op that fits in none. `interaction` (s)
+    still fits the bounds; they stop at the first op that fits in none. `interaction` (s)
     corrects the predicted TTFT for lowered neighbours (design.interaction). The program's plan
-    keeps `bounds` too; of the others' plans the row notes which they miss. Raises MpqError for a τ
-    that is not above zero, NoPlan where no plan keeps the bounds.
+    keeps `bounds` too; of the others' plans the row notes which they miss. Raises MpqError for a
+    bound that is not above zero, for none, and where KL is bounded and was not measured; NoPlan
+    where no plan keeps the bounds.
     """
-    if not (tau > 0 and math.isfinite(tau)):
-        raise MpqError(
-            f"τ must be above zero, got {tau:g}: it is the normalised RMSE of the loss that the "
-            "plan may have."
-        )
-    budget = tau**2 * mean_square_loss
+    budgets = _budgets(gains, tau, kl, mean_square_loss)
+    if tau is None:
+        tau = budgets["kl"] / math.sqrt(mean_square_loss)  # as the loss moves, if it moves by κ
     program = _Program(
         objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
     )
     if strategy in ("random", "prefix"):
-        return program.plan(strategy, tau, budget, _walk(strategy, program, budget, seed), seed)
+        return program.plan(strategy, tau, budgets, _walk(strategy, program, budgets, seed), seed)
     further = bound_rows(gains, groups, bounds, base) if bounds else []
-    rows, solution = solve_table(gains, budget, solver, further)
-    return program.plan(strategy, tau, budget, _chosen(rows), seed, _facts(solution))
+    rows, solution = solve_table(gains, budgets, solver, further)
+    return program.plan(strategy, tau, budgets, _chosen(rows), seed, _facts(solution))
+
+
+def _budgets(
+    gains: pl.DataFrame, tau: float | None, kl: float | None, mean_square_loss: float
+) -> dict[str, float]:
+    """What each column of the gains table may sum to."""
+    if tau is None and kl is None:
+        raise MpqError("A plan needs a bound: give τ, or a bound on KL, or both.")
+    if tau is not None and not (tau > 0 and math.isfinite(tau)):
+        raise MpqError(
+            f"τ must be above zero, got {tau:g}: it is the normalised RMSE of the loss that the "
+            "plan may have."
+        )
+    if kl is not None and not (kl > 0 and math.isfinite(kl)):
+        raise MpqError(
+            f"The bound on KL must be above zero, got {kl:g}: it is the divergence from base, in "
+            "nats per token, that the plan may have."
+        )
+    if kl is not None and ("kl" not in gains.columns or gains["kl"].null_count()):
+        raise MpqError(
+            "The gains table has no kl, or not for every configuration: measure sensitivity "
+            "again, or bound τ instead."
+        )
+    of_loss = {} if tau is None else {"loss_mse": tau**2 * mean_square_loss}
+    return of_loss if kl is None else {**of_loss, "kl": kl}
 
 
 def least_loss_plan(
@@ -86,7 +111,8 @@ def least_loss_plan(
     bounds: BoundsSpec | None = None,
     engine: EngineName = "none",
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan of the smallest predicted loss MSE that meets a target and keeps `bounds`: `ip_loss`.
+    """The plan of the smallest predicted KL that meets a target and keeps `bounds`: `ip_loss`. Where
+    KL was not measured, that of the smallest loss MSE.
 
     A time is met by the sum of the groups' gains; what lowered neighbours gain together comes on
     top. `tau` is the one that the predicted loss d just meets, √(d / E[g²]), and `budget` is d.
@@ -97,11 +123,13 @@ def least_loss_plan(
     )
     further = target_rows(gains, groups, target, base, base_ttft_s)
     further += bound_rows(gains, groups, bounds, base) if bounds else []
-    rows, solution = least_loss(gains, further, solver)
+    rows, solution = least_cost(gains, further, solver)
     chosen = _chosen(rows)
-    loss = program.loss(chosen)
+    loss = program.sure(chosen, "loss_mse")
     tau = math.sqrt(max(0.0, loss) / mean_square_loss)
-    return program.plan(LEAST_LOSS, tau, loss, chosen, solved=_facts(solution) | {"bound": None})
+    return program.plan(
+        LEAST_LOSS, tau, {"loss_mse": loss}, chosen, solved=_facts(solution) | {"bound": None}
+    )
 
 
 def _chosen(rows: pl.DataFrame) -> Chosen:
@@ -145,9 +173,9 @@ def uniform_plans(
             plans.append((f"uniform_{f}_but_head", but_head))
     made = []
     for name, chosen in plans:
-        loss = program.loss(chosen)
+        loss = program.sure(chosen, "loss_mse")
         tau = math.sqrt(max(0.0, loss) / mean_square_loss)
-        made.append(program.plan(name, tau, loss, chosen))
+        made.append(program.plan(name, tau, {"loss_mse": loss}, chosen))
     return made
 
 
@@ -178,16 +206,17 @@ class _Program:
         self.interaction = interaction
         self.members = members(groups, gains)
         self.options: dict[int, Rows] = {}
-        for group, c, gain, loss in gains.select(
-            "group", "configuration", "gain", "loss_mse"
-        ).iter_rows():
-            self.options.setdefault(group, {})[tuple(c)] = (gain, loss)
+        for row in gains.iter_rows(named=True):
+            self.options.setdefault(row["group"], {})[tuple(row["configuration"])] = row
 
-    def gain(self, chosen: Chosen) -> float:
-        return math.fsum(self.options[g][c][0] for g, c in chosen.items())
+    def total(self, chosen: Chosen, column: str) -> float | None:
+        """The sum of a column over the chosen configurations; None where one of them has none."""
+        values = [self.options[g][c].get(column) for g, c in chosen.items()]
+        return None if None in values else math.fsum(v for v in values if v is not None)
 
-    def loss(self, chosen: Chosen) -> float:
-        return math.fsum(self.options[g][c][1] for g, c in chosen.items())
+    def sure(self, chosen: Chosen, column: str) -> float:
+        """The sum of a column that every row has."""
+        return math.fsum(self.options[g][c][column] for g, c in chosen.items())
 
     def in_one_format(self, f: str, kept: str | None = None) -> Chosen:
         """Each group with as many ops in `f` as it can have; the others, and `kept`, in base where they may be."""
@@ -206,7 +235,7 @@ class _Program:
         self,
         strategy: str,
         tau: float,
-        budget: float,
+        budgets: Mapping[str, float],
         chosen: Chosen,
         seed: int = 0,
         solved: Mapping[str, Any] = HEURISTIC,
@@ -217,7 +246,8 @@ class _Program:
             for group, configuration in chosen.items()
             for op, f in zip(self.members[group], configuration, strict=True)
         }
-        gain, ttft = self.gain(chosen), None
+        gain, ttft = self.sure(chosen, "gain"), None
+        error = self.total(chosen, "kl_stderr")
         if self.objective == "et" and self.base_ttft_s is not None:
             helped = self.interaction * neighbours(self.groups, formats, self.base)
             ttft = self.base_ttft_s - gain - helped
@@ -231,8 +261,8 @@ class _Program:
             tau=tau,
             base=self.base,
             formats=formats,
-            predicted_loss_mse=self.loss(chosen),
-            budget=budget,
+            predicted_loss_mse=self.sure(chosen, "loss_mse"),
+            budget=budgets.get("loss_mse"),
             predicted_gain=gain,
             mean_square_loss=self.mean_square_loss,
             seed=seed,
@@ -241,6 +271,9 @@ class _Program:
             effective_bits=effective_bits(self.groups, formats, self.base),
             weight_bytes=weight_bytes(self.groups, formats, self.base),
             engine=self.engine,
+            predicted_kl=self.total(chosen, "kl"),
+            predicted_kl_error=None if error is None else 1.96 * error,
+            kl_bound=budgets.get("kl"),
         )
         of_plan = (
             "strategy",
@@ -255,6 +288,9 @@ class _Program:
             "base_ttft_s",
             "effective_bits",
             "weight_bytes",
+            "predicted_kl",
+            "predicted_kl_error",
+            "kl_bound",
         )
         return plan, {**{k: getattr(plan, k) for k in of_plan}, **solved, "note": note}
 
@@ -284,16 +320,19 @@ def _decisions(options: Rows) -> list[tuple[int, ...]]:
     return [tuple(places) for places in together.values()]
 
 
-def _walk(strategy: str, program: _Program, budget: float, seed: int) -> Chosen:
+def _walk(strategy: str, program: _Program, budgets: Mapping[str, float], seed: int) -> Chosen:
     options, base = program.options, program.base
     # base, or where that is ruled out what costs the least
     chosen = {
-        group: min(of, key=lambda c: (c.count(base) < len(c), of[c][1]))
+        group: min(
+            of, key=lambda c: (c.count(base) < len(c), *(of[c][column] for column in budgets))
+        )
         for group, of in options.items()
     }
-    spent = {group: options[group][chosen[group]][1] for group in options}
-    if (least := math.fsum(spent.values())) > budget:
-        raise no_plan(budget, least)
+    for column, budget in budgets.items():
+        if (least := program.sure(chosen, column)) > budget:
+            name, unit = NAMES[column]
+            raise no_plan(budget, least, f"{unit} of {name}")
     places = [(group, of) for group in options for of in _decisions(options[group])]
     if strategy == "random":
         random.Random(seed).shuffle(places)
@@ -306,11 +345,15 @@ def _walk(strategy: str, program: _Program, budget: float, seed: int) -> Chosen:
         ]
         if not candidates:
             continue  # an op that cannot be lowered stands in nobody's way
-        others = math.fsum(loss for g, loss in spent.items() if g != group)
-        fitting = next((c for c in candidates if others + options[group][c][1] <= budget), None)
+        others = {g: c for g, c in chosen.items() if g != group}
+        left = {column: b - program.sure(others, column) for column, b in budgets.items()}
+        row = options[group]
+        fitting = next(
+            (c for c in candidates if all(row[c][column] <= b for column, b in left.items())), None
+        )
         if fitting is None:
             break
-        chosen[group], spent[group] = fitting, options[group][fitting][1]
+        chosen[group] = fitting
     return chosen
 
 

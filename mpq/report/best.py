@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from mpq.report.results import (
 )
 
 Row = Mapping[str, Any]
+NONE: Mapping[str, float] = {}
+_BOUNDED = {"budget": "measured_loss_mse", "kl_bound": "measured_kl"}  # bound, what it bounds
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class Outline:
     """What people ask of a plan: how fast, how large, how much worse. None where not measured.
 
     Times in seconds as they were measured, `gain_half_s` half the 95 % interval of the time
-    saved; `weight_bytes` of the linears; `perplexity_change` relative to base's; `within` says
-    whether the measured loss MSE stays in the bound.
+    saved; `weight_bytes` of the linears; `perplexity_change` relative to base's; `kl` (nats per
+    token) as measured, else as predicted; `within` says whether what was measured stays in the
+    plan's bounds.
     """
 
     plan: str  # the name of its file, without .json
@@ -44,6 +48,7 @@ class Outline:
     base_weight_bytes: float | None
     perplexity: float | None
     perplexity_change: float | None
+    kl: float | None
     within: bool | None
 
 
@@ -74,7 +79,7 @@ def best_plan(tables: Tables) -> Best | None:
     of = [r for r in rows if r["objective"] == objective and gain_of(r) is not None]
     if not of:
         return None
-    evaluated = [r for r in of if r["measured_loss_mse"] is not None]
+    evaluated = [r for r in of if _is_measured(r)]
     loosest = _loosest(tables, str(objective))
     within = [r for r in evaluated if _within(r, loosest)]
     reservation = ""
@@ -108,15 +113,17 @@ def uniform_outlines(tables: Tables, objective: str) -> list[Outline]:
     return list(found.values())
 
 
-def outline(row: Row, loosest: float | None = None) -> Outline:
+def outline(row: Row, loosest: Mapping[str, float] = NONE) -> Outline:
     """A row of `plan_results` or `results_table` as an outline; `loosest` bounds a uniform plan."""
+    kl = row["kl_bound"] if row["budget"] is None else None
+    seed = row.get("plan_seed") or 0
     low, high = row["measured_gain_low_s"], row["measured_gain_high_s"]
     measured, beside = row["measured_ttft_s"], row["base_ttft_s"]
     difference = None if measured is None or beside is None else beside - measured
     gain = row["measured_gain_s"]
     known = row["perplexity"] is not None and row["base_perplexity"]
     return Outline(
-        plan=plan_name(row["objective"], row["strategy"], row["tau"], row.get("plan_seed") or 0),
+        plan=plan_name(row["objective"], row["strategy"], row["tau"], seed, kl),
         objective=row["objective"],
         strategy=row["strategy"],
         tau=row["tau"],
@@ -128,7 +135,8 @@ def outline(row: Row, loosest: float | None = None) -> Outline:
         base_weight_bytes=row["base_weight_bytes"],
         perplexity=row["perplexity"],
         perplexity_change=row["perplexity"] / row["base_perplexity"] - 1 if known else None,
-        within=None if row["measured_loss_mse"] is None else _within(row, loosest),
+        kl=row["predicted_kl"] if row["measured_kl"] is None else row["measured_kl"],
+        within=_within(row, loosest) if _is_measured(row) else None,
     )
 
 
@@ -157,6 +165,8 @@ def _parts(best: Best) -> list[str]:
         )
     if of.perplexity_change is not None:
         parts.append(f"perplexity {percent(of.perplexity_change)}")
+    if of.kl is not None:
+        parts.append(divergence(of.kl))
     return parts
 
 
@@ -166,6 +176,11 @@ def saved(of: Outline) -> str:
     by = plus_minus(abs(gain) * 1e3, None if half is None else half * 1e3)
     than = "less" if gain >= 0 else "more"
     return f"{by} ms {than} than base's {milliseconds(of.base_ttft_s)}"
+
+
+def divergence(kl: float) -> str:
+    """A KL divergence (nats per token), and the rise of perplexity that it is as much as."""
+    return f"KL {kl:.2g} nats a token, as much as perplexity {percent(math.expm1(kl))}"
 
 
 def percent(change: float) -> str:
@@ -192,27 +207,35 @@ def _most(rows: Sequence[Row]) -> Row:
     return top if theirs and ours and theirs.above(ours) else mine
 
 
-def _loosest(tables: Tables, objective: str) -> float | None:
-    """The largest bound (nats²) that was asked for under an objective."""
+def _loosest(tables: Tables, objective: str) -> dict[str, float]:
+    """The largest bounds that were asked for under an objective, by column of the solutions."""
     asked = table_of(tables, "solutions").filter(
         (pl.col("objective") == objective)
         & ~pl.col("strategy").str.starts_with("uniform_")
         & (pl.col("strategy") != LEAST_LOSS)
     )
-    largest = asked["budget"].max()
-    return None if largest is None else float(largest)  # type: ignore[arg-type]
+    largest = {column: asked[column].max() for column in _BOUNDED}
+    return {column: float(v) for column, v in largest.items() if v is not None}  # type: ignore[arg-type]
 
 
-def _bound(row: Row, loosest: float | None) -> float | None:
-    none_of_its_own = not has_tau(row["strategy"]) and loosest is not None
-    bound: float | None = loosest if none_of_its_own else row["budget"]
-    return bound
+def shares_of_bounds(row: Row, loosest: Mapping[str, float] = NONE) -> dict[str, float]:
+    """What was measured over each of the plan's bounds, by the bound's column."""
+    held = loosest if not has_tau(row["strategy"]) and loosest else row
+    found = {}
+    for bound, measured in _BOUNDED.items():
+        if held.get(bound) is not None and row[measured] is not None:
+            found[bound] = float(row[measured] / (held[bound] or 1e-300))
+    return found
 
 
-def _within(row: Row, loosest: float | None) -> bool:
-    bound = _bound(row, loosest)
-    return bound is not None and row["measured_loss_mse"] <= bound
+def _is_measured(row: Row) -> bool:
+    return any(row[measured] is not None for measured in _BOUNDED.values())
 
 
-def _share_of_bound(row: Row, loosest: float | None) -> float:
-    return float(row["measured_loss_mse"] / (_bound(row, loosest) or 1e-300))
+def _within(row: Row, loosest: Mapping[str, float]) -> bool:
+    return _share_of_bound(row, loosest) <= 1
+
+
+def _share_of_bound(row: Row, loosest: Mapping[str, float]) -> float:
+    """The largest share of a bound that was measured; infinite where none was."""
+    return max(shares_of_bounds(row, loosest).values(), default=math.inf)

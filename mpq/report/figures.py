@@ -101,21 +101,23 @@ def _mark_ends(axes: Axes, of: pl.DataFrame, objective: str) -> None:
 
 
 def predicted_against_measured(
-    plans: pl.DataFrame, what: Literal["loss", "ttft", "gain"]
+    plans: pl.DataFrame, what: Literal["loss", "kl", "ttft", "gain"]
 ) -> Figure:
     """Measured against predicted, a mark for each plan, with the diagonal.
 
-    `what` is loss MSE (nats², log–log; the dotted lines are half and twice the prediction), TTFT
-    (ms) or time gain (ms). `plans` is `plan_results`'s or `results_table`'s; measured times are at
+    `what` is loss MSE (nats²) or KL (nats per token), log–log with dotted lines at half and twice
+    the prediction, TTFT (ms) or time gain (ms). `plans` is `plan_results`'s or `results_table`'s; measured times are at
     the speed of timing (drift.py).
     """
     figure, (axes,) = new_figure(4.8, 4.2)
     predicted, measured = {
         "loss": ("predicted_loss_mse", "measured_loss_mse"),
+        "kl": ("predicted_kl", "measured_kl"),
         "ttft": ("predicted_ttft_s", "carried_ttft_s"),
         "gain": ("predicted_gain", "carried_gain_s"),
     }[what]
-    unit, scale = ("nats²", 1.0) if what == "loss" else ("ms", 1e3)
+    units = {"loss": ("nats²", 1.0), "kl": ("nats per token", 1.0)}
+    unit, scale = units.get(what, ("ms", 1e3))
     rows = plans.drop_nulls([predicted, measured])
     if what != "gain":  # which may be below zero
         rows = rows.filter((pl.col(predicted) > 0) & (pl.col(measured) > 0))
@@ -127,10 +129,10 @@ def predicted_against_measured(
         axes.plot(of[predicted] * scale, of[measured] * scale, **style, label=legend_name(strategy))
     if not rows.is_empty():
         _draw_diagonal(axes, pl.concat([rows[predicted], rows[measured]]) * scale, what)
-    name = {"loss": "Loss MSE", "ttft": "TTFT", "gain": "Time gain"}[what]
+    name = {"loss": "Loss MSE", "kl": "KL divergence", "ttft": "TTFT", "gain": "Time gain"}[what]
     axes.set_xlabel(f"{name}, predicted ({unit})")
     axes.set_ylabel(f"{name}, measured ({unit})")
-    if what == "loss":
+    if what in units:
         log_axis(axes, "x")
         log_axis(axes, "y")
     legend(axes)
@@ -140,9 +142,10 @@ def predicted_against_measured(
 def _draw_diagonal(axes: Axes, both: pl.Series, what: str) -> None:
     low, high = float(both.min() or 0), float(both.max() or 1)  # type: ignore[arg-type]
     pad = 0.15 * (high - low) or 0.01 * high
-    ends = (low * 0.6, high * 1.6) if what == "loss" else (low - pad, high + pad)
+    wide = what in ("loss", "kl")  # on logarithmic axes
+    ends = (low * 0.6, high * 1.6) if wide else (low - pad, high + pad)
     axes.plot(ends, ends, color=INK, linewidth=1, label="equal")
-    for factor in (0.5, 2.0) if what == "loss" else ():
+    for factor in (0.5, 2.0) if wide else ():
         axes.plot(
             ends,
             [e * factor for e in ends],
@@ -180,6 +183,9 @@ def report_figures(tables: Tables, base: str) -> dict[str, Pictures]:
     if both.height:
         caption = "Loss MSE, predicted and measured"
         add("predicted", caption, predicted_against_measured(both, "loss"))
+    if plans.filter((pl.col("predicted_kl") > 0) & (pl.col("measured_kl") > 0)).height:
+        caption = "KL divergence from base, predicted and measured"
+        add("predicted", caption, predicted_against_measured(plans, "kl"))
     if plans.drop_nulls(["predicted_ttft_s", "measured_ttft_s"]).height:
         caption = "Time to first token, predicted and measured"
         add("predicted", caption, predicted_against_measured(plans, "ttft"))

@@ -7,6 +7,7 @@ torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ def write_report(
         "write": sheets.write,
         "milliseconds": milliseconds,
         "percent": percent,
+        "expm1": math.expm1,
         "saved": saved,
     }
     summary, found = summarize(tables), find(tables)

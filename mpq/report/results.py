@@ -43,10 +43,16 @@ _FURTHER = (
     "measured_gain_high_s",
     "weight_bytes",
     "base_weight_bytes",
+    "predicted_kl",
+    "predicted_kl_error",
+    "kl_bound",
+    "measured_kl",
+    "measured_kl_std",
 )
 # of the evaluation table: metric, its column here, the column of its base value
 _METRICS = (
     ("loss_mse", "measured_loss_mse", "mean_square_loss"),
+    ("kl", "measured_kl", None),
     ("ttft_s", "measured_ttft_s", "base_ttft_s"),
     ("perplexity", "perplexity", "base_perplexity"),
     ("gain_s", "measured_gain_s", None),
@@ -90,6 +96,8 @@ def results_table(tables: Tables) -> pl.DataFrame:
 
     - standard deviations over those measurements; the budget; what the solver said;
     - `predicted_gain`, in the objective's unit, and half its 95 % interval `predicted_gain_error`;
+    - `predicted_kl` with half its 95 % interval, `measured_kl` and its bound `kl_bound`, all in
+      nats per predicted token;
     - `measured_gain_s`, the median over pairs of base and plan, with its 95 % interval;
     - `weight_bytes` of the linears' weights, and `base_weight_bytes`;
     - `base_ttft_s` was measured beside the plan, `solved_base_ttft_s` while configurations were
@@ -120,6 +128,9 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
         "budget",
         "predicted_gain",
         "predicted_gain_error",
+        "predicted_kl",
+        "predicted_kl_error",
+        "kl_bound",
     )
     words = (
         pl.col(c).drop_nulls().unique(maintain_order=True).str.join("; ")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpq.program.plan import has_tau, is_uniform
-from mpq.report.best import Best, best_plan, in_words, outline, percent
+from mpq.report.best import Best, best_plan, in_words, outline, percent, shares_of_bounds
 from mpq.report.results import (
     OBJECTIVES,
     RATIO_RANGE,
@@ -47,8 +47,8 @@ class Standing:
 class Summary:
     """What the report says in words, and the numbers behind it.
 
-    Errors are median |predicted / measured − 1|. `over_bound` are plans whose measured loss MSE is
-    above their budget, `out_of_range` those whose measured / predicted loss MSE leaves RATIO_RANGE.
+    Errors are median |predicted / measured − 1|. `over_bound` are plans whose measured loss MSE or
+    KL is above its bound, `out_of_range` those whose measured / predicted loss MSE leaves RATIO_RANGE.
     """
 
     best: Best | None = None
@@ -87,6 +87,12 @@ def summarize(tables: Tables) -> Summary:
     return summary
 
 
+_BOUNDS = {
+    "budget": "loss MSE above the bound τ²·E[g²]",
+    "kl_bound": "KL divergence above its bound",
+}
+
+
 def _place(key: tuple[str, float]) -> tuple[int, float]:
     objective, tau = key
     return (list(OBJECTIVES).index(objective) if objective in OBJECTIVES else 9), tau
@@ -98,9 +104,12 @@ def _ratio(row: Row) -> float:
 
 def _over(row: Row) -> bool:
     """Whether a plan that was given a bound exceeds it when measured."""
-    if not has_tau(row["strategy"]) or row["measured_loss_mse"] is None or row["budget"] is None:
-        return False
-    return bool(row["measured_loss_mse"] > row["budget"])
+    return has_tau(row["strategy"]) and _farthest(row) > 1
+
+
+def _farthest(row: Row) -> float:
+    """The largest share of a plan's bound that was measured."""
+    return max(shares_of_bounds(row).values(), default=0.0)
 
 
 def _standing(rows: Sequence[Row], objective: str, tau: float) -> Standing | None:
@@ -205,14 +214,15 @@ def _say_errors(summary: Summary, n_losses: int, n_times: int) -> None:
 def _say_bounds(summary: Summary, evaluated: bool) -> None:
     over, out = summary.over_bound, summary.out_of_range
     if over:
-        worst = max(over, key=lambda r: r["measured_loss_mse"] / (r["budget"] or 1e-300))
-        times = worst["measured_loss_mse"] / (worst["budget"] or 1e-300)
+        worst = max(over, key=_farthest)
+        kinds = {kind for r in over for kind, share in shares_of_bounds(r).items() if share > 1}
+        what = " or ".join(words for kind, words in _BOUNDS.items() if kind in kinds)
         summary.warnings.append(
-            f"{_plans(over)} a measured loss MSE above the bound τ²·E[g²]; the farthest is "
-            f"{_name(worst)} at {times:.2f} times its bound."
+            f"{_plans(over)} a measured {what}; the farthest is "
+            f"{_name(worst)} at {_farthest(worst):.2f} times its bound."
         )
     elif evaluated:
-        summary.sentences.append("No plan exceeds its bound on the loss MSE when measured.")
+        summary.sentences.append("No plan exceeds its bound when measured.")
     if out:
         listed = ", ".join(f"{_name(r)} ({_ratio(r):.2f})" for r in out[:6])
         more = f" and {len(out) - 6} more" if len(out) > 6 else ""
@@ -231,5 +241,6 @@ def _name(row: Row) -> str:
     if row["strategy"] == "random" and row.get("plan_seed") is not None:
         draw = f" draw {row['plan_seed']}"
     objective = "" if row["strategy"].startswith("ip_") else f" ({row['objective']})"
-    under = f" at τ = {row['tau']:g}" if has_tau(row["strategy"]) else ""
+    bound = f"τ = {row['tau']:g}" if row["budget"] is not None else f"KL ≤ {row['kl_bound']:g}"
+    under = f" at {bound}" if has_tau(row["strategy"]) else ""
     return f"{row['strategy']}{objective}{draw}{under}"

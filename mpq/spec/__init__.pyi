@@ -1,3 +1,5 @@
+from .bound import Bound as Bound
+from .bound import BoundSpec as BoundSpec
 from .constraints import BoundsSpec as BoundsSpec
 from .constraints import ConstraintSpec as ConstraintSpec
 from .constraints import EngineName as EngineName

@@ -40,7 +40,7 @@ class Estimate:
 def plans_at_most(spec: RunSpec) -> dict[str, int]:
     """For each objective, how many plans the spec asks for; several may turn out equal."""
     return {
-        objective: len(part.taus or spec.taus)
+        objective: len(spec.limits(objective))
         * sum(part.random_seeds if s == "random" else 1 for s in part.strategies if s != "uniform")
         + ("uniform" in part.strategies) * 2 * len(part.formats)
         + bool(spec.target and (objective == "et" or spec.target.ttft_ms is None))

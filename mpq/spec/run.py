@@ -19,6 +19,7 @@ from pydantic import (
 
 from mpq.formats.format import NoiseModel, get_format
 from mpq.redaction import without_credentials
+from mpq.spec.bound import Bound, BoundSpec
 from mpq.spec.constraints import ConstraintSpec, EngineName, TargetSpec
 from mpq.spec.fields import FormatName, Number, Strict, number
 
@@ -334,9 +335,14 @@ class RunSpec(Strict):
         min_length=1,
         description="Bounds τ on the normalised RMSE of the loss: 0.002 allows it to move by 0.2 %",
     )
+    bound: BoundSpec | None = Field(
+        None,
+        description="Bounds on KL or perplexity, in place of `taus`, or on several together; a plan for each value",
+    )
     noise_model: NoiseModel = Field(
-        "ulp",
-        description="Variance of rounding: ulp, by the binade of each value; paper, by the value itself",
+        "actual",
+        description="Rounding's error in the loss MSE: actual, as it happens; ulp, by the binade of each value; "
+        "paper, by the value itself",
     )
     base_term: bool = Field(
         True,
@@ -364,6 +370,12 @@ class RunSpec(Strict):
                 raise ValueError(
                     f"objectives.{objective}.formats lists the base format {self.model.base}: list what to lower to"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _bounded_once(self) -> RunSpec:
+        if self.bound and self.taus != RunSpec.model_fields["taus"].default:
+            raise ValueError("taus and bound both bound the plans: move taus into bound, as tau")
         return self
 
     @model_validator(mode="after")
@@ -410,6 +422,13 @@ class RunSpec(Strict):
         """What tasks and flow runs are called by: the name, and the model's where the name does not say it."""
         model = self.model.path.rstrip("/").rpartition("/")[2]
         return self.name if model in self.name else f"{self.name} {model}"
+
+    def limits(self, objective: Objective) -> tuple[Bound, ...]:
+        """What bounds the plans of an objective: its own τ, or the run's bounds."""
+        own = self.objectives[objective].taus if objective in self.objectives else None
+        if own is None and self.bound:
+            return self.bound.limits
+        return tuple(Bound(tau) for tau in own or self.taus)
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "heads": pl.Int64,
         "kv_heads": pl.Int64,
     },
-    # one row an op, operand, format and noise model; loss_mse is d of method.md (22, 24), sensitivity is s (21, 23)
+    # one row an op, operand, format and noise model; loss_mse is d of method.md (22, 24), sensitivity is s (21, 23),
+    # kl is b ("KL and the rounding that happens", nats per token), of noise model actual alone, with its standard error
     "sensitivity": {
         "op": pl.String,
         "operand": pl.String,
@@ -32,6 +33,8 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "n_samples": pl.Int64,
         "loss_mse": pl.Float64,
         "sensitivity": pl.Float64,
+        "kl": pl.Float64,
+        "kl_stderr": pl.Float64,
     },
     # one row a block of text or document of a task that was drawn; part is calibration, evaluation (of the loss) or tasks (scored)
     "drawn": {
@@ -75,6 +78,8 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "configuration": CONFIGURATION,
         "gain": pl.Float64,
         "loss_mse": pl.Float64,
+        "kl": pl.Float64,
+        "kl_stderr": pl.Float64,
     },
     "plans": {
         "strategy": pl.String,
@@ -100,6 +105,9 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "share_lowered": pl.Float64,
         "predicted_ttft_s": pl.Float64,
         "base_ttft_s": pl.Float64,
+        "predicted_kl": pl.Float64,
+        "predicted_kl_error": pl.Float64,
+        "kl_bound": pl.Float64,
     },
     # metric: loss_mse, ttft_s, perplexity, ...; task is `loss` for the held-out text itself
     "evaluation": {
@@ -115,6 +123,13 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
     },
 }
 
+# columns that tables of earlier versions, and those of other makers, may lack
+LATER = {
+    "sensitivity": ("kl", "kl_stderr"),
+    "gains": ("kl", "kl_stderr"),
+    "solutions": ("predicted_kl", "predicted_kl_error", "kl_bound"),
+}
+
 
 def table(name: str, rows: list[dict[str, object]]) -> pl.DataFrame:
     """Rows as the table called `name`, in its column order."""
@@ -123,7 +138,9 @@ def table(name: str, rows: list[dict[str, object]]) -> pl.DataFrame:
 
 def upgraded(name: str, frame: pl.DataFrame) -> pl.DataFrame:
     """A table as earlier versions wrote it, with the columns that came later: `order_measured` was called `measured`, a row
-    without repeats was `predicted`, and every clock was wall time's (a GPU's graphs: events)."""
+    without repeats was `predicted`, every clock was wall time's (a GPU's graphs: events), and nothing said of KL."""
+    later = {c: pl.Float64 for c in LATER.get(name, ()) if c not in frame.columns}
+    frame = frame.with_columns(pl.lit(None, dtype).alias(c) for c, dtype in later.items())
     if name != "timing" or not {"repeats", "device"} <= set(frame.columns):
         return frame
     if "measured" in frame.columns and "order_measured" not in frame.columns:

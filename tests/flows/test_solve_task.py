@@ -9,7 +9,7 @@ import polars as pl
 from prefect.logging import disable_run_logger
 from synthetic import BASE, make_groups
 
-from mpq.spec import ObjectiveSpec
+from mpq.spec import Bound, ObjectiveSpec
 from mpq.store.entries import Store
 from mpq.store.tables import table
 from mpq.tasks import evaluation, planning
@@ -39,7 +39,7 @@ def test_uniform_plans_are_made_once(tmp_path: Path) -> None:
         "gains": store.write_table("gains", "g", table("gains", gains)),
         "loss": store.write_table("loss", "g", table("loss", loss)),
         "timing": [],
-        "taus": [1e-4, 1.0],
+        "limits": [Bound(tau=1e-4), Bound(tau=1.0)],
         "base": BASE,
         "solver": "auto",
         "fingerprint": "f",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from small import ROOT
 
 from mpq.errors import MpqError
-from mpq.spec import RunSpec, load_spec, parse_spec
+from mpq.spec import Bound, RunSpec, load_spec, parse_spec
 
 GOOD = {
     "model": {"path": "some/model", "base": "FP32"},
@@ -27,6 +28,20 @@ def test_names_are_normalised() -> None:
     assert spec.model.base == "fp32"
     assert spec.formats == ("bf16", "int8", "fp8_e4m3")
     assert spec.taus == (0.01, 0.1)
+
+
+def test_bounds() -> None:
+    """A value or a list for each bound; a rise of perplexity x is ln(1 + x) nats; an objective's own τ come first."""
+    own = {"et": {"formats": ["bf16"]}, "m": {"formats": ["int8"], "taus": [0.5]}}
+    given = {"kl": 0.01, "perplexity": "0.5 %", "tau": 0.002}
+    spec = parse_spec({**GOOD, "objectives": own, "bound": given})
+    assert spec.limits("et") == (Bound(0.002, math.log1p(0.005)),)
+    assert spec.limits("m") == (Bound(0.5),)
+    again = parse_spec(spec.model_dump(mode="json"))
+    assert again.bound == spec.bound
+    several = parse_spec({**GOOD, "bound": {"perplexity": [0.005, "1 %"], "kl": [0.001, 0.1]}})
+    assert several.limits("et") == (Bound(kl=0.001), Bound(kl=math.log1p(0.01)))
+    assert parse_spec(GOOD).limits("et") == (Bound(0.003), Bound(0.01), Bound(0.03))
 
 
 def test_examples_are_valid() -> None:
@@ -63,6 +78,14 @@ def test_examples_are_valid() -> None:
         ({"taus": [1e-200]}, "τ must lie between"),
         ({"taus": [float("inf")]}, "τ must be above zero"),
         ({"taus": 0.1}, "a list, such as [a, b]"),
+        ({"bound": {}}, "bounds nothing: give kl, perplexity or tau"),
+        ({"bound": {"kl": 0}}, "bound.kl.0: a bound must be a number above zero, not 0"),
+        ({"bound": {"kl": [0.02, 0.01]}}, "kl must rise from value to value"),
+        ({"bound": {"perplexity": "x %"}}, "expected a share, such as 0.5 % or 0.005, not 'x %'"),
+        ({"bound": {"perplexity": "-1 %"}}, "must be a number above zero, not -0.01"),
+        ({"bound": {"kl": [0.01, 0.02], "tau": 0.1}}, "kl has 2, tau has 1: give each as many"),
+        ({"bound": {"kl": 0.01}, "taus": [0.1]}, "move taus into bound, as tau"),
+        ({"bound": {"mse": 1}}, "unknown key bound.mse: expected one of kl, perplexity, tau"),
         ({"name": "../../x"}, "must be a folder's name below `out`"),
         ({"name": "/tmp/x"}, "must be a folder's name below `out`"),
         ({"name": "a/../../x"}, "must be a folder's name below `out`"),

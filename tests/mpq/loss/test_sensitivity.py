@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +15,13 @@ from small import small_model
 
 from mpq.errors import MpqError
 from mpq.evaluation.losses import evaluate_loss, losses
-from mpq.formats.format import FORMATS, get_format
-from mpq.formats.quantize import noise_variance
+from mpq.formats.format import FORMATS, NOISE_MODELS, get_format
+from mpq.formats.quantize import Granularity, fake_quantize, noise_variance
+from mpq.loss.cross_entropy import drawn_labels
 from mpq.loss.sensitivity import measure_sensitivity, merge
 from mpq.models.attention import AttentionHandler, intercept
 from mpq.models.blocks import Blocks
-from mpq.program.gains import loss_by_op
+from mpq.program.costs import loss_by_op
 
 FORMAT_NAMES = ["bf16", "fp8_e4m3", "fp8_e5m2", "int8"]
 MODELS = {
@@ -62,12 +65,16 @@ class _Alias(AttentionHandler):
         return self._keep("av_matmul", "lhs", p)
 
 
-def reference(
-    model: torch.nn.Module, tokens: np.ndarray, base: str
-) -> tuple[dict[tuple[str, str, str, str], float], float]:
-    """d of method.md for every (op, operand, format, noise model), and E[g²], one sample after the other in FP64 sums."""
-    sums: dict[tuple[str, str, str, str], float] = {}
-    squares = 0.0
+Operands = dict[tuple[str, str], torch.Tensor]
+
+
+def aliased(
+    model: torch.nn.Module, tokens: np.ndarray, drawn: bool = False
+) -> Iterator[tuple[float, Operands]]:
+    """One sample after the other: its loss, and an alias of every operand with its gradient.
+
+    `drawn`: the loss of labels that drawn_labels takes from the model, in place of the text's.
+    """
     ops = ops_of(model)
     for row in tokens:
         kept: dict[tuple[str, str], torch.Tensor] = {}
@@ -95,17 +102,32 @@ def reference(
         with intercept(model, handlers), torch.enable_grad():
             embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
             logits = model(inputs_embeds=embedded, use_cache=False).logits
-            loss = F.cross_entropy(logits[0, :-1], ids[0, 1:])
+            labels = ids[:, 1:]
+            if drawn:
+                labels = drawn_labels(logits[:, :-1].log_softmax(-1), ids, 0)
+            loss = F.cross_entropy(logits[0, :-1], labels[0])
             loss.backward()
         for module in originals:
             del module.forward
-        squares += float(loss.detach().double() ** 2)
+        yield float(loss.detach()), kept
+
+
+def granularity_of(op: str, operand: str) -> Granularity:
+    return "column" if op.endswith("av_matmul") and operand == "rhs" else "row"
+
+
+def reference(
+    model: torch.nn.Module, tokens: np.ndarray, base: str
+) -> tuple[dict[tuple[str, str, str, str], float], float]:
+    """d of method.md for every (op, operand, format, noise model), and E[g²], one sample after the other in FP64 sums."""
+    sums: dict[tuple[str, str, str, str], float] = {}
+    squares = 0.0
+    for loss, kept in aliased(model, tokens):
+        squares += loss**2
         for (op, operand), u in kept.items():
-            for noise_model in ("paper", "ulp"):
+            granularity = granularity_of(op, operand)
+            for noise_model in NOISE_MODELS:
                 for name in FORMAT_NAMES:
-                    granularity = (
-                        "column" if op.endswith("av_matmul") and operand == "rhs" else "row"
-                    )
                     noise = noise_variance(
                         u.detach(), FORMATS[name], noise_model, granularity
                     ).double()
@@ -134,6 +156,62 @@ def test_equals_a_slow_reference(model_type: str) -> None:
     for key, value in expected.items():
         assert got[key] == pytest.approx(value, rel=1e-4), key
     assert loss["mean_square_loss"][0] == pytest.approx(mean_square, rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_kl_equals_a_slow_reference(model_type: str) -> None:
+    """b of every op, operand and format, and its standard error over samples, in FP64 from each sample by itself."""
+    model = small_model(model_type, **MODELS[model_type])
+    tokens = np.random.default_rng(11).integers(0, 97, (5, 16))
+    frame, _ = measure_sensitivity(
+        model, ops_of(model), Blocks(tokens), formats=FORMAT_NAMES, base="fp32", batch=3
+    )
+    samples: dict[tuple[str, str, str], list[float]] = {}
+    for _, kept in aliased(model, tokens, drawn=True):
+        for (op, operand), u in kept.items():
+            for name in FORMAT_NAMES:
+                of = u.detach()
+                moved = fake_quantize(of, FORMATS[name], granularity_of(op, operand)) - of
+                b = 15 / 2 * float((u.grad.double() * moved.double()).square().sum())
+                samples.setdefault((op, operand, name), []).append(b)
+    rows = frame.filter(pl.col("noise_model") == "actual", pl.col("format") != "fp32")
+    assert rows.height == len(samples)
+    for op, operand, name, kl, stderr in rows.select(
+        "op", "operand", "format", "kl", "kl_stderr"
+    ).iter_rows():
+        of_each = samples[op, operand, name]
+        assert kl == pytest.approx(np.mean(of_each), rel=1e-4), (op, operand, name)
+        assert stderr == pytest.approx(np.std(of_each, ddof=1) / math.sqrt(5), rel=1e-3)
+    assert frame.filter(pl.col("noise_model") != "actual")["kl"].null_count() > 0
+    assert frame.filter(pl.col("format") == "fp32")["kl"].max() == 0
+
+
+def test_kl_alone_is_the_same() -> None:
+    """Asked for alone, KL costs no pass for the loss, whose columns are null; its numbers are those of both together."""
+    model = small_model("llama", **MODELS["llama"])
+    blocks = Blocks(np.random.default_rng(12).integers(0, 97, (3, 12)))
+    options = {"formats": ["int8"], "base": "fp32"}
+    both, _ = measure_sensitivity(model, ops_of(model), blocks, **options)
+    alone, loss = measure_sensitivity(model, ops_of(model), blocks, measures=["kl"], **options)
+    without, _ = measure_sensitivity(model, ops_of(model), blocks, measures=["loss"], **options)
+    keys = ["op", "operand", "format", "noise_model"]
+    assert alone.sort(keys)["kl"].equals(both.sort(keys)["kl"])
+    assert alone["loss_mse"].null_count() == alone.height == without["kl"].null_count()
+    assert without.sort(keys)["loss_mse"].equals(both.sort(keys)["loss_mse"])
+    assert loss["mean_square_loss"][0] > 0
+
+
+def test_labels_are_drawn_as_predicted() -> None:
+    """Each label as often as its probability says; one seed and one text always draw the same."""
+    predicted = torch.tensor([0.5, 0.0, 0.2, 0.3]).log().expand(1, 40_000, 4)
+    tokens = torch.arange(6)[None]
+    labels = drawn_labels(predicted, tokens, 0)
+    shares = torch.bincount(labels.flatten(), minlength=4) / 40_000
+    torch.testing.assert_close(shares, predicted[0, 0].exp(), atol=0.015, rtol=0)
+    assert shares[1] == 0
+    assert torch.equal(labels, drawn_labels(predicted, tokens, 0))
+    for other in (drawn_labels(predicted, tokens, 1), drawn_labels(predicted, tokens + 1, 0)):
+        assert not torch.equal(labels, other)
 
 
 INT4 = replace(FORMATS["int8"], name="int4", bits=4, maximum=7.0)
@@ -249,6 +327,10 @@ def test_shards_add_up() -> None:
     both = whole.join(merged, on=["op", "operand", "format", "noise_model"], suffix="_merged")
     assert both.height == whole.height
     np.testing.assert_allclose(both["loss_mse_merged"], both["loss_mse"], rtol=1e-5, atol=1e-20)
+    for column in ("kl", "kl_stderr"):
+        ours, theirs = both[column].drop_nulls(), both[f"{column}_merged"].drop_nulls()
+        assert len(ours) == len(theirs) > 0
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-20)
     assert merged["n_samples"].unique().to_list() == [7]
     assert merged_loss["mean_square_loss"][0] == pytest.approx(
         loss["mean_square_loss"][0], rel=1e-6

@@ -13,7 +13,7 @@ from small import small_config
 from mpq.errors import MpqError
 from mpq.models.graph import trace
 from mpq.models.partition import groups_table, partition
-from mpq.program.gains import gains_et, gains_m, gains_tt
+from mpq.program.gains import gains_et, gains_m, gains_tt, solve_table
 from mpq.program.strategies import choose, gain_errors, uniform_plans
 from mpq.store.tables import table
 from mpq.timing.design import choices_of
@@ -232,6 +232,76 @@ def test_a_plan_says_how_sure_its_gain_is() -> None:
     assert gain_errors(GROUPS, timing(), [replace(one, objective="tt")]) == [None]
     half = timing().filter(pl.col("configuration").list.contains("fp32"))
     assert gain_errors(GROUPS, half, [one]) == [None]
+
+
+def with_kl() -> pl.DataFrame:
+    """The sensitivities with rows of the rounding that happens, whose KL orders ops in another way than the loss does."""
+    actual = sensitivity().with_columns(
+        noise_model=pl.lit("actual"),
+        kl=pl.col("loss_mse") * 10.0 ** (pl.int_range(pl.len()) % 5),
+        kl_stderr=pl.col("loss_mse") / 10,
+    )
+    return pl.concat([sensitivity(), actual])
+
+
+@pytest.mark.parametrize("strategy", ["ip_tt", "prefix", "random"])
+def test_kl_is_bounded(strategy: str) -> None:
+    """A plan under κ predicts a KL within it, the sum over its ops, and says so; with τ as well it keeps both."""
+    gains = gains_tt(GROUPS, with_kl(), FORMATS, "fp32", "ulp")
+    rows = with_kl().filter(pl.col("noise_model") == "actual")
+    per_op = rows.group_by("op", "format").agg(pl.col("kl", "kl_stderr").sum())
+    kls = {(op, f): (kl, e) for op, f, kl, e in per_op.iter_rows()}
+    options = {"mean_square_loss": 4.0, "base": "fp32"}
+    for kl in (1e-3, 0.1, 1.0):
+        plan, row = choose(strategy, "tt", GROUPS, gains, kl=kl, **options)
+        own = [kls[op, f] for op, f in plan.formats.items() if f != "fp32"]
+        assert plan.predicted_kl == row["predicted_kl"] == pytest.approx(sum(k for k, _ in own))
+        assert plan.predicted_kl <= plan.kl_bound == row["kl_bound"] == kl
+        assert plan.predicted_kl_error == pytest.approx(1.96 * sum(e for _, e in own))
+        assert (plan.budget, plan.tau) == (None, kl / 2)
+        assert plan.name.startswith(f"tt-{strategy}-kl{kl:g}")
+        tau = math.sqrt(plan.predicted_loss_mse / 8) or 1e-6
+        both, _ = choose(strategy, "tt", GROUPS, gains, tau=tau, kl=kl, **options)
+        assert both.predicted_kl <= kl
+        assert both.predicted_loss_mse <= both.budget == tau**2 * 4.0
+        assert both.predicted_gain <= plan.predicted_gain
+
+
+def test_bounds_that_bind_together() -> None:
+    """Three ops, each cheap under another bound: the plan is the best, by hand, of those that keep both."""
+    gains = table(
+        "gains",
+        [
+            {"objective": "tt", "group": g, "configuration": [f], "gain": gain} | cost
+            for g, costs in enumerate([(0.9, 0.1), (0.1, 0.9), (0.4, 0.4)])
+            for f, gain, cost in (
+                ("fp32", 0.0, {"loss_mse": 0.0, "kl": 0.0}),
+                ("bf16", 1.0 + g / 10, dict(zip(("loss_mse", "kl"), costs, strict=True))),
+            )
+        ],
+    )
+    for budgets, best in (
+        ({"loss_mse": 1.0, "kl": 1.0}, 2.1),  # the first two ops, of loss and KL 1.0 each
+        ({"loss_mse": 2.0, "kl": 0.6}, 2.2),  # the first and the last
+        ({"loss_mse": 0.6, "kl": 2.0}, 2.3),  # the second and the last
+        ({"loss_mse": 0.5, "kl": 0.5}, 1.2),  # the last alone
+    ):
+        rows, solution = solve_table(gains, budgets)
+        assert (rows["gain"].sum(), solution.status) == (pytest.approx(best), "optimal")
+        assert all(rows[c].sum() <= limit for c, limit in budgets.items())
+
+
+def test_kl_that_was_not_measured_is_told() -> None:
+    """A bound on KL needs a KL in every row, and a plan needs a bound."""
+    options = {"mean_square_loss": 4.0, "base": "fp32"}
+    with pytest.raises(MpqError, match="has no kl, or not for every configuration"):
+        choose("prefix", "tt", GROUPS, tables("tt"), kl=0.1, **options)
+    with pytest.raises(MpqError, match="give τ, or a bound on KL"):
+        choose("prefix", "tt", GROUPS, tables("tt"), **options)
+    with pytest.raises(MpqError, match="KL must be above zero, got -1"):
+        choose("prefix", "tt", GROUPS, tables("tt"), kl=-1.0, **options)
+    plan, row = choose("prefix", "tt", GROUPS, tables("tt"), tau=0.1, **options)
+    assert plan.predicted_kl is row["predicted_kl"] is None
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, math.nan])

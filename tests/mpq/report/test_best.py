@@ -8,7 +8,9 @@ import pytest
 from synthetic import BASE_TTFT, TAUS, make_run, with_intervals, with_uniform
 
 from mpq.report.best import best_plan, in_words, uniform_outlines
+from mpq.report.page import write_report
 from mpq.report.results import plus_minus
+from mpq.report.summary import summarize
 
 Tables = dict[str, pl.DataFrame]
 SQUARE = 6.25
@@ -52,6 +54,35 @@ def test_a_broken_bound_is_no_choice() -> None:
     best = best_plan(measured({"ip_et": 5e-3, "prefix": 2e-3}, {"ip_et": 1.2, "prefix": 0.9}))
     assert best is not None
     assert best.outline.strategy == "prefix"
+
+
+def bounded_by_kl(tables: Tables, predicted: float, shares: dict[str, float]) -> Tables:
+    """The run with its bounds on the loss taken for bounds κ = τ on KL; measured `shares` of κ."""
+    solutions = tables["solutions"].with_columns(
+        budget=pl.lit(None, pl.Float64), kl_bound="tau", predicted_kl=predicted * pl.col("tau")
+    )
+    share = pl.col("strategy").replace_strict(shares, default=2.0, return_dtype=pl.Float64)
+    rows = tables["evaluation"].filter(pl.col("metric") == "loss_mse")
+    kl = rows.with_columns(metric=pl.lit("kl"), value=share * pl.col("tau"), base_value=pl.lit(0.0))
+    return {**tables, "solutions": solutions, "evaluation": pl.concat([tables["evaluation"], kl])}
+
+
+def test_a_plan_is_held_to_its_bound_on_kl() -> None:
+    """Without a bound on the loss MSE it is the KL that counts, as measured, told as a perplexity as well."""
+    tables = measured({"ip_et": 5e-3, "prefix": 2e-3}, {})
+    inside = bounded_by_kl(tables, 0.9, {"ip_et": 0.95})
+    best = best_plan(inside)
+    assert best is not None
+    assert (best.outline.plan, best.outline.within) == (f"et-ip_et-kl{TAUS[-1]:g}", True)
+    assert best.outline.kl == 0.95 * TAUS[-1]
+    assert "KL 0.0076 nats a token, as much as perplexity +0.76 %" in in_words(best)
+    assert any("KL divergence above its bound" in w for w in summarize(inside).warnings)
+    over = best_plan(bounded_by_kl(tables, 0.9, {"ip_et": 1.1, "prefix": 0.8}))
+    assert over is not None
+    assert over.outline.strategy == "prefix"
+    page = write_report(inside, "run", {})
+    assert "KL divergence from base, predicted and measured" in page
+    assert "nats a token of KL divergence from base" in page
 
 
 def test_no_plan_in_its_bound_is_said() -> None:

@@ -1,0 +1,201 @@
+"""Taps on the operands of a model's products: in a backward pass each sees the gradient through that use alone.
+
+The gradients are per sample. An activation's come out of one backward pass of Σ_i g_i as they are: sample i's loss does
+not reach the others' activations. A weight's are formed from the output gradient and the input, G_iᵀ X_i, a slice of
+rows at a time, weighed and dropped. Parameters never ask for gradients, so beyond the stored activations nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpq.errors import MpqError
+from mpq.formats.format import Format
+from mpq.formats.quantize import Granularity
+from mpq.kernels.errors import MAGNITUDES, weighted_sums
+from mpq.loss.cross_entropy import differentiable_input
+from mpq.models.attention import AttentionHandler, intercept
+from mpq.models.linears import weight_of
+
+# elements of a weight whose gradients are formed together: on a CPU they stay in its cache
+_SLICE = {"cpu": 2**20}
+_SLICE_ELSEWHERE = 2**23
+
+
+class Tally:
+    """Sums over samples, by loss and (op, operand), of what kernels.errors.weighted_sums gives for each sample.
+
+    `sums[loss][op, operand]` is (2, 3 + formats) float64: Σ_i v_i and Σ_i v_i².
+    """
+
+    def __init__(self, formats: Sequence[Format]) -> None:
+        self.formats = tuple(formats)
+        self.sums: dict[str, dict[tuple[str, str], Tensor]] = defaultdict(dict)
+        self.samples = 0  # of the batch in flight
+        self._batch: dict[tuple[str, str], Tensor] = {}
+
+    @contextmanager
+    def of(self, loss: str, samples: int) -> Iterator[None]:
+        """Within, a backward pass of the losses of a batch of `samples`, called `loss`."""
+        self.samples, self._batch = samples, {}
+        yield
+        of_loss = self.sums[loss]
+        for where, values in self._batch.items():
+            both = torch.stack([values.sum(0), values.square().sum(0)]).cpu()
+            of_loss[where] = of_loss[where] + both if where in of_loss else both
+
+    def add(self, op: str, operand: str, sample: int, sums: Tensor) -> None:
+        """Add what a gradient of sample number `sample` of the batch gives."""
+        if (op, operand) not in self._batch:
+            self._batch[op, operand] = torch.zeros(
+                self.samples,
+                MAGNITUDES + len(self.formats),
+                dtype=torch.float64,
+                device=sums.device,
+            )
+        self._batch[op, operand][sample] += sums
+
+    def add_each(
+        self, op: str, operand: str, gradient: Tensor, u: Tensor, how: Granularity, first: int = 0
+    ) -> None:
+        """Add what ∂g/∂u (samples, …, T, K) gives, one sample after the other: temporaries stay small."""
+        for i, (g, of_u) in enumerate(zip(gradient, u, strict=True), first):
+            self.add(op, operand, i, weighted_sums(of_u, self.formats, how)(g))
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward pass sees the gradient through this use of the operand, u (samples, …, T, K).
+
+    `first` is the place of u's first sample in the batch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, tally: Tally, op: str, operand: str, how: Granularity, first: int
+    ) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.where = (tally, op, operand, how, first)
+        return u.view_as(u)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (u,) = ctx.saved_tensors
+        tally, op, operand, how, first = ctx.where
+        tally.add_each(op, operand, gradient, u, how, first)
+        return gradient, None, None, None, None, None
+
+
+class _TappedLinear(torch.autograd.Function):
+    """x Wᵀ + b whose backward pass tallies the input's gradient and the weight's per-sample gradients.
+
+    x (…, K), weight (C, K); `tally.samples` divides the leading dimensions of x into samples.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tally: Tally, op: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.where = (tally, op)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        tally, op = ctx.where
+        through = gradient @ weight  # [..., C] @ [C, K] -> [..., K]
+        inputs = x.reshape(tally.samples, -1, x.shape[-1])
+        tally.add_each(op, "input", through.view_as(inputs), inputs, "row")
+        outputs = gradient.reshape(tally.samples, -1, gradient.shape[-1])
+        rows = max(1, _SLICE.get(weight.device.type, _SLICE_ELSEWHERE) // weight.shape[1])
+        for start in range(0, len(weight), rows):
+            some = slice(start, start + rows)
+            sums = weighted_sums(weight[some], tally.formats, "row", often=True)
+            for i, (g, u) in enumerate(zip(outputs, inputs, strict=True)):
+                one = g[:, some].T @ u  # [c, T] @ [T, K] -> [c, K], sample i's ∂g_i/∂W there
+                tally.add(op, "weight", i, sums(one))
+        return through, None, None, None, None
+
+
+class _TappedAttention(AttentionHandler):
+    """Taps on the four operands of an attention's two products, K and V before their heads are repeated."""
+
+    recompute = True
+
+    def __init__(self, tally: Tally, name: str) -> None:
+        self.tally, self.qk_name, self.av_name = tally, f"{name}.qk_matmul", f"{name}.av_matmul"
+
+    def operands(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            _Tap.apply(query, self.tally, self.qk_name, "lhs", "row", 0),
+            _Tap.apply(key, self.tally, self.qk_name, "rhs", "row", 0),
+            _Tap.apply(value, self.tally, self.av_name, "rhs", "column", 0),
+        )
+
+    def probabilities(self, p: Tensor) -> Tensor:
+        return _Tap.apply(p, self.tally, self.av_name, "lhs", "row", self.sample)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def tapped(model: nn.Module, ops: Sequence[tuple[str, str]], tally: Tally) -> Iterator[None]:
+    """Tap the named ops, (name, kind) each; the model computes what it did before. Taken off on leaving.
+
+    Raises MpqError for an op that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    with ExitStack() as stack:
+        handlers: dict[str, AttentionHandler] = {}
+        for name, kind in ops:
+            owner = name.rpartition(".")[0] if kind == "bgemm" else name
+            if owner not in modules:
+                raise MpqError(
+                    f"The model has no op {name!r}: partition this model and use the names from its groups table."
+                )
+            if kind == "bgemm":
+                handlers[owner] = _TappedAttention(tally, owner)
+            else:
+                stack.enter_context(_tapped_linear(modules[owner], tally, name))
+        stack.enter_context(intercept(model, handlers))
+        stack.enter_context(differentiable_input(model))
+        yield
+
+
+@contextmanager
+def _tapped_linear(module: nn.Module, tally: Tally, name: str) -> Iterator[None]:
+    weight, bias = weight_of(module), module.bias
+    module.forward = lambda x: _TappedLinear.apply(x, weight, bias, tally, name)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def checkpointed(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Recompute each layer's activations in the backward pass. Dropout stays off: only the layers' own flag says training."""
+    if not enabled:
+        yield
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise MpqError(
+            "This architecture has no layers that transformers can checkpoint: set checkpoint_activations to false."
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        model.gradient_checkpointing_disable()  # type: ignore[operator]

@@ -1,0 +1,79 @@
+"""What each op costs in each format, in loss MSE and in KL divergence, from the sensitivity table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import polars as pl
+
+from mpq.errors import MpqError
+
+COSTS = ("loss_mse", "kl", "kl_stderr")
+Cost = tuple[float | None, ...]  # loss MSE (nats²), KL (nats per token) and its standard error
+Losses = dict[tuple[str, str], float]  # (op, format) → what it costs
+
+
+class Costs:
+    """What each op costs in each format, summed over its operands; base costs nothing where the table has no row for it."""
+
+    def __init__(self, sensitivity: pl.DataFrame, noise_model: str, base: str) -> None:
+        self.base, self.loss = base, loss_by_op(sensitivity, noise_model)
+        of_kl = sensitivity.filter(pl.col("noise_model") == "actual")
+        self.columns = [_by_op(of_kl, c) if c in of_kl.columns else {} for c in COSTS[1:]]
+
+    def of(self, ops: Sequence[str], formats: Sequence[str]) -> Cost:
+        """The cost of ops in their formats, in the order of COSTS; a KL that was not measured is None.
+
+        Standard errors add as the KL does: samples that are hard for one op are hard for all, and the sum is never less
+        than the plan's own. Raises MpqError where the table has no loss MSE.
+        """
+        pairs = list(zip(ops, formats, strict=True))
+        loss = math.fsum(self._loss(op, f) for op, f in pairs)
+        return loss, *(self._sum(of, pairs) for of in self.columns)
+
+    def _sum(self, of: Losses, pairs: Sequence[tuple[str, str]]) -> float | None:
+        found = [0.0 if f == self.base else of.get((op, f)) for op, f in pairs] if of else [None]
+        return None if None in found else math.fsum(v for v in found if v is not None)
+
+    def _loss(self, op: str, name: str) -> float:
+        if (op, name) not in self.loss:
+            if name == self.base:
+                return 0.0
+            raise MpqError(
+                f"The sensitivity table has no row for {op} in {name}: measure sensitivity with that format."
+            )
+        return self.loss[op, name]
+
+
+def added(costs: Sequence[Cost]) -> Cost:
+    """The costs together; unknown where one of them is."""
+    return tuple(
+        None if None in column else math.fsum(v for v in column if v is not None)
+        for column in zip(*costs, strict=True)
+    )
+
+
+def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:
+    """Loss MSE (nats²) of each op in each format, summed over its operands. Raises MpqError where one is not finite."""
+    of_model = sensitivity.filter(pl.col("noise_model") == noise_model)
+    if of_model.is_empty() and not sensitivity.is_empty():
+        others = ", ".join(sorted(sensitivity["noise_model"].unique().to_list()))
+        raise MpqError(
+            f"The sensitivity table has nothing of the noise model {noise_model}, but of {others}: "
+            "choose one of these, or measure sensitivity again."
+        )
+    losses = _by_op(of_model, "loss_mse")
+    for (op, name), loss in losses.items():
+        if not math.isfinite(loss):
+            raise MpqError(
+                f"The sensitivity table has the loss MSE {loss} for {op} in {name}: measure sensitivity again."
+            )
+    return losses
+
+
+def _by_op(rows: pl.DataFrame, column: str) -> Losses:
+    """The column summed over an op's operands; ops of which an operand was not measured are left out."""
+    known = pl.when(pl.col(column).null_count() == 0).then(pl.col(column).sum())
+    summed = rows.group_by("op", "format").agg(known.alias(column)).drop_nulls(column)
+    return {(op, name): v for op, name, v in summed.select("op", "format", column).iter_rows()}

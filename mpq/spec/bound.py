@@ -1,0 +1,97 @@
+"""What a plan may cost, in the units that people have: KL divergence, perplexity, or the paper's τ."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+@dataclass(frozen=True)
+class Bound:
+    """τ on the normalised RMSE of the loss, `kl` in nats per predicted token; None where not bounded."""
+
+    tau: float | None = None
+    kl: float | None = None
+
+    def __str__(self) -> str:
+        """`τ = 0.002 and KL ≤ 0.01`."""
+        told = [f"τ = {self.tau:g}"] * (self.tau is not None)
+        return " and ".join([*told, *[f"KL ≤ {self.kl:.4g}"] * (self.kl is not None)])
+
+
+def _share(value: Any) -> Any:
+    """`0.5 %` as 0.005; numbers stay as they are."""
+    text = value.strip() if isinstance(value, str) else ""
+    if not text.endswith("%"):
+        return value
+    try:
+        return float(text.removesuffix("%")) / 100
+    except ValueError:
+        raise ValueError(f"expected a share, such as 0.5 % or 0.005, not {text!r}") from None
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _above_zero(value: Any) -> Any:
+    if isinstance(value, bool) or (
+        isinstance(value, int | float) and not (value > 0 and math.isfinite(value))
+    ):
+        raise ValueError(f"a bound must be a number above zero, not {str(value).lower()}")
+    return value
+
+
+_Value = Annotated[float, BeforeValidator(_above_zero)]
+_Share = Annotated[_Value, Field(lt=10), BeforeValidator(_share)]
+_Values = Annotated[tuple[_Value, ...], BeforeValidator(_listed), Field(min_length=1)]
+_Shares = Annotated[tuple[_Share, ...], BeforeValidator(_listed), Field(min_length=1)]
+
+
+class BoundSpec(BaseModel):
+    """What a plan may cost: KL divergence, perplexity, τ, or several of them together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    kl: _Values | None = Field(
+        None,
+        description="KL divergence of the plan's predictions from base's, nats per predicted token: one value, or "
+        "several for a plan each",
+    )
+    perplexity: _Shares | None = Field(
+        None,
+        description="Relative rise of perplexity, such as 0.5 %: ln(1.005) nats of KL, which the mean loss follows",
+    )
+    tau: _Values | None = Field(
+        None, description="τ on the normalised RMSE of the loss: 0.002 allows it to move by 0.2 %"
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> BoundSpec:
+        given = {k: v for k in ("kl", "perplexity", "tau") if (v := getattr(self, k)) is not None}
+        if not given:
+            raise ValueError("bounds nothing: give kl, perplexity or tau")
+        if len({len(v) for v in given.values()}) > 1:
+            counts = ", ".join(f"{k} has {len(v)}" for k, v in given.items())
+            raise ValueError(
+                f"{counts}: give each as many values, since the first of each bound one plan together, and so on"
+            )
+        for name, values in given.items():
+            if any(a >= b for a, b in pairwise(values)):
+                raise ValueError(f"{name} must rise from value to value")
+        return self
+
+    @property
+    def limits(self) -> tuple[Bound, ...]:
+        """A bound for each plan of a strategy. Of kl and perplexity the tighter holds."""
+        count = max(len(v) for v in (self.kl, self.perplexity, self.tau) if v)
+        rises = [math.log1p(x) for x in self.perplexity or (math.inf,) * count]
+        kls = [min(pair) for pair in zip(self.kl or (math.inf,) * count, rises, strict=True)]
+        return tuple(
+            Bound(tau, kl if kl < math.inf else None)
+            for tau, kl in zip(self.tau or (None,) * count, kls, strict=True)
+        )

@@ -1,0 +1,52 @@
+"""The sums over rounding errors in C++ against their definition in FP64, on every format and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpq.formats.format import FORMATS, Format
+from mpq.formats.quantize import Granularity, amax_of, binade, fake_quantize
+from mpq.kernels import errors
+from mpq.kernels.errors import weighted_sums
+
+ALL = list(FORMATS.values())
+
+
+def defined(g: Tensor, u: Tensor, granularity: Granularity, formats: list[Format]) -> Tensor:
+    """Σ g² m² in FP64, of each magnitude by the names of quantize.py."""
+    moved = [fake_quantize(u, f, granularity).double() - u.double() for f in formats]
+    sizes = [u.double(), binade(u).double(), amax_of(u, granularity).double(), *moved]
+    return torch.stack([(g.double().square() * m.square()).sum() for m in sizes])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (2, 3, 17, 64), (70, 129)])
+def test_sums_are_those_of_the_definition(
+    shape: tuple[int, ...], granularity: Granularity, dtype: torch.dtype
+) -> None:
+    """Rows a thousand times larger than others, layouts that are not dense, zeros among them."""
+    assert errors._library() is not None
+    draw = torch.Generator().manual_seed(sum(shape))
+    u = torch.randn(shape, generator=draw) * torch.logspace(-2, 1, shape[-2])[:, None]
+    u[..., 1:2] = 0
+    g = torch.randn(*shape[:-2], shape[-1], shape[-2], generator=draw).transpose(-1, -2)
+    u, g = u.to(dtype), g.to(dtype)
+    want = defined(g, u, granularity, ALL)
+    got = weighted_sums(u, ALL, granularity)(g)
+    # FP32's own rounding of q · scale, which a fused multiply-add leaves out
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-13 * float(want[0]))
+
+
+def test_torch_sums_where_no_cpp_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler the same sums come from torch, kept for several gradients or not."""
+    draw = torch.Generator().manual_seed(3)
+    u, g = (torch.randn(5, 4, 9, generator=draw) for _ in range(2))
+    want = [weighted_sums(u, ALL, granularity)(g) for granularity in ("row", "column")]
+    monkeypatch.setattr(errors, "_library", lambda: None)
+    for often in (False, True):
+        for granularity, sums in zip(("row", "column"), want, strict=True):
+            got = weighted_sums(u, ALL, granularity, often=often)(g)
+            torch.testing.assert_close(got, sums, rtol=1e-4, atol=1e-12)
