@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from prefect.runtime import flow_run
 
 from mpq.flows.run import Calls, Run
-from mpq.kernels import Kind
 from mpq.program.constraints import Allowed, allowed, options_by_signature
+from mpq.program.engines import KINDS
 from mpq.spec import Objective
 from mpq.store.entries import Store, TableRef
 from mpq.tasks import timing
@@ -17,8 +17,6 @@ from mpq.tasks.stage import read, read_json
 from mpq.tasks.timing import Wanted
 from mpq.timing.options import Options
 from mpq.timing.slices import TaskCost, seconds_of, slice_size
-
-KINDS: tuple[Kind, ...] = ("linear", "bgemm")
 
 
 def allowed_of(

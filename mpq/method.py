@@ -92,15 +92,15 @@ def times_of(
     import polars as pl
 
     from mpq.kernels import check_native, native_formats
+    from mpq.program.engines import KINDS
     from mpq.timing.design import choices_of, design
 
     check_native(formats, device)
     from mpq.timing.measure import measure, timing_model
 
     groups = groups_of(config, batch, length)
-    native = {
-        kind: [f for f in formats if f in native_formats(device, kind)]
-        for kind in ("linear", "bgemm")
+    native: dict[str, list[str]] = {
+        kind: [f for f in formats if f in native_formats(device, kind)] for kind in KINDS
     }
     requests = []
     for (signature,), rows in groups.sort("order").group_by(["signature"], maintain_order=True):

@@ -105,10 +105,9 @@ def _with_ttft(
     import polars as pl
 
     from mpq.kernels import runs_natively
+    from mpq.running.apply import kind_of
 
-    kinds = {
-        op: "bgemm" if op.endswith(("qk_matmul", "av_matmul")) else "linear" for op in plan.formats
-    }
+    kinds = {op: kind_of(model, op) or "other" for op in plan.formats}
     if not runs_natively(plan.formats, kinds, plan.base, device):
         return frame, {}
     from mpq.method import groups_of

@@ -13,10 +13,15 @@ from mpq.errors import MpqError
 from mpq.kernels import int8_attention, int8_linear, rows
 from mpq.kernels.compiler import features, generation
 
-Kind: TypeAlias = Literal["linear", "bgemm"]
+Kind: TypeAlias = Literal["linear", "experts", "bgemm"]
 
 # BF16 runs on every CPU, fast where there is AMX or AVX512-BF16; INT8 through oneDNN or a kernel of ours (kernels/cpu.py)
-_CPU: dict[Kind, tuple[str, ...]] = {"linear": ("fp32", "bf16", "int8"), "bgemm": ("fp32", "bf16")}
+# experts on a CPU are linears one after the other
+_CPU: dict[Kind, tuple[str, ...]] = {
+    "linear": ("fp32", "bf16", "int8"),
+    "experts": ("fp32", "bf16", "int8"),
+    "bgemm": ("fp32", "bf16"),
+}
 # the compute capability from which a GPU has matrix instructions for a format (CUDA programming guide, arithmetic throughput);
 # E5M2 stands for activations beside E4M3 weights, which attention has none of (kernels/cuda.py)
 _CUDA: dict[Kind, dict[str, tuple[int, int]]] = {
@@ -27,6 +32,7 @@ _CUDA: dict[Kind, dict[str, tuple[int, int]]] = {
         "fp8_e4m3": (8, 9),
         "fp8_e5m2": (8, 9),
     },
+    "experts": {},  # how many tokens an expert gets is known on the device alone: they need a grouped product
     "bgemm": {"fp32": (0, 0), "fp16": (7, 0), "bf16": (8, 0), "fp8_e4m3": (8, 9)},
 }
 # the CPU features that decide how fast BF16 and INT8 are, by torch's names
@@ -34,7 +40,7 @@ _FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_ne_conve
 
 
 def native_formats(device: str = "cpu", kind: Kind = "linear") -> tuple[str, ...]:
-    """The formats in which `device` (cpu, cuda, cuda:0, ...) has a kernel for linears or for attention's BGEMMs."""
+    """The formats in which `device` (cpu, cuda, cuda:0, ...) has a kernel for linears, for experts or for attention's BGEMMs."""
     if device == "cpu":
         return (
             (*_CPU[kind], "int8") if kind == "bgemm" and int8_attention.available() else _CPU[kind]
@@ -51,7 +57,7 @@ def check_native(formats: Iterable[str], device: str = "cpu", kind: Kind = "line
     native = native_formats(device, kind)
     foreign = sorted(set(formats) - set(native))
     if foreign:
-        can = f"it can run {', '.join(native)}"
+        can = f"it can run {', '.join(native)}" if native else "it has no kernel for them"
         raise MpqError(
             f"{device} has no native {kind} in {', '.join(foreign)}: {can}. Emulate the plan, or leave these out."
         )

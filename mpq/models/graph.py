@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from mpq.errors import MpqError, first_line, is_out_of_memory
+from mpq.models import experts
 from mpq.models.attention import dispatched
 from mpq.models.linears import holders, is_linear
 
 log = logging.getLogger(__name__)
-OpKind = Literal["linear", "bgemm", "other"]
+OpKind = Literal["linear", "experts", "bgemm", "other"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Op:
     `name` is the fully qualified module name; attention's products are `<attention>.qk_matmul` and
     `<attention>.av_matmul`. A linear is (tokens, in_features) x (in_features, out_features). A bgemm is, per batch row
     and head, qk: (T, in_features) x (in_features, T), av: (T, T) x (T, out_features), the size that is the sequence
-    length given as 0. `kind` is `other` for a product that mpq can name but not lower (an expert's grouped product,
-    say); it stays in base and is reported.
+    length given as 0. Experts are one op for all experts of a layer, called as their tensor, of (tokens · `active`) rows.
+    `kind` is `other` for a product that mpq can name but not lower (a router's, say); it stays in base and is reported.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Op:
     tied: bool = (
         False  # the weight is another module's too (the embedding's): lowered, it is one copy more
     )
+    active: int = 0  # experts that each token is sent to
     feeds: tuple[str, ...] = ()  # the ops that read the output as it is, if nothing else reads it
 
 
@@ -164,6 +166,7 @@ def _graph(program: Any, model: nn.Module, length: int) -> tuple[Graph, list[str
     fqn = dict(program.graph_signature.inputs_to_parameters)  # placeholder → parameter
     shapes = {p: tuple(program.state_dict[name].shape) for p, name in fqn.items()}
     modules, held = dict(model.named_modules()), holders(model)
+    tokens = math.prod(source.meta["val"].shape[:-1])
     for node in nodes:
         above = [a for a in node.all_input_nodes if number[a] in dag]
         if (
@@ -173,7 +176,7 @@ def _graph(program: Any, model: nn.Module, length: int) -> tuple[Graph, list[str
         ):
             continue
         dag.add_edges_from((number[a], number[node]) for a in above)
-        if op := _op(node, above, fqn, shapes, seen, model):
+        if op := _op(node, above, fqn, shapes, seen, model, tokens):
             ops[number[node]] = op
     output = next(n for n in nodes if n.op == "output")
     sink = number[next(a for a in output.args[0] if hasattr(a, "op") and number[a] in dag)]
@@ -267,6 +270,7 @@ def _op(
     shapes: dict[str, tuple[int, ...]],
     seen: dict[str, int],
     model: nn.Module,
+    tokens: int,
 ) -> Op | None:
     target, name = str(node.target), _module(node)[0]
     # biases are parameters too
@@ -284,13 +288,15 @@ def _op(
     if weight is not None and (target in _MATMUL or any(o in target for o in _OTHER)):
         # an expert's product: many experts in one parameter, (experts, in, out) or (experts, out, in)
         sizes = shapes[weight][-2:]
-        out = int(node.meta["val"].shape[-1])
+        rows, out = math.prod(node.meta["val"].shape[:-1]), int(node.meta["val"].shape[-1])
+        grouped = "grouped_mm" in target and experts.dispatched(model.get_submodule(name))
         return Op(
             fqn[weight].removesuffix(".weight"),
-            "other",
+            "experts" if grouped else "other",
             math.prod(sizes) // out,
             out,
             parameters=math.prod(shapes[weight]),
+            active=rows // tokens if grouped else 0,
         )
     if target in _MATMUL or any(o in target for o in _OTHER):
         return Op(f"{name}.{target.split('.')[-2]}", "other", 0, 0)

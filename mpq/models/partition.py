@@ -47,8 +47,9 @@ def partition(graph: Graph) -> tuple[Group, ...]:
 
 
 def _signature(ops: tuple[Op, ...]) -> str:
+    # ops without experts have the signatures that they had before there were any: what was timed stays timed
     shape = [
-        {k: v for k, v in asdict(op).items() if k != "tied"}
+        {k: v for k, v in asdict(op).items() if k != "tied" and (k != "active" or v)}
         | {"name": _role(op.name), "feeds": [_role(name) for name in op.feeds]}
         for op in ops
     ]
@@ -61,14 +62,14 @@ def _role(name: str) -> str:
 
 
 def macs(op: Op, batch: int, length: int) -> int:
-    """Multiply-accumulates of one prefill of batch × length tokens."""
+    """Multiply-accumulates of one prefill of batch × length tokens: of experts, those that each token is sent to."""
     if op.kind == "bgemm":
         return batch * op.heads * length * length * max(op.in_features, op.out_features)
-    return batch * length * op.in_features * op.out_features
+    return batch * length * max(1, op.active) * op.in_features * op.out_features
 
 
 # an op's fields that the table has under another name, behind its schema, or in the signature alone
-_BESIDE = ("name", "window", "feeds", "tied")
+_BESIDE = ("name", "window", "feeds", "tied", "active")
 
 
 def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataFrame:

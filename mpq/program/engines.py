@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from mpq.errors import MpqError
 
 if TYPE_CHECKING:
+    from mpq.kernels import Kind
     from mpq.spec import EngineName
 
-KINDS = ("linear", "bgemm")  # of ops whose format can be chosen
+KINDS: tuple[Kind, ...] = ("linear", "experts", "bgemm")  # of ops whose format can be chosen
 
 
 @dataclass(frozen=True)

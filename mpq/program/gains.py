@@ -17,6 +17,7 @@ from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.program.constraints import Allowed
 from mpq.program.costs import COSTS, Cost, Costs, added
+from mpq.program.memory import STORED
 from mpq.program.rows import Row, solve_within
 from mpq.program.solver import Solution, SolverName, solve
 from mpq.store.tables import table
@@ -148,12 +149,12 @@ def gains_m(
     noise_model: str,
     allowed: Allowed | None = None,
 ) -> pl.DataFrame:
-    """IP-M: bytes of weights gained (eqs. 29–30); linear ops only, every op, or tie of ops, its own group.
+    """IP-M: bytes of weights gained (eqs. 29–30); linears and experts only, every op, or tie of ops, its own group.
 
     `allowed` says what each may take, else `formats`. A weight that is tied to the embedding stays
     there in base: lowered, it is a copy more and gains less than nothing.
     """
-    ops = groups.filter(pl.col("kind") == "linear")
+    ops = groups.filter(pl.col("kind").is_in(STORED))
     costs = Costs(sensitivity, noise_model, base)
 
     def gain(op: dict[str, Any], name: str) -> float:

@@ -1,4 +1,4 @@
-"""What a plan's weights take: bytes of the linears, scales counted, and bits a weight."""
+"""What a plan's weights take: bytes of the linears and of all experts, scales counted, and bits a weight."""
 
 from __future__ import annotations
 
@@ -10,45 +10,48 @@ import polars as pl
 
 from mpq.formats.format import get_format
 
-SCALE_BYTES = 4  # FP32, one for each output channel of a weight that is scaled
+SCALE_BYTES = 4  # FP32, one for each output channel (of each expert) of a weight that is scaled
+STORED = ("linear", "experts")  # kinds of ops that have weights
 
 
 def bytes_of(op: Mapping[str, Any], name: str, base: str) -> float:
-    """Bytes that a linear (a row of the groups table) takes in a format, scales counted.
+    """Bytes that a linear, or a layer's experts (a row of the groups table), takes in a format, scales counted.
 
     A weight that is tied to the embedding stays there in base: lowered, its copy comes on top.
     """
-    if op["kind"] != "linear":
+    if op["kind"] not in STORED:
         return 0.0
     kept = get_format(base).bytes * op["parameters"]
     if name == base:
         return float(kept)
-    scales = SCALE_BYTES * op["out_features"] if get_format(name).needs_scale else 0
+    scales = (
+        SCALE_BYTES * (op["parameters"] // op["in_features"]) if get_format(name).needs_scale else 0
+    )
     lowered = get_format(name).bytes * op["parameters"] + scales
     return float(lowered + kept if op.get("tied") else lowered)
 
 
 def weight_bytes(groups: pl.DataFrame, formats: Mapping[str, str], base: str) -> float:
-    """Bytes of all linears under a plan (op → format); those that it does not name are in base."""
+    """Bytes of all linears and experts under a plan (op → format); those that it does not name are in base."""
     return math.fsum(
         bytes_of(op, formats.get(op["op"], base), base) for op in groups.iter_rows(named=True)
     )
 
 
 def weights_of(groups: pl.DataFrame) -> int:
-    """How many weights the linears have."""
-    return int(groups.filter(pl.col("kind") == "linear")["parameters"].sum())
+    """How many weights the linears and experts have."""
+    return int(groups.filter(pl.col("kind").is_in(STORED))["parameters"].sum())
 
 
 def effective_bits(groups: pl.DataFrame, formats: Mapping[str, str], base: str) -> float:
-    """Mean bits a weight under a plan, over all linears: 8 · weight_bytes / weights."""
+    """Mean bits a weight under a plan, over all linears and experts: 8 · weight_bytes / weights."""
     return 8 * weight_bytes(groups, formats, base) / max(1, weights_of(groups))
 
 
 def bytes_of_rows(
     groups: pl.DataFrame, rows: Iterable[tuple[list[str], list[str]]], base: str
 ) -> tuple[list[float], float]:
-    """For each (ops, configuration) the bytes of its linears, and the bytes in base of those that no row has."""
+    """For each (ops, configuration) the bytes of its weights, and the bytes in base of those that no row has."""
     ops = {op["op"]: op for op in groups.iter_rows(named=True)}
     decided, sums = set[str](), []
     for members, configuration in rows:

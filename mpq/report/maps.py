@@ -18,12 +18,20 @@ from mpq.report.style import (
     FORMAT_HATCHES,
     INK,
     ORANGE,
+    PINK,
     RULE,
     SKY,
     SMALL,
     dress,
     new_figure,
 )
+
+_KINDS = {
+    "linear": ("linear", SKY),
+    "experts": ("experts", PINK),
+    "bgemm": ("BGEMM", ORANGE),
+    "other": ("in base", RULE),
+}
 
 
 def place_of(op: str) -> tuple[int | None, str]:
@@ -199,7 +207,7 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
             color=INK,
         )
         for j, (op, kind) in enumerate(of.select("op", "kind").iter_rows()):
-            y, colour = top - j - 0.5, SKY if kind == "linear" else ORANGE
+            y, colour = top - j - 0.5, _KINDS[kind][1]
             axes.add_patch(
                 FancyBboxPatch(
                     (i + 0.13, y - 0.36),
@@ -229,11 +237,12 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
     axes.set_xlim(0, max(1, len(shown)))
     axes.set_ylim(-0.1, tallest + 0.6)
     axes.axis("off")
-    handles = [Patch(facecolor=SKY, label="linear"), Patch(facecolor=ORANGE, label="BGEMM")]
+    there = {kind for _, of in shown for kind in of["kind"]}
+    handles = [Patch(facecolor=c, label=label) for k, (label, c) in _KINDS.items() if k in there]
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=2,
+        ncols=max(1, len(handles)),
         frameon=False,
         fontsize=SMALL,
         labelcolor=INK,

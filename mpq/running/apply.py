@@ -1,7 +1,7 @@
 """A plan on a model: the same model running in mixed precision, and back.
 
 Linears (nn.Linear, and GPT-2's Conv1D, whose weight is transposed) get another `forward` on the instance; attention's
-products go through attention.intercept. Nothing of the model is changed otherwise: weights stay as they are, so that a
+products go through attention.intercept, those of experts through experts.intercept_experts. Nothing of the model is changed otherwise: weights stay as they are, so that a
 head tied to the embedding leaves the embedding alone, and ops in the base format run what they always ran.
 
 - backend `emulated`: any format, operands rounded and multiplied in the dtype of the model's weights.
@@ -27,10 +27,14 @@ from torch import Tensor, nn
 
 from mpq.errors import MpqError
 from mpq.formats.format import Format, get_format
-from mpq.kernels import check_native, cpu, emulated, int8_attention, native_kernels
+from mpq.kernels import Kind, check_native, cpu, emulated, int8_attention, native_kernels
 from mpq.kernels.rounding import rounded
+from mpq.models import experts
 from mpq.models.attention import AttentionHandler, PlainAttention, intercept
+from mpq.models.experts import ExpertProduct, intercept_experts
+from mpq.models.graph import OpKind
 from mpq.models.linears import is_linear, weight_of
+from mpq.running.experts import EmulatedExperts, NativeExperts
 
 Backend: TypeAlias = Literal["native", "emulated"]
 Forward: TypeAlias = Callable[..., Tensor]
@@ -43,6 +47,21 @@ def perturbation(seed: int | None, op: str, operand: str, fmt: Format) -> float:
         return 1.0
     width = 0.05 if fmt.kind == "int" else 1.0
     return 1.0 + width * random.Random(f"{seed}/{op}/{operand}").random()
+
+
+def kind_of(model: nn.Module, op: str) -> OpKind | None:
+    """What kind of op of `model` is called `op`, `other` where it is none that can be lowered; None for no part of the model."""
+    owner, _, last = op.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    if last in PRODUCTS:
+        return "bgemm"
+    if experts.dispatched(module) and last in experts.products_of(module):
+        return "experts"
+    found = getattr(module, last, None)
+    return "linear" if isinstance(found, nn.Module) and is_linear(found) else "other"
 
 
 class Mixed:
@@ -68,10 +87,11 @@ class Mixed:
         self.backend = backend
         self.seed = seed
         self._kernels: dict[tuple[str, str], Forward] = {}
+        self._products: dict[tuple[str, str], ExpertProduct] = {}
         self._linears: dict[
             str, tuple[nn.Module, Forward | None]
         ] = {}  # replaced now, with an instance forward of old
-        self._attention = ExitStack()
+        self._seams = ExitStack()  # what is in attention and experts now
         self._formats: dict[str, str] = {}
         weight = next(model.parameters())
         self._device, self._dtype = weight.device.type, weight.dtype
@@ -96,32 +116,37 @@ class Mixed:
         lowered = {
             op: f for op, name in formats.items() if (f := get_format(name).name) != self.base
         }
+        kinds = {op: kind_of(self.model, op) for op in formats}
         unknown = [
-            op
-            for op in formats
-            if not (self._exists(op) or (op not in lowered and self._is_product_of_other_kind(op)))
+            op for op, kind in kinds.items() if kind is None or (kind == "other" and op in lowered)
         ]
         if unknown:
             raise MpqError(
                 f"The model has no op {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''} ({len(unknown)} of "
                 f"{len(formats)} in the plan): make the plan for this architecture."
             )
-        if self.backend == "native":
-            check_native(
-                (f for op, f in lowered.items() if not _is_product(op)), self._device, "linear"
-            )
-            check_native((f for op, f in lowered.items() if _is_product(op)), self._device, "bgemm")
+        of_kind: dict[str, dict[str, str]] = {"linear": {}, "experts": {}, "bgemm": {}}
+        for op, name in lowered.items():
+            of_kind[str(kinds[op])][op] = name
+        for kind, of in of_kind.items() if self.backend == "native" else ():
+            check_native(of.values(), self._device, cast(Kind, kind))
         kept = self._kept(lowered)
-        kernels = {op: self._linear(op, f) for op, f in lowered.items() if not _is_product(op)}
+        kernels = {op: self._linear(op, f) for op, f in of_kind["linear"].items()}
         for op in kernels.keys() & {
             *kept,
             *(reader for producer in kept for reader in self._feeds[producer]),
         }:
             kernels[op] = partial(kernels[op], out=kept.get(op, self._dtype))
-        handlers = self._handlers({op: f for op, f in lowered.items() if _is_product(op)}, kept)
+        handlers = self._handlers(of_kind["bgemm"], kept)
+        products: dict[str, dict[str, ExpertProduct]] = {}
+        for op, name in of_kind["experts"].items():
+            owner, _, product = op.rpartition(".")
+            products.setdefault(owner, {})[product] = self._expert_product(op, name)
         self.clear()
         if handlers:
-            self._attention.enter_context(intercept(self.model, handlers))
+            self._seams.enter_context(intercept(self.model, handlers))
+        if products:
+            self._seams.enter_context(intercept_experts(self.model, products))
         for op, kernel in kernels.items():
             module = self.model.get_submodule(op)
             self._linears[op] = (module, module.__dict__.get("forward"))
@@ -130,7 +155,7 @@ class Mixed:
 
     def clear(self) -> None:
         """Take every replacement off: the model runs as it did before."""
-        self._attention.close()
+        self._seams.close()
         for module, forward in self._linears.values():
             del module.__dict__["forward"]
             if forward is not None:
@@ -155,25 +180,6 @@ class Mixed:
                 kept[op] = getattr(torch, fmt.dtype)
         return kept
 
-    def _exists(self, op: str) -> bool:
-        owner, _, product = op.rpartition(".")
-        try:
-            if _is_product(op):
-                return product in PRODUCTS and self.model.get_submodule(owner) is not None
-            return is_linear(self.model.get_submodule(op))
-        except AttributeError:
-            return False
-
-    def _is_product_of_other_kind(self, op: str) -> bool:
-        """Whether `op` may be a product that mpq names but cannot lower (`<module>.bmm`, a router of experts), and a plan
-        leaves in base."""
-        owner, _, product = op.rpartition(".")
-        try:
-            module = self.model.get_submodule(owner)
-        except AttributeError:
-            return False
-        return not is_linear(getattr(module, product, module))
-
     def _linear(self, op: str, name: str) -> Forward:
         if (op, name) not in self._kernels:
             module = self.model.get_submodule(op)
@@ -184,12 +190,20 @@ class Mixed:
                 if self.backend == "emulated"
                 else native_kernels(self._device).linear
             )
-            noise = {
-                f"perturb_{operand}": perturbation(self.seed, op, operand, fmt)
-                for operand in ("input", "weight")
-            }
-            self._kernels[op, name] = make(weight, bias, fmt, **noise)
+            self._kernels[op, name] = make(weight, bias, fmt, **self._noise(op, fmt))
         return self._kernels[op, name]
+
+    def _expert_product(self, op: str, name: str) -> ExpertProduct:
+        if (op, name) not in self._products:
+            owner, _, product = op.rpartition(".")
+            make = EmulatedExperts if self.backend == "emulated" else NativeExperts
+            module, fmt = self.model.get_submodule(owner), get_format(name)
+            self._products[op, name] = make(module, product, fmt, **self._noise(op, fmt))
+        return self._products[op, name]
+
+    def _noise(self, op: str, fmt: Format) -> dict[str, float]:
+        operands = ("input", "weight")
+        return {f"perturb_{o}": perturbation(self.seed, op, o, fmt) for o in operands}
 
     def _handlers(
         self, lowered: Mapping[str, str], kept: Mapping[str, torch.dtype]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import polars as pl
@@ -26,7 +26,7 @@ from transformers.initialization import no_init_weights
 
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
-from mpq.kernels import check_native, device_name
+from mpq.kernels import Kind, check_native, device_name
 from mpq.models.graph import build_on_meta
 from mpq.models.partition import feeds_of
 from mpq.models.positions import check_length
@@ -400,9 +400,9 @@ def _check(
         ]
         if stuck:
             raise MpqError(
-                f"{stuck[0]} is neither linear nor attention product: it can only run in {base}."
+                f"{stuck[0]} is no linear, no experts' product and none of attention's: it can only run in {base}."
             )
-        for kind in ("linear", "bgemm"):
+        for kind in get_args(Kind):
             wanted = (
                 f for (_, k), f in zip(group, configuration, strict=True) if k == kind and f != base
             )

@@ -1,0 +1,57 @@
+"""A layer's experts in a format: rounded and multiplied in the weights' dtype, or by a CPU's own linears, one an expert.
+
+Granularity is that of linears: a scale for each token, and one for each output channel of each expert.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mpq.formats.format import Format
+from mpq.kernels import native_kernels
+from mpq.kernels.rounding import rounded
+from mpq.models.experts import ExpertProduct, Routing, with_bias
+
+
+class EmulatedExperts(ExpertProduct):
+    """An experts' product with its operands rounded to `fmt`, the weights once; the bias stays as it is.
+
+    `perturb_*` multiply the scales before rounding (quantize.fake_quantize).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        fmt: Format,
+        perturb_input: float = 1.0,
+        perturb_weight: float = 1.0,
+    ) -> None:
+        super().__init__(module, name)
+        self._format, self._perturb = fmt, perturb_input
+        self._lowered = rounded(self.weight.detach(), fmt, "row", perturb_weight)
+
+    def operand(self, x: Tensor, routing: Routing | None) -> Tensor:
+        return rounded(x, self._format, "row", self._perturb)
+
+    def product(self, x: Tensor, routing: Routing) -> Tensor:
+        return with_bias(self.multiply(x, self._lowered.mT, routing), self.bias, routing)
+
+
+class NativeExperts(ExpertProduct):
+    """An experts' product on the device's linear kernels, one expert after the other: those that got no token cost nothing."""
+
+    def __init__(self, module: nn.Module, name: str, fmt: Format, **perturb: float) -> None:
+        super().__init__(module, name)
+        weight, bias = self.weight.detach(), self.bias
+        linear = native_kernels(weight.device.type).linear
+        self._linears = [
+            linear(w.contiguous(), None if bias is None else bias[e].detach(), fmt, **perturb)
+            for e, w in enumerate(weight)
+        ]
+
+    def product(self, x: Tensor, routing: Routing) -> Tensor:
+        y = x.new_empty(len(x), self.weight.shape[1])
+        for expert, rows in routing.of_experts():
+            y[rows] = self._linears[expert](x[rows])
+        return y
