@@ -67,9 +67,12 @@ def sensitivity_of(
     import polars as pl
 
     from mpq.loss.sensitivity import measure_sensitivity
+    from mpq.loss.unseen import warn_unseen
 
     ops = list(groups.filter(pl.col("kind") != "other").select("op", "kind").iter_rows())
-    return measure_sensitivity(model, ops, blocks, formats=formats, base=base, **how)
+    sensitivity, loss = measure_sensitivity(model, ops, blocks, formats=formats, base=base, **how)
+    warn_unseen(sensitivity)
+    return sensitivity, loss
 
 
 def times_of(

@@ -26,6 +26,39 @@ SMALL = {
     "max_position_embeddings": 64,
 }
 
+_ROUTED = {"num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2}
+#: configurations of tiny mixtures of experts: plain, with a shared expert, transposed with biases and interleaved gates, latent attention
+MIXTURES: dict[str, dict[str, object]] = {
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen2_moe": {
+        **_ROUTED,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 16,
+    },
+    "qwen3_moe": {**_ROUTED, "num_experts": 4, "moe_intermediate_size": 24},
+    "gpt_oss": {
+        **_ROUTED,
+        "num_local_experts": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+}
+
 
 def small_config(model_type: str, **more: object) -> AutoConfig:
     """A tiny configuration of the architecture, two layers of hidden size 32."""

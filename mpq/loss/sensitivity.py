@@ -33,6 +33,7 @@ from mpq.loss.cross_entropy import (
     of_labels,
 )
 from mpq.loss.taps import Tally, checkpointed, tapped
+from mpq.loss.unseen import tokens_of, warn_unseen, with_tokens
 from mpq.models.blocks import Blocks
 from mpq.models.positions import check_length
 from mpq.store.tables import table
@@ -61,6 +62,7 @@ def measure_sensitivity(
     `kl` in nats per predicted token, of noise model `actual`, with `kl_stderr`, its standard error over samples. Each of
     the `measures` costs a backward pass; what is not measured is null. `label_seed` draws the labels of `kl`.
     With `base_term` false, the base format's own noise is not subtracted: the paper's form.
+    Where the model has experts, `expert_tokens` says how many tokens each of an op's got (unseen.py).
     The model comes back as it was. Raises MpqError for a loss or a gradient that is not finite, for a format that is
     unknown, for a model whose tokens see the ones after them, and for blocks longer than its learned positions.
     """
@@ -96,7 +98,11 @@ def measure_sensitivity(
                     (-of_labels(predicted, labels)).mean(dim=1).sum().backward()
             if progress:
                 progress(done + 1, total)
-    return _tables(tally, torch.cat(losses), blocks.tokens.shape[1] - 1, known[0], base_term)
+    sensitivity, of_loss = _tables(
+        tally, torch.cat(losses), blocks.tokens.shape[1] - 1, known[0], base_term
+    )
+    got = next(iter(tally.tokens.values()), {})  # the same of every loss
+    return with_tokens(sensitivity, {op: counts.tolist() for op, counts in got.items()}), of_loss
 
 
 def _tables(
@@ -181,7 +187,9 @@ def merge(
     sensitivity = merged.agg(pl.col("n_samples").sum(), *means, _stderr("kl", "kl_stderr"))
     n = pl.col("n_samples").sum()
     loss = pl.concat(losses).select(n, _mean("mean_square_loss"), _mean("mean_loss"))
-    return table("sensitivity", sensitivity.to_dicts()), table("loss", loss.to_dicts())
+    whole = with_tokens(table("sensitivity", sensitivity.to_dicts()), tokens_of(*sensitivities))
+    warn_unseen(whole)
+    return whole, table("loss", loss.to_dicts())
 
 
 def _mean(column: str) -> pl.Expr:

@@ -2,7 +2,7 @@
 
 The gradients are per sample. An activation's come out of one backward pass of Σ_i g_i as they are: sample i's loss does
 not reach the others' activations. A weight's are formed from the output gradient and the input, G_iᵀ X_i, a slice of
-rows at a time, weighed and dropped. Parameters never ask for gradients, so beyond the stored activations nothing is kept.
+rows at a time, weighed and dropped; an expert's from those of the sample's tokens that were sent to it. Parameters never ask for gradients, so beyond the stored activations nothing is kept.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mpq.formats.quantize import Granularity
 from mpq.kernels.errors import MAGNITUDES, weighted_sums
 from mpq.loss.cross_entropy import differentiable_input
 from mpq.models.attention import AttentionHandler, intercept
+from mpq.models.experts import ExpertProduct, Routing, intercept_experts, with_bias
 from mpq.models.linears import weight_of
 
 # elements of a weight whose gradients are formed together: on a CPU they stay in its cache
@@ -32,19 +33,22 @@ _SLICE_ELSEWHERE = 2**23
 class Tally:
     """Sums over samples, by loss and (op, operand), of what kernels.errors.weighted_sums gives for each sample.
 
-    `sums[loss][op, operand]` is (2, 3 + formats) float64: Σ_i v_i and Σ_i v_i².
+    `sums[loss][op, operand]` is (2, 3 + formats) float64: Σ_i v_i and Σ_i v_i². `tokens[loss][op]` (experts,) int64 says how
+    many tokens each expert of an op got.
     """
 
     def __init__(self, formats: Sequence[Format]) -> None:
         self.formats = tuple(formats)
         self.sums: dict[str, dict[tuple[str, str], Tensor]] = defaultdict(dict)
+        self.tokens: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.samples = 0  # of the batch in flight
         self._batch: dict[tuple[str, str], Tensor] = {}
+        self._tokens: dict[str, Tensor] = {}
 
     @contextmanager
     def of(self, loss: str, samples: int) -> Iterator[None]:
         """Within, a backward pass of the losses of a batch of `samples`, called `loss`."""
-        self.samples, self._batch = samples, {}
+        self.samples, self._batch, self._tokens = samples, {}, self.tokens[loss]
         yield
         of_loss = self.sums[loss]
         for where, values in self._batch.items():
@@ -68,6 +72,22 @@ class Tally:
         """Add what ∂g/∂u (samples, …, T, K) gives, one sample after the other: temporaries stay small."""
         for i, (g, of_u) in enumerate(zip(gradient, u, strict=True), first):
             self.add(op, operand, i, weighted_sums(of_u, self.formats, how)(g))
+
+    def add_weight(
+        self, op: str, weight: Tensor, each: Sequence[tuple[int, Tensor, Tensor]]
+    ) -> None:
+        """Add what ∂g_i/∂W of a weight (C, K) gives, of `each` sample (i, output's gradient (T, C), input (T, K))."""
+        rows = max(1, _SLICE.get(weight.device.type, _SLICE_ELSEWHERE) // weight.shape[1])
+        for start in range(0, len(weight), rows):
+            some = slice(start, start + rows)
+            sums = weighted_sums(weight[some], self.formats, "row", often=len(each) > 1)
+            for i, g, u in each:
+                self.add(op, "weight", i, sums(g[:, some].T @ u))  # [c, T] @ [T, K] -> [c, K]
+
+    def add_tokens(self, op: str, counts: Tensor) -> None:
+        """Count the tokens (experts,) that the experts of `op` got."""
+        counts = counts.long().cpu()
+        self._tokens[op] = self._tokens[op] + counts if op in self._tokens else counts
 
 
 class _Tap(torch.autograd.Function):
@@ -114,14 +134,76 @@ class _TappedLinear(torch.autograd.Function):
         inputs = x.reshape(tally.samples, -1, x.shape[-1])
         tally.add_each(op, "input", through.view_as(inputs), inputs, "row")
         outputs = gradient.reshape(tally.samples, -1, gradient.shape[-1])
-        rows = max(1, _SLICE.get(weight.device.type, _SLICE_ELSEWHERE) // weight.shape[1])
-        for start in range(0, len(weight), rows):
-            some = slice(start, start + rows)
-            sums = weighted_sums(weight[some], tally.formats, "row", often=True)
-            for i, (g, u) in enumerate(zip(outputs, inputs, strict=True)):
-                one = g[:, some].T @ u  # [c, T] @ [T, K] -> [c, K], sample i's ∂g_i/∂W there
-                tally.add(op, "weight", i, sums(one))
+        each = [(i, g, u) for i, (g, u) in enumerate(zip(outputs, inputs, strict=True))]
+        tally.add_weight(op, weight, each)
         return through, None, None, None, None
+
+
+class _TappedRows(torch.autograd.Function):
+    """Identity whose backward pass tallies the gradient of the rows that enter an experts' product.
+
+    Tokens (N, K), or with a routing (S, K) sorted by expert; `tally.samples` divides tokens into samples.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tally: Tally, op: str, routing: Routing | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.where = (tally, op, routing)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        tally, op, routing = ctx.where
+        rows = (gradient, x) if routing is None else map(routing.by_token, (gradient, x))
+        g, u = (t.reshape(tally.samples, -1, t.shape[-1]) for t in rows)
+        tally.add_each(op, "input", g, u, "row")
+        return gradient, None, None, None
+
+
+class _TappedExperts(torch.autograd.Function):
+    """An experts' product (S, K) -> (S, C) whose backward pass tallies each expert's per-sample gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, tally: Tally, op: str, of: ExpertProduct, routing: Routing
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.where = (tally, op, of, routing)
+        return of.multiply(x, of.weight.mT, routing)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        tally, op, of, routing = ctx.where
+        weight, gradient = of.weight, gradient.contiguous()
+        sample = routing.order // (
+            len(routing.order) // tally.samples
+        )  # tokens come sample by sample
+        for expert, rows in routing.of_experts():
+            belongs, g, u = sample[rows], gradient[rows], x[rows]
+            each = [(i, g[belongs == i], u[belongs == i]) for i in belongs.unique().tolist()]
+            tally.add_weight(op, weight[expert], each)
+        tally.add_tokens(op, torch.diff(routing.ends, prepend=routing.ends.new_zeros(1)))
+        through = of.multiply(
+            gradient, weight, routing
+        )  # [S, C] by [C, K] of each expert -> [S, K]
+        return through, None, None, None, None
+
+
+class _TappedProduct(ExpertProduct):
+    """Taps on the two operands of one of a layer's experts' products."""
+
+    def __init__(self, module: nn.Module, name: str, tally: Tally, op: str) -> None:
+        super().__init__(module, name)
+        self.tally, self.op = tally, op
+
+    def operand(self, x: Tensor, routing: Routing | None) -> Tensor:
+        return _TappedRows.apply(x, self.tally, self.op, routing)  # type: ignore[no-any-return]
+
+    def product(self, x: Tensor, routing: Routing) -> Tensor:
+        y = _TappedExperts.apply(x, self.tally, self.op, self, routing)
+        return with_bias(y, self.bias, routing)
 
 
 class _TappedAttention(AttentionHandler):
@@ -152,17 +234,22 @@ def tapped(model: nn.Module, ops: Sequence[tuple[str, str]], tally: Tally) -> It
     modules = dict(model.named_modules())
     with ExitStack() as stack:
         handlers: dict[str, AttentionHandler] = {}
+        products: dict[str, dict[str, ExpertProduct]] = {}
         for name, kind in ops:
-            owner = name.rpartition(".")[0] if kind == "bgemm" else name
+            owner, _, product = (name, "", "") if kind == "linear" else name.rpartition(".")
             if owner not in modules:
                 raise MpqError(
                     f"The model has no op {name!r}: partition this model and use the names from its groups table."
                 )
             if kind == "bgemm":
                 handlers[owner] = _TappedAttention(tally, owner)
+            elif kind == "experts":
+                of_module = products.setdefault(owner, {})
+                of_module[product] = _TappedProduct(modules[owner], product, tally, name)
             else:
                 stack.enter_context(_tapped_linear(modules[owner], tally, name))
         stack.enter_context(intercept(model, handlers))
+        stack.enter_context(intercept_experts(model, products))
         stack.enter_context(differentiable_input(model))
         yield
 

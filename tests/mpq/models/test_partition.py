@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from small import ROOT, small_config, small_model
+from small import MIXTURES, ROOT, small_config, small_model
 from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
@@ -25,9 +25,10 @@ from mpq.loss.sensitivity import measure_sensitivity
 from mpq.models.architecture import architecture_key
 from mpq.models.blocks import Blocks
 from mpq.models.checkpoint import load_config
-from mpq.models.graph import Graph, Op, trace
+from mpq.models.graph import Graph, Op, build_on_meta, trace
 from mpq.models.partition import feeds_of, groups_table, partition
 from mpq.program.gains import gains_m
+from mpq.program.memory import bytes_of
 from mpq.running.apply import apply_plan
 
 GQA = {"num_key_value_heads": 2, "head_dim": 8}
@@ -170,12 +171,37 @@ def test_shapes_and_macs() -> None:
     assert rows["lm_head"]["out_features"] == 97
 
 
-def test_experts_are_named_not_lowered() -> None:
-    """The products of experts, and of the router that chooses among them, are named, of kind `other`."""
-    ops = [op for g in partition(trace(small_config("mixtral", **GQA))) for op in g.ops]
-    kinds = {op.name.removeprefix("model.layers.0."): op.kind for op in ops}
-    assert kinds["mlp.experts.gate_up_proj"] == kinds["mlp.experts.down_proj"] == "other"
-    assert kinds["mlp.gate"] == "other"
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts_are_one_op_for_all_of_a_layer(model_type: str) -> None:
+    """Each tensor of a layer's experts is an op by its name: MACs of the experts that a token is sent to, bytes of all;
+    the router is `other`, a shared expert's linears are linears."""
+    config = small_config(model_type, **MIXTURES[model_type])
+    frame = groups_table(partition(trace(config)), batch=3, length=10)
+    layer = "model.layers.1.mlp."
+    frame = frame.filter(pl.col("op").str.starts_with(layer))
+    rows = {r["op"].removeprefix(layer): r for r in frame.iter_rows(named=True)}
+    model = build_on_meta(config)
+    wide = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    for name, (k, c) in {"gate_up_proj": (32, 2 * wide), "down_proj": (wide, 32)}.items():
+        row = rows[f"experts.{name}"]
+        assert row["kind"] == "experts"
+        assert (row["in_features"], row["out_features"]) == (k, c)
+        assert row["macs"] == 3 * 10 * 2 * k * c
+        assert row["parameters"] == model.get_parameter(row["op"]).numel() == 4 * k * c
+        assert (
+            bytes_of(row, "int8", "bf16") == 4 * k * c + 4 * 4 * c
+        )  # a scale a channel and expert
+        assert bytes_of(row, "bf16", "bf16") == 2 * 4 * k * c
+    assert rows.get("gate", rows.get("router"))["kind"] == "other"
+    shared = [op for op in rows if "shared_expert" in op and op.endswith("_proj")]
+    assert len(shared) == (3 if model_type in ("qwen2_moe", "deepseek_v3") else 0)
+    assert {rows[op]["kind"] for op in shared} <= {"linear"}
+
+
+def test_an_op_without_experts_keeps_its_signature() -> None:
+    """What was timed before there were ops of experts is found again: the signature of a dense layer is the one it had."""
+    groups = partition(trace(small_config("llama", **GQA)))
+    assert groups[1].signature == "o_proj-2aa66c34"
 
 
 GEMMA_3N = GQA | {

@@ -7,13 +7,13 @@ from typing import Any
 
 import polars as pl
 import pytest
-from small import small_config
+from small import MIXTURES, small_config
 
 from mpq.errors import MpqError
 from mpq.models.graph import trace
 from mpq.models.partition import groups_table, partition
 from mpq.program.constraints import Allowed, allowed, broken, options_by_signature
-from mpq.program.engines import ENGINES, check_formats
+from mpq.program.engines import ENGINES, KINDS, check_formats
 from mpq.program.gains import gains_et, gains_m, gains_tt
 from mpq.program.strategies import choose, uniform_plans
 from mpq.spec import ConstraintSpec, EngineName
@@ -228,3 +228,20 @@ def test_a_broken_plan_is_told() -> None:
     assert len(told) == 2
     assert "k_proj in bf16" in told[0]
     assert told[1] == "lm_head may not be in int8, but in bf16"
+
+
+def test_an_engine_takes_one_format_for_all_experts_of_a_layer() -> None:
+    """vLLM's rule ties a layer's two expert tensors, and no shared expert to them; without an engine they are two decisions."""
+    groups = groups_table(
+        partition(trace(small_config("deepseek_v3", **MIXTURES["deepseek_v3"]))), 1, 8
+    )
+    experts = [f"model.layers.1.mlp.experts.{p}" for p in ("gate_up_proj", "down_proj")]
+    formats = dict.fromkeys(KINDS, FORMATS)
+    for engine, wanted in (("vllm", [tuple(experts)]), ("none", [(op,) for op in experts])):
+        found = allowed(groups, ConstraintSpec(), engine, formats, BASE)
+        assert [d for d in found.decisions if set(d) & set(experts)] == wanted
+        assert found.formats[experts[0]] == (BASE, *FORMATS)
+    assert "model.layers.1.mlp.gate" not in found.formats
+    saved = gains_m(groups, sensitivity(groups), FORMATS, BASE, "ulp", found)
+    row = saved.filter(pl.col("ops") == [experts[1]], pl.col("configuration") == ["int8"])
+    assert row["gain"].to_list() == [4 * 24 * 32]  # a byte a weight of four experts
