@@ -82,11 +82,10 @@ def small_model(
     return model
 
 
-def write_checkpoint(folder: Path, seed: int = 0) -> Path:
-    """A tiny Llama checkpoint, tied and with grouped-query attention, without a tokenizer."""
-    small_model(
-        "llama", seed=seed, num_key_value_heads=2, tie_word_embeddings=True
-    ).save_pretrained(folder)
+def write_checkpoint(folder: Path, seed: int = 0, model_type: str = "llama") -> Path:
+    """A tiny checkpoint without a tokenizer: a Llama, tied and with grouped-query attention, or one of the mixtures."""
+    more = MIXTURES.get(model_type, {"num_key_value_heads": 2, "tie_word_embeddings": True})
+    small_model(model_type, seed=seed, **more).save_pretrained(folder)
     return folder
 
 
