@@ -23,6 +23,7 @@ ROOMS = [
     ["kernels"],
     ["running"],
     ["loss"],
+    ["serving"],
     ["timing"],
     ["program"],
     ["evaluation"],

@@ -1,0 +1,62 @@
+"""Tiny checkpoints of several architectures, and plans for them, to be exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from small import small_model
+
+from mpq.models.checkpoint import fingerprint, load_model
+from mpq.program.plan import Plan
+
+MORE: dict[str, dict[str, object]] = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False},
+    "gpt_neox": {"use_parallel_residual": True, "tie_word_embeddings": False},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+}
+
+
+def checkpoint(
+    at: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, **how: object
+) -> Path:
+    """A tiny checkpoint of the architecture, its biases drawn as well."""
+    model = small_model(kind, **{**MORE.get(kind, {}), **how})
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(0, 0.2)
+    model.to(dtype).save_pretrained(at)
+    return at
+
+
+def plan_of(source: Path, formats: Mapping[str, str], base: str = "fp32") -> Plan:
+    """A plan for the checkpoint with these formats, all predictions made up."""
+    return Plan(
+        strategy="ip_m",
+        objective="m",
+        tau=0.01,
+        base=base,
+        formats=dict(formats),
+        predicted_loss_mse=1e-4,
+        budget=1e-3,
+        predicted_gain=1e3,
+        mean_square_loss=16.0,
+        fingerprint=fingerprint(source),
+        provenance={"model": "org/tiny", "gains": "abc"},
+    )
+
+
+def linears(source: Path, base: str = "fp32") -> list[str]:
+    """The model's linears, head included."""
+    return [
+        n for n, m in load_model(source, base).named_modules() if isinstance(m, torch.nn.Linear)
+    ]
+
+
+def mixed(ops: list[str]) -> dict[str, str]:
+    """Attention in INT8, the rest of each layer in FP8, everything outside of layers in base."""
+    return {
+        op: "fp32" if ".layers." not in op else "int8" if "att" in op else "fp8_e4m3" for op in ops
+    }
