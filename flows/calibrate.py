@@ -9,11 +9,13 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefect.runtime import flow_run
 
 from mpq.flows.evaluation import Plans, evaluate
+from mpq.flows.exporting import check_export, export_plan
 from mpq.flows.outputs import publish, write_outputs
 from mpq.flows.plans import make_plans
 from mpq.flows.recorded import flow
@@ -56,7 +58,12 @@ def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
         return spec
     name = f"{spec.name}-{checkpoint.rstrip('/').rpartition('/')[2]}"
     model = spec.model.model_copy(update={"path": checkpoint, "revision": None})
-    return spec.model_copy(update={"name": name, "model": model})
+    more: dict[str, Any] = {}
+    if spec.export and spec.export.out:
+        more["export"] = spec.export.model_copy(
+            update={"out": f"{spec.export.out.rstrip('/')}/{name}"}
+        )
+    return spec.model_copy(update={"name": name, "model": model, **more})
 
 
 def chain(run: Run, evaluate: Evaluate = evaluate, appendix: str = "") -> dict[str, Any]:
@@ -71,6 +78,8 @@ def chain(run: Run, evaluate: Evaluate = evaluate, appendix: str = "") -> dict[s
     plans = [plan for ref in found.plan_files for plan in read_json(ref)]
     out = write_outputs(run.spec, plans, drawn["report"], found.tables, facts)
     publish(run.spec, found.tables, drawn, out)
+    if run.spec.export:
+        out |= {"checkpoint": str(export_plan(run, Path(out["plan"]), found.text))}
     return {
         "tables": found.tables,
         "out": out,
@@ -82,10 +91,11 @@ def chain(run: Run, evaluate: Evaluate = evaluate, appendix: str = "") -> dict[s
 
 
 class Found(NamedTuple):
-    """The tables of a run by kind, each in the parts that stages wrote, and the plans as JSON."""
+    """The tables of a run by kind, each in the parts that stages wrote, the plans as JSON, and the blocks of held-out text."""
 
     tables: dict[str, list[TableRef]]
     plan_files: list[TableRef]
+    text: TableRef
 
 
 def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
@@ -95,6 +105,7 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
     groups = partition(run)
     for objective in run.objectives:  # constraints that no plan keeps are told before the work
         check_possible(read(groups), allowed_of(run, groups, objective), run.spec.constraints)
+    check_export(run, groups)
     sums = sensitivity(run, groups, loaded["calibration"])
     solved, timed = make_plans(run, groups, sums)
     plan_files = [found["plan_files"] for found in solved]
@@ -112,7 +123,7 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
     if run.evaluating:
         plans = [plan for ref in plan_files for plan in read_json(ref)]
         tables["evaluation"] = [evaluate(run, groups, plans, loaded["evaluation_text"])]
-    return Found(tables, plan_files)
+    return Found(tables, plan_files, loaded["evaluation_text"])
 
 
 def check_formats(run: Run) -> None:

@@ -100,4 +100,4 @@ def retuned(
                 "Times are measured for the et formats together: calibrate with the formats that it shall choose from."
             )
         data["objectives"][objective]["formats"] = formats
-    return parse_spec({**data, "name": f"{spec.name}-retuned"}, "retune")
+    return parse_spec({**data, "name": f"{spec.name}-retuned", "export": None}, "retune")

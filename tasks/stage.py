@@ -184,6 +184,35 @@ def batch(
     return wrap
 
 
+def folder(
+    there: Callable[..., bool],
+    name: str = "",
+    on: On = "flow",
+    free: Sequence[str] = (),
+    **options: Any,
+) -> Callable[[Callable[..., None]], Stage]:
+    """Make a stage that writes a folder outside of the store: nothing is done while `there(key, **inputs)`.
+
+    The function gets its key to leave in the folder. `free` and `options` are as in `stage`.
+    """
+
+    def wrap(compute: Callable[..., None]) -> Stage:
+        @functools.wraps(compute, assigned=_NAMES, updated=())
+        def run(key: str, store: str, label: str, inputs: dict[str, Any]) -> Any:
+            log = get_run_logger()
+            if there(key, **inputs):
+                log.info("%s: there already", label)
+                return Completed(name="Cached", message="There already", data={})
+            log.info("%s: computing", label)
+            compute(key=key, **inputs)
+            return {}
+
+        made = _task(run, compute.__name__, options)
+        return Stage(name or compute.__name__, (), made, compute, on, frozenset(free), None)
+
+    return wrap
+
+
 _NAMES = ("__name__", "__qualname__", "__doc__", "__module__")
 
 
@@ -257,6 +286,7 @@ __all__ = [
     "Stage",
     "batch",
     "content_of",
+    "folder",
     "read",
     "read_json",
     "read_together",

@@ -28,37 +28,37 @@ class Engine:
 
 
 _MODELS = "vllm/model_executor/models/"
+_FUSED = (
+    Fused(
+        ("q_proj", "k_proj", "v_proj"),
+        "qkv_proj",
+        _MODELS + "llama.py: LlamaForCausalLM.packed_modules_mapping; so named in most",
+    ),
+    Fused(
+        ("gate_proj", "up_proj"),
+        "gate_up_proj",
+        _MODELS + "llama.py: LlamaForCausalLM.packed_modules_mapping; so named in most",
+    ),
+    Fused(
+        ("q_a_proj", "kv_a_proj_with_mqa"),
+        "fused_qkv_a_proj",
+        _MODELS + "deepseek_v2.py: DeepseekV2MLAAttention.fused_qkv_a_proj",
+    ),
+    Fused(
+        ("query", "key", "value"),
+        "qkv_proj",
+        _MODELS + "bert.py: BertSelfAttention.qkv_proj; so named in encoders",
+    ),
+    Fused(("w1", "w3"), "gate_up_proj", _MODELS + "internlm2.py: InternLM2MLP"),
+    Fused(("w2", "w1"), "gate_up_proj", _MODELS + "qwen.py: QWenMLP"),
+    Fused(("c_fc_0", "c_fc_1"), "gate_up_proj", _MODELS + "exaone.py: ExaoneGatedMLP"),
+)
 ENGINES: dict[str, Engine] = {
     e.name: e
     for e in (
-        Engine(
-            "vllm",
-            (
-                Fused(
-                    ("q_proj", "k_proj", "v_proj"),
-                    "qkv_proj",
-                    _MODELS + "llama.py: LlamaForCausalLM.packed_modules_mapping; so named in most",
-                ),
-                Fused(
-                    ("gate_proj", "up_proj"),
-                    "gate_up_proj",
-                    _MODELS + "llama.py: LlamaForCausalLM.packed_modules_mapping; so named in most",
-                ),
-                Fused(
-                    ("q_a_proj", "kv_a_proj_with_mqa"),
-                    "fused_qkv_a_proj",
-                    _MODELS + "deepseek_v2.py: DeepseekV2MLAAttention.fused_qkv_a_proj",
-                ),
-                Fused(
-                    ("query", "key", "value"),
-                    "qkv_proj",
-                    _MODELS + "bert.py: BertSelfAttention.qkv_proj; so named in encoders",
-                ),
-                Fused(("w1", "w3"), "gate_up_proj", _MODELS + "internlm2.py: InternLM2MLP"),
-                Fused(("w2", "w1"), "gate_up_proj", _MODELS + "qwen.py: QWenMLP"),
-                Fused(("c_fc_0", "c_fc_1"), "gate_up_proj", _MODELS + "exaone.py: ExaoneGatedMLP"),
-            ),
-        ),
+        Engine("vllm", _FUSED),
+        # SGLang merges the same products, as vLLM names them (sglang/srt/models/llama.py: qkv_proj, gate_up_proj)
+        Engine("sglang", _FUSED),
         # transformers runs each linear by itself
         Engine("transformers", ()),
     )

@@ -15,6 +15,7 @@ from mpq.errors import MpqError, require
 from mpq.export.folder import (
     RECORD,
     Aside,
+    Asked,
     alone,
     check_room,
     check_target,
@@ -27,6 +28,7 @@ from mpq.program.plan import Plan
 
 if TYPE_CHECKING:
     from mpq.export.shards import Shard
+    from mpq.export.skeleton import Skeleton
 
 log = logging.getLogger("mpq")
 
@@ -40,6 +42,7 @@ _NO_CHECK = {"done": False, "why": "it was not asked for (--no-check)"}
 class Exported:
     """What was exported: `formats` counts the lowered linears by format, `check` is what reloading it found.
 
+    `key` is what the caller calls its content, "" where it calls it nothing.
     `weight_bytes` are those of the exported tensors, `base_weight_bytes` of the same model all in its base format.
     """
 
@@ -56,6 +59,7 @@ class Exported:
     check: Mapping[str, Any]
     files: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    key: str = ""
 
 
 def export(
@@ -71,6 +75,8 @@ def export(
     trust_remote_code: bool = False,
     shard_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    key: str = "",
+    asked: Asked = Asked(),
 ) -> Exported:
     """Write `plan` on the checkpoint in the folder `source` as a folder `out`, which appears when it is whole and right.
 
@@ -82,14 +88,57 @@ def export(
     if to not in TARGETS:
         raise MpqError(f"Unknown target {to!r}: expected one of {', '.join(TARGETS)}.")
     out = Path(out).expanduser()
-    check_target(out, source, overwrite)
+    check_target(out, source, overwrite, asked)
     if to == "json":
-        return _export_json(plan, out, engine)
+        return _export_json(plan, out, engine, key)
     if check is not None:
         require("compressed_tensors", "the check of an export")
-    work = _Work(plan, source, out, engine, trust_remote_code, shard_bytes)
+    work = _Work(plan, source, out, engine, trust_remote_code, shard_bytes, key)
     with alone(out), told(out):
         return work.run(check, device, progress)
+
+
+def check_exportable(
+    formats: Mapping[str, str],
+    base: str,
+    source: Path,
+    engine: str,
+    trust_remote_code: bool = False,
+) -> None:
+    """Raise MpqError where a plan of these formats (op → format) could not be exported for the engine: nothing is written."""
+    require("compressed_tensors", "the check of an export")
+    _expressed(formats, base, source, engine, trust_remote_code)
+
+
+def _expressed(
+    formats: Mapping[str, str],
+    base: str,
+    source: Path,
+    engine: str,
+    trust_remote_code: bool,
+    shard_bytes: int | None = None,
+) -> tuple[dict[str, Any], Skeleton, dict[str, str], tuple[Shard, ...]]:
+    """The source's config.json and names, its lowered linears, and the shards that they go to."""
+    from mpq.export.expressible import lowered_linears
+    from mpq.export.shards import SHARD_BYTES, shards_of
+    from mpq.export.skeleton import skeleton
+    from mpq.models.checkpoint import load_config
+    from mpq.models.layout import read_config, weight_files
+    from mpq.models.quantized import already_quantized, method_of, refuse_narrow
+
+    config = read_config(source)
+    loaded = load_config(source, trust_remote_code)
+    if method := method_of(config, source):
+        raise already_quantized(source, f"by {method}")
+    refuse_narrow(weight_files(source), source)
+    model = skeleton(loaded)
+    lowered = lowered_linears(formats, base, model, engine)
+    return (
+        config,
+        model,
+        lowered,
+        shards_of(source, model, lowered, base, shard_bytes or SHARD_BYTES),
+    )
 
 
 class _Work:
@@ -103,25 +152,14 @@ class _Work:
         engine: str,
         trust_remote_code: bool,
         shard_bytes: int | None,
+        key: str,
     ):
-        from mpq.export.expressible import lowered_linears
-        from mpq.export.shards import SHARD_BYTES, shards_of
-        from mpq.export.skeleton import skeleton
-        from mpq.models.checkpoint import fingerprint, load_config, marks
-        from mpq.models.layout import read_config, weight_files
-        from mpq.models.quantized import already_quantized, method_of, refuse_narrow
+        from mpq.models.checkpoint import fingerprint, marks
 
         self.plan, self.source, self.out, self.engine = plan, source, out, engine
-        self.trusted = trust_remote_code
-        self.config = read_config(source)
-        loaded = load_config(source, trust_remote_code)
-        if method := method_of(self.config, source):
-            raise already_quantized(source, f"by {method}")
-        refuse_narrow(weight_files(source), source)
-        self.model = skeleton(loaded)
-        self.lowered = dict(lowered_linears(plan, self.model, engine))
-        self.shards = shards_of(
-            source, self.model, self.lowered, plan.base, shard_bytes or SHARD_BYTES
+        self.trusted, self.key = trust_remote_code, key
+        self.config, self.model, self.lowered, self.shards = _expressed(
+            plan.formats, plan.base, source, engine, trust_remote_code, shard_bytes
         )
         self.marks = marks(source)
         self.fingerprint = fingerprint(source)
@@ -239,6 +277,7 @@ class _Work:
             check=found,
             files=files,
             notes=notes,
+            key=self.key,
         )
 
     def _describe(self, made: Exported, folder: Path) -> None:
@@ -269,7 +308,7 @@ def _wrong(found: Mapping[str, Any], folder: Path) -> MpqError:
     )
 
 
-def _export_json(plan: Plan, out: Path, engine: str) -> Exported:
+def _export_json(plan: Plan, out: Path, engine: str, key: str) -> Exported:
     """The plan for other tools: `plan.json` as mpq reads it, `formats.json` with the format of each op."""
     with alone(out), told(out):
         aside = Aside(out, "json")
@@ -295,6 +334,7 @@ def _export_json(plan: Plan, out: Path, engine: str) -> Exported:
             fingerprint=plan.fingerprint,
             check={"done": False, "why": "there is nothing to load in JSON"},
             files={n: hashlib.sha256(t.encode()).hexdigest() for n, t in files.items()},
+            key=key,
         )
         write_record(made, aside.folder)
         aside.finish()

@@ -8,18 +8,19 @@ from mpq.errors import MpqError
 from mpq.export.engines import ENGINES, split_ties
 from mpq.export.scheme import SCHEMES
 from mpq.export.skeleton import Skeleton
-from mpq.program.plan import Plan
 
 _PRODUCTS = ("qk_matmul", "av_matmul")
 
 
-def lowered_linears(plan: Plan, model: Skeleton, engine: str) -> Mapping[str, str]:
-    """The plan's lowered ops, all linears, in the model's order: op → format.
+def lowered_linears(
+    formats: Mapping[str, str], base: str, model: Skeleton, engine: str
+) -> dict[str, str]:
+    """The lowered ops of a plan (op → format), all linears, in the model's order.
 
     Raises MpqError for attention's products, ops that the model lacks or that are no nn.Linear, formats that the file has
     no scheme for, weights that two linears share, and fused layers of the engine whose parts differ.
     """
-    lowered = plan.lowered
+    lowered = {op: f for op, f in formats.items() if f != base}
     if products := [op for op in lowered if op.rpartition(".")[2] in _PRODUCTS]:
         raise MpqError(
             f"The plan lowers {len(products)} of attention's products ({products[0]} among them), which a compressed-tensors checkpoint cannot express: pin them to base (*.qk_matmul, *.av_matmul), solve again, and export that plan."
@@ -39,22 +40,22 @@ def lowered_linears(plan: Plan, model: Skeleton, engine: str) -> Mapping[str, st
             )
         if name not in SCHEMES:
             raise MpqError(
-                f"{op} runs in {name} in this plan, which a compressed-tensors checkpoint in {plan.base} cannot express: it can hold {' and '.join(SCHEMES)}, and all else in its one base format; make the plan with those."
+                f"{op} runs in {name} in this plan, which a compressed-tensors checkpoint in {base} cannot express: it can hold {' and '.join(SCHEMES)}, and all else in its one base format; make the plan with those."
             )
         shared = model.sharing(f"{op}.weight") - {f"{op}.weight", model.embedding}
         if shared:
             raise MpqError(
                 f"{op} shares its weight with {min(shared)}, so that one cannot be lowered without the other: pin both to base and solve again."
             )
-    check_ties(plan, model, engine)
+    check_ties(formats, base, model, engine)
     return {op: lowered[op] for op in model.linears if op in lowered}
 
 
-def check_ties(plan: Plan, model: Skeleton, engine: str) -> None:
+def check_ties(formats: Mapping[str, str], base: str, model: Skeleton, engine: str) -> None:
     """Raise MpqError where the engine would multiply linears of different formats in one product."""
     if engine not in ENGINES:
         raise MpqError(f"Unknown engine {engine!r}: expected one of {', '.join(ENGINES)}.")
-    broken = list(split_ties(plan.formats, model.linears, plan.base, engine))
+    broken = list(split_ties(formats, model.linears, base, engine))
     if broken:
         layer, chosen = broken[0]
         found = ", ".join(f"{op.rpartition('.')[2]} in {name}" for op, name in chosen.items())

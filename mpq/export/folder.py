@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from mpq.errors import MpqError, first_line
@@ -37,27 +38,45 @@ _BESIDE = (  # how text becomes tokens, how the model generates, and under which
 )
 
 
-def check_target(out: Path, source: Path | None, overwrite: bool) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What people called the folder and its replacement, for sentences about them."""
+
+    out: str = "--out"
+    overwrite: str = "--overwrite"
+
+
+def check_target(out: Path, source: Path | None, overwrite: bool, asked: Asked = Asked()) -> None:
     """Raise MpqError unless the export may go to `out`: a folder that is not there, is empty, or an export to be replaced."""
-    at = out.resolve()
+    at, said = out.resolve(), f"{asked.out} {out}"
     if source is not None and (at == source.resolve() or at in source.resolve().parents):
-        raise MpqError(
-            f"--out {out} is where the checkpoint itself lies: give a folder of its own."
-        )
+        raise MpqError(f"{said} is where the checkpoint itself lies: give a folder of its own.")
     if os.path.lexists(out) and not out.is_dir():
-        raise MpqError(f"--out {out} is no folder: give a folder that is not there yet.")
+        raise MpqError(f"{said} is no folder: give a folder that is not there yet.")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            raise MpqError(f"--out {out} is not empty: give another folder, or --overwrite.")
+            raise MpqError(f"{said} is not empty: give another folder, or {asked.overwrite}.")
         if not (out / RECORD).is_file():
             raise MpqError(
-                f"--out {out} holds something else than an export (no {RECORD}), which --overwrite does not replace: give another folder."
+                f"{said} holds something else than an export (no {RECORD}), which {asked.overwrite} does not replace: give another folder."
             )
     place = at.parent
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise MpqError(f"--out {out} cannot be written: {place} is no folder of yours.")
+        raise MpqError(f"{said} cannot be written: {place} is no folder of yours.")
+
+
+def holds(out: Path, key: str) -> bool:
+    """Whether `out` is the export called `key`, every file that its record names as it was written."""
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        files = dict(record["files"])
+        return bool(record["key"] == key) and all(
+            _sha256(out / name) == digest for name, digest in files.items()
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 class Aside:

@@ -9,6 +9,7 @@ from .early import resolved as resolved
 from .estimate import Estimate as Estimate
 from .estimate import estimate as estimate
 from .estimate import plans_at_most as plans_at_most
+from .export import ExportSpec as ExportSpec
 from .reading import load_spec as load_spec
 from .reading import parse_spec as parse_spec
 from .reading import parse_text as parse_text

@@ -70,6 +70,8 @@ def _check_installed(spec: RunSpec) -> None:
         require("gurobipy", "solver: gurobi")
     if spec.evaluation and spec.evaluation.tasks:
         require("lm_eval", "evaluation.tasks")
+    if spec.export and spec.export.to == "compressed-tensors":
+        require("compressed_tensors", "export")
     if spec.runner.kind != "local":
         require(f"prefect_{spec.runner.kind}", f"runner.kind: {spec.runner.kind}")
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+)
 
 from mpq.formats.format import get_format
+from mpq.redaction import without_credentials
 
 
 def _format(name: str) -> str:
@@ -21,8 +30,26 @@ def number(value: Any) -> Any:
     return value
 
 
+def _at_home(path: str) -> str:
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
+def _local(path: str) -> str:
+    if "://" in path:
+        raise ValueError(
+            f"must be a local folder, not {without_credentials(path)}: "
+            "tables may lie elsewhere (store), plans, report and exports are files of this machine"
+        )
+    return path
+
+
 FormatName = Annotated[str, AfterValidator(_format)]
 Number = Annotated[float, BeforeValidator(number)]
+# a local path, with ~ for the user's home, or a URL, which may not carry credentials
+Url = Annotated[
+    str, Field(min_length=1), AfterValidator(_at_home), AfterValidator(without_credentials)
+]
+LocalFolder = Annotated[Url, AfterValidator(_local)]
 
 
 class Strict(BaseModel):

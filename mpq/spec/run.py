@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -18,10 +17,10 @@ from pydantic import (
 )
 
 from mpq.formats.format import NoiseModel, get_format
-from mpq.redaction import without_credentials
 from mpq.spec.bound import Bound, BoundSpec
 from mpq.spec.constraints import ConstraintSpec, EngineName, TargetSpec
-from mpq.spec.fields import FormatName, Number, Strict, number
+from mpq.spec.export import SERVED, ExportSpec
+from mpq.spec.fields import FormatName, LocalFolder, Number, Strict, Url, number
 
 log = logging.getLogger("mpq")
 FROM_TASKS = "tasks"  # a text source: documents of the tasks that are evaluated
@@ -42,19 +41,6 @@ def _bounds(taus: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(sorted(set(taus)))
 
 
-def _at_home(path: str) -> str:
-    return os.path.expanduser(path) if path.startswith("~") else path
-
-
-def _local(path: str) -> str:
-    if "://" in path:
-        raise ValueError(
-            f"must be a local folder, not {without_credentials(path)}: "
-            "tables may lie elsewhere (store), plans and report are files of this machine"
-        )
-    return path
-
-
 def _inside(name: str) -> str:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or not name.strip(" ./"):
@@ -67,10 +53,6 @@ def _inside(name: str) -> str:
 Taus = Annotated[tuple[Number, ...], AfterValidator(_bounds)]
 Count = Annotated[int, BeforeValidator(number), Field(ge=1, le=_MOST)]
 Whole = Annotated[int, BeforeValidator(number), Field(ge=0, le=_MOST)]
-# a local path, with ~ for the user's home, or a URL, which may not carry credentials
-Url = Annotated[
-    str, Field(min_length=1), AfterValidator(_at_home), AfterValidator(without_credentials)
-]
 Objective = Literal["et", "tt", "m"]
 Strategy = Literal["ip", "random", "prefix", "uniform"]
 
@@ -359,8 +341,10 @@ class RunSpec(Strict):
     runner: RunnerSpec = Field(
         RunnerSpec(), description="Where sensitivity, timing and evaluation run"
     )
-    out: Annotated[Url, AfterValidator(_local)] = Field(
-        ".work/runs", description="Local folder for plans and the report"
+    out: LocalFolder = Field(".work/runs", description="Local folder for plans and the report")
+    export: ExportSpec | None = Field(
+        None,
+        description="End with a checkpoint that an engine serves (docs/engines.md); null: with plans alone",
     )
 
     @model_validator(mode="after")
@@ -409,6 +393,14 @@ class RunSpec(Strict):
             raise ValueError(
                 "target.ttft_ms needs measured times: add the objective et, or set a target of "
                 "effective_bits or weight_bytes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _servable(self) -> RunSpec:
+        if self.export and self.export.to == "compressed-tensors" and self.engine not in SERVED:
+            raise ValueError(
+                f"export.to compressed-tensors needs plans that keep to an engine's rules: set engine to {' or '.join(SERVED)}, not {self.engine}"
             )
         return self
 

@@ -87,3 +87,12 @@ def test_mistakes_are_told(change: dict, message: str) -> None:
         parse_spec({**GOOD, **change})
     assert message in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_an_export_needs_an_engine() -> None:
+    """A checkpoint for engines is refused where plans keep to no engine's rules, and to a folder elsewhere."""
+    with pytest.raises(MpqError, match="set engine to vllm or sglang or transformers, not none"):
+        parse_spec({**GOOD, "export": {}})
+    with pytest.raises(MpqError, match="must be a local folder"):
+        parse_spec({**GOOD, "engine": "vllm", "export": {"out": "s3://bucket/served"}})
+    assert parse_spec({**GOOD, "export": {"to": "json"}}).export

@@ -1,0 +1,34 @@
+"""The checkpoint that a run ends with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mpq.spec.fields import LocalFolder, Strict
+
+SERVED = ("vllm", "sglang", "transformers")  # engines that read compressed-tensors
+
+
+class ExportSpec(Strict):
+    """A plan as a checkpoint that an engine serves, reloaded in transformers and compared; see docs/engines.md."""
+
+    to: Literal["compressed-tensors", "json"] = Field(
+        "compressed-tensors",
+        description="compressed-tensors: a checkpoint for the engine; json: ops and formats",
+    )
+    out: LocalFolder | None = Field(
+        None,
+        description="Folder to write, which appears when it is whole; `checkpoint` in the run's own folder if left out. "
+        "A run for another checkpoint (watch) writes to a folder below it",
+    )
+    plan: str | None = Field(
+        None,
+        min_length=1,
+        description="The plan's name, such as et-ip_et-tau0.002; the plan to run, as the report has it, if left out",
+    )
+    overwrite: bool = Field(
+        False,
+        description="Replace an earlier export in `out`; in the run's own folder that is so without it",
+    )
