@@ -22,8 +22,9 @@ from mpq.running.prefill import Prefill
 from mpq.store.tables import SCHEMAS, table, validate
 from mpq.timing.clock import clock_of
 from mpq.timing.machine import Interval, Reading
-from mpq.timing.measure import TRIES, measure, measure_ttft, timing_model
+from mpq.timing.measure import measure, measure_ttft, timing_model
 from mpq.timing.pairs import Pairs, Timed, compare, gain_statistics, undisturbed
+from mpq.timing.session import TRIES
 
 CONFIG = AutoConfig.for_model(
     "llama",
@@ -397,7 +398,7 @@ def compared(
         seconds = np.full(repeats, 0.1 * slow), np.full(repeats, (0.1 - gain_s) * slow)
         return [Pairs(*seconds, 0.0, Interval(0.0, 0.0, np.nan)) for _ in configs]
 
-    timing = import_module("mpq.timing.measure")
+    timing = import_module("mpq.timing.session")
     monkeypatch.setattr(timing, "compare", compared)
     monkeypatch.setattr(timing, "PAUSE_S", 0.0)
     monkeypatch.setattr(timing, "BLOCK", 1)
