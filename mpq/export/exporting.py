@@ -171,9 +171,15 @@ class _Work:
         device: str,
         progress: Callable[[int, int], None] | None,
     ) -> Exported:
+        from mpq.export.expressible import IN_TRANSFORMERS
         from mpq.export.shards import write_index, write_shard
         from mpq.models.checkpoint import check_unchanged
 
+        unread = [op for op in self._experts() if self.lowered[op] not in IN_TRANSFORMERS]
+        if unread and check is not None:
+            raise MpqError(
+                f"transformers reads experts in {' or '.join(IN_TRANSFORMERS)} alone, so an export with {unread[0]} in {self.lowered[unread[0]]} cannot be checked by reloading it: export it with --no-check, or solve again with experts in what can be read."
+            )
         aside = Aside(self.out, self._key())
         check_room(self.out, self._missing(aside) + self._room_of(check))
         aside.begin()
@@ -193,6 +199,9 @@ class _Work:
             raise _wrong(found, aside.folder)
         aside.finish()
         return made
+
+    def _experts(self) -> list[str]:
+        return [op for op in self.lowered if op in self.model.expert_ops]
 
     def _key(self) -> str:
         """What decides the shards' content."""
@@ -254,13 +263,17 @@ class _Work:
     def _exported(self, found: Mapping[str, Any], files: Mapping[str, str]) -> Exported:
         from mpq.export.shards import in_base
 
-        notes = (
+        notes: tuple[str, ...] = (
             (
                 f"{self.model.head} is lowered: vLLM reads that since its pull request 37291 (March 2026) only; see docs/engines.md",
             )
             if self.engine == "vllm" and self.model.head in self.lowered
             else ()
         )
+        if self._experts():
+            notes += (
+                "experts are lowered: transformers reads their weights back and leaves their activations as they are, and no engine was run on such an export; see docs/engines.md",
+            )
         for note in notes:
             log.warning("%s.", note)
         return Exported(

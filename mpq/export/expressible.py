@@ -9,13 +9,14 @@ from mpq.export.engines import ENGINES, split_ties
 from mpq.export.scheme import SCHEMES
 from mpq.export.skeleton import Skeleton
 
+IN_TRANSFORMERS = ("fp8_e4m3",)  # formats of experts that transformers reads back
 _PRODUCTS = ("qk_matmul", "av_matmul")
 
 
 def lowered_linears(
     formats: Mapping[str, str], base: str, model: Skeleton, engine: str
 ) -> dict[str, str]:
-    """The lowered ops of a plan (op → format), all linears, in the model's order.
+    """The lowered ops of a plan (op → format), all linears or experts, in the model's order.
 
     Raises MpqError for attention's products, ops that the model lacks or that are no nn.Linear, formats that the file has
     no scheme for, weights that two linears share, and fused layers of the engine whose parts differ.
@@ -30,6 +31,9 @@ def lowered_linears(
             raise MpqError(
                 f"{op} is a Conv1D, whose weight lies transposed: compressed-tensors reads nn.Linear alone and transformers would leave its codes as they are, so plans that lower {op} run in mpq only."
             )
+        if op in model.expert_ops:
+            _check_experts(op, formats, engine)
+            continue
         if op not in model.linears:
             raise MpqError(
                 f"The model has no linear {op}, which the plan lowers: make the plan for this architecture."
@@ -48,7 +52,22 @@ def lowered_linears(
                 f"{op} shares its weight with {min(shared)}, so that one cannot be lowered without the other: pin both to base and solve again."
             )
     check_ties(formats, base, model, engine)
-    return {op: lowered[op] for op in model.linears if op in lowered}
+    return {op: lowered[op] for op in (*model.linears, *model.expert_ops) if op in lowered}
+
+
+def _check_experts(op: str, formats: Mapping[str, str], engine: str) -> None:
+    """Raise MpqError for experts in a format that is none of theirs, or that differs within a layer where the engine has one."""
+    name, owner = formats[op], op.rpartition(".")[0]
+    if name not in SCHEMES or (engine == "transformers" and name not in IN_TRANSFORMERS):
+        can = IN_TRANSFORMERS if engine == "transformers" else tuple(SCHEMES)
+        raise MpqError(
+            f"{op} runs in {name} in this plan, but {engine} reads experts in {' or '.join(can)} alone: solve again with that, or with *.experts.* pinned to base."
+        )
+    others = {o: f for o, f in formats.items() if o.startswith(f"{owner}.") and f != name}
+    if others and engine != "transformers":
+        raise MpqError(
+            f"{engine} has one format for all experts of a layer, but the plan has {op} in {name} and {min(others)} in {min(others.values())}: it would answer wrongly; tie them and solve again, or export with --engine transformers."
+        )
 
 
 def check_ties(formats: Mapping[str, str], base: str, model: Skeleton, engine: str) -> None:

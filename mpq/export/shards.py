@@ -72,27 +72,31 @@ def shards_of(
 ) -> tuple[Shard, ...]:
     """How the checkpoint in `folder` is written anew; only the files' headers are read.
 
-    A lowered weight that is tied becomes a tensor of its own. Raises MpqError where the checkpoint has no weight of a
-    lowered op under its name.
+    A lowered weight that is tied becomes a tensor of its own; each expert's keeps its name. Raises MpqError where the
+    checkpoint has no weight of a lowered op under its name, or all experts in one tensor.
     """
     held = {file: dict(_headers(file, model)) for file in weight_files(folder)}
     names = {name for tensors in held.values() for name in tensors}
-    taken_from = {_source(op, model, names): op for op in lowered}
+    taken_from = {_source(op, model, names): op for op in lowered if op not in model.expert_ops}
+    of_experts = _of_experts(set(lowered) & set(model.expert_ops), model, names)
     groups: list[list[Piece]] = []
     for file, tensors in held.items():
         groups.append([])
         for name, (tensor, kind, shape) in tensors.items():
-            op = taken_from.get(name)
+            op, into = taken_from.get(name), ""
             kept = {name}
             if op:  # what is tied to it stays in base, under names of its own
-                kept = (kept | model.sharing(name) - names) - {f"{op}.weight"}
+                into = f"{op}.weight"
+                kept = (kept | model.sharing(name) - names) - {into}
+            elif op := of_experts.get(name):
+                into, kept = name, set()
             pieces = [
                 Piece(file.name, tensor, n, "", shape, _bytes(kind, shape, base))
                 for n in sorted(kept)
             ]
             if op:
                 coded = math.prod(shape) + 4 * shape[0]
-                pieces.append(Piece(file.name, tensor, f"{op}.weight", lowered[op], shape, coded))
+                pieces.append(Piece(file.name, tensor, into, lowered[op], shape, coded))
             for piece in pieces:
                 if groups[-1] and sum(p.bytes for p in groups[-1]) + piece.bytes > limit:
                     groups.append([])
@@ -132,6 +136,18 @@ def _source(op: str, model: Skeleton, names: set[str]) -> str:
     raise MpqError(
         f"The checkpoint holds no {own}: it keeps that weight under another name or in one tensor with others, which cannot be exported yet; pin {op} to base and solve again."
     )
+
+
+def _of_experts(ops: set[str], model: Skeleton, names: set[str]) -> dict[str, str]:
+    """Each tensor that holds one expert's matrix of one of `ops`, and the op."""
+    if not ops:
+        return {}
+    found = {name: op for name in names if (op := model.expert_op(name)) in ops}
+    if missing := sorted(ops - set(found.values())):
+        raise MpqError(
+            f"The checkpoint keeps all experts of {missing[0]} in one tensor, which compressed-tensors has no names for: pin *.experts.* to base and solve again."
+        )
+    return found
 
 
 def _bytes(kind: str, shape: tuple[int, ...], base: str) -> int:

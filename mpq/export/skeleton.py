@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 
+from mpq.models.experts import dispatched, products_of
 from mpq.models.graph import build_on_meta
 from mpq.models.linears import is_linear
 
@@ -31,6 +40,13 @@ class Skeleton:
     embedding: str
     prefix: str
     experts: tuple[str, ...] = ()  # modules that hold a layer's experts, fused or one by one
+    expert_ops: tuple[str, ...] = ()  # the tensors in them that hold one product of all experts
+    weights: tuple[
+        str, ...
+    ] = ()  # modules with a matrix that are neither linears nor embeddings, such as routers
+    conversions: tuple[
+        Any, ...
+    ] = ()  # how transformers makes its parameters of a checkpoint's tensors
 
     def name_of(self, tensor: str) -> str:
         """What the model calls a tensor of the checkpoint: old checkpoints leave the base model's prefix out, or have it alone."""
@@ -39,6 +55,18 @@ class Skeleton:
                 return name
         return tensor
 
+    def expert_op(self, tensor: str) -> str:
+        """The op of experts that transformers stacks this tensor of a checkpoint into, one expert's whole matrix; else ""."""
+        converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
+        renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
+        name, pattern = rename_source_key(tensor, renamings, converters)
+        stacks = any(
+            pattern in c.source_patterns
+            and all(isinstance(op, MergeModulelist | Concatenate) for op in c.operations)
+            for c in converters
+        )
+        return next((op for op in self.expert_ops if stacks and name.endswith(op)), "")
+
     def sharing(self, parameter: str) -> frozenset[str]:
         """All names of the weight called `parameter`, its own included."""
         return next((names for names in self.shared if parameter in names), frozenset({parameter}))
@@ -46,13 +74,13 @@ class Skeleton:
 
 def skeleton(config: Any) -> Skeleton:
     """The names in the model of this transformers configuration; no weight is read."""
-    model = build_on_meta(config)
+    model: Any = build_on_meta(config)
     modules = dict(model.named_modules())
     holders = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders[id(parameter)].add(name)
     names_of = {id(module): name for name, module in modules.items()}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     linears = tuple(name for name, module in modules.items() if isinstance(module, nn.Linear))
     return Skeleton(
         linears=linears,
@@ -64,4 +92,17 @@ def skeleton(config: Any) -> Skeleton:
         embedding=f"{names_of.get(id(embedding), '')}.weight".lstrip("."),
         prefix=str(getattr(model, "base_model_prefix", "")),
         experts=tuple(n for n in modules if n.rpartition(".")[2] == "experts"),
+        expert_ops=tuple(
+            f"{n}.{product}"
+            for n, m in modules.items()
+            if dispatched(m)
+            for product in products_of(m)
+        ),
+        weights=tuple(
+            n
+            for n, m in modules.items()
+            if not isinstance(m, nn.Linear | nn.Embedding | Conv1D)
+            and getattr(m._parameters.get("weight"), "ndim", 0) == 2
+        ),
+        conversions=tuple(get_model_conversion_mapping(model)),
     )

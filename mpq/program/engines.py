@@ -108,6 +108,13 @@ ENGINES: dict[str, Engine] = {
                     ("bgemm",),
                     _SIMULATED,
                 ),
+                Rule(
+                    "transformers: experts in base or fp8_e4m3",
+                    ("*",),
+                    ("base", "fp8_e4m3"),
+                    ("experts",),
+                    "transformers 5.23, integrations/compressed_tensors.py: 8-bit experts are read as FP8",
+                ),
             ),
             ("int8", "fp8_e4m3"),
             "transformers 5.23 run with compressed-tensors 0.20: each op by its own name",
