@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from prefect import flow
 from prefect.runtime import flow_run
 
+from mpq.flows.checked import checked_plans
 from mpq.flows.evaluation import Plans, evaluate
 from mpq.flows.outputs import publish, write_outputs
-from mpq.flows.plans import make_plans
 from mpq.flows.run import Run, one_by_one, running
 from mpq.flows.times import allowed_of
 from mpq.program.bounds import check_possible
@@ -95,7 +95,7 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
     for objective in run.objectives:  # constraints that no plan keeps are told before the work
         check_possible(read(groups), allowed_of(run, groups, objective), run.spec.constraints)
     sums = sensitivity(run, groups, loaded["calibration"])
-    solved, timed = make_plans(run, groups, sums)
+    solved, timed = checked_plans(run, groups, sums, loaded["check_text"], loaded["drawn"])
     plan_files = [found["plan_files"] for found in solved]
     tables = {
         "groups": [groups],
@@ -177,15 +177,17 @@ def sensitivity(run: Run, groups: TableRef, blocks: TableRef) -> References:
 
 def facts_of(run: Run, drawn: TableRef) -> dict[str, str]:
     """What the report tells of a run besides its tables."""
-    from mpq.evaluation.sampling import in_words
+    from mpq.evaluation.sampling import CHECKED_ON, in_words
 
-    spec = run.spec
+    spec, words = run.spec, in_words(read(drawn))
+    if not any(map(spec.checks_kl, run.objectives)):
+        words.pop(CHECKED_ON, None)
     return {
         "model": spec.model.path,
         "fingerprint": run.weights.fingerprint[:16],
         "base": spec.model.base,
         "device": run.architecture.device_name,
-        **in_words(read(drawn)),
+        **words,
         "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens",
         "noise model": spec.noise_model,
         "mpq": version("mpq"),
