@@ -20,7 +20,7 @@ from mpq.flows.outputs import publish, write_outputs
 from mpq.flows.run import Run, one_by_one, running
 from mpq.flows.times import allowed_of
 from mpq.program.bounds import check_possible
-from mpq.spec import RunSpec
+from mpq.spec import BoundsSpec, RunSpec
 from mpq.store.entries import TableRef
 from mpq.tasks import calibration, evaluation
 from mpq.tasks.stage import References, read, read_json
@@ -105,6 +105,7 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
         "timing": timed,
         "plans": [found["plans"] for found in solved],
         "solutions": [found["solutions"] for found in solved],
+        "gains": [found["gains"] for found in solved],
     }
     if run.spec.constrained:
         tables["prices"] = [found["prices"] for found in solved]
@@ -180,6 +181,7 @@ def facts_of(run: Run, drawn: TableRef) -> dict[str, str]:
     from mpq.evaluation.sampling import CHECKED_ON, in_words
 
     spec, words = run.spec, in_words(read(drawn))
+    bounds = spec.constraints.bounds
     if not any(map(spec.checks_kl, run.objectives)):
         words.pop(CHECKED_ON, None)
     return {
@@ -190,6 +192,7 @@ def facts_of(run: Run, drawn: TableRef) -> dict[str, str]:
         **words,
         "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens",
         "noise model": spec.noise_model,
+        **({} if bounds == BoundsSpec() else {"bounds": bounds.model_dump_json()}),
         "mpq": version("mpq"),
         "torch": version("torch"),
         "transformers": version("transformers"),

@@ -174,4 +174,5 @@ def solve(
             "scales": scales.get(objective),
             "provenance": {"gains": found["gains"].key, **provenance, "versions": versions},
         }
-    return run.map(planning.solve, calls)
+    solved = run.map(planning.solve, calls)
+    return [{**found, "gains": of["gains"]} for found, of in zip(solved, built, strict=True)]

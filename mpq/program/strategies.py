@@ -81,6 +81,32 @@ def choose(
     return program.plan(strategy, tau, budgets, _chosen(rows), seed, _facts(solution), scale)
 
 
+def plan_of(
+    objective: str,
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    rows: Sequence[int],
+    budgets: Mapping[str, float],
+    *,
+    mean_square_loss: float,
+    base: str,
+    base_ttft_s: float | None = None,
+    engine: EngineName = "none",
+    scale: Scale = Scale(),
+) -> Plan:
+    """The plan of chosen rows of a gains table, one of each group, its KL under `scale` already; `budgets` is what bounds it
+    (by column, loss_mse or kl)."""
+    program = _Program(
+        objective, groups, gains, mean_square_loss, base, base_ttft_s, 0.0, None, engine
+    )
+    chosen = _chosen(gains[list(rows)])
+    if "loss_mse" in budgets:
+        tau = math.sqrt(max(0.0, budgets["loss_mse"]) / mean_square_loss)
+    else:
+        tau = budgets["kl"] / math.sqrt(mean_square_loss)
+    return program.plan(f"ip_{objective}", tau, budgets, chosen, scale=scale)[0]
+
+
 def _budgets(
     gains: pl.DataFrame, tau: float | None, kl: float | None, mean_square_loss: float
 ) -> dict[str, float]:
