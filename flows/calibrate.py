@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 
 from prefect.runtime import flow_run
 
+from mpq.flows.checked import checked_plans
 from mpq.flows.evaluation import Plans, evaluate
 from mpq.flows.exporting import check_export, export_plan
 from mpq.flows.outputs import publish, write_outputs
-from mpq.flows.plans import make_plans
 from mpq.flows.recorded import flow
 from mpq.flows.run import Run, one_by_one, running
 from mpq.flows.times import allowed_of
 from mpq.program.bounds import check_possible
 from mpq.redaction import redact
-from mpq.spec import RunSpec
+from mpq.spec import BoundsSpec, RunSpec
 from mpq.store.entries import TableRef
 from mpq.tasks import calibration, evaluation
 from mpq.tasks.stage import References, read, read_json
@@ -107,7 +107,7 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
         check_possible(read(groups), allowed_of(run, groups, objective), run.spec.constraints)
     check_export(run, groups)
     sums = sensitivity(run, groups, loaded["calibration"])
-    solved, timed = make_plans(run, groups, sums)
+    solved, timed = checked_plans(run, groups, sums, loaded["check_text"], loaded["drawn"])
     plan_files = [found["plan_files"] for found in solved]
     tables = {
         "groups": [groups],
@@ -117,6 +117,7 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
         "timing": timed,
         "plans": [found["plans"] for found in solved],
         "solutions": [found["solutions"] for found in solved],
+        "gains": [found["gains"] for found in solved],
     }
     if run.spec.constrained:
         tables["prices"] = [found["prices"] for found in solved]
@@ -189,17 +190,21 @@ def sensitivity(run: Run, groups: TableRef, blocks: TableRef) -> References:
 
 def facts_of(run: Run, drawn: TableRef) -> dict[str, str]:
     """What the report tells of a run besides its tables."""
-    from mpq.evaluation.sampling import in_words
+    from mpq.evaluation.sampling import CHECKED_ON, in_words
 
-    spec = run.spec
+    spec, words = run.spec, in_words(read(drawn))
+    bounds = spec.constraints.bounds
+    if not any(map(spec.checks_kl, run.objectives)):
+        words.pop(CHECKED_ON, None)
     return {
         "model": spec.model.path,
         "fingerprint": run.weights.fingerprint[:16],
         "base": spec.model.base,
         "device": run.architecture.device_name,
-        **in_words(read(drawn)),
+        **words,
         "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens",
         "noise model": spec.noise_model,
+        **({} if bounds == BoundsSpec() else {"bounds": bounds.model_dump_json()}),
         "mpq": version("mpq"),
         "torch": version("torch"),
         "transformers": version("transformers"),

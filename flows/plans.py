@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 from mpq.flows.run import Calls, Run, announce
 from mpq.flows.times import allowed_of, choices, first_times, measured, times_of_plans
+from mpq.program.anchors import Scale
 from mpq.program.constraints import rules_of
 from mpq.spec import Objective
 from mpq.store.entries import TableRef
@@ -18,19 +20,25 @@ from mpq.tasks.timing import Wanted
 MAKERS = ("mpq", "torch", "transformers", "highspy", "gurobipy")
 
 
+Scales = Mapping[Objective, list[Scale]]  # one for each limit; of an objective that is not there, 1
+
+
 def make_plans(
-    run: Run, groups: TableRef, sums: References
+    run: Run, groups: TableRef, sums: References, scales: Scales = MappingProxyType({})
 ) -> tuple[list[References], list[TableRef]]:
-    """Plans for each objective, and the timing tables that those for measured time rest on."""
+    """Plans for each objective, and the timing tables that those for measured time rest on.
+
+    `scales` are what measured plans say of the predicted KL.
+    """
     if "et" not in run.objectives:
         objectives = list(run.objectives)
         built, without = (make(run, objectives, groups, sums) for make in (gains, gains_without))
-        return solve(run, objectives, groups, sums, built, without=without), []
-    timed = refined(run, groups, sums)
+        return solve(run, objectives, groups, sums, built, scales, without=without), []
+    timed = refined(run, groups, sums, scales)
     built = gains(run, list(run.objectives), groups, sums, timed)
     anchor = anchors_of(run, groups, built[list(run.objectives).index("et")]["gains"])
     without = gains_without(run, list(run.objectives), groups, sums, timed)
-    solved = solve(run, list(run.objectives), groups, sums, built, timed, anchor, without)
+    solved = solve(run, list(run.objectives), groups, sums, built, scales, timed, anchor, without)
     left = unmeasured_of(run, groups, timed, solved[list(run.objectives).index("et")])
     if left:
         announce(
@@ -40,13 +48,13 @@ def make_plans(
     return solved, timed
 
 
-def refined(run: Run, groups: TableRef, sums: References) -> list[TableRef]:
+def refined(run: Run, groups: TableRef, sums: References, scales: Scales) -> list[TableRef]:
     """Timing tables with everything in them that the plans for measured time choose."""
     from mpq.timing.design import refine, uncertain
 
     def chosen(timed: list[TableRef]) -> list[Wanted]:
         built = gains(run, ["et"], groups, sums, timed)
-        (solved,) = solve(run, ["et"], groups, sums, built, timed)
+        (solved,) = solve(run, ["et"], groups, sums, built, scales, timed)
         wanted = unmeasured_of(run, groups, timed, solved)
         part, base = run.spec.timing, run.spec.model.base
         if part.more and part.target:
@@ -135,6 +143,7 @@ def solve(
     groups: TableRef,
     sums: References,
     built: Sequence[References],
+    scales: Scales,
     timed: Sequence[TableRef] = (),
     anchor: TableRef | None = None,
     without: Sequence[dict[str, TableRef]] = (),
@@ -162,6 +171,8 @@ def solve(
             "bounds": spec.constraints.bounds,
             "target": spec.target,
             "without": loosened,
+            "scales": scales.get(objective),
             "provenance": {"gains": found["gains"].key, **provenance, "versions": versions},
         }
-    return run.map(planning.solve, calls)
+    solved = run.map(planning.solve, calls)
+    return [{**found, "gains": of["gains"]} for found, of in zip(solved, built, strict=True)]

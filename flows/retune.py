@@ -28,7 +28,16 @@ Evaluate = Annotated[
 
 SOLVING = frozenset({"gains", "solve", "report"})
 EVALUATING = frozenset(
-    {"evaluate base", "evaluate", "tasks base", "tasks", "TTFT of plans", "collect"}
+    {
+        "check",
+        "deliver",
+        "evaluate base",
+        "evaluate",
+        "tasks base",
+        "tasks",
+        "TTFT of plans",
+        "collect",
+    }
 )
 
 

@@ -56,7 +56,15 @@ def _loaded_from(
     return fingerprint_of(Path(folder), TOKENIZER_FILES), texts, data
 
 
-@stage("model", "calibration", "evaluation_text", "drawn", name="load model", key=_loaded_from)
+@stage(
+    "model",
+    "calibration",
+    "evaluation_text",
+    "check_text",
+    "drawn",
+    name="load model",
+    key=_loaded_from,
+)
 def load_model(
     folder: str, calibration: CalibrationSpec, evaluation: EvaluationSpec, trusted: bool = False
 ) -> Output:
@@ -76,6 +84,7 @@ def load_model(
         "model": (json.dumps(facts).encode(), "json"),
         "calibration": _npy(drawn.calibration.tokens),
         "evaluation_text": _npy(drawn.evaluation.tokens),
+        "check_text": _npy(drawn.check.tokens),
         "drawn": drawn.table,
     }
 

@@ -58,6 +58,20 @@ def evaluate_plan(
     return {"plan_losses": frame}
 
 
+@stage("block_kl", name="check", on="workers", free=["batch", "what"], retries=1)
+def measure_kl(
+    weights: Weights, formats: dict[str, str], blocks: TableRef, batch: int, what: str
+) -> Output:
+    """KL divergence of a plan from base on each block of a text, nats per predicted token."""
+    from mpq.evaluation.losses import divergences
+
+    with exclusive(weights.device, alone=False):
+        found = divergences(
+            loaded(weights), formats, blocks_of(blocks), base=weights.base, batch=batch
+        )
+    return {"block_kl": pl.DataFrame({"kl": found})}
+
+
 def _scored(
     weights: Weights,
     task: str,

@@ -9,12 +9,14 @@ from typing import Any
 
 import polars as pl
 
+from mpq.program.anchors import Measured, Scale
 from mpq.program.constraints import Allowed
+from mpq.program.plan import Plan
 from mpq.program.solver import NoPlan, SolverName
 from mpq.spec import Bound, BoundsSpec, EngineName, Objective, ObjectiveSpec, TargetSpec
 from mpq.store.entries import TableRef
 from mpq.store.tables import table
-from mpq.tasks.stage import Output, read, read_together, stage
+from mpq.tasks.stage import Output, read, read_json, read_together, stage
 
 log = logging.getLogger("mpq")
 
@@ -68,13 +70,15 @@ def solve(
     bounds: BoundsSpec = BoundsSpec(),
     target: TargetSpec | None = None,
     without: dict[str, TableRef] | None = None,
+    scales: list[Scale] | None = None,
 ) -> Output:
     """A plan for each strategy, limit and seed of one objective, its uniform plans once, and that of the smallest cost for
     a target.
 
     `limits` are what KL or τ bounds; one under which no plan keeps the `bounds` is left out with a
     warning; where none has a plan, that is a mistake. `without` are the gains tables in which one rule does not hold, by its name:
-    what each constraint costs goes into a table and each plan's provenance. `anchor` is the measured TTFT of the plans of design.anchors.
+    what each constraint costs goes into a table and each plan's provenance. `scales` are what measured
+    plans say of the predicted KL, one for each limit. `anchor` is the measured TTFT of the plans of design.anchors.
     """
     from mpq.program.prices import SCHEMA, prices
     from mpq.program.strategies import choose, gain_errors, least_loss_plan, uniform_plans
@@ -96,6 +100,8 @@ def solve(
         "bounds": bounds,
         "engine": engine,
     }
+    under = list(zip(limits, scales or [Scale()] * len(limits), strict=True))
+    robust = limits[0].robust if limits else None
     solved = []
     if target and (objective == "et" or target.ttft_ms is None):
         solved.append(least_loss_plan(objective, *tables, target, solver=solver, **how))
@@ -105,7 +111,7 @@ def solve(
     for strategy in (s for s in part.strategies if s != "uniform"):
         name = f"ip_{objective}" if strategy == "ip" else strategy
         for seed in range(part.random_seeds if strategy == "random" else 1):
-            for limit in limits:
+            for limit, scale in under:
                 try:
                     solved.append(
                         choose(
@@ -114,6 +120,8 @@ def solve(
                             *tables,
                             tau=limit.tau,
                             kl=limit.kl,
+                            robust=limit.robust,
+                            scale=scale,
                             seed=seed,
                             solver=solver,
                             **how,
@@ -127,7 +135,16 @@ def solve(
     errors = gain_errors(tables[0], measured, [plan for plan, _ in solved])
     loosened = {name: read(ref) for name, ref in (without or {}).items()}
     priced = [
-        prices(plan, *tables, loosened, bounds=bounds, target=target, solver=solver)
+        prices(
+            plan,
+            *tables,
+            loosened,
+            bounds=bounds,
+            target=target,
+            solver=solver,
+            robust=robust,
+            scale=Scale(plan.kl_scale, plan.kl_scale_error),
+        )
         if plan.strategy.startswith("ip_")
         else []
         for plan, _ in solved
@@ -142,7 +159,50 @@ def solve(
         for (plan, _), e, own in zip(solved, errors, priced, strict=True)
     ]
     solutions = table("solutions", [row for _, row in solved])
-    ops = [
+    return {
+        "plans": _ops_of(plans),
+        "solutions": solutions.with_columns(
+            pl.Series("predicted_gain_error", errors, dtype=pl.Float64),
+            *(
+                pl.Series(name, [row[name] for _, row in solved], dtype=pl.Float64)
+                for name in ("effective_bits", "weight_bytes")
+            ),
+        ),
+        "prices": pl.DataFrame([row for own in priced for row in own], schema=SCHEMA),
+        "plan_files": (json.dumps([asdict(p) for p in plans]).encode(), "json"),
+    }
+
+
+@stage("plans", "solutions", "plan_files", name="deliver")
+def deliver(
+    plan_files: list[TableRef],
+    solutions: TableRef,
+    measured: list[Measured],
+    robust: float | None,
+    text: str,
+) -> Output:
+    """The plans of the last of several rounds of solving, those under a bound on KL replaced by the one that gains most of
+    all that were `measured` inside it; where none is, they stay and say so. `text` is what they were measured on."""
+    from mpq.program.checking import delivered
+
+    rounds = [[Plan(**p) for p in read_json(each)] for each in plan_files]
+    before, plans, rows = read(solutions), [], []
+    for plan, row in zip(rounds[-1], before.iter_rows(named=True), strict=True):
+        checked = delivered(plan, rounds, measured, robust, text)
+        own = {k: getattr(checked, k) for k in row if hasattr(checked, k)}
+        notes = (row["note"], checked.provenance.get("check", {}).get("note"))
+        rows.append({**row, **own, "note": " ".join(note for note in notes if note)})
+        plans.append(checked)
+    return {
+        "plans": _ops_of(plans),
+        "solutions": pl.DataFrame(rows, schema=before.schema),
+        "plan_files": (json.dumps([asdict(p) for p in plans]).encode(), "json"),
+    }
+
+
+def _ops_of(plans: list[Plan]) -> pl.DataFrame:
+    """The `plans` table: a row for each op of each plan."""
+    rows = [
         {
             "strategy": p.strategy,
             "objective": p.objective,
@@ -154,15 +214,4 @@ def solve(
         for p in plans
         for op, f in p.formats.items()
     ]
-    return {
-        "plans": table("plans", ops),
-        "solutions": solutions.with_columns(
-            pl.Series("predicted_gain_error", errors, dtype=pl.Float64),
-            *(
-                pl.Series(name, [row[name] for _, row in solved], dtype=pl.Float64)
-                for name in ("effective_bits", "weight_bytes")
-            ),
-        ),
-        "prices": pl.DataFrame([row for own in priced for row in own], schema=SCHEMA),
-        "plan_files": (json.dumps([asdict(p) for p in plans]).encode(), "json"),
-    }
+    return table("plans", rows)

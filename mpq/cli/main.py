@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mpq import __version__
-from mpq.cli import evaluate, export, init, method, run, show
+from mpq.cli import evaluate, export, frontier, init, method, run, show
 from mpq.cli.console import log, plain
 from mpq.cli.store import store_app
 from mpq.errors import EXTRAS, MpqError, is_out_of_memory, missing_extra
@@ -74,6 +74,7 @@ app.command()(init.init)
 app.command()(run.run)
 app.command()(run.report)
 app.command()(run.reproduce)
+app.command()(frontier.frontier)
 app.command()(method.formats)
 app.command()(method.partition)
 app.command()(method.sensitivity)

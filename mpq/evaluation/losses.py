@@ -45,11 +45,11 @@ def losses(model: nn.Module, blocks: Blocks, batch: int = 8) -> np.ndarray:
     return all_losses
 
 
-def divergence(
+def divergences(
     model: nn.Module, formats: Mapping[str, str], blocks: Blocks, *, base: str, batch: int = 8
-) -> float:
-    """Mean KL divergence (nats per predicted token) of a plan's predictions from base's, as the plan runs: at the
-    kernels' own scales, which no seed perturbs.
+) -> np.ndarray:
+    """KL divergence (nats per predicted token) of a plan's predictions from base's on each block, (samples,) float64, as
+    the plan runs: at the kernels' own scales, which no seed perturbs.
 
     Σ p (ln p − ln p̂) over the vocabulary, p base's probabilities and p̂ the plan's. Both run block by block, so that no
     more than a batch of logits is kept. Raises MpqError where it is not finite.
@@ -69,12 +69,12 @@ def divergence(
                 found.append(terms.sum(-1).mean(dim=1))
     finally:
         mixed.clear()
-    kl = float(torch.cat(found).double().mean())
-    if not math.isfinite(kl):
+    of_blocks: np.ndarray = torch.cat(found).double().cpu().numpy()
+    if not np.isfinite(of_blocks).all():
         raise MpqError(
-            f"The KL divergence from base is {kl}: a format overflows or the model is broken there."
+            f"The KL divergence from base is {of_blocks.mean()}: a format overflows or the model is broken there."
         )
-    return kl
+    return of_blocks
 
 
 def perplexity(of_losses: np.ndarray) -> float:
@@ -102,13 +102,13 @@ def evaluate_loss(
 
     `loss_mse` (nats²) is the mean of (ĝ_i − g_i)², beside E[g²]; `loss_drift` (nats) the mean of ĝ_i − g_i, beside 0;
     `loss` and `perplexity` stand beside the base model's. Each seed perturbs the scales before quantization (Sec. 3).
-    With `kl`, a row for the first seed says the KL divergence from base (`divergence`), beside 0: that of the plan
+    With `kl`, a row for the first seed says the KL divergence from base (`divergences`), beside 0: that of the plan
     unperturbed. A perturbed scale moves the largest element off its code, and in attention's P, whose largest is most of
     a row, that error is the same all over.
     """
     rows: list[dict[str, object]] = []
     if kl:
-        value = divergence(model, formats, blocks, base=base, batch=batch)
+        value = float(divergences(model, formats, blocks, base=base, batch=batch).mean())
         rows.append({"seed": seeds[0], "metric": "kl", "value": value, "base_value": 0.0})
     for done, seed in enumerate(seeds):
         with apply_plan(model, formats, base=base, backend="emulated", seed=seed):

@@ -19,33 +19,38 @@ import polars as pl
 from mpq.errors import MpqError
 from mpq.evaluation.task_data import Tasks, open_tasks, quiet
 from mpq.models.blocks import Blocks
-from mpq.models.text import draw_blocks, load_tokenizer, tokenized
+from mpq.models.text import Drawn, draw_blocks, load_tokenizer, tokenized
 from mpq.spec import FROM_TASKS, CalibrationSpec, EvaluationSpec, TextSpec
 from mpq.store.tables import table
+
+CHECKED_ON = "bounds checked on"
 
 
 @dataclass(frozen=True)
 class TaskDraw:
     """Documents drawn of each task: indices into the evaluated split (ascending), their texts, and the texts as blocks,
-    each of which begins with `begins`."""
+    each of which begins with `begins`; `left` are the blocks next in order, as many again where there are."""
 
     indices: Mapping[str, tuple[int, ...]]
     texts: Mapping[str, tuple[str, ...]]
     blocks: Blocks
-    begins: str = ""
+    begins: str
+    left: Blocks
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a run calibrates and evaluates on.
+    """What a run calibrates and evaluates on, and what plans are checked on before they are delivered: as many blocks of the
+    evaluation's text again, which neither calibrate nor evaluate; where not that many are left, the evaluation's own.
 
-    `table` records it: part (calibration, evaluation of the loss, tasks scored), source, unit (block or document), the index
-    of each one drawn and out of how many; what each block begins with, and how many of the source's rows held no text.
+    `table` records it: part (calibration, evaluation of the loss, check, tasks scored), source, unit (block or document), the
+    index of each one drawn and out of how many; what each block begins with, and how many of the source's rows held no text.
     `request_tokens` are the tokens that one scoring of each task runs the model on.
     """
 
     calibration: Blocks
     evaluation: Blocks
+    check: Blocks
     table: pl.DataFrame
     request_tokens: Mapping[str, int]
 
@@ -60,23 +65,20 @@ def draw(
     """Draw the blocks to calibrate and to evaluate on, and record which. Raises MpqError where there is too little."""
     rows: list[dict[str, object]] = []
     found: dict[str, Blocks] = {}
+    of_text: dict[str, Drawn] = {}
     parts: dict[str, TextSpec] = {"calibration": calibration, "evaluation": evaluation}
     for part, spec in parts.items():
         if spec.source != FROM_TASKS:
-            drawn_blocks = draw_blocks(spec, folder, vocabulary, trust_remote_code)
-            found[part] = drawn_blocks.blocks
-            rows += [
-                {
-                    "part": part,
-                    "source": spec.source,
-                    "unit": "block",
-                    "index": int(i),
-                    "of": drawn_blocks.of,
-                    "begins": drawn_blocks.begins,
-                    "skipped": drawn_blocks.skipped,
-                }
-                for i in drawn_blocks.indices
-            ]
+            of_text[part] = draw_blocks(spec, folder, vocabulary, trust_remote_code)
+            found[part] = of_text[part].blocks
+            rows += _recorded(part, spec.source, of_text[part], of_text[part].indices)
+    if "evaluation" in of_text:
+        used = of_text["evaluation"].indices
+        if _same_text(calibration, evaluation):
+            used = np.concatenate([used, of_text["calibration"].indices])
+        indices = _unused(of_text["evaluation"], used)
+        found["check"] = Blocks(of_text["evaluation"].rows[indices])
+        rows += _recorded("check", evaluation.source, of_text["evaluation"], indices)
     tokens: dict[str, int] = {}
     if evaluation.tasks:
         tokenizer = load_tokenizer(folder, trust_remote_code)
@@ -95,6 +97,9 @@ def draw(
                 if spec.source == FROM_TASKS
             }
             found |= {part: of.blocks for part, of in drawn.items()}
+            if "evaluation" in drawn:
+                left, whole = drawn["evaluation"].left, drawn["evaluation"].blocks
+                found["check"] = left if len(left.tokens) == len(whole.tokens) else whole
             scored = {
                 name: range(min(tasks.documents(name), evaluation.task_limit or math.inf))  # type: ignore[arg-type]
                 for name in tasks.loaded
@@ -123,7 +128,25 @@ def draw(
                 ]
     beside = pl.DataFrame(rows, schema={"begins": pl.String, "skipped": pl.Int64})
     frame = table("drawn", [{k: v for k, v in row.items() if k not in beside} for row in rows])
-    return Draw(found["calibration"], found["evaluation"], frame.hstack(beside), tokens)
+    return Draw(**found, table=frame.hstack(beside), request_tokens=tokens)
+
+
+def _recorded(part: str, source: str, drawn: Drawn, indices: np.ndarray) -> list[dict[str, object]]:
+    of = {"part": part, "source": source, "unit": "block", "of": drawn.of}
+    of |= {"begins": drawn.begins, "skipped": drawn.skipped}
+    return [{**of, "index": int(i)} for i in indices]
+
+
+def _same_text(one: TextSpec, other: TextSpec) -> bool:
+    """Whether the blocks of both are numbered alike."""
+    text = {"source", "length", "field", "split", "revision"}
+    return one.model_dump(include=text) == other.model_dump(include=text)
+
+
+def _unused(drawn: Drawn, used: np.ndarray) -> np.ndarray:
+    """The next blocks of a text, as many as were drawn; those drawn where not so many are left."""
+    left = drawn.order[~np.isin(drawn.order, used)][: len(drawn.indices)]
+    return left if len(left) == len(drawn.indices) else drawn.indices
 
 
 def in_words(drawn: pl.DataFrame) -> dict[str, str]:
@@ -131,6 +154,7 @@ def in_words(drawn: pl.DataFrame) -> dict[str, str]:
     names = {
         "calibration": "calibration",
         "evaluation": "loss evaluated on",
+        "check": CHECKED_ON,
         "tasks": "tasks scored on",
     }
     told: dict[str, list[str]] = {}
@@ -140,6 +164,9 @@ def in_words(drawn: pl.DataFrame) -> dict[str, str]:
     for part, source, unit, count, of in counted.iter_rows():
         told.setdefault(names[part], []).append(f"{count} of {of} {unit}s of {source}")
     words = {part: ", ".join(parts) for part, parts in told.items()}
+    of_part = [set(drawn.filter(part=part)["index"]) for part in ("check", "evaluation")]
+    if CHECKED_ON in words and of_part[0] & of_part[1]:
+        words[CHECKED_ON] += ", the evaluation's own, since no others are left"
     if "begins" in drawn.columns:
         for part, begins, skipped in drawn.select("part", "begins", "skipped").unique().iter_rows():
             words[names[part]] += f"; each block begins with {begins}" if begins else ""
@@ -178,9 +205,11 @@ def draw_documents(
             f"{what} hold {whole} blocks of {length} tokens, {samples or 1} were asked for: "
             "lower samples or length, or give more documents."
         )
-    kept = np.random.default_rng(seed).permutation(whole)[:samples]
+    order = np.random.default_rng(seed).permutation(whole)
+    kept = order[:samples]
+    left = Blocks(rows[order[len(kept) : 2 * len(kept)]])
     begins = "".join(tokenizer.convert_ids_to_tokens(list(stream.prefix)))
-    return TaskDraw(indices, texts, Blocks(rows[kept]), begins)
+    return TaskDraw(indices, texts, Blocks(rows[kept]), begins, left)
 
 
 def _draw(name: str, documents: int, share: float, seed: int, rest: bool) -> tuple[int, ...]:

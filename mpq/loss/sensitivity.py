@@ -15,7 +15,7 @@ from base (method.md "KL and the rounding that happens"): a second backward pass
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import polars as pl
@@ -116,8 +116,9 @@ def _tables(
             raise MpqError(
                 f"The gradient of {operand} of {op} is not finite: calibrate in a wider base format or with other text."
             )
-        kl, stderr = _kl(sums, n, predicted_tokens)
-        means = (sums["loss"][0] / n).nan_to_num(nan=math.inf).tolist() if "loss" in sums else None
+        means, errors = _means(sums.get("loss"), n)
+        # b of each format, nats per token: method.md "KL and the rounding that happens"
+        kl, kl_errors = _means(sums.get("kl"), n, predicted_tokens / 2)
         for noise_model in NOISE_MODELS:
             actual = noise_model == "actual"
             for i, fmt in enumerate((base, *tally.formats), -1):
@@ -130,9 +131,13 @@ def _tables(
                         "n_samples": n,
                         "loss_mse": means
                         and _loss_mse(means, i, fmt, noise_model, base, base_term),
+                        # base's own noise left in, which is next to nothing of it
+                        "loss_mse_stderr": errors
+                        and (i >= 0 or not base_term)
+                        * _loss_mse(errors, i, fmt, noise_model, base, False),
                         "sensitivity": means and means[0],
-                        "kl": (0.0 if i < 0 else kl[i]) if actual and kl else None,
-                        "kl_stderr": (0.0 if i < 0 else stderr[i]) if actual and stderr else None,
+                        "kl": kl and _of_format(kl, i) if actual else None,
+                        "kl_stderr": kl_errors and _of_format(kl_errors, i) if actual else None,
                     }
                 )
     loss: dict[str, object] = {
@@ -148,7 +153,7 @@ def _loss_mse(
 ) -> float:
     """Loss MSE (nats²) of the tally's format number i; -1 is base, whose operands are in it already."""
     if noise_model == "actual":
-        return 0.0 if i < 0 else means[MAGNITUDES + i]
+        return _of_format(means, i)
     square, in_binade, largest = means[:MAGNITUDES]
     of_float = square if noise_model == "paper" else in_binade
     if fmt.kind == "int":
@@ -160,18 +165,24 @@ def _loss_mse(
     return 0.0 if i < 0 else max(0.0, noise - of_float * base.relative_variance)
 
 
-def _kl(
-    sums: Mapping[str, Tensor], n: int, predicted_tokens: int
+def _of_format(values: list[float], i: int) -> float:
+    """The value of the tally's format number i; of -1, base, whose rounding is in the model already, nothing."""
+    return 0.0 if i < 0 else values[MAGNITUDES + i]
+
+
+def _means(
+    sums: Tensor | None, n: int, factor: float = 1.0
 ) -> tuple[list[float] | None, list[float] | None]:
-    """b of each of the tally's formats (nats per token) and its standard error; None where not measured."""
-    if "kl" not in sums:
+    """`factor` × the means over n samples of a tally's values, and their standard errors; None where not known."""
+    if sums is None:
         return None, None
-    values, squares = predicted_tokens / 2 * sums["kl"][:, MAGNITUDES:] / n
+    values, squares = sums / n
     values = values.nan_to_num(nan=math.inf)  # a value that overflows the format, times no gradient
     if n == 1:
-        return values.tolist(), None
-    spread = (squares * predicted_tokens / 2 - values.square()).clamp(min=0)
-    return values.tolist(), (spread / (n - 1)).sqrt().nan_to_num(nan=math.inf).tolist()
+        return (factor * values).tolist(), None
+    spread = (squares - values.square()).clamp(min=0)
+    errors = factor * (spread / (n - 1)).sqrt().nan_to_num(nan=math.inf)
+    return (factor * values).tolist(), errors.tolist()
 
 
 def merge(
@@ -184,7 +195,8 @@ def merge(
     by = ["op", "operand", "format", "noise_model"]
     merged = pl.concat(sensitivities).group_by(by, maintain_order=True)
     means = [_mean(c) for c in ("loss_mse", "sensitivity", "kl")]
-    sensitivity = merged.agg(pl.col("n_samples").sum(), *means, _stderr("kl", "kl_stderr"))
+    errors = [_stderr(c, f"{c}_stderr") for c in ("loss_mse", "kl")]
+    sensitivity = merged.agg(pl.col("n_samples").sum(), *means, *errors)
     n = pl.col("n_samples").sum()
     loss = pl.concat(losses).select(n, _mean("mean_square_loss"), _mean("mean_loss"))
     whole = with_tokens(table("sensitivity", sensitivity.to_dicts()), tokens_of(*sensitivities))

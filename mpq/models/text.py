@@ -37,14 +37,17 @@ class Drawn:
     """Blocks, their `indices` among the `of` blocks of the text in the order drawn, and what else was done to the text.
 
     `begins` is what every text of the model begins with (its BOS token, "" where it has none) and so each block does;
-    `skipped` counts the rows that were null or empty.
+    `skipped` counts the rows that were null or empty; `rows` are all blocks of the text, `order` the whole permutation that
+    `indices` are the first of.
     """
 
     blocks: Blocks
     indices: np.ndarray
     of: int
-    begins: str = ""
-    skipped: int = 0
+    begins: str
+    skipped: int
+    rows: np.ndarray
+    order: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,9 @@ def draw_blocks(
         raise MpqError(
             f"{spec.source} holds {len(rows)} blocks of {spec.length} tokens, {spec.samples} were asked for: lower samples or give more text."
         )
-    drawn = np.random.default_rng(spec.seed).permutation(len(rows))[: spec.samples]
-    return Drawn(Blocks(rows[drawn]), drawn, len(rows), begins, skipped)
+    order = np.random.default_rng(spec.seed).permutation(len(rows))
+    drawn = order[: spec.samples]
+    return Drawn(Blocks(rows[drawn]), drawn, len(rows), begins, skipped, rows, order)
 
 
 def tokenized(tokenizer: Any, documents: Iterable[Document]) -> Stream:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import polars as pl
 
 from mpq.errors import MpqError
 
-COSTS = ("loss_mse", "kl", "kl_stderr")
-Cost = tuple[float | None, ...]  # loss MSE (nats²), KL (nats per token) and its standard error
+COSTS = ("loss_mse", "loss_mse_stderr", "kl", "kl_stderr")
+Cost = tuple[
+    float | None, ...
+]  # loss MSE (nats²), KL (nats per token), each with its standard error
 Losses = dict[tuple[str, str], float]  # (op, format) → what it costs
 
 
@@ -19,11 +21,16 @@ class Costs:
 
     def __init__(self, sensitivity: pl.DataFrame, noise_model: str, base: str) -> None:
         self.base, self.loss = base, loss_by_op(sensitivity, noise_model)
-        of_kl = sensitivity.filter(pl.col("noise_model") == "actual")
-        self.columns = [_by_op(of_kl, c) if c in of_kl.columns else {} for c in COSTS[1:]]
+        of_loss, of_kl = (
+            sensitivity.filter(pl.col("noise_model") == model) for model in (noise_model, "actual")
+        )
+        self.columns = [
+            _by_op(rows, c) if c in rows.columns else {}
+            for c, rows in zip(COSTS[1:], (of_loss, of_kl, of_kl), strict=True)
+        ]
 
     def of(self, ops: Sequence[str], formats: Sequence[str]) -> Cost:
-        """The cost of ops in their formats, in the order of COSTS; a KL that was not measured is None.
+        """The cost of ops in their formats, in the order of COSTS; what was not measured is None.
 
         Standard errors add as the KL does: samples that are hard for one op are hard for all, and the sum is never less
         than the plan's own. Raises MpqError where the table has no loss MSE.
@@ -31,6 +38,13 @@ class Costs:
         pairs = list(zip(ops, formats, strict=True))
         loss = math.fsum(self._loss(op, f) for op, f in pairs)
         return loss, *(self._sum(of, pairs) for of in self.columns)
+
+    def kl(self, formats: Mapping[str, str]) -> float:
+        """The KL of a plan (op → format), nats per token. Raises MpqError where an op's was not measured."""
+        kl = self.of(list(formats), list(formats.values()))[COSTS.index("kl")]
+        if kl is None:
+            raise MpqError("The sensitivity table has no kl of some op: measure sensitivity again.")
+        return kl
 
     def _sum(self, of: Losses, pairs: Sequence[tuple[str, str]]) -> float | None:
         found = [0.0 if f == self.base else of.get((op, f)) for op, f in pairs] if of else [None]

@@ -23,8 +23,13 @@ class Plan:
 
     `predicted_loss_mse`, `budget` (τ² E[g²]; None where KL alone is bounded) and
     `mean_square_loss` are in nats², `predicted_kl` and its bound `kl_bound` in nats per predicted
-    token, None where not measured or not asked for; `predicted_kl_error` is half its 95 %
-    interval. `tau` is κ / √E[g²] where KL alone is bounded, by κ. Times are in seconds,
+    token, None where not measured or not asked for; each `_error` is half a 95 % interval.
+    `predicted_loss_change` (nats per token) is what KL says: the mean loss follows it (method.md).
+    `kl_scale` is what measured plans multiplied the predicted KL by, give or take the share
+    `kl_scale_error` (one standard error); `risk` the probability that
+    the plan breaks its bounds, by what was measured, else by what was predicted, within their
+    errors, and `checked_kl` what the plan's KL was when measured before it was delivered.
+    `tau` is κ / √E[g²] where KL alone is bounded, by κ. Times are in seconds,
     `predicted_gain` in the objective's unit (et: s, tt: BF16 MACs, m: bytes).
     `weight_bytes` are those of the linears, scales counted, `effective_bits` the mean of a weight;
     `engine` is what shall serve the plan. `predicted_gain_error` is half its 95 % interval, None where that is unknown. `provenance`
@@ -49,7 +54,14 @@ class Plan:
     engine: str = "none"
     predicted_kl: float | None = None
     predicted_kl_error: float | None = None
+    predicted_loss_change: float | None = None
+    predicted_loss_mse_error: float | None = None
     kl_bound: float | None = None
+    kl_scale: float = 1.0
+    kl_scale_error: float = 0.0
+    risk: float | None = None
+    checked_kl: float | None = None
+    checked_kl_error: float | None = None
     fingerprint: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION

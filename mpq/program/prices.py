@@ -8,7 +8,9 @@ from typing import Any
 
 import polars as pl
 
+from mpq.program.anchors import Scale, scaled
 from mpq.program.bounds import bound_rows, target_rows
+from mpq.program.certainty import held_at
 from mpq.program.gains import cost_known, least_cost, solve_table
 from mpq.program.plan import LEAST_LOSS, Plan
 from mpq.program.solver import SolverName
@@ -37,20 +39,25 @@ def prices(
     bounds: BoundsSpec,
     target: TargetSpec | None = None,
     solver: SolverName = "auto",
+    robust: float | None = None,
+    scale: Scale = Scale(),
 ) -> list[dict[str, Any]]:
     """A row for each constraint of a plan that the program made: gain, loss MSE and KL (null where not measured) with it, and without it.
 
-    `without` is, for each rule, the gains table in which it does not hold; for et these hold
+    `robust` and `scale` are those under which the plan was chosen (strategies.choose). `without` is, for each rule, the gains table in which it does not hold; for et these hold
     predicted times where the constraints kept configurations from being measured.
     """
     rows = []
     for name, table, left in _loosened(groups, gains, without, bounds, plan.base):
+        table = scaled(table, scale)
         further = bound_rows(table, groups, left, plan.base)
         if plan.strategy == LEAST_LOSS and target:
             aim = target_rows(table, groups, target, plan.base, plan.base_ttft_s)
             chosen, _ = least_cost(table, [*aim, *further], solver)
         else:
-            chosen, _ = solve_table(table, plan.budgets, solver, further)
+            held = held_at(table, robust, plan.budgets) if robust else table
+            rows_chosen, _ = solve_table(held.with_row_index(), plan.budgets, solver, further)
+            chosen = table[rows_chosen["index"].to_list()]
         rows.append(
             {
                 "strategy": plan.strategy,

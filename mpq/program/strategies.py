@@ -16,10 +16,12 @@ import polars as pl
 
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
+from mpq.program.anchors import Scale, scaled
 from mpq.program.bounds import bound_rows, missed, target_rows
+from mpq.program.certainty import ERRORS, HALF, held_at, risk
 from mpq.program.gains import NAMES, least_cost, solve_table
 from mpq.program.memory import effective_bits, weight_bytes
-from mpq.program.plan import LEAST_LOSS, Plan
+from mpq.program.plan import LEAST_LOSS, Plan, has_tau
 from mpq.program.solver import Solution, SolverName, no_plan
 from mpq.timing.design import half_widths, members, neighbours
 from mpq.timing.plausible import implausible
@@ -48,6 +50,8 @@ def choose(
     interaction: float = 0.0,
     bounds: BoundsSpec | None = None,
     engine: EngineName = "none",
+    robust: float | None = None,
+    scale: Scale = Scale(),
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of one strategy under τ, or a bound on KL (nats per token), or both; and its row of
     the `solutions` table.
@@ -55,21 +59,52 @@ def choose(
     Random and Prefix walk over the ops. Each op takes the format that is fastest in theory and
     still fits the bounds; they stop at the first op that fits in none. `interaction` (s)
     corrects the predicted TTFT for lowered neighbours (design.interaction). The program's plan
-    keeps `bounds` too; of the others' plans the row notes which they miss. Raises MpqError for a
+    keeps `bounds` too; of the others' plans the row notes which they miss. `scale` is what
+    measured plans say of the predicted KL; with `robust` the bound is kept at that probability
+    (certainty.held_at). Raises MpqError for a
     bound that is not above zero, for none, and where KL is bounded and was not measured; NoPlan
     where no plan keeps the bounds.
     """
     budgets = _budgets(gains, tau, kl, mean_square_loss)
     if tau is None:
         tau = budgets["kl"] / math.sqrt(mean_square_loss)  # as the loss moves, if it moves by κ
+    gains = scaled(gains, scale)
+    held = held_at(gains, robust, budgets) if robust else gains
     program = _Program(
         objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
     )
     if strategy in ("random", "prefix"):
-        return program.plan(strategy, tau, budgets, _walk(strategy, program, budgets, seed), seed)
+        chosen = _walk(strategy, _options(held), base, budgets, seed)
+        return program.plan(strategy, tau, budgets, chosen, seed, scale=scale)
     further = bound_rows(gains, groups, bounds, base) if bounds else []
-    rows, solution = solve_table(gains, budgets, solver, further)
-    return program.plan(strategy, tau, budgets, _chosen(rows), seed, _facts(solution))
+    rows, solution = solve_table(held, budgets, solver, further)
+    return program.plan(strategy, tau, budgets, _chosen(rows), seed, _facts(solution), scale)
+
+
+def plan_of(
+    objective: str,
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    rows: Sequence[int],
+    budgets: Mapping[str, float],
+    *,
+    mean_square_loss: float,
+    base: str,
+    base_ttft_s: float | None = None,
+    engine: EngineName = "none",
+    scale: Scale = Scale(),
+) -> Plan:
+    """The plan of chosen rows of a gains table, one of each group, its KL under `scale` already; `budgets` is what bounds it
+    (by column, loss_mse or kl)."""
+    program = _Program(
+        objective, groups, gains, mean_square_loss, base, base_ttft_s, 0.0, None, engine
+    )
+    chosen = _chosen(gains[list(rows)])
+    if "loss_mse" in budgets:
+        tau = math.sqrt(max(0.0, budgets["loss_mse"]) / mean_square_loss)
+    else:
+        tau = budgets["kl"] / math.sqrt(mean_square_loss)
+    return program.plan(f"ip_{objective}", tau, budgets, chosen, scale=scale)[0]
 
 
 def _budgets(
@@ -204,10 +239,7 @@ class _Program:
         self.objective, self.groups, self.base = objective, groups, base
         self.mean_square_loss, self.base_ttft_s = mean_square_loss, base_ttft_s
         self.interaction = interaction
-        self.members = members(groups, gains)
-        self.options: dict[int, Rows] = {}
-        for row in gains.iter_rows(named=True):
-            self.options.setdefault(row["group"], {})[tuple(row["configuration"])] = row
+        self.members, self.options = members(groups, gains), _options(gains)
 
     def total(self, chosen: Chosen, column: str) -> float | None:
         """The sum of a column over the chosen configurations; None where one of them has none."""
@@ -216,7 +248,7 @@ class _Program:
 
     def sure(self, chosen: Chosen, column: str) -> float:
         """The sum of a column that every row has."""
-        return math.fsum(self.options[g][c][column] for g, c in chosen.items())
+        return _sum(self.options, chosen, column)
 
     def in_one_format(self, f: str, kept: str | None = None) -> Chosen:
         """Each group with as many ops in `f` as it can have; the others, and `kept`, in base where they may be."""
@@ -239,6 +271,7 @@ class _Program:
         chosen: Chosen,
         seed: int = 0,
         solved: Mapping[str, Any] = HEURISTIC,
+        scale: Scale = Scale(),
     ) -> tuple[Plan, dict[str, Any]]:
         """The plan that puts each group in its chosen configuration, and its solutions row."""
         formats = {
@@ -247,7 +280,8 @@ class _Program:
             for op, f in zip(self.members[group], configuration, strict=True)
         }
         gain, ttft = self.sure(chosen, "gain"), None
-        error = self.total(chosen, "kl_stderr")
+        costs = {c: (self.total(chosen, c), self.total(chosen, e)) for c, e in ERRORS.items()}
+        kl, loss_error, kl_error = costs["kl"][0], *(e and HALF * e for _, e in costs.values())
         if self.objective == "et" and self.base_ttft_s is not None:
             helped = self.interaction * neighbours(self.groups, formats, self.base)
             ttft = self.base_ttft_s - gain - helped
@@ -271,9 +305,14 @@ class _Program:
             effective_bits=effective_bits(self.groups, formats, self.base),
             weight_bytes=weight_bytes(self.groups, formats, self.base),
             engine=self.engine,
-            predicted_kl=self.total(chosen, "kl"),
-            predicted_kl_error=None if error is None else 1.96 * error,
+            predicted_kl=kl,
+            predicted_kl_error=kl_error,
+            predicted_loss_change=kl,
+            predicted_loss_mse_error=loss_error,
             kl_bound=budgets.get("kl"),
+            kl_scale=scale.value,
+            kl_scale_error=scale.error,
+            risk=risk(costs, budgets) if has_tau(strategy) else None,
         )
         of_plan = (
             "strategy",
@@ -291,6 +330,9 @@ class _Program:
             "predicted_kl",
             "predicted_kl_error",
             "kl_bound",
+            "kl_scale",
+            "predicted_loss_mse_error",
+            "risk",
         )
         return plan, {**{k: getattr(plan, k) for k in of_plan}, **solved, "note": note}
 
@@ -320,8 +362,25 @@ def _decisions(options: Rows) -> list[tuple[int, ...]]:
     return [tuple(places) for places in together.values()]
 
 
-def _walk(strategy: str, program: _Program, budgets: Mapping[str, float], seed: int) -> Chosen:
-    options, base = program.options, program.base
+def _options(gains: pl.DataFrame) -> dict[int, Rows]:
+    """Each group's rows of the gains table, by configuration."""
+    options: dict[int, Rows] = {}
+    for row in gains.iter_rows(named=True):
+        options.setdefault(row["group"], {})[tuple(row["configuration"])] = row
+    return options
+
+
+def _sum(options: Mapping[int, Rows], chosen: Chosen, column: str) -> float:
+    return math.fsum(options[g][c][column] for g, c in chosen.items())
+
+
+def _walk(
+    strategy: str,
+    options: Mapping[int, Rows],
+    base: str,
+    budgets: Mapping[str, float],
+    seed: int,
+) -> Chosen:
     # base, or where that is ruled out what costs the least
     chosen = {
         group: min(
@@ -330,7 +389,7 @@ def _walk(strategy: str, program: _Program, budgets: Mapping[str, float], seed: 
         for group, of in options.items()
     }
     for column, budget in budgets.items():
-        if (least := program.sure(chosen, column)) > budget:
+        if (least := _sum(options, chosen, column)) > budget:
             name, unit = NAMES[column]
             raise no_plan(budget, least, f"{unit} of {name}")
     places = [(group, of) for group in options for of in _decisions(options[group])]
@@ -346,7 +405,7 @@ def _walk(strategy: str, program: _Program, budgets: Mapping[str, float], seed: 
         if not candidates:
             continue  # an op that cannot be lowered stands in nobody's way
         others = {g: c for g, c in chosen.items() if g != group}
-        left = {column: b - program.sure(others, column) for column, b in budgets.items()}
+        left = {column: b - _sum(options, others, column) for column, b in budgets.items()}
         row = options[group]
         fitting = next(
             (c for c in candidates if all(row[c][column] <= b for column, b in left.items())), None

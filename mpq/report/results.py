@@ -46,6 +46,10 @@ _FURTHER = (
     "predicted_kl",
     "predicted_kl_error",
     "kl_bound",
+    "kl_scale",
+    "checked_kl",
+    "predicted_loss_mse_error",
+    "risk",
     "measured_kl",
     "measured_kl_std",
 )
@@ -96,8 +100,9 @@ def results_table(tables: Tables) -> pl.DataFrame:
 
     - standard deviations over those measurements; the budget; what the solver said;
     - `predicted_gain`, in the objective's unit, and half its 95 % interval `predicted_gain_error`;
-    - `predicted_kl` with half its 95 % interval, `measured_kl` and its bound `kl_bound`, all in
-      nats per predicted token;
+    - `predicted_kl` with half its 95 % interval, `measured_kl`, `checked_kl` (measured before the
+      plan was delivered) and their bound `kl_bound`, all in nats per predicted token; `kl_scale`;
+    - `predicted_loss_mse_error`, half its 95 % interval; `risk`, the chance that a bound is broken;
     - `measured_gain_s`, the median over pairs of base and plan, with its 95 % interval;
     - `weight_bytes` of the linears' weights, and `base_weight_bytes`;
     - `base_ttft_s` was measured beside the plan, `solved_base_ttft_s` while configurations were
@@ -131,6 +136,10 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
         "predicted_kl",
         "predicted_kl_error",
         "kl_bound",
+        "kl_scale",
+        "checked_kl",
+        "predicted_loss_mse_error",
+        "risk",
     )
     words = (
         pl.col(c).drop_nulls().unique(maintain_order=True).str.join("; ")

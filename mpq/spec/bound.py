@@ -7,15 +7,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from mpq.spec.fields import Number, Strict, number
 
 
 @dataclass(frozen=True)
 class Bound:
-    """τ on the normalised RMSE of the loss, `kl` in nats per predicted token; None where not bounded."""
+    """τ on the normalised RMSE of the loss, `kl` in nats per predicted token; None where not bounded.
+
+    `robust` is the probability at which the bound shall hold; None: the prediction itself keeps it.
+    """
 
     tau: float | None = None
     kl: float | None = None
+    robust: float | None = None
 
     def __str__(self) -> str:
         """`τ = 0.002 and KL ≤ 0.01`."""
@@ -52,10 +58,12 @@ _Values = Annotated[tuple[_Value, ...], BeforeValidator(_listed), Field(min_leng
 _Shares = Annotated[tuple[_Share, ...], BeforeValidator(_listed), Field(min_length=1)]
 
 
-class BoundSpec(BaseModel):
-    """What a plan may cost: KL divergence, perplexity, τ, or several of them together."""
+class BoundSpec(Strict):
+    """What a plan may cost: KL divergence, perplexity, τ, or several of them together.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    A plan of the integer program under a bound on KL or perplexity is measured before it is delivered, on held-out text that
+    the evaluation does not use where there is such; what was measured corrects the prediction, and it is solved again.
+    """
 
     kl: _Values | None = Field(
         None,
@@ -68,6 +76,20 @@ class BoundSpec(BaseModel):
     )
     tau: _Values | None = Field(
         None, description="τ on the normalised RMSE of the loss: 0.002 allows it to move by 0.2 %"
+    )
+
+    robust: Number | None = Field(
+        None,
+        ge=0.5,
+        lt=1,
+        description="Probability at which the bounds shall hold, such as 0.95: that many standard errors are kept off them; "
+        "null: the prediction itself keeps them",
+    )
+    rounds: Annotated[int, BeforeValidator(number)] = Field(
+        4,
+        ge=0,
+        le=100,
+        description="Rounds of measuring the KL of what was chosen and solving again, at most; 0: predictions are trusted",
     )
 
     @model_validator(mode="after")
@@ -92,6 +114,6 @@ class BoundSpec(BaseModel):
         rises = [math.log1p(x) for x in self.perplexity or (math.inf,) * count]
         kls = [min(pair) for pair in zip(self.kl or (math.inf,) * count, rises, strict=True)]
         return tuple(
-            Bound(tau, kl if kl < math.inf else None)
+            Bound(tau, kl if kl < math.inf else None, self.robust)
             for tau, kl in zip(self.tau or (None,) * count, kls, strict=True)
         )

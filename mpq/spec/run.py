@@ -422,6 +422,11 @@ class RunSpec(Strict):
             return self.bound.limits
         return tuple(Bound(tau) for tau in own or self.taus)
 
+    def checks_kl(self, objective: Objective) -> bool:
+        """Whether plans of an objective are measured before they are delivered: those under a bound on KL."""
+        rounds = self.bound.rounds if self.bound else 0
+        return rounds > 0 and any(limit.kl is not None for limit in self.limits(objective))
+
     @property
     def formats(self) -> tuple[str, ...]:
         """Every format that some objective may choose, each once, in the order given."""

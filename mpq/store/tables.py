@@ -24,7 +24,7 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "kv_heads": pl.Int64,
     },
     # one row an op, operand, format and noise model; loss_mse is d of method.md (22, 24), sensitivity is s (21, 23),
-    # kl is b ("KL and the rounding that happens", nats per token), of noise model actual alone, with its standard error
+    # kl is b ("KL and the rounding that happens", nats per token), of noise model actual alone; _stderr are standard errors
     "sensitivity": {
         "op": pl.String,
         "operand": pl.String,
@@ -32,6 +32,7 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "noise_model": pl.String,
         "n_samples": pl.Int64,
         "loss_mse": pl.Float64,
+        "loss_mse_stderr": pl.Float64,
         "sensitivity": pl.Float64,
         "kl": pl.Float64,
         "kl_stderr": pl.Float64,
@@ -78,6 +79,7 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "configuration": CONFIGURATION,
         "gain": pl.Float64,
         "loss_mse": pl.Float64,
+        "loss_mse_stderr": pl.Float64,
         "kl": pl.Float64,
         "kl_stderr": pl.Float64,
     },
@@ -108,6 +110,10 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "predicted_kl": pl.Float64,
         "predicted_kl_error": pl.Float64,
         "kl_bound": pl.Float64,
+        "kl_scale": pl.Float64,
+        "checked_kl": pl.Float64,
+        "predicted_loss_mse_error": pl.Float64,
+        "risk": pl.Float64,
     },
     # metric: loss_mse, ttft_s, perplexity, ...; task is `loss` for the held-out text itself
     "evaluation": {
@@ -125,9 +131,17 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
 
 # columns that tables of earlier versions, and those of other makers, may lack
 LATER = {
-    "sensitivity": ("kl", "kl_stderr"),
-    "gains": ("kl", "kl_stderr"),
-    "solutions": ("predicted_kl", "predicted_kl_error", "kl_bound"),
+    "sensitivity": ("loss_mse_stderr", "kl", "kl_stderr"),
+    "gains": ("loss_mse_stderr", "kl", "kl_stderr"),
+    "solutions": (
+        "predicted_kl",
+        "predicted_kl_error",
+        "kl_bound",
+        "kl_scale",
+        "checked_kl",
+        "predicted_loss_mse_error",
+        "risk",
+    ),
 }
 
 

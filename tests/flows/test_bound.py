@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pytest
 
+from mpq.evaluation.losses import divergences
 from mpq.flows.calibrate import calibrate
+from mpq.models.blocks import Blocks
+from mpq.models.checkpoint import load_model
+from mpq.models.text import draw_blocks
 from mpq.program.plan import Plan
 from mpq.report.runs import join_tables
-from mpq.spec import RunSpec, parse_spec
+from mpq.spec import EvaluationSpec, RunSpec, parse_spec
 
 
 def test_a_run_bounded_by_kl(calibrated: tuple[RunSpec, dict[str, Any]]) -> None:
@@ -18,7 +23,7 @@ def test_a_run_bounded_by_kl(calibrated: tuple[RunSpec, dict[str, Any]]) -> None
     done, _ = calibrated
     data = done.model_dump(mode="json", exclude={"taus"})
     kls = (1e-4, 1e-2)
-    found = calibrate(parse_spec({**data, "bound": {"kl": kls}}))
+    found = calibrate(parse_spec({**data, "bound": {"kl": kls, "rounds": 0}}))
     assert "sensitivity" not in {
         name for name, tasks, cached, _ in found["stages"] if cached < tasks
     }
@@ -41,3 +46,38 @@ def test_a_run_bounded_by_kl(calibrated: tuple[RunSpec, dict[str, Any]]) -> None
     assert measured.height == 2
     assert measured["value"].max() > 0
     assert "KL divergence" in Path(found["out"]["report"]).read_text()
+
+
+def test_delivered_plans_were_measured(calibrated: tuple[RunSpec, dict[str, Any]]) -> None:
+    """Under a bound between what plans cost, each delivered plan's KL on the text named is within it, by the model run again."""
+    done, _ = calibrated
+    data = done.model_dump(mode="json", exclude={"taus"})
+    bound = {"kl": [3e-5, 3e-4], "robust": 0.9}
+    found = calibrate(parse_spec({**data, "bound": bound}))
+    tables = join_tables(found["tables"])
+    folder = Path(found["out"]["report"]).parent / "plans"
+    plans = [Plan.from_json(path.read_text()) for path in folder.glob("*-ip_*-kl*.json")]
+    assert len(plans) == 4
+    folder_of_model = Path(data["model"]["path"])
+    model = load_model(folder_of_model, data["model"]["base"])
+    every = draw_blocks(EvaluationSpec(**data["evaluation"]), folder_of_model, 97)
+    drawn = tables["drawn"].filter(part="check")["index"].to_list()
+    blocks = Blocks(every.rows[drawn])
+    for plan in plans:
+        kls = divergences(model, plan.formats, blocks, base=plan.base)
+        assert plan.checked_kl == pytest.approx(kls.mean(), rel=1e-4, abs=1e-12)
+        assert plan.checked_kl <= plan.kl_bound
+        assert plan.kl_scale != 1
+        told = plan.provenance["check"]
+        assert "blocks of" in told["text"]
+        assert {round["measured_kl"] for round in told["rounds"]}
+        assert 0 <= plan.risk <= 0.1 + 1e-9
+        row = (
+            tables["solutions"]
+            .filter(objective=plan.objective, strategy=plan.strategy, kl_bound=plan.kl_bound)
+            .row(0, named=True)
+        )
+        for name in ("checked_kl", "predicted_kl", "predicted_gain", "risk", "kl_scale"):
+            assert row[name] == getattr(plan, name)
+        ops = tables["plans"].filter(objective=plan.objective, strategy=plan.strategy, tau=plan.tau)
+        assert dict(ops.select("op", "format").iter_rows()) == plan.formats

@@ -84,6 +84,7 @@ def test_a_run_and_what_it_leaves(
         "timing",
         "plans",
         "solutions",
+        "gains",
         "evaluation",
     }
     assert (tables["solutions"]["predicted_loss_mse"] <= tables["solutions"]["budget"]).all()

@@ -1,0 +1,172 @@
+"""The frontier of a finished run: every Pareto-optimal plan of gain against KL (or loss MSE), as a table and a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import polars as pl
+from matplotlib.figure import Figure
+
+from mpq.errors import MpqError
+from mpq.program.anchors import Scale, scaled
+from mpq.program.bounds import bound_rows
+from mpq.program.frontier import Point, frontier
+from mpq.program.gains import NAMES, cost_known
+from mpq.program.plan import Plan
+from mpq.program.strategies import plan_of
+from mpq.report.results import OBJECTIVES, Tables, sentence
+from mpq.report.style import BLUE, INK, legend, log_axis, new_figure
+from mpq.spec import BoundsSpec
+from mpq.timing.design import members
+
+Cost = Literal["kl", "loss_mse"]
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """The points of one objective's frontier, and the tables that they are of; `gains` has the KL as measured plans say it is."""
+
+    objective: str
+    cost: Cost
+    base: str
+    groups: pl.DataFrame
+    gains: pl.DataFrame
+    points: list[Point]
+    scale: Scale
+
+
+def pareto_of(
+    tables: Tables,
+    base: str,
+    *,
+    objective: str | None = None,
+    cost: Cost | None = None,
+    points: int = 200,
+    bounds: BoundsSpec | None = None,
+) -> Pareto:
+    """The frontier of an objective of a run's tables (the first, if left out), against KL where that is known.
+
+    `bounds` hold in every plan beside ties and pins, which are in the gains table. Raises MpqError for a run without
+    gains, an objective or a cost that it does not have, NoPlan where nothing keeps the bounds.
+    """
+    if "gains" not in tables:
+        raise MpqError(
+            "The run has no gains table: it was made by an earlier version. Run its spec again, what is whole is re-used."
+        )
+    there = [o for o in OBJECTIVES if o in tables["gains"]["objective"]]
+    if objective is not None and objective not in there:
+        raise MpqError(f"The run has no objective {objective}: expected {' or '.join(there)}.")
+    chosen = objective or there[0]
+    gains = tables["gains"].filter(pl.col("objective") == chosen)
+    known = cost_known(gains)
+    if cost == "kl" and known != "kl":
+        raise MpqError("The run's gains have no KL: run its spec again, or ask for loss_mse.")
+    column: Cost = cost or ("kl" if known == "kl" else "loss_mse")
+    scale = _scale(tables, chosen)
+    gains = scaled(gains, scale)
+    further = bound_rows(gains, tables["groups"], bounds, base) if bounds else []
+    found = frontier(
+        gains["group"].to_numpy(),
+        gains["gain"].to_numpy(),
+        gains[column].to_numpy(),
+        points,
+        further,
+    )
+    return Pareto(chosen, column, base, tables["groups"], gains, found, scale)
+
+
+def _scale(tables: Tables, objective: str) -> Scale:
+    """What measured plans said of the predicted KL of an objective's plans, the middle one of several."""
+    solutions = tables.get("solutions", pl.DataFrame())
+    if "kl_scale" not in solutions.columns:
+        return Scale()
+    own = solutions.filter(objective=objective, strategy=f"ip_{objective}")["kl_scale"]
+    middle = own.drop_nulls().median()
+    return Scale() if middle is None else Scale(float(middle))  # type: ignore[arg-type]
+
+
+def table_of_points(pareto: Pareto) -> pl.DataFrame:
+    """A row for each point: its number, what it gains (in the objective's unit of the tables) and costs, the upper bound of
+    the gain at this cost, ops lowered, and the change of one group that costs least for what it gains."""
+    gains, of = pareto.gains, members(pareto.groups, pareto.gains)
+    configurations, group = gains["configuration"].to_list(), gains["group"].to_list()
+    rows = []
+    for number, point in enumerate(pareto.points):
+        chosen = {group[r]: configurations[r] for r in point.rows}
+        lowered = sum(f != pareto.base for c in chosen.values() for f in c)
+        step, change = point.step, None
+        if step:
+            there = zip(
+                of[group[step.row]], chosen[group[step.row]], configurations[step.row], strict=True
+            )
+            change = ", ".join(f"{op} {was} → {now}" for op, was, now in there if was != now)
+        rows.append(
+            {
+                "point": number,
+                "gain": point.gain,
+                "bound": point.bound,
+                "certified": point.certified,
+                **_sums(gains, point),
+                "ops_lowered": lowered,
+                "next": change,
+                "next_gain": step and step.gain,
+                "next_cost": step and step.cost,
+            }
+        )
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _sums(gains: pl.DataFrame, point: Point) -> dict[str, float | None]:
+    chosen = gains[list(point.rows)]
+    found: dict[str, float | None] = {}
+    for column in ("kl", "kl_stderr", "loss_mse", "loss_mse_stderr"):
+        known = column in chosen.columns and not chosen[column].null_count()
+        found[column] = float(chosen[column].sum()) if known else None
+    return found
+
+
+def plan_at(pareto: Pareto, number: int, mean_square_loss: float, like: Plan | None = None) -> Plan:
+    """The plan of a point; its bound is what the point costs. `like` is a plan of the run, whose model it is for.
+
+    Raises MpqError for a number that the frontier does not have.
+    """
+    if not 0 <= number < len(pareto.points):
+        raise MpqError(
+            f"The frontier has no point {number}: expected 0 to {len(pareto.points) - 1}."
+        )
+    point = pareto.points[number]
+    plan = plan_of(
+        pareto.objective,
+        pareto.groups,
+        pareto.gains,
+        point.rows,
+        {pareto.cost: point.cost},
+        mean_square_loss=mean_square_loss,
+        base=pareto.base,
+        base_ttft_s=like.base_ttft_s if like else None,
+        engine=like.engine if like else "none",  # type: ignore[arg-type]
+        scale=pareto.scale,
+    )
+    if like is None:
+        return plan
+    own = {k: v for k, v in like.provenance.items() if k not in ("check", "prices")}
+    return replace(plan, fingerprint=like.fingerprint, provenance=own)
+
+
+def picture(pareto: Pareto) -> Figure:
+    """Gain against cost, a step for each point: what no plan of at most this cost exceeds."""
+    unit = OBJECTIVES[pareto.objective]
+    name, of = NAMES[pareto.cost]
+    figure, (axes,) = new_figure(6.4, 4.2)
+    costs = np.array([point.cost for point in pareto.points])
+    saved = np.array([point.gain for point in pareto.points]) * unit.scale
+    axes.step(costs, saved, where="post", color=BLUE, linewidth=1)
+    axes.plot(costs, saved, ".", color=BLUE, markersize=4, label="Pareto-optimal plans")
+    axes.axhline(saved[-1], color=INK, linewidth=0.8, linestyle=(0, (1, 2)), label="everything")
+    axes.set_xlabel(f"{name}, predicted ({of})")
+    axes.set_ylabel(f"{sentence(unit.saved)}, predicted ({unit.unit})")
+    log_axis(axes, "x")
+    legend(axes)
+    return figure
