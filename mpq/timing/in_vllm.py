@@ -142,7 +142,7 @@ _idle: dict[
 
 
 @contextmanager
-def _process(device: str, threads: int | None) -> Iterator[EngineProcess]:
+def vllm_process(device: str, threads: int | None) -> Iterator[EngineProcess]:
     """A process of vLLM: on a CPU the one that was used before, on a GPU a new one, which holds no memory there afterwards."""
     environment = find_environment()
     engine = _idle.pop(threads, None)
@@ -180,7 +180,7 @@ def _engines(
     _check_formats(formats, "linear")
     dtype = get_format(base).dtype
     with (
-        _process(device, clock.threads) as engine,
+        vllm_process(device, clock.threads) as engine,
         tempfile.TemporaryDirectory(prefix="mpq-vllm-") as folder,
     ):
         made: dict[str, Any] = {}

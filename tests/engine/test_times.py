@@ -1,4 +1,4 @@
-"""Times taken inside vLLM, and a whole run that plans by them."""
+"""Times taken inside vLLM."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from small import small_config, small_model
 from test_served import SHAPE
 
 from mpq.method import groups_of
 from mpq.serving import EngineProcess
+from mpq.timing import in_vllm
 from mpq.timing.in_vllm import measure_each_in_vllm, measure_ttft_in_vllm
 
 CONFIG = small_config("llama", **{**SHAPE, "num_hidden_layers": 2})
@@ -54,8 +56,9 @@ def test_an_exchanged_linear_is_the_mixed_engines(tmp_path: Path, engine: Engine
         engine.ask("close", name=name)
 
 
-def test_times(engine: EngineProcess) -> None:
+def test_times(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """Configurations and a plan in both formats are timed beside base without weights; all base gains nothing."""
+    monkeypatch.setitem(in_vllm._idle, 1, engine)
     groups = groups_of(CONFIG, batch=2, length=16)
     signature = groups.filter(op="model.layers.0.mlp.down_proj")["signature"][0]
     requests = [(signature, [("fp32",), ("int8",), ("fp8_e4m3",)])]
