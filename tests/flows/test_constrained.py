@@ -81,6 +81,6 @@ def test_without_the_engine_its_times_are_refused_first(
     monkeypatch.setenv("MPQ_ENGINE", str(tmp_path / "nowhere"))
     spec = constrained(tmp_path)
     timing = spec.timing.model_copy(update={"engine": "vllm"})
-    with pytest.raises(MpqError, match="no vLLM here .*make engine"):
+    with pytest.raises(MpqError, match=r"no vLLM here .*make engine"):
         calibrate(spec.model_copy(update={"timing": timing}))
     assert not (tmp_path / "store" / "sensitivity").exists()
