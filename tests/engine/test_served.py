@@ -115,11 +115,12 @@ def test_vllm_answers_as_transformers_does(
 ) -> None:
     """INT8, FP8, and both beside base: five architectures load, and differ by no more than rounding moves.
 
-    INT8 is not exact: transformers' scales are other ones (amax / 127.5), and oneDNN's sums saturate without VNNI.
+    INT8 is not exact: transformers' scales are other ones (amax / 127.5), and oneDNN's sums saturate without VNNI. Two
+    roundings that know nothing of each other are √2 times as far apart as each is from base.
     """
     source = checkpoint(tmp_path / "model", architecture, **SHAPE, **ARCHITECTURES[architecture])
     found = answers(engine, source, tmp_path / "out", formats_of(kind, linears(source)))
-    assert found.apart <= (0.15 if kind == "fp8_e4m3" else 1.25) * found.rounding
+    assert found.apart <= (0.15 if kind == "fp8_e4m3" else 1.5) * found.rounding
     assert found.means_apart <= 4 * found.rounding / np.sqrt(found.vllm.size)
 
 
