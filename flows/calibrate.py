@@ -136,7 +136,8 @@ def check_formats(run: Run) -> None:
     for part in run.objectives.values():
         engines.check_formats(run.spec.engine, part.formats)
 
-    formats = run.objectives["et"].formats if "et" in run.objectives else ()
+    timed_here = "et" in run.objectives and run.spec.timing.engine == "torch"
+    formats = run.objectives["et"].formats if timed_here else ()
     run.place.ask(check_native, formats, run.spec.model.device)
 
 

@@ -20,6 +20,7 @@ ByContent = dict[
 def evaluate(run: Run, groups: TableRef, plans: Plans, blocks: TableRef) -> TableRef:
     """The evaluation table of all plans."""
     from mpq.kernels import runs_natively
+    from mpq.timing.in_vllm import runs_in_vllm
 
     formats: ByContent = {content_key(p["formats"]): p["formats"] for p in plans}
     names = {content_key(p["formats"]): _name(p) for p in reversed(plans)}
@@ -30,7 +31,10 @@ def evaluate(run: Run, groups: TableRef, plans: Plans, blocks: TableRef) -> Tabl
     if "et" in run.objectives:
         kinds, model = dict(read(groups).select("op", "kind").iter_rows()), run.spec.model
         where = (kinds, model.base, model.device)
-        native = [k for k, f in formats.items() if run.place.ask(runs_natively, f, *where)]
+        if run.spec.timing.engine == "vllm":
+            native = [k for k, f in formats.items() if runs_in_vllm(f, kinds, model.base)]
+        else:
+            native = [k for k, f in formats.items() if run.place.ask(runs_natively, f, *where)]
     timed = [formats[k] for k in native]
     ttft = times_of_plans(run, groups, timed, "TTFT of plans") if timed else None
     rows = []

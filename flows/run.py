@@ -21,6 +21,7 @@ from mpq.spec import EvaluationSpec, Objective, ObjectiveSpec, RunSpec, resolved
 from mpq.store.entries import Store
 from mpq.store.transport import absolute
 from mpq.tasks.checkpoint import Architecture, Weights, source_of
+from mpq.tasks.device import timed_name
 from mpq.tasks.progress import tracked
 from mpq.tasks.stage import References, Stage
 from mpq.tasks.timing import made_with
@@ -93,13 +94,13 @@ class Subject:
     @cached_property
     def architecture(self) -> Architecture:
         """The model to be timed, on the kind of device that tasks run on."""
-        from mpq.kernels import device_name
         from mpq.models.architecture import architecture_key
         from mpq.models.checkpoint import load_config
 
         model = self.spec.model
-        threads = self.spec.timing.threads_on(model.device)
-        made = made_with(model.device, str(self.place.ask(device_name, model.device, threads)))
+        engine, threads = self.spec.timing.engine, self.spec.timing.threads_on(model.device)
+        name = self.place.ask(timed_name, model.device, threads, engine)
+        made = made_with(model.device, str(name), engine)
         trusted = model.trust_remote_code
         key = architecture_key(load_config(self.folder, trusted))
         return Architecture(self._source, key, model.base, model.device, made, trusted)

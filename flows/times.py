@@ -28,12 +28,17 @@ def allowed_of(
     rules that shall not hold. Raises MpqError for constraints that no plan keeps.
     """
     from mpq.kernels import native_formats
+    from mpq.timing.in_vllm import formats_in_vllm
 
     spec = run.spec
     lowered = spec.objectives[objective].formats
     formats: dict[str, tuple[str, ...]] = dict.fromkeys(map(str, KINDS), lowered)
     for kind in KINDS if objective == "et" else ():
-        native = run.place.ask(native_formats, spec.model.device, kind)
+        native = (
+            formats_in_vllm(kind)
+            if spec.timing.engine == "vllm"
+            else run.place.ask(native_formats, spec.model.device, kind)
+        )
         formats[kind] = tuple(f for f in lowered if f in native)
     if objective == "m":
         del formats["bgemm"]
@@ -102,7 +107,9 @@ def _slices(run: Run, groups: TableRef, missing: dict[str, Wanted]) -> Calls:
 def _slice(run: Run, configurations: int) -> int:
     """Configurations per task, from how many there are, how many accelerators, and what a task costs on one."""
     place, part = run.place, run.spec.timing
-    if place.accelerators <= 1:
+    if (
+        place.accelerators <= 1 or part.engine != "torch"
+    ):  # importing an engine takes longer than most measure
         return configurations
     found = run.one(timing.probe, architecture=run.architecture, spec=part)["probe"]
     told = read_json(found)

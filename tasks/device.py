@@ -67,11 +67,20 @@ def exclusive(device: str, alone: bool = True) -> Iterator[None]:
         yield
 
 
-def check_device(device: str, name: str, threads: int | None = None) -> None:
-    """Raise MpqError unless `device`, on so many threads, is of the kind that its timing will be kept under."""
+def timed_name(device: str, threads: int | None = None, engine: str = "torch") -> str:
+    """What times taken on `device`, on so many threads, by `engine` are kept under: an engine's with its version."""
+    if engine == "vllm":
+        from mpq.timing.in_vllm import vllm_device_name
+
+        return vllm_device_name(device, threads)
     from mpq.kernels import device_name
 
-    if (here := device_name(device, threads)) != name:
+    return device_name(device, threads)
+
+
+def check_device(device: str, name: str, threads: int | None = None, engine: str = "torch") -> None:
+    """Raise MpqError unless `device`, on so many threads, is of the kind that its timing will be kept under."""
+    if (here := timed_name(device, threads, engine)) != name:
         raise MpqError(
             f"{device} of {platform.node()} is {here}, the timing is for {name}: give each kind a cluster of its own."
         )

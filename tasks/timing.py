@@ -13,7 +13,7 @@ import polars as pl
 from mpq.spec import TimingSpec
 from mpq.store.code import code_version
 from mpq.store.entries import TableRef, content_key
-from mpq.tasks.checkpoint import Architecture, with_random_weights
+from mpq.tasks.checkpoint import Architecture, at_hand, with_random_weights
 from mpq.tasks.device import check_device, exclusive
 from mpq.tasks.progress import tracked
 from mpq.tasks.stage import Output, batch, content_of, read, read_together, stage
@@ -23,8 +23,13 @@ Wanted = tuple[str, tuple[str, ...]]  # signature, configuration
 _NOT_MEASURED = {"slice", "bound", "limit", "rounds", "more"}
 
 
-def made_with(device: str, device_name: str) -> tuple[str, ...]:
-    """What a time depends on besides the model: the kind of device, libraries, and the code of the kernels there."""
+def made_with(device: str, device_name: str, engine: str = "torch") -> tuple[str, ...]:
+    """What a time depends on besides the model: the kind of device, libraries, and the code of the kernels there.
+
+    An engine's version is in the device's name.
+    """
+    if engine == "vllm":
+        return device_name, code_version("mpq.serving.vllm_process")
     kernels = code_version(f"mpq.kernels.{device.partition(':')[0]}")
     return device_name, version("torch"), version("transformers"), kernels
 
@@ -38,25 +43,33 @@ def time_configurations(
     missing: Callable[[str], bool],
 ) -> Iterator[tuple[str, pl.DataFrame]]:
     """A row of the timing table for each (signature, configuration) wanted, under its key."""
+    from mpq.timing.in_vllm import measure_each_in_vllm
     from mpq.timing.measure import measure_each
 
-    check_device(
-        architecture.device, architecture.device_name, spec.threads_on(architecture.device)
-    )
+    _check_device(architecture, spec)
     label = "timing " + ", ".join(dict.fromkeys(s for s, _ in wanted.values()))
     with exclusive(architecture.device), tracked(label) as progress:
         if not (left := [key for key in wanted if missing(key)]):
             return
-        rows = measure_each(
-            with_random_weights(architecture),
-            read(groups),
-            [(signature, [configuration]) for signature, configuration in map(wanted.get, left)],  # type: ignore[misc]
-            base=architecture.base,
-            wanted=lambda place: missing(left[place]),
-            method=spec.method,
-            **_how(spec),
-            repeats=spec.repeats,
-        )
+        requests = [(s, [c]) for s, c in map(wanted.__getitem__, left)]
+        how: dict[str, Any] = {
+            "base": architecture.base,
+            "wanted": lambda place: missing(left[place]),
+            "method": spec.method,
+            "repeats": spec.repeats,
+        }
+        if spec.engine == "vllm":
+            rows = measure_each_in_vllm(
+                _config_json(architecture),
+                read(groups),
+                requests,
+                **how,
+                **_in_vllm(architecture, spec),
+            )
+        else:
+            rows = measure_each(
+                with_random_weights(architecture), read(groups), requests, **how, **_how(spec)
+            )
         for done, (place, row) in enumerate(rows, 1):
             yield left[place], row
             progress(done, len(left))
@@ -72,6 +85,22 @@ def measurement_keys(
     measured = spec.model_dump(mode="json", exclude=_NOT_MEASURED)
     same = content_of((architecture, groups)), measured, code_version(time_configurations.compute)
     return {content_key(*same, signature, c): (signature, c) for signature, c in wanted}
+
+
+def _check_device(architecture: Architecture, spec: TimingSpec) -> None:
+    threads = spec.threads_on(architecture.device)
+    check_device(architecture.device, architecture.device_name, threads, spec.engine)
+
+
+def _config_json(architecture: Architecture) -> dict[str, Any]:
+    from mpq.models.layout import read_config
+
+    return read_config(at_hand(architecture.source, trusted=architecture.trusted))
+
+
+def _in_vllm(architecture: Architecture, spec: TimingSpec) -> dict[str, Any]:
+    fields = {"batch", "length", "seed", "target", "cap", "threads", "clock"}
+    return {**spec.model_dump(include=fields), "device": architecture.device}
 
 
 def _how(spec: TimingSpec) -> dict[str, Any]:
@@ -90,9 +119,7 @@ def probe(architecture: Architecture, spec: TimingSpec) -> Output:
     """Seconds to build the model to be timed, and its TTFT in base: what slices are cut by."""
     from mpq.timing.measure import base_ttft
 
-    check_device(
-        architecture.device, architecture.device_name, spec.threads_on(architecture.device)
-    )
+    _check_device(architecture, spec)
     with exclusive(architecture.device):
         start = time.perf_counter()
         model = with_random_weights(architecture)
@@ -127,19 +154,18 @@ def time_plans(
     Kept without weights, so a fine-tune re-uses it, but for each `purpose` apart: what a prediction rests on is not what it is
     held against.
     """
+    from mpq.timing.in_vllm import measure_ttft_in_vllm
     from mpq.timing.measure import measure_ttft
 
-    check_device(
-        architecture.device, architecture.device_name, spec.threads_on(architecture.device)
-    )
+    _check_device(architecture, spec)
     with exclusive(architecture.device), tracked(purpose) as progress:
-        frame = measure_ttft(
-            with_random_weights(architecture),
-            plans,
-            base=architecture.base,
-            groups=read(groups),
-            progress=progress,
-            **_how(spec),
-            repeats=repeats,
-        )
+        how: dict[str, Any] = {"base": architecture.base, "progress": progress, "repeats": repeats}
+        if spec.engine == "vllm":
+            frame = measure_ttft_in_vllm(
+                _config_json(architecture), plans, **how, **_in_vllm(architecture, spec)
+            )
+        else:
+            frame = measure_ttft(
+                with_random_weights(architecture), plans, groups=read(groups), **how, **_how(spec)
+            )
     return {"plan_ttft": frame.with_columns(pl.Series("plan", range(len(plans)), dtype=pl.Int64))}

@@ -15,6 +15,8 @@ MORE: dict[str, dict[str, object]] = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": False},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False},
     "gpt_neox": {"use_parallel_residual": True, "tie_word_embeddings": False},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
 }
 

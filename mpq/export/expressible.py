@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from mpq.errors import MpqError
 from mpq.export.engines import ENGINES, split_ties
-from mpq.export.scheme import SCHEMES
 from mpq.export.skeleton import Skeleton
+from mpq.serving.schemes import SCHEMES
 
 IN_TRANSFORMERS = ("fp8_e4m3",)  # formats of experts that transformers reads back
 _PRODUCTS = ("qk_matmul", "av_matmul")

@@ -19,10 +19,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mpq.errors import first_line
-from mpq.export.scheme import SCHEMES
 from mpq.formats.format import get_format
 from mpq.formats.quantize import quantize, scale_of
 from mpq.models.layout import weight_files
+from mpq.serving.schemes import SCHEMES
 
 # transformers keeps scales in the base dtype: half a unit in the last place of it, relative
 PRECISION = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}

@@ -1,14 +1,12 @@
-"""compressed-tensors' way of writing formats: the `quantization_config` of config.json, and codes with their scales.
+"""A checkpoint in compressed-tensors' way: the `quantization_config` of config.json, and codes with their scales.
 
-Written by hand, so that a checkpoint is streamed and never is a model in memory. The key names and values are those of
-compressed-tensors 0.20 (QuantizationConfig, QuantizationScheme, QuantizationArgs), which the tests read them back with.
-Each group has its own `format`: vLLM finds no scheme without it.
+Written by hand, so that a checkpoint is streamed and never is a model in memory.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +16,8 @@ from mpq.errors import MpqError
 from mpq.export.skeleton import Skeleton
 from mpq.formats.format import Format
 from mpq.formats.quantize import quantize, scale_of
+from mpq.serving.schemes import SCHEMES, scheme_group
 
-# format → (type, how the group's tensors are stored)
-SCHEMES = {"int8": ("int", "int-quantized"), "fp8_e4m3": ("float", "float-quantized")}
 _CHUNK = 2**21  # elements rounded at a time: rounding takes several FP32 copies
 
 
@@ -40,7 +37,7 @@ def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str
     if model.expert_ops and not any(op in lowered for op in model.expert_ops):
         targets["fp8_e4m3"].append(_NO_EXPERTS)
     groups = {
-        f"group_{number}": _group(name, of)
+        f"group_{number}": scheme_group(name, of)
         for number, (name, of) in enumerate((n, t) for n, t in targets.items() if t)
     }
     formats = {group["format"] for group in groups.values()}
@@ -82,18 +79,6 @@ def expert_pattern(op: str) -> str:
     owner, _, product = op.rpartition(".")
     layer = re.escape(place[0]) if place else ""
     return f"re:{layer}.*{owner.rpartition('.')[2]}[.]\\d+[.]({_PARTS.get(product, 'gate_proj|up_proj|w1|w3')})$"
-
-
-def _group(name: str, targets: Iterable[str]) -> dict[str, Any]:
-    kind, stored = SCHEMES[name]
-    args = {"num_bits": 8, "type": kind, "symmetric": True}
-    return {
-        "format": stored,
-        "targets": list(targets),
-        "weights": {**args, "strategy": "channel", "dynamic": False},
-        "input_activations": {**args, "strategy": "token", "dynamic": True},
-        "output_activations": None,
-    }
 
 
 def codes_of(weight: Any, fmt: Format, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,11 @@ class EngineProcess:
             self._process.wait()
         self._log.close()
 
+    def kill(self) -> None:
+        """End the process at once, whatever it is at."""
+        self._process.kill()
+        self.close()
+
     def __enter__(self) -> EngineProcess:
         return self
 
@@ -98,6 +103,4 @@ class EngineProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:  # nobody waits for what it is at
-            self._process.kill()
-        self.close()
+        self.close() if kind is None else self.kill()

@@ -10,6 +10,7 @@ the exchanged one computes, bit for bit, what an engine of that mixture does (do
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -75,6 +76,7 @@ class Engines:
         """Let an engine go."""
         for kept in (self._engines, self._own, self._changed):
             kept.pop(name, None)
+        gc.collect()
 
     def exchange(self, name: str, linears: dict[str, str]) -> None:
         """Let each of these linears (name → engine) run as that engine has it, and all others as the engine's own."""

@@ -142,6 +142,10 @@ class ObjectiveSpec(Strict):
 class TimingSpec(Strict):
     """How TTFT is measured."""
 
+    engine: Literal["torch", "vllm"] = Field(
+        "torch",
+        description="What is timed: this process's torch on the device's native kernels, or vLLM, installed by itself (docs/engines.md)",
+    )
     batch: Count = Field(4, description="Rows of the prefill")
     length: Count = Field(256, description="Tokens per row")
     threads: Count | None = Field(
@@ -211,6 +215,14 @@ class TimingSpec(Strict):
             )
             return "median"
         return bound
+
+    @model_validator(mode="after")
+    def _one_way(self) -> TimingSpec:
+        if self.engine != "torch" and self.compile:
+            raise ValueError(
+                f"compile is torch's own, and the engine is {self.engine}: take one of them away"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_thread(self) -> TimingSpec:
@@ -393,6 +405,14 @@ class RunSpec(Strict):
             raise ValueError(
                 "target.ttft_ms needs measured times: add the objective et, or set a target of "
                 "effective_bits or weight_bytes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _timed_where_served(self) -> RunSpec:
+        if self.timing.engine == "vllm" and self.engine != "vllm":
+            raise ValueError(
+                f"timing.engine is vllm, whose rules plans must keep to be timed: set engine to vllm, not {self.engine}"
             )
         return self
 

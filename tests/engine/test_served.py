@@ -115,22 +115,20 @@ def test_vllm_answers_as_transformers_does(
 ) -> None:
     """INT8, FP8, and both beside base: five architectures load, and differ by no more than rounding moves.
 
-    INT8 is not exact: transformers' scales are other ones (amax / 127.5), and oneDNN's sums saturate without VNNI.
+    INT8 is not exact: transformers' scales are other ones (amax / 127.5), and oneDNN's sums saturate without VNNI. Two
+    roundings that know nothing of each other are √2 times as far apart as each is from base.
     """
-    if architecture == "qwen3_moe" and kind != "fp8_e4m3":
-        pytest.skip("transformers cannot reload INT8 beside experts in base")
     source = checkpoint(tmp_path / "model", architecture, **SHAPE, **ARCHITECTURES[architecture])
     found = answers(engine, source, tmp_path / "out", formats_of(kind, linears(source)))
-    assert found.apart <= (0.15 if kind == "fp8_e4m3" else 1.25) * found.rounding
+    assert found.apart <= (0.15 if kind == "fp8_e4m3" else 1.5) * found.rounding
     assert found.means_apart <= 4 * found.rounding / np.sqrt(found.vllm.size)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3", "mixed"])
-def test_a_trained_model_keeps_its_loss(tmp_path: Path, engine: EngineProcess, kind: str) -> None:
-    """The demo checkpoint, exported: vLLM's mean loss on held-out text is transformers' within 0.005 nats."""
+def test_a_trained_model_keeps_its_loss(tmp_path: Path, engine: EngineProcess) -> None:
+    """The demo checkpoint in INT8, FP8 and base: vLLM's mean loss on held-out text is transformers' within 0.005 nats."""
     text = read_text(DEMO, str(DEMO / "heldout.txt"), samples=3, length=256)
     tokens = np.ascontiguousarray(text.tokens, np.int64)
-    found = answers(engine, DEMO, tmp_path / "out", formats_of(kind, linears(DEMO)), tokens)
+    found = answers(engine, DEMO, tmp_path / "out", formats_of("mixed", linears(DEMO)), tokens)
     assert 1 < -found.base.mean() < 3
     assert found.means_apart < 0.005
 

@@ -72,3 +72,15 @@ def test_what_no_plan_keeps_is_told_first(tmp_path: Path, more: dict, message: s
         else set()
     )
     assert not kinds & {"sensitivity", "timing", "measurement"}
+
+
+def test_without_the_engine_its_times_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run by vLLM's times where no vLLM is installed says how to install it, before anything is computed."""
+    monkeypatch.setenv("MPQ_ENGINE", str(tmp_path / "nowhere"))
+    spec = constrained(tmp_path)
+    timing = spec.timing.model_copy(update={"engine": "vllm"})
+    with pytest.raises(MpqError, match=r"no vLLM here .*make engine"):
+        calibrate(spec.model_copy(update={"timing": timing}))
+    assert not (tmp_path / "store" / "sensitivity").exists()

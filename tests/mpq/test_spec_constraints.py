@@ -96,3 +96,12 @@ def test_an_export_needs_an_engine() -> None:
     with pytest.raises(MpqError, match="must be a local folder"):
         parse_spec({**GOOD, "engine": "vllm", "export": {"out": "s3://bucket/served"}})
     assert parse_spec({**GOOD, "export": {"to": "json"}}).export
+
+
+def test_times_of_an_engine_are_of_its_plans() -> None:
+    """vLLM's times are for plans that it serves, and it compiles nothing of mpq's."""
+    vllm = {"timing": {"engine": "vllm"}}
+    with pytest.raises(MpqError, match="set engine to vllm, not none"):
+        parse_spec({**GOOD, **vllm})
+    with pytest.raises(MpqError, match="compile is torch's own"):
+        parse_spec({**GOOD, "engine": "vllm", "timing": {"engine": "vllm", "compile": True}})

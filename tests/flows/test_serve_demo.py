@@ -1,0 +1,74 @@
+"""What `make serve-demo` shows: a run that plans by vLLM's times and ends with a checkpoint, which vLLM serves over HTTP."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rich.console import Console
+from small import ROOT
+
+from deployments.serve_demo import demonstrate
+from mpq.errors import MpqError
+from mpq.flows.calibrate import calibrate
+from mpq.serving import find_environment
+from mpq.spec import RunSpec, load_spec, parse_spec
+from mpq.tasks.stage import read
+
+
+@pytest.fixture(scope="module")
+def served(prefect: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSpec, Any, str]:
+    """The demo's spec with less of everything: the run's outcome, and what the demo printed."""
+    try:
+        find_environment()
+    except MpqError as why:
+        pytest.skip(str(why))
+    folder = tmp_path_factory.mktemp("serve")
+    data = load_spec(ROOT / "examples" / "serve.yaml").model_dump(mode="json")
+    data["model"] |= {"path": str(ROOT / "examples" / "demo"), "device": "cpu"}
+    for part, samples in (("calibration", 4), ("evaluation", 2)):
+        source = str(ROOT / data[part]["source"])
+        data[part] |= {"source": source, "samples": samples, "length": 64, "batch": 2}
+    data["calibration"]["shards"] = 1
+    data["evaluation"]["ttft_repeats"] = 3
+    data["timing"] |= {"length": 64, "repeats": 2, "target": None, "rounds": 0, "limit": 8}
+    data["objectives"] = {"et": {"formats": ["int8"], "strategies": ["uniform", "ip"]}}
+    data |= {"taus": [0.002], "store": str(folder / "store"), "out": str(folder / "runs")}
+    data["export"]["plan"] = "et-uniform_int8"
+    spec = parse_spec(data)
+    outcome = calibrate(spec)
+    console = Console(file=io.StringIO(), width=120)
+    outcome["answer"], outcome["times"] = demonstrate(
+        spec, Path(outcome["out"]["checkpoint"]), folder / "demo", console, repeats=2
+    )
+    assert isinstance(console.file, io.StringIO)
+    return spec, outcome, console.file.getvalue()
+
+
+def test_planned_by_vllms_times(served: tuple[RunSpec, Any, str]) -> None:
+    """Configurations are those that vLLM can serve, timed in it, under a device that names it."""
+    _, outcome, _ = served
+    timing = read(outcome["tables"]["timing"][0])
+    assert set(timing["mode"]) == {"vllm eager"}
+    assert all("vLLM 0." in name for name in timing["device"])
+    assert timing.height == 9  # q k v and o; gate and up, down; the head alone
+    measured = read(outcome["tables"]["evaluation"][0]).filter(metric="ttft_s")
+    assert measured.height == 2
+
+
+def test_served_and_asked(served: tuple[RunSpec, Any, str]) -> None:
+    """`vllm serve` answers over HTTP; base and the plan are timed; predicted stands beside measured; nothing is left running."""
+    _, outcome, printed = served
+    assert len(outcome["answer"]) > 3
+    assert min(*outcome["times"].ttft_s, *outcome["times"].token_s) > 0
+    for said in ("ready after", "asked 'def area", "predicted", "measured", "each further token"):
+        assert said in printed
+    record = json.loads(Path(outcome["out"]["checkpoint"], "export.json").read_text())
+    assert record["check"]["passed"]
+    assert record["formats"] == {"int8": 28}
+    here = str(outcome["out"]["checkpoint"])
+    assert not [p for p in psutil.process_iter(["cmdline"]) if here in (p.info["cmdline"] or ())]

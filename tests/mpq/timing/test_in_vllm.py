@@ -1,0 +1,122 @@
+"""Times by an engine's process, with a stand-in for it: what is asked, and what a process that ends costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from small import small_config
+
+from mpq.errors import MpqError
+from mpq.method import groups_of
+from mpq.serving import EngineDied, Environment
+from mpq.timing import in_vllm
+from mpq.timing.in_vllm import measure_each_in_vllm, runs_in_vllm
+
+CONFIG = small_config("llama", num_key_value_heads=2)
+SECONDS = {"": 0.10, "int8": 0.08, "fp8_e4m3": 0.11}
+HOW: dict[str, Any] = {"base": "fp32", "batch": 1, "length": 8, "repeats": 2}
+
+
+class StandIn:
+    """An engine's process that takes as long as the formats say, and ends where a linear is in `deadly`."""
+
+    begun: list[StandIn] = []  # noqa: RUF012 (the fixture empties it)
+    deadly = ""
+
+    def __init__(self, environment: Environment, threads: int | None = None):
+        self.environment, self.opened, self.dead = environment, list[str](), False
+        StandIn.begun.append(self)
+
+    def ask(self, what: str, **how: Any) -> Any:
+        """What vLLM would answer."""
+        if what == "time":
+            formats = set(how["linears"].values())
+            if StandIn.deadly in formats:
+                self.dead = True
+                raise EngineDied("vLLM's process ended.")
+            return SECONDS[min(formats, default="")]
+        if what == "open":
+            self.opened.append(how["name"])
+            parent = "model.layers.0"
+            linears = [f"{parent}.self_attn.qkv_proj", f"{parent}.self_attn.o_proj"]
+            linears += [f"{parent}.mlp.gate_up_proj", f"{parent}.mlp.down_proj"]
+            every = [x.replace("layers.0", f"layers.{k}") for k in (0, 1) for x in linears]
+            packed = {
+                "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+                "gate_up_proj": ["gate_proj", "up_proj"],
+            }
+            return {"linears": every, "packed": packed}
+        return None
+
+    def kill(self) -> None:
+        """Nothing lives."""
+        self.dead = True
+
+    close = kill
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No vLLM is started, and none is kept."""
+    monkeypatch.setattr(in_vllm, "EngineProcess", StandIn)
+    monkeypatch.setattr(in_vllm, "find_environment", lambda: Environment("x", "0.0"))  # type: ignore[arg-type]
+    monkeypatch.setattr(in_vllm, "_idle", {})
+    StandIn.begun, StandIn.deadly = [], "none"
+
+
+def times(*configurations: tuple[str, ...], op: str = "mlp.down_proj") -> dict[int, float]:
+    """The gains of configurations of the group with this op (both layers' are switched)."""
+    groups = groups_of(CONFIG, batch=1, length=8)
+    signature = groups.filter(op=f"model.layers.0.{op}")["signature"][0]
+    found = measure_each_in_vllm(
+        CONFIG.to_dict(), groups, [(signature, list(configurations))], **HOW
+    )
+    return {place: row["gain_s"][0] for place, row in found}
+
+
+def test_gains_are_the_engines() -> None:
+    """A gain is base's time less the configuration's, shared by the groups that are switched; one process serves all calls."""
+    assert times(("int8",), ("fp8_e4m3",), ("fp32",)) == pytest.approx({0: 0.01, 1: -0.005, 2: 0})
+    assert StandIn.begun[0].opened == ["base", "fp8_e4m3", "int8"]
+    times(("int8",))
+    assert len(StandIn.begun) == 1
+
+
+def test_a_death_costs_one_measurement() -> None:
+    """The process ends over one format: the others are measured in new ones, and then the lost one is told."""
+    StandIn.deadly = "fp8_e4m3"
+    groups, found = groups_of(CONFIG, batch=1, length=8), list[int]()
+    signature = groups.filter(op="model.layers.0.mlp.down_proj")["signature"][0]
+    requests = [(signature, [("int8",), ("fp8_e4m3",), ("fp32",)])]
+    measured = measure_each_in_vllm(CONFIG.to_dict(), groups, requests, **HOW)
+    with pytest.raises(MpqError, match=r"in fp8_e4m3 could not be timed .*all others were"):
+        found.extend(place for place, _ in measured)
+    assert sorted(found) == [0, 2]
+    assert len(StandIn.begun) == 3
+
+
+def test_an_engine_that_cannot_begin_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the process ends while engines are made, nothing is tried again."""
+
+    def ended(self: StandIn, what: str, **how: Any) -> Any:
+        raise EngineDied("vLLM's process ended.")
+
+    monkeypatch.setattr(StandIn, "ask", ended)
+    with pytest.raises(EngineDied):
+        times(("int8",))
+    assert len(StandIn.begun) == 1
+
+
+def test_what_it_cannot_run() -> None:
+    """Formats without a scheme, products of attention and split fused layers are refused before anything runs."""
+    with pytest.raises(MpqError, match="vLLM runs no linear in bf16: expected int8 and fp8_e4m3"):
+        times(("bf16",))
+    groups = groups_of(CONFIG, batch=1, length=8)
+    rows = groups.filter(group=groups.filter(op="model.layers.0.self_attn.q_proj")["group"][0])
+    split = ["int8" if op.endswith("q_proj") else "fp32" for op in rows.sort("order")["op"]]
+    with pytest.raises(MpqError, match=r"runs model.layers.0.self_attn.qkv_proj in one format"):
+        times(tuple(split), op="self_attn.q_proj")
+    kinds = {"a": "linear", "b": "bgemm"}
+    assert runs_in_vllm({"a": "int8", "b": "fp32"}, kinds, "fp32")
+    assert not runs_in_vllm({"a": "fp32", "b": "fp8_e4m3"}, kinds, "fp32")
