@@ -41,6 +41,15 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     interpreter._patch_lang_tensor = _with_index
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The walk over all architectures runs where it is asked for by name: `-m walk`."""
+    if "walk" in config.option.markexpr:
+        return
+    walks = [item for item in items if item.get_closest_marker("walk")]
+    items[:] = [item for item in items if item not in walks]
+    config.hook.pytest_deselected(items=walks)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def preloaded_services() -> Iterator[None]:
     """A cluster's processes and Prefect's commands are forked; a Prefect server or worker starts as it does elsewhere."""

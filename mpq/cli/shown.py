@@ -27,11 +27,14 @@ def results(table: pl.DataFrame) -> pl.DataFrame:
 def groups(table: pl.DataFrame) -> pl.DataFrame:
     """The groups table in columns that fit a terminal: an op's group, name, features in and out, billions of MACs, millions of weights."""
     features = pl.format("{} → {}", "in_features", "out_features")
+    experts = pl.col("parameters") // (pl.col("in_features") * pl.col("out_features"))
     return table.sort("order").select(
         "group",
         "op",
         pl.when(pl.col("kind") == "bgemm")
         .then(pl.format("{} heads", "heads"))
+        .when(pl.col("kind") == "experts")
+        .then(pl.format("{} × {}", experts, features))
         .otherwise(features)
         .alias("shape"),
         (pl.col("macs") / 1e9).round_sig_figs(4).alias("G MACs"),

@@ -115,7 +115,7 @@ class _Tap(torch.autograd.Function):
 class _TappedLinear(torch.autograd.Function):
     """x Wᵀ + b whose backward pass tallies the input's gradient and the weight's per-sample gradients.
 
-    x (…, K), weight (C, K); `tally.samples` divides the leading dimensions of x into samples.
+    x (rows, K), weight (C, K); `tally.samples` divides the rows into samples.
     """
 
     @staticmethod
@@ -130,7 +130,7 @@ class _TappedLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         tally, op = ctx.where
-        through = gradient @ weight  # [..., C] @ [C, K] -> [..., K]
+        through = gradient @ weight  # [rows, C] @ [C, K] -> [rows, K]
         inputs = x.reshape(tally.samples, -1, x.shape[-1])
         tally.add_each(op, "input", through.view_as(inputs), inputs, "row")
         outputs = gradient.reshape(tally.samples, -1, gradient.shape[-1])
@@ -257,7 +257,13 @@ def tapped(model: nn.Module, ops: Sequence[tuple[str, str]], tally: Tally) -> It
 @contextmanager
 def _tapped_linear(module: nn.Module, tally: Tally, name: str) -> Iterator[None]:
     weight, bias = weight_of(module), module.bias
-    module.forward = lambda x: _TappedLinear.apply(x, weight, bias, tally, name)
+
+    def forward(x: Tensor) -> Tensor:
+        # rows alone: of more dimensions the output would be a view, which what follows may not write into
+        y: Tensor = _TappedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, tally, name)
+        return y.view(*x.shape[:-1], -1)
+
+    module.forward = forward
     try:
         yield
     finally:

@@ -215,13 +215,17 @@ def _attend(
     if interception.implementation != "eager":
         attention_mask = additive_mask(query, key, attention_mask, _is_causal(module, kwargs))
 
+    # what else comes for each sample: (B, H, T, S) biases, (B, H, T, 1) sinks
+    beside = {k: t for k, t in kwargs.items() if isinstance(t, Tensor) and t.ndim == 4}
+
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *more: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         products = interception.products
         products.count = 0
         with products, _unrepeated(module, handler.grouped):
-            result = interception.eager(module, query, key, value, mask, **kwargs)
+            given = kwargs | dict(zip(beside, more, strict=True))
+            result = interception.eager(module, query, key, value, mask, **given)
         if products.count != 2:
             raise MpqError(
                 f"The attention of {type(module).__name__} makes {products.count} matrix products, mpq expects 2."
@@ -229,7 +233,7 @@ def _attend(
         return result
 
     if not handler.recompute:
-        return attend(query, key, value, attention_mask)
+        return attend(query, key, value, attention_mask, *beside.values())
 
     def alone(sample: int, *operands: Any) -> Tensor:
         handler.sample = sample
@@ -238,13 +242,11 @@ def _attend(
     # one sample after the other, or the backward pass would hold several (B, H, T, S) tensors at once
     rows = []
     for i in range(len(query)):
-        mask = (
-            attention_mask[i : i + 1]
-            if attention_mask is not None and len(attention_mask) > 1
-            else attention_mask
+        operands = (
+            t[i : i + 1] if t is not None and len(t) > 1 else t
+            for t in (query, key, value, attention_mask, *beside.values())
         )
-        operands = (t[i : i + 1] for t in (query, key, value))
-        rows.append(checkpoint(partial(alone, i), *operands, mask, use_reentrant=False))
+        rows.append(checkpoint(partial(alone, i), *operands, use_reentrant=False))
     output = torch.cat(rows)
     return output, None
 

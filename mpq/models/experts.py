@@ -14,6 +14,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -121,6 +122,36 @@ def expert_weight(module: nn.Module, name: str) -> Tensor:
     """(experts, C, K) of one of a dispatched module's products."""
     weight: Tensor = getattr(module, name)
     return weight.mT if module.is_transposed else weight
+
+
+@contextmanager
+def each_weight_once(model: nn.Module) -> Iterator[bool]:
+    """Within, experts that are not dispatched multiply each of their weights once, by nothing in particular: their own forward loops
+    over what the router chose, which no trace can follow. Yields whether there are any."""
+    found = [
+        m
+        for name, m in model.named_modules()
+        if name.rpartition(".")[2] == "experts" and not dispatched(m)
+    ]
+
+    def once(module: nn.Module, hidden: Tensor, *routing: Any, **more: Any) -> Tensor:
+        for weight in (p for p in module.parameters() if p.ndim > 1):
+            x = hidden.reshape(1, -1)[:, :1].expand(1, weight.shape[-1])
+            if weight.ndim == 2:
+                y = nn.functional.linear(x, weight)
+            else:
+                y = torch.bmm(x.expand(len(weight), 1, -1), weight.mT)
+            hidden = hidden + y.sum()
+        of_router = (t for t in (*routing, *more.values()) if isinstance(t, Tensor))
+        return sum((t.sum() for t in of_router), hidden)
+
+    try:
+        for module in found:
+            module.forward = partial(once, module)
+        yield bool(found)
+    finally:
+        for module in found:
+            del module.forward
 
 
 Products: TypeAlias = Mapping[str, Mapping[str, ExpertProduct]]

@@ -129,7 +129,7 @@ def trace(config: Any, *, batch: int = 2, length: int = 64) -> Graph:
             if config.model_type in _ENCODERS
             else {"input_ids": ids, "use_cache": False}
         )
-        program = torch.export.export(model, (), arguments, strict=False)
+        program = _program(model, arguments)
         graph, lost = _graph(program, model, length)
         if lost:
             # written in place, their results seem to lead nowhere: in the functional form they do; it takes twice the time
@@ -142,9 +142,23 @@ def trace(config: Any, *, batch: int = 2, length: int = 64) -> Graph:
         raise MpqError(
             f"The architecture {config.model_type} cannot be traced ({first_line(error)}): it needs a transformers causal or masked LM that torch.export accepts."
         ) from None
+    if not graph.ops:
+        raise MpqError(
+            f"No matrix product of the architecture {config.model_type} is to be seen between its embedding and its logits: it runs them in code that torch.export does not enter."
+        )
     if lost:
         log.warning("Products that do not reach the logits are left out: %s.", ", ".join(lost))
     return graph
+
+
+def _program(model: nn.Module, arguments: dict[str, Any]) -> Any:
+    try:
+        return torch.export.export(model, (), arguments, strict=False)
+    except Exception:  # what torch.export raises over a loop as long as the data says
+        with experts.each_weight_once(model) as any_experts:
+            if not any_experts:
+                raise
+            return torch.export.export(model, (), arguments, strict=False)
 
 
 def _graph(program: Any, model: nn.Module, length: int) -> tuple[Graph, list[str]]:
@@ -277,7 +291,8 @@ def _op(
     weight = next(
         (p for a in node.all_input_nodes if (p := _parameter(a, fqn)) and len(shapes[p]) > 1), None
     )
-    if target in _LINEAR and weight is not None and len(shapes[weight]) == 2:
+    written_out = target in _MATMUL and is_linear(model.get_submodule(name))
+    if (target in _LINEAR or written_out) and weight is not None and len(shapes[weight]) == 2:
         count, out = math.prod(shapes[weight]), int(node.meta["val"].shape[-1])
         return Op(name, "linear", count // out, out, parameters=count)
     if target in _MATMUL and len(above) >= 2:

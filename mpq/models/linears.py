@@ -5,15 +5,21 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+# subclasses of nn.Linear whose forward is the same product, written out
+_WRITTEN_OUT = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` computes x Wᵀ + b and nothing else: its forward is nn.Linear's own, or that of GPT-2's Conv1D.
+    """Whether `module` computes x Wᵀ + b and nothing else: its forward is nn.Linear's own, that of GPT-2's Conv1D, or one
+    that is known to be the same.
 
     A subclass with a forward of its own (routers of experts that also choose, quantized layers) is none.
     """
-    return (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward) or (
-        isinstance(module, Conv1D) and type(module).forward is Conv1D.forward
-    )
+    own = type(module)
+    if isinstance(module, nn.Linear):
+        known = f"{own.__module__}.{own.__qualname__}" in _WRITTEN_OUT
+        return known or own.forward is nn.Linear.forward
+    return isinstance(module, Conv1D) and own.forward is Conv1D.forward
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -124,6 +124,24 @@ def test_vllm_answers_as_transformers_does(
     assert found.means_apart <= 4 * found.rounding / np.sqrt(found.vllm.size)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+def test_vllm_finds_the_scheme_of_experts(tmp_path: Path, engine: EngineProcess, kind: str) -> None:
+    """Experts under the checkpoint's names, named by a pattern: vLLM takes their format for the layer's, and on a CPU has no kernel
+    for it.
+
+    Where this fails because vLLM opens the folder, compare its answers.
+    """
+    source = checkpoint(tmp_path / "model", "qwen3_moe", **SHAPE, **ARCHITECTURES["qwen3_moe"])
+    experts = [
+        f"model.layers.{i}.mlp.experts.{p}" for i in range(2) for p in ("gate_up_proj", "down_proj")
+    ]
+    formats = formats_of(kind, linears(source)) | dict.fromkeys(experts, kind)
+    export(plan_of(source, formats), source, tmp_path / "out")
+    lacks = "No Int8 MoE backend" if kind == "int8" else "Unsupported FP8 MoE backend"
+    with pytest.raises(MpqError, match=lacks):
+        of_vllm(engine, tmp_path / "out", TOKENS)
+
+
 def test_a_trained_model_keeps_its_loss(tmp_path: Path, engine: EngineProcess) -> None:
     """The demo checkpoint in INT8, FP8 and base: vLLM's mean loss on held-out text is transformers' within 0.005 nats."""
     text = read_text(DEMO, str(DEMO / "heldout.txt"), samples=3, length=256)

@@ -29,16 +29,19 @@ def test_sensitivity_has_a_row_for_each_op() -> None:
 
 
 def test_groups_tell_shapes() -> None:
-    """A linear by its features, as an expert layer is that stays in base; attention's products by their heads."""
-    experts = (
-        pl.when(pl.col("op").str.ends_with("layers.0.mlp.down_proj"))
+    """A linear by its features, as what stays in base; experts by how many there are, too; attention's products by their heads."""
+    ends = pl.col("op").str.ends_with
+    kinds = (
+        pl.when(ends("layers.0.mlp.down_proj"))
         .then(pl.lit("other"))
+        .when(ends("layers.0.mlp.up_proj"))
+        .then(pl.lit("experts"))
         .otherwise("kind")
     )
-    told = {
-        row["op"]: row["shape"]
-        for row in shown.groups(RUN["groups"].with_columns(kind=experts)).iter_rows(named=True)
-    }
+    many = pl.when(ends("layers.0.mlp.up_proj")).then(4 * 512 * 512).otherwise("parameters")
+    groups = RUN["groups"].with_columns(kind=kinds, parameters=many)
+    told = {row["op"]: row["shape"] for row in shown.groups(groups).iter_rows(named=True)}
+    assert told["model.layers.0.mlp.up_proj"] == "4 × 512 → 512"
     assert told["model.layers.0.mlp.down_proj"] == "512 → 512"
     assert told["lm_head"] == "512 → 512"
     assert told["model.layers.1.self_attn.qk_matmul"] == "8 heads"
