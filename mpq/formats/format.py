@@ -1,7 +1,8 @@
-"""Numerical formats: what each can hold, what it costs, and how much noise rounding to it adds.
+"""Numerical formats: what an element can be, which elements share a scale, and how much noise rounding adds.
 
 A format is data. Floats are described by the OCP/IEEE parameters from which every code point follows;
-integers are uniform and symmetric. `mantissa_bits` counts explicit bits only (BF16 has 7).
+integers are uniform. `mantissa_bits` counts explicit bits only (BF16 has 7). What an op runs in is a pair
+of formats, one for its weights and one for its activations: scheme.py.
 
 Noise models, the variance of the rounding error of one element u (method.md, "Noise per format"):
 
@@ -13,22 +14,32 @@ Noise models, the variance of the rounding error of one element u (method.md, "N
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mpq.errors import MpqError
 
 NoiseModel = Literal["paper", "ulp", "actual"]
+Scale = Literal["fp32", "bf16", "e8m0", "e4m3"]
+SCALE_BITS: dict[Scale, int] = {"fp32": 32, "bf16": 16, "e8m0": 8, "e4m3": 8}
 NOISE_MODELS: tuple[NoiseModel, ...] = ("paper", "ulp", "actual")
 
 
 @dataclass(frozen=True)
 class Format:
-    """One numerical format.
+    """One way of storing numbers.
 
     `mac_time` is the theoretical time of one multiply-accumulate in BF16 MACs (method.md, IP-TT);
-    `maximum` is the largest finite magnitude; `min_normal_exponent` the exponent of the smallest normal.
-    Bits are those of one stored element, scales not included.
+    `maximum` is the largest value; `min_normal_exponent` the exponent of the smallest normal.
+    Bits are those of one element, scales not included.
+
+    `block` is the rows and columns of elements that share a scale; 0 columns are all of the row. A
+    scale maps the largest magnitude of its block onto `full_scale`, and is stored as `scale` says:
+
+        fp32, bf16  the quotient, rounded to that
+        e8m0        a power of two (OCP MX 1.0, 5.1; the next one where the largest would saturate)
+        e4m3        a share of one FP32 scale of the whole tensor, under which the largest block's is 448 (NVFP4)
     """
 
     name: str
@@ -39,18 +50,38 @@ class Format:
     min_normal_exponent: int
     maximum: float
     mac_time: float
-    dtype: str  # the name of the torch dtype that stores it
+    dtype: str  # the name of the torch dtype that stores it; of a 4-bit float, one that holds its values
     source: str
+    minimum: float | None = None  # the most negative value, where it is not -maximum
+    full_scale: float | None = None  # maximum, where it says nothing
+    block: tuple[int, int] = (1, 0)
+    scale: Scale = "fp32"
 
     @property
     def bytes(self) -> float:
-        """Bytes of one stored element."""
-        return self.bits / 8
+        """Bytes of one element and its share of its block's scale; a whole row's scale is not counted."""
+        shared = math.prod(self.block)
+        return (self.bits + (SCALE_BITS[self.scale] / shared if shared else 0.0)) / 8
 
     @property
     def needs_scale(self) -> bool:
-        """Whether tensors are scaled into the format's range before rounding (all 8-bit formats)."""
+        """Whether tensors are scaled into the format's range before rounding (all of 8 bits and fewer)."""
         return self.bits <= 8
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether less, or more, than one row shares a scale."""
+        return self.block != (1, 0)
+
+    @property
+    def lowest(self) -> float:
+        """The most negative value."""
+        return -self.maximum if self.minimum is None else self.minimum
+
+    @property
+    def top(self) -> float:
+        """What a scale maps the largest magnitude of its block onto."""
+        return self.full_scale or self.maximum
 
     @property
     def relative_variance(self) -> float:
@@ -60,41 +91,60 @@ class Format:
 
 _IEEE = "IEEE 754-2019, table 3.5"
 _OCP = "OCP 8-bit Floating Point Specification (OFP8) 1.0, table 2"
+_MX = "OCP Microscaling Formats (MX) 1.0, table 5"
 _RATE = "; MAC time: dense rates in the NVIDIA H100 and Intel Gaudi 2 datasheets"
+_BLACKWELL = "; MAC time: dense rates in the NVIDIA B200 datasheet"
+_TWO = "two's complement, symmetric: -127..127" + _RATE
 
-FORMATS: dict[str, Format] = {
+_FP32 = Format(
+    "fp32", "float", 32, 23, 8, -126, 3.4028234663852886e38, 2.0, "float32", _IEEE + _RATE
+)
+_BF16 = Format(
+    "bf16",
+    "float",
+    16,
+    7,
+    8,
+    -126,
+    3.3895313892515355e38,
+    1.0,
+    "bfloat16",
+    "bfloat16: FP32 cut to 16 bits" + _RATE,
+)
+_FP16 = Format("fp16", "float", 16, 10, 5, -14, 65504.0, 1.0, "float16", _IEEE + _RATE)
+_E4M3 = Format("fp8_e4m3", "float", 8, 3, 4, -6, 448.0, 0.5, "float8_e4m3fn", _OCP + _RATE)
+_E5M2 = Format("fp8_e5m2", "float", 8, 2, 5, -14, 57344.0, 0.5, "float8_e5m2", _OCP + _RATE)
+_INT8 = Format("int8", "int", 8, 0, 0, 0, 127.0, 0.5, "int8", _TWO)
+_E2M1 = Format("fp4_e2m1", "float", 4, 1, 2, 0, 6.0, 0.25, "float32", _MX + _BLACKWELL)
+# all sixteen codes, the largest magnitude half a step beyond 7, as compressed-tensors has it: the steps
+# are 7 % smaller than with -7..7, for one positive value of a block that is cut by half a step
+_INT4 = Format(
+    "int4",
+    "int",
+    4,
+    0,
+    0,
+    0,
+    7.0,
+    0.5,
+    "int8",
+    "two's complement: -8..7",
+    minimum=-8.0,
+    full_scale=7.5,
+)
+
+# what operands are stored in, by name; a name's end is what shares a scale
+FORMATS: dict[str, Format] = {f.name: f for f in (_FP32, _BF16, _FP16, _E4M3, _E5M2, _INT8)}
+BLOCKED: dict[str, Format] = {
     f.name: f
     for f in (
-        Format(
-            "fp32", "float", 32, 23, 8, -126, 3.4028234663852886e38, 2.0, "float32", _IEEE + _RATE
-        ),
-        Format(
-            "bf16",
-            "float",
-            16,
-            7,
-            8,
-            -126,
-            3.3895313892515355e38,
-            1.0,
-            "bfloat16",
-            "bfloat16: FP32 cut to 16 bits" + _RATE,
-        ),
-        Format("fp16", "float", 16, 10, 5, -14, 65504.0, 1.0, "float16", _IEEE + _RATE),
-        Format("fp8_e4m3", "float", 8, 3, 4, -6, 448.0, 0.5, "float8_e4m3fn", _OCP + _RATE),
-        Format("fp8_e5m2", "float", 8, 2, 5, -14, 57344.0, 0.5, "float8_e5m2", _OCP + _RATE),
-        Format(
-            "int8",
-            "int",
-            8,
-            0,
-            0,
-            0,
-            127.0,
-            0.5,
-            "int8",
-            "two's complement, symmetric: -127..127" + _RATE,
-        ),
+        replace(_E4M3, name="fp8_e4m3_128x128", block=(128, 128)),
+        replace(_E4M3, name="fp8_e4m3_128", block=(1, 128)),
+        replace(_E4M3, name="mxfp8", block=(1, 32), scale="e8m0", source=_MX + _BLACKWELL),
+        replace(_E2M1, name="mxfp4", block=(1, 32), scale="e8m0"),
+        replace(_E2M1, name="nvfp4", block=(1, 16), scale="e4m3"),
+        replace(_INT4, name="int4_128", block=(1, 128), scale="bf16"),
+        replace(_INT4, name="int4_32", block=(1, 32), scale="bf16"),
     )
 }
 

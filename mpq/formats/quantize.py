@@ -1,27 +1,54 @@
 """Scales, rounding and its undoing, for every format and granularity. Pure functions on tensors.
 
 A tensor is stored as `q` with `scale`, and reads back as q · scale. The scale maps the largest magnitude of its
-neighbourhood onto the largest value of the format:
+neighbourhood onto the top of the format:
 
     tensor   one scale
     row      one per slice along the last dimension: a token's activations, a weight's output channel
     column   one per slice along the last but one: the second operand of a BGEMM, (..., K, N), whose K is summed over
 
-Formats of 16 bits and more take no scale. Rounding is to nearest, ties to even, saturating at the format's maximum:
-the casts of torch for FP8 do not saturate by themselves (E4M3 overflows to NaN, E5M2 to infinity).
+In a format with blocks a row is cut into them, and the last one may be short: `blocks_of` lays each block out as a row of
+its own, and what is true of rows is true of blocks. Formats of 16 bits and more take no scale. Rounding is to nearest,
+ties to even, saturating at the format's ends: the casts of torch for FP8 do not saturate by themselves (E4M3 overflows to
+NaN, E5M2 to infinity).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mpq.errors import MpqError
 from mpq.formats.format import Format, NoiseModel
 
 Granularity = Literal["tensor", "row", "column"]
 _TINY = torch.finfo(torch.float32).tiny
+_E4M3_MAX = 448.0
+_LEAST = 0.125  # what compressed-tensors 0.20 takes for a block scale that is 0 in E4M3
+
+
+def blocks_of(x: Tensor, fmt: Format) -> Tensor:
+    """`x` (…, R, K) with each block of `fmt` a row of its own: (…, R, K / columns, columns), and of blocks of several rows
+    (…, R / rows, K / columns, rows · columns). Zeros fill the last blocks up. A view where it can be one."""
+    rows, columns = fmt.block
+    x = F.pad(x, (0, -x.shape[-1] % columns)).unflatten(-1, (-1, columns))
+    if rows == 1:
+        return x
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[-3] % rows)).unflatten(-3, (-1, rows))
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def from_blocks(blocks: Tensor, fmt: Format, shape: torch.Size) -> Tensor:
+    """The tensor of `shape` that blocks_of laid out."""
+    rows, columns = fmt.block
+    if rows > 1:
+        blocks = blocks.unflatten(-1, (rows, columns)).transpose(-3, -2).flatten(-4, -3)
+        blocks = blocks[..., : shape[-2], :, :]
+    return blocks.flatten(-2)[..., : shape[-1]]
 
 
 def amax_of(x: Tensor, granularity: Granularity = "tensor") -> Tensor:
@@ -31,11 +58,48 @@ def amax_of(x: Tensor, granularity: Granularity = "tensor") -> Tensor:
     return x.abs().amax(dim=-1 if granularity == "row" else -2, keepdim=True).float()
 
 
-def scale_of(x: Tensor, fmt: Format, granularity: Granularity = "tensor") -> Tensor:
-    """The FP32 scale amax / maximum of `x`, shaped to broadcast over it; 1 where everything is zero."""
-    scale = amax_of(x, granularity) / fmt.maximum
+def share_of(x: Tensor, fmt: Format) -> float:
+    """What the scales of blocks are shares of: their number for 1, so that the largest is E4M3's largest; 1 in other formats.
+
+    The quotient's numerator is what compressed-tensors calls the global scale: 448 · top / amax.
+    """
+    if fmt.scale != "e4m3":
+        return 1.0
+    largest = float(x.abs().amax()) if x.numel() else 0.0
+    share = _E4M3_MAX * fmt.top / max(largest, _TINY)
+    # FP32, as it is stored; beyond its range, no share
+    share = float(torch.tensor(share, dtype=torch.float64).float())
+    return share if math.isfinite(share) else 1.0
+
+
+def scale_of(
+    x: Tensor, fmt: Format, granularity: Granularity = "tensor", share: float | None = None
+) -> Tensor:
+    """The FP32 scale of each neighbourhood of `x`, as it is stored, shaped to broadcast over it; 1 where all is zero.
+
+    Of a format with blocks, `x` is blocks_of the tensor, and `share` the tensor's share_of where `x` is a part of it.
+    """
+    largest = amax_of(x, granularity)
+    if fmt.scale == "e8m0":
+        return _power_of_two(largest, fmt)
+    scale = largest / fmt.top
+    if fmt.scale == "e4m3":
+        share = share_of(x, fmt) if share is None else share
+        of_block = (scale * share).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).float()
+        return torch.where(of_block > 0, of_block, _LEAST) / share
+    if fmt.scale == "bf16":
+        scale = scale.bfloat16().float()
     # below `tiny` the division x / scale would overflow; such a neighbourhood rounds to zero either way
     return torch.where(scale > _TINY, scale, torch.ones_like(scale))
+
+
+def _power_of_two(largest: Tensor, fmt: Format) -> Tensor:
+    """2^(floor(log2 of the largest) − that of the format's maximum), an E8M0 scale; one power more where the largest,
+    with 1.75 of its own power or more, would be cut to the format's maximum (compressed-tensors 0.20, mxfp_utils)."""
+    bits = largest.view(torch.int32) + 0x00200000
+    exponent = (bits >> 23) - 127 - math.frexp(fmt.maximum)[1] + 1
+    exact = torch.ldexp(torch.ones_like(largest), exponent.clamp(-126, 127))
+    return torch.where(largest > _TINY, exact, torch.ones_like(largest))
 
 
 def quantize(x: Tensor, fmt: Format, scale: Tensor | None = None) -> Tensor:
@@ -44,8 +108,14 @@ def quantize(x: Tensor, fmt: Format, scale: Tensor | None = None) -> Tensor:
     if not fmt.needs_scale:
         return x.to(dtype)
     scaled = x.float() if scale is None else x.float() / scale
-    scaled = scaled.clamp(-fmt.maximum, fmt.maximum)
-    return (scaled.round() if fmt.kind == "int" else scaled).to(dtype)
+    scaled = scaled.clamp(fmt.lowest, fmt.maximum)
+    if fmt.kind == "int":
+        return scaled.round().to(dtype)
+    if dtype != torch.float32:
+        return scaled.to(dtype)
+    # as many steps as the value's binade has, the smallest normals' below them; all exact in FP32
+    step = binade(scaled).clamp(min=2.0**fmt.min_normal_exponent) * 2.0**-fmt.mantissa_bits
+    return (scaled / step).round() * step
 
 
 def dequantize(
@@ -57,17 +127,30 @@ def dequantize(
 
 
 def fake_quantize(
-    x: Tensor, fmt: Format, granularity: Granularity = "tensor", perturb: float = 1.0
+    x: Tensor,
+    fmt: Format,
+    granularity: Granularity = "tensor",
+    perturb: float = 1.0,
+    share: float | None = None,
 ) -> Tensor:
     """`x` after a round trip through the format, in its own dtype.
 
     `perturb` multiplies the scale before rounding: it moves every rounding point and so draws new rounding errors from
     the same distribution (method.md, "Strategies and evaluation"). Formats without a scale have nothing to perturb.
+    `share` is that of the tensor that `x` is a part of (share_of). Raises MpqError for blocks along anything but rows.
     """
     if not fmt.needs_scale:
         return x.to(getattr(torch, fmt.dtype)).to(x.dtype)
-    scale = scale_of(x, fmt, granularity) * perturb
-    return dequantize(quantize(x, fmt, scale), fmt, scale, x.dtype)
+    if not fmt.by_blocks:
+        scale = scale_of(x, fmt, granularity) * perturb
+        return dequantize(quantize(x, fmt, scale), fmt, scale, x.dtype)
+    if granularity != "row":
+        raise MpqError(
+            f"{fmt.name} has blocks along rows: a scale for each {granularity} has none."
+        )
+    blocks = blocks_of(x, fmt)
+    scale = scale_of(blocks, fmt, "row", share_of(x, fmt) if share is None else share) * perturb
+    return from_blocks(dequantize(quantize(blocks, fmt, scale), fmt, scale, x.dtype), fmt, x.shape)
 
 
 def binade(u: Tensor) -> Tensor:
@@ -87,6 +170,6 @@ def noise_variance(
     if noise_model == "actual":
         return (fake_quantize(u, fmt, granularity).float() - u.float()).square()
     if fmt.kind == "int":
-        return ((amax_of(u, granularity) / fmt.maximum) ** 2 / 12).expand(u.shape)
+        return ((amax_of(u, granularity) / fmt.top) ** 2 / 12).expand(u.shape)
     magnitude = u.float() if noise_model == "paper" else binade(u)
     return magnitude**2 * fmt.relative_variance

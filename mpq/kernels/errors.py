@@ -11,14 +11,16 @@ import functools
 import logging
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mpq.formats.format import Format
-from mpq.formats.quantize import Granularity, amax_of, binade
+from mpq.formats.quantize import Granularity, amax_of, binade, blocks_of, fake_quantize, share_of
 from mpq.kernels.compiler import compiled
+from mpq.kernels.grid import GridFormat, described
 from mpq.kernels.rounding import rounded
 
 log = logging.getLogger(__name__)
@@ -27,88 +29,118 @@ MAGNITUDES = 3  # the sums before the formats': of u², of its squared binade, o
 Sums = Callable[[Tensor], Tensor]
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_SCALED, _INTEGER, _UNSCALED, _BF16 = range(4)  # Kind of errors.cpp
-
-
-class _Format(ctypes.Structure):
-    _fields_ = [
-        ("kind", ctypes.c_int32),
-        ("mantissa_bits", ctypes.c_int32),
-        ("min_exponent", ctypes.c_int32),
-        ("maximum", ctypes.c_float),
-    ]
 
 
 def weighted_sums(
-    u: Tensor, formats: Sequence[Format], granularity: Granularity, *, often: bool = False
+    u: Tensor,
+    formats: Sequence[Format | None],
+    granularity: Granularity,
+    *,
+    often: bool = False,
+    shares: Sequence[float] | None = None,
 ) -> Sums:
     """A function of a gradient g of u's shape (…, T, K): Σ g² times each squared magnitude of u.
 
     It returns (3 + formats,) float64: the magnitudes are u, 2^floor(log2|u|), the largest |u| of
-    the element's neighbourhood, and Q_f(u) − u for each format. `often` says that several
-    gradients come: then torch keeps the magnitudes between them.
+    the element's row or column, and Q_f(u) − u for each format; for None, which leaves u as it is, 0.
+    `often` says that several gradients come: then torch keeps the magnitudes between them. `shares`
+    are quantize.share_of the tensor in each format, where u is a part of it; u's own if left out. Of
+    a format whose blocks have several rows, u has whole blocks of the tensor.
     """
     column = granularity == "column"
     # a column's neighbourhood is a row of the transpose
     u = u.detach().transpose(-1, -2) if column else u.detach()
+    shares = shares or shares_of(u, formats)
     if u.device.type == "cpu" and u.dtype in _SUFFIX and u.numel() and _library():
-        dense, as_rows = u.contiguous(), _described(formats, u.dtype)
-        return lambda g: _swept(g.transpose(-1, -2) if column else g, dense, *as_rows)
-    kept = list(_magnitudes(u, formats)) if often else None
+        sweeps = _sweeps(u, formats, shares)
+        return lambda g: _swept(g.transpose(-1, -2) if column else g, sweeps, len(formats))
+    kept = list(_magnitudes(u, formats, shares)) if often else None
 
     def sums(g: Tensor) -> Tensor:
         squared = (g.transpose(-1, -2) if column else g).float().square()
-        found = kept if kept is not None else _magnitudes(u, formats)
+        found = kept if kept is not None else _magnitudes(u, formats, shares)
         return torch.stack([(squared * magnitude).sum() for magnitude in found]).double()
 
     return sums
 
 
-def _magnitudes(u: Tensor, formats: Sequence[Format]) -> Iterator[Tensor]:
+def shares_of(u: Tensor, formats: Sequence[Format | None]) -> list[float]:
+    """quantize.share_of a tensor in each format."""
+    return [1.0 if f is None else share_of(u, f) for f in formats]
+
+
+def _magnitudes(
+    u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]
+) -> Iterator[Tensor]:
     yield u.float().square()
     yield binade(u).square_()
     yield amax_of(u, "row").square()
-    for fmt in formats:
-        yield (rounded(u, fmt, "row").float() - u.float()).square_()
-
-
-def _described(formats: Sequence[Format], dtype: torch.dtype) -> tuple[object, list[int], int]:
-    """The formats that round a tensor of `dtype` at all, as errors.cpp reads them, and their places."""
-    own = str(dtype).removeprefix("torch.")
-    places = [i for i, f in enumerate(formats) if f.bits <= 16 and f.dtype != own]
-    rows = (_Format * len(places))()
-    for row, place in zip(rows, places, strict=True):
-        f = formats[place]
-        if f.kind == "int":
-            row.kind, row.mantissa_bits, row.min_exponent = _INTEGER, 23, 23
+    for fmt, share in zip(formats, shares, strict=True):
+        if fmt is None:
+            yield torch.zeros(1, device=u.device)
+        elif fmt.by_blocks:
+            yield (fake_quantize(u, fmt, "row", share=share).float() - u.float()).square_()
         else:
-            row.kind = _SCALED if f.needs_scale else _BF16 if f.name == "bf16" else _UNSCALED
-            row.mantissa_bits, row.min_exponent = f.mantissa_bits, f.min_normal_exponent
-        row.maximum = f.maximum
-    return rows, places, len(formats)
+            yield (rounded(u, fmt, "row").float() - u.float()).square_()
 
 
-def _swept(g: Tensor, u: Tensor, rows: object, places: list[int], count: int) -> Tensor:
-    g, k = g.to(u.dtype).contiguous(), u.shape[-1]
+@dataclass(frozen=True)
+class _Sweep:
+    """Formats that are summed together over `rows`, u laid out as `blocks` says (None: as it is), at `places` among all."""
+
+    rows: Tensor
+    blocks: Format | None
+    formats: object
+    shares: Tensor
+    places: list[int]
+
+
+def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]) -> list[_Sweep]:
+    """One sweep for all formats of rows and of parts of them, and one for each whose blocks have several rows."""
+    own = str(u.dtype).removeprefix("torch.")
+    # those that round a tensor of this dtype at all
+    rounding = [
+        (i, f)
+        for i, f in enumerate(formats)
+        if f and (f.needs_scale or (f.bits <= 16 and f.dtype != own))
+    ]
+    square = [(i, f) for i, f in rounding if f.block[0] > 1]
+    rest = [(i, f) for i, f in rounding if f.block[0] == 1]
+    return [
+        _sweep(u.contiguous(), None, rest, shares),
+        *(_sweep(blocks_of(u, f).contiguous(), f, [(i, f)], shares) for i, f in square),
+    ]
+
+
+def _sweep(
+    rows: Tensor, blocks: Format | None, of: Sequence[tuple[int, Format]], shares: Sequence[float]
+) -> _Sweep:
+    described_ = (GridFormat * len(of))(*(described(f) for _, f in of))
+    places = [i for i, _ in of]
+    return _Sweep(rows, blocks, described_, torch.tensor([shares[i] for i in places]), places)
+
+
+def _swept(g: Tensor, sweeps: Sequence[_Sweep], count: int) -> Tensor:
+    sums = torch.zeros(MAGNITUDES + count, dtype=torch.float64)
+    for sweep in sweeps:
+        found = _summed(g if sweep.blocks is None else blocks_of(g, sweep.blocks), sweep)
+        sums[[MAGNITUDES + i for i in sweep.places]] = found[MAGNITUDES:]
+        if sweep.blocks is None:
+            sums[:MAGNITUDES] = found[:MAGNITUDES]
+    return sums
+
+
+def _summed(g: Tensor, sweep: _Sweep) -> Tensor:
+    u = sweep.rows
+    g, k, count = g.to(u.dtype).contiguous(), u.shape[-1], len(sweep.places)
     library = _library()
     assert library is not None  # the caller has seen to it
     # a row's sums each to itself, and not one for all: threads add in no order of their own
-    by_row = torch.empty(u.numel() // k, MAGNITUDES + len(places))
-    sweep = getattr(library, f"sums_{_SUFFIX[u.dtype]}")
-    sweep(
-        g.data_ptr(),
-        u.data_ptr(),
-        len(by_row),
-        k,
-        ctypes.byref(rows),  # type: ignore[arg-type]
-        len(places),
-        by_row.data_ptr(),
-    )
-    sums = torch.zeros(MAGNITUDES + count, dtype=torch.float64)
-    sums[[*range(MAGNITUDES), *(MAGNITUDES + i for i in places)]] = by_row.sum(
-        0, dtype=torch.float64
-    )
-    return sums
+    by_row = torch.empty(u.numel() // k, MAGNITUDES + count)
+    formats, shares = ctypes.byref(sweep.formats), sweep.shares.data_ptr()  # type: ignore[arg-type]
+    run = getattr(library, f"sums_{_SUFFIX[u.dtype]}")
+    run(g.data_ptr(), u.data_ptr(), len(by_row), k, formats, shares, count, by_row.data_ptr())
+    return by_row.sum(0, dtype=torch.float64)
 
 
 @functools.cache
@@ -124,5 +156,5 @@ def _library() -> ctypes.CDLL | None:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     for suffix in _SUFFIX.values():
         entry = getattr(library, f"sums_{suffix}")
-        entry.argtypes = [pointer, pointer, size, size, pointer, ctypes.c_int32, pointer]
+        entry.argtypes = [pointer, pointer, size, size, pointer, pointer, ctypes.c_int32, pointer]
     return library

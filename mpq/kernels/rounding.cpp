@@ -9,17 +9,18 @@ namespace {
 constexpr int64_t kFew = 16384;  // elements that one thread rounds sooner than two
 
 template <typename T, bool kInteger>
-inline void round_row(const T* __restrict x, T* __restrict y, int64_t k, const Grid<kInteger> grid, float perturb) {
-  const float scale = grid.scale(largest_bits(x, k), perturb);
+inline void round_row(const T* __restrict x, T* __restrict y, int64_t k, const Grid<kInteger> grid, float share,
+                      float perturb) {
+  const float scale = grid.scale(largest_bits(x, k), share, perturb);
 #pragma omp simd
   for (int64_t i = 0; i < k; ++i) store(y + i, grid.saturated(to_float(x[i]) / scale) * scale);
 }
 
-// x (rows, k), a scale for each row
+// x (rows, k), a scale for each row; a block is a row here
 template <typename T, bool kInteger>
-void by_row(const T* x, T* y, int64_t rows, int64_t k, const Grid<kInteger> grid, float perturb) {
+void by_row(const T* x, T* y, int64_t rows, int64_t k, const Grid<kInteger> grid, float share, float perturb) {
 #pragma omp parallel for if (rows * k > kFew) schedule(static)
-  for (int64_t r = 0; r < rows; ++r) round_row(x + r * k, y + r * k, k, grid, perturb);
+  for (int64_t r = 0; r < rows; ++r) round_row(x + r * k, y + r * k, k, grid, share, perturb);
 }
 
 // x (n, rows, k), a scale for each column of each matrix
@@ -38,7 +39,7 @@ void by_column(const T* x, T* y, int64_t n, int64_t rows, int64_t k, const Grid<
         largest[i] = size > largest[i] ? size : largest[i];
       }
     }
-    for (int64_t i = 0; i < k; ++i) scale[i] = grid.scale(largest[i], perturb);
+    for (int64_t i = 0; i < k; ++i) scale[i] = grid.scale(largest[i], 1.0f, perturb);
     for (int64_t r = 0; r < rows; ++r) {
 #pragma omp simd
       for (int64_t i = 0; i < k; ++i) store(to + r * k + i, grid.saturated(to_float(from[r * k + i]) / scale[i]) * scale[i]);
@@ -56,16 +57,14 @@ void unscaled(const T* x, T* y, int64_t count, const Grid<false> grid) {
 }  // namespace
 
 #define MPQ_ENTRIES(name, T, kInteger)                                                                                     \
-  void row_##name(const T* x, T* y, int64_t rows, int64_t k, int32_t m, int32_t e, float maximum, float perturb) {         \
-    by_row(x, y, rows, k, Grid<kInteger>(m, e, maximum), perturb);                                                         \
+  void row_##name(const T* x, T* y, int64_t rows, int64_t k, const Format* f, float share, float perturb) {                \
+    by_row(x, y, rows, k, Grid<kInteger>(*f), share, perturb);                                                             \
   }                                                                                                                        \
-  void column_##name(const T* x, T* y, int64_t n, int64_t rows, int64_t k, int32_t m, int32_t e, float maximum, float perturb) { \
-    by_column(x, y, n, rows, k, Grid<kInteger>(m, e, maximum), perturb);                                                   \
+  void column_##name(const T* x, T* y, int64_t n, int64_t rows, int64_t k, const Format* f, float perturb) {               \
+    by_column(x, y, n, rows, k, Grid<kInteger>(*f), perturb);                                                              \
   }
-#define MPQ_UNSCALED(name, T)                                                                                              \
-  void unscaled_##name(const T* x, T* y, int64_t count, int32_t m, int32_t e, float maximum) {                             \
-    unscaled(x, y, count, Grid<false>(m, e, maximum));                                                                     \
-  }
+#define MPQ_UNSCALED(name, T) \
+  void unscaled_##name(const T* x, T* y, int64_t count, const Format* f) { unscaled(x, y, count, Grid<false>(*f)); }
 
 extern "C" {
 MPQ_ENTRIES(float_f32, float, false)

@@ -12,56 +12,73 @@ import itertools
 import logging
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpq.formats.format import Format
-from mpq.formats.quantize import Granularity, fake_quantize
+from mpq.formats.quantize import Granularity, blocks_of, fake_quantize, from_blocks, share_of
 from mpq.kernels.compiler import compiled
+from mpq.kernels.grid import GridFormat, described
 
 log = logging.getLogger(__name__)
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _POINTERS, _SIZE, _FLOAT = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int64, ctypes.c_float
-_GRID = [
-    ctypes.c_int32,
-    ctypes.c_int32,
-    _FLOAT,
-]  # mantissa bits, exponent of the smallest normal, maximum
+_FORMAT = ctypes.POINTER(GridFormat)
 _ARGUMENTS = {
-    "row": [*_POINTERS, _SIZE, _SIZE, *_GRID, _FLOAT],
-    "column": [*_POINTERS, _SIZE, _SIZE, _SIZE, *_GRID, _FLOAT],
-    "unscaled": [*_POINTERS, _SIZE, *_GRID],
+    "row": [*_POINTERS, _SIZE, _SIZE, _FORMAT, _FLOAT, _FLOAT],
+    "column": [*_POINTERS, _SIZE, _SIZE, _SIZE, _FORMAT, _FLOAT],
+    "unscaled": [*_POINTERS, _SIZE, _FORMAT],
 }
 
 
 def rounded(x: Tensor, fmt: Format, granularity: Granularity, perturb: float = 1.0) -> Tensor:
     """`x` as fake_quantize rounds it; `x` itself where it is in the format already."""
-    if x.dtype == getattr(torch, fmt.dtype):
+    if not fmt.needs_scale and x.dtype == getattr(torch, fmt.dtype):
         return x
     library = _library() if _covers(x, fmt, granularity) else None
     if library is None:
         return fake_quantize(x, fmt, granularity, perturb)
+    if fmt.by_blocks:
+        share, rows = share_of(x, fmt), _as_blocks(x, fmt)
+        out = _by_row(library, rows, fmt, share, perturb)
+        whole = rows.numel() == x.numel() and fmt.block[0] == 1
+        return out.view(x.shape) if whole else from_blocks(out, fmt, x.shape)
     column = fmt.needs_scale and granularity == "column"
     if column or not _rows_lie_densely(x):
         x = x.contiguous()
-    out, suffix = torch.empty_like(x), f"{fmt.kind}_{_SUFFIX[x.dtype]}"
-    # an integer grid is one whose smallest normal has steps of 1, and nothing is larger than its maximum
-    bits, exponent = (23, 23) if fmt.kind == "int" else (fmt.mantissa_bits, fmt.min_normal_exponent)
-    pointers, grid = (x.data_ptr(), out.data_ptr()), (bits, exponent, fmt.maximum)
+    if fmt.needs_scale and not column:
+        return _by_row(library, x, fmt, 1.0, perturb)
+    out, pointer = torch.empty_like(x), ctypes.byref(described(fmt))
+    suffix = f"{fmt.kind}_{_SUFFIX[x.dtype]}"
     if fmt.name == "bf16":
-        library.bf16_f32(*pointers, x.numel())
+        library.bf16_f32(x.data_ptr(), out.data_ptr(), x.numel())
     elif not fmt.needs_scale:
-        getattr(library, f"unscaled_{suffix}")(*pointers, x.numel(), *grid)
-    elif column:
+        getattr(library, f"unscaled_{suffix}")(x.data_ptr(), out.data_ptr(), x.numel(), pointer)
+    else:
         rows, k = x.shape[-2:]
         getattr(library, f"column_{suffix}")(
-            *pointers, x.numel() // (rows * k), rows, k, *grid, perturb
+            x.data_ptr(), out.data_ptr(), x.numel() // (rows * k), rows, k, pointer, perturb
         )
-    else:
-        k = x.shape[-1]
-        getattr(library, f"row_{suffix}")(*pointers, x.numel() // k, k, *grid, perturb)
+    return out
+
+
+def _as_blocks(x: Tensor, fmt: Format) -> Tensor:
+    """Each block a row, densely: `x` itself where its rows are whole blocks."""
+    rows, columns = fmt.block
+    if rows == 1 and x.shape[-1] % columns == 0:
+        return x.contiguous().view(*x.shape[:-1], -1, columns)
+    return blocks_of(x, fmt).contiguous()
+
+
+def _by_row(library: Any, x: Tensor, fmt: Format, share: float, perturb: float) -> Tensor:
+    """Rows of a dense `x`, each with a scale."""
+    out, k = torch.empty_like(x), x.shape[-1]
+    sweep = getattr(library, f"row_{fmt.kind}_{_SUFFIX[x.dtype]}")
+    pointers = x.data_ptr(), out.data_ptr()
+    sweep(*pointers, x.numel() // k, k, ctypes.byref(described(fmt)), share, perturb)
     return out
 
 
@@ -70,6 +87,8 @@ def _covers(x: Tensor, fmt: Format, granularity: Granularity) -> bool:
         return False
     if fmt.bits > 16 or (fmt.needs_scale and granularity == "tensor"):
         return False
+    if fmt.by_blocks and granularity != "row":
+        return False  # fake_quantize says why
     return not (x.requires_grad and torch.is_grad_enabled())
 
 
