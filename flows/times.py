@@ -27,12 +27,14 @@ def allowed_of(
     For measured time these are the device's own; for memory, BGEMMs are not decided. `leave_out` names
     rules that shall not hold. Raises MpqError for constraints that no plan keeps.
     """
+    from mpq.formats.scheme import get_scheme
     from mpq.kernels import native_formats
     from mpq.timing.in_vllm import formats_in_vllm
 
     spec = run.spec
     lowered = spec.objectives[objective].formats
     formats: dict[str, tuple[str, ...]] = dict.fromkeys(map(str, KINDS), lowered)
+    formats["bgemm"] = tuple(f for f in lowered if get_scheme(f).alike)
     for kind in KINDS if objective == "et" else ():
         native = (
             formats_in_vllm(kind)

@@ -100,10 +100,10 @@ def _cell(value: Any) -> str:
 
 def the_base(name: str) -> str:
     """The base format's own name. Raises MpqError where a model runs in none such throughout."""
-    from mpq.formats.format import get_format
+    from mpq.formats.scheme import get_scheme
 
-    base = get_format(name)
-    if base.needs_scale:
+    base = get_scheme(name)
+    if base.weights.needs_scale:
         raise MpqError(
             f"The base format must be fp32, bf16 or fp16, not {base.name}: no model runs in that throughout."
         )
@@ -116,13 +116,13 @@ def lowered_and_base(formats: str, base: str) -> tuple[list[str], str]:
     Raises MpqError where a name is unknown or empty, the base is none that a model runs in throughout, or nothing is
     left to lower to.
     """
-    from mpq.formats.format import get_format
+    from mpq.formats.scheme import get_scheme
 
     if "" in map(str.strip, formats.split(",")):
         raise MpqError(
             f"--formats {formats!r} has an empty name: expected names with commas between them, such as bf16,int8."
         )
-    names, of = [get_format(f).name for f in formats.split(",")], the_base(base)
+    names, of = [get_scheme(f).name for f in formats.split(",")], the_base(base)
     if not set(names) - {of}:
         raise MpqError(
             f"--formats {formats} is the base alone, nothing to lower to: name another format (see `mpq formats`)."

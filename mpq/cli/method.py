@@ -11,21 +11,19 @@ from mpq.cli.console import bar, emit, log, lowered_and_base, the_base
 from mpq.cli.options import AsJson, Base, Device, Model, Out, Revision, Trusted
 from mpq.errors import MpqError
 
+_SHOWN = ("name", "kind", "bits", "effective_bits", "block", "activations", "mac_time")
 _FORMATS = "Formats to lower to, separated by commas (see `mpq formats`)"
 
 
 def formats(json_: AsJson = False, out: Out = None) -> None:
-    """List the formats: bits, range, rounding noise, theoretical time of a multiply-accumulate."""
-    from dataclasses import asdict
-
+    """List the formats: of weights bits, range and what shares a scale, of activations theirs, and a multiply-accumulate's time."""
     import polars as pl
 
-    from mpq.formats.format import FORMATS
+    from mpq.formats.scheme import table_of_schemes
 
-    keep = ["name", "kind", "bits", "exponent_bits", "mantissa_bits", "maximum", "mac_time"]
-    keep += ["source"] if json_ or out else []
-    rows = [{k: asdict(f)[k] for k in keep} for f in FORMATS.values()]
-    emit(pl.DataFrame(rows), json_, out, "formats")
+    rows = table_of_schemes()
+    kept = rows if json_ or out else [{k: v for k, v in row.items() if k in _SHOWN} for row in rows]
+    emit(pl.DataFrame(kept, infer_schema_length=None), json_, out, "formats")
 
 
 def partition(

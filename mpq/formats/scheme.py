@@ -40,7 +40,7 @@ class Scheme:
     @property
     def mac_time(self) -> float | None:
         """Theoretical time of a multiply-accumulate in BF16 MACs; None where it is base's."""
-        return self.activations and self.activations.mac_time
+        return None if self.activations is None else self.activations.mac_time
 
     @property
     def alike(self) -> bool:
@@ -98,3 +98,40 @@ def mac_time(name: str, base: str) -> float:
     """Theoretical time of a multiply-accumulate of a scheme beside a base, in BF16 MACs."""
     own = get_scheme(name).mac_time
     return float(get_scheme(base).mac_time or 0.0) if own is None else own
+
+
+def table_of_schemes() -> list[dict[str, object]]:
+    """The schemes as rows: name, what weights are (kind … scale), effective bits, activations, MAC time, preset, source."""
+    return [
+        {
+            "name": s.name,
+            "kind": s.weights.kind,
+            "bits": s.weights.bits,
+            "exponent_bits": s.weights.exponent_bits,
+            "mantissa_bits": s.weights.mantissa_bits,
+            "maximum": s.weights.maximum,
+            "effective_bits": round(s.bits, 4),
+            "block": _block(s.weights),
+            "scale": s.weights.scale if s.weights.needs_scale else "",
+            "activations": "base" if s.activations is None else _operand(s.activations),
+            "mac_time": s.mac_time,
+            "preset": s.preset,
+            "source": s.source,
+        }
+        for s in SCHEMES.values()
+    ]
+
+
+def _block(fmt: Format) -> str:
+    rows, columns = fmt.block
+    if not fmt.needs_scale:
+        return ""
+    return "row" if not fmt.by_blocks else f"{rows} x {columns}"
+
+
+def _operand(fmt: Format) -> str:
+    """An element and what shares its scale, `E4M3, 1 x 128`."""
+    element = (
+        f"E{fmt.exponent_bits}M{fmt.mantissa_bits}" if fmt.kind == "float" else f"INT{fmt.bits}"
+    )
+    return ", ".join(part for part in (element, _block(fmt)) if part)

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mpq.formats.format import Format
+from mpq.formats.scheme import Scheme
 from mpq.kernels.rounding import rounded
 
 Linear: TypeAlias = Callable[[Tensor], Tensor]
@@ -26,18 +26,21 @@ BLOCK = 2**17  # scores at a time on a CPU: with P and what P is rounded to they
 def linear(
     weight: Tensor,
     bias: Tensor | None,
-    fmt: Format,
+    scheme: Scheme,
     perturb_input: float = 1.0,
     perturb_weight: float = 1.0,
 ) -> Linear:
-    """`x (..., K) -> (..., C)` with x and `weight` (C, K) rounded to `fmt`; the bias stays as it is.
+    """`x (..., K) -> (..., C)` with x and `weight` (C, K) rounded as `scheme` says; the bias stays as it is.
 
     `perturb_*` multiply the scales before rounding (quantize.fake_quantize).
     """
-    lowered = rounded(weight.detach(), fmt, "row", perturb_weight)
+    lowered = rounded(weight.detach(), scheme.weights, "row", perturb_weight)
+    activations = scheme.activations
 
     def forward(x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(rounded(x, fmt, "row", perturb_input), lowered, bias)
+        if activations is not None:
+            x = rounded(x, activations, "row", perturb_input)
+        return torch.nn.functional.linear(x, lowered, bias)
 
     return forward
 

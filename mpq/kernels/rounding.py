@@ -42,10 +42,8 @@ def rounded(x: Tensor, fmt: Format, granularity: Granularity, perturb: float = 1
     if library is None:
         return fake_quantize(x, fmt, granularity, perturb)
     if fmt.by_blocks:
-        share, rows = share_of(x, fmt), _as_blocks(x, fmt)
-        out = _by_row(library, rows, fmt, share, perturb)
-        whole = rows.numel() == x.numel() and fmt.block[0] == 1
-        return out.view(x.shape) if whole else from_blocks(out, fmt, x.shape)
+        blocks = _by_row(library, _as_blocks(x, fmt), fmt, share_of(x, fmt), perturb)
+        return from_blocks(blocks, fmt, x.shape)
     column = fmt.needs_scale and granularity == "column"
     if column or not _rows_lie_densely(x):
         x = x.contiguous()

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
-from mpq.formats.format import NOISE_MODELS, Format, NoiseModel, get_format
+from mpq.formats.format import NOISE_MODELS, NoiseModel
+from mpq.formats.scheme import Scheme, get_scheme
 from mpq.kernels.errors import MAGNITUDES
 from mpq.loss.cross_entropy import (
     check_causal,
@@ -66,7 +67,7 @@ def measure_sensitivity(
     The model comes back as it was. Raises MpqError for a loss or a gradient that is not finite, for a format that is
     unknown, for a model whose tokens see the ones after them, and for blocks longer than its learned positions.
     """
-    known = [get_format(name) for name in dict.fromkeys((base, *formats))]
+    known = [get_scheme(name) for name in dict.fromkeys((base, *formats))]
     if not len(blocks.tokens):
         raise MpqError("The calibration set is empty: give at least one block of tokens.")
     tally, losses = Tally(known[1:]), []
@@ -106,7 +107,7 @@ def measure_sensitivity(
 
 
 def _tables(
-    tally: Tally, losses: Tensor, predicted_tokens: int, base: Format, base_term: bool
+    tally: Tally, losses: Tensor, predicted_tokens: int, base: Scheme, base_term: bool
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     n = len(losses)
     rows: list[dict[str, object]] = []
@@ -121,20 +122,22 @@ def _tables(
         kl, kl_errors = _means(sums.get("kl"), n, predicted_tokens / 2)
         for noise_model in NOISE_MODELS:
             actual = noise_model == "actual"
-            for i, fmt in enumerate((base, *tally.formats), -1):
+            for i, scheme in enumerate((base, *tally.schemes), -1):
+                if not scheme.alike and (not actual or operand in ("lhs", "rhs")):
+                    continue  # no variance is known of blocks, and attention cannot run in them
                 rows.append(
                     {
                         "op": op,
                         "operand": operand,
-                        "format": fmt.name,
+                        "format": scheme.name,
                         "noise_model": noise_model,
                         "n_samples": n,
                         "loss_mse": means
-                        and _loss_mse(means, i, fmt, noise_model, base, base_term),
+                        and _loss_mse(means, i, scheme, noise_model, base, base_term),
                         # base's own noise left in, which is next to nothing of it
                         "loss_mse_stderr": errors
                         and (i >= 0 or not base_term)
-                        * _loss_mse(errors, i, fmt, noise_model, base, False),
+                        * _loss_mse(errors, i, scheme, noise_model, base, False),
                         "sensitivity": means and means[0],
                         "kl": kl and _of_format(kl, i) if actual else None,
                         "kl_stderr": kl_errors and _of_format(kl_errors, i) if actual else None,
@@ -149,20 +152,24 @@ def _tables(
 
 
 def _loss_mse(
-    means: list[float], i: int, fmt: Format, noise_model: NoiseModel, base: Format, base_term: bool
+    means: list[float],
+    i: int,
+    scheme: Scheme,
+    noise_model: NoiseModel,
+    base: Scheme,
+    base_term: bool,
 ) -> float:
-    """Loss MSE (nats²) of the tally's format number i; -1 is base, whose operands are in it already."""
+    """Loss MSE (nats²) of the tally's scheme number i; -1 is base, whose operands are in it already."""
     if noise_model == "actual":
         return _of_format(means, i)
     square, in_binade, largest = means[:MAGNITUDES]
     of_float = square if noise_model == "paper" else in_binade
-    if fmt.kind == "int":
-        noise = largest / fmt.maximum**2 / 12
-    else:
-        noise = of_float * fmt.relative_variance
+    fmt = scheme.weights
+    of_int = largest / fmt.top**2 / 12
+    noise = of_int if fmt.kind == "int" else of_float * fmt.relative_variance
     if not base_term:
         return noise
-    return 0.0 if i < 0 else max(0.0, noise - of_float * base.relative_variance)
+    return 0.0 if i < 0 else max(0.0, noise - of_float * base.weights.relative_variance)
 
 
 def _of_format(values: list[float], i: int) -> float:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
-from mpq.formats.format import Format
 from mpq.formats.quantize import Granularity
-from mpq.kernels.errors import MAGNITUDES, weighted_sums
+from mpq.formats.scheme import Scheme
+from mpq.kernels.errors import MAGNITUDES, shares_of, weighted_sums
 from mpq.loss.cross_entropy import differentiable_input
 from mpq.models.attention import AttentionHandler, intercept
 from mpq.models.experts import ExpertProduct, Routing, intercept_experts, with_bias
@@ -33,12 +33,17 @@ _SLICE_ELSEWHERE = 2**23
 class Tally:
     """Sums over samples, by loss and (op, operand), of what kernels.errors.weighted_sums gives for each sample.
 
-    `sums[loss][op, operand]` is (2, 3 + formats) float64: Σ_i v_i and Σ_i v_i². `tokens[loss][op]` (experts,) int64 says how
+    `sums[loss][op, operand]` is (2, 3 + schemes) float64: Σ_i v_i and Σ_i v_i². `tokens[loss][op]` (experts,) int64 says how
     many tokens each expert of an op got.
     """
 
-    def __init__(self, formats: Sequence[Format]) -> None:
-        self.formats = tuple(formats)
+    def __init__(self, schemes: Sequence[Scheme]) -> None:
+        self.schemes = tuple(schemes)
+        # what an operand is rounded to in each scheme; None where that leaves it, or the product, in base
+        self._activations = [s.activations for s in schemes]
+        self._weights = [s.weights for s in schemes]
+        self._alike = [s.weights if s.alike else None for s in schemes]
+        self._block = max((w.block[0] for w in self._weights), default=1)
         self.sums: dict[str, dict[tuple[str, str], Tensor]] = defaultdict(dict)
         self.tokens: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.samples = 0  # of the batch in flight
@@ -60,7 +65,7 @@ class Tally:
         if (op, operand) not in self._batch:
             self._batch[op, operand] = torch.zeros(
                 self.samples,
-                MAGNITUDES + len(self.formats),
+                MAGNITUDES + len(self.schemes),
                 dtype=torch.float64,
                 device=sums.device,
             )
@@ -70,17 +75,22 @@ class Tally:
         self, op: str, operand: str, gradient: Tensor, u: Tensor, how: Granularity, first: int = 0
     ) -> None:
         """Add what ∂g/∂u (samples, …, T, K) gives, one sample after the other: temporaries stay small."""
+        formats = self._activations if operand == "input" else self._alike
         for i, (g, of_u) in enumerate(zip(gradient, u, strict=True), first):
-            self.add(op, operand, i, weighted_sums(of_u, self.formats, how)(g))
+            self.add(op, operand, i, weighted_sums(of_u, formats, how)(g))
 
     def add_weight(
         self, op: str, weight: Tensor, each: Sequence[tuple[int, Tensor, Tensor]]
     ) -> None:
         """Add what ∂g_i/∂W of a weight (C, K) gives, of `each` sample (i, output's gradient (T, C), input (T, K))."""
         rows = max(1, _SLICE.get(weight.device.type, _SLICE_ELSEWHERE) // weight.shape[1])
+        rows += -rows % self._block  # whole blocks
+        shares = shares_of(weight, self._weights)
         for start in range(0, len(weight), rows):
             some = slice(start, start + rows)
-            sums = weighted_sums(weight[some], self.formats, "row", often=len(each) > 1)
+            sums = weighted_sums(
+                weight[some], self._weights, "row", often=len(each) > 1, shares=shares
+            )
             for i, g, u in each:
                 self.add(op, "weight", i, sums(g[:, some].T @ u))  # [c, T] @ [T, K] -> [c, K]
 

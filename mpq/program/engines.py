@@ -68,6 +68,10 @@ def _fusing(engine: str, source: str = _FUSED) -> tuple[Rule, ...]:
     )
 
 
+_COMPRESSED = (
+    *("int8", "fp8_e4m3", "fp8_block", "mxfp8", "mxfp4", "nvfp4"),
+    *("w4a8", "w8a16", "w4a16", "w4a16_g32", "nvfp4a16", "mxfp4a16"),
+)
 _SIMULATED = "compressed-tensors 0.20 simulates rounding of linears; products have no scheme there"
 ENGINES: dict[str, Engine] = {
     engine.name: engine
@@ -76,15 +80,17 @@ ENGINES: dict[str, Engine] = {
         Engine(
             "vllm",
             _fusing("vllm"),
-            ("int8", "fp8_e4m3"),
-            "vLLM 0.32 run on a CPU: W8A8 INT8 and FP8-E4M3 load and answer; no E5M2 scheme, and "
-            "what is not quantized runs in the engine's one dtype",
+            _COMPRESSED,
+            "vLLM 0.32 run on a CPU: INT8, FP8-E4M3 and W4A8 load and answer; on a GPU compute "
+            "capability 75 (INT8, NVFP4, MXFP8, W4A16, W8A16), 80 (MXFP4) or 89 (FP8) and more; no E5M2 "
+            "scheme, and what is not quantized runs in the engine's one dtype",
         ),
         Engine(
             "tensorrt-llm",
             _fusing("tensorrt-llm", "modelopt's MIXED_PRECISION refuses two formats in one layer"),
-            ("fp8_e4m3",),
-            "hf_quant_config.json has FP8_PER_CHANNEL_PER_TOKEN and no INT8",
+            ("fp8_e4m3", "fp8_block", "mxfp8", "nvfp4", "nvfp4a16"),
+            "hf_quant_config.json has FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, MXFP8, NVFP4 and W4A16_NVFP4, "
+            "and no INT8",
         ),
         Engine(
             "sglang",
@@ -116,7 +122,7 @@ ENGINES: dict[str, Engine] = {
                     "transformers 5.23, integrations/compressed_tensors.py: 8-bit experts are read as FP8",
                 ),
             ),
-            ("int8", "fp8_e4m3"),
+            _COMPRESSED,
             "transformers 5.23 run with compressed-tensors 0.20: each op by its own name",
         ),
     )

@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from mpq.errors import MpqError
-from mpq.formats.format import get_format
+from mpq.formats.scheme import get_scheme, mac_time
 from mpq.program.constraints import Allowed
 from mpq.program.costs import COSTS, Cost, Costs, added
 from mpq.program.memory import STORED
@@ -136,7 +136,7 @@ def gains_tt(
     costs = Costs(sensitivity, noise_model, base)
 
     def gain(op: dict[str, Any], name: str) -> float:
-        return float((get_format(base).mac_time - get_format(name).mac_time) * op["macs"])
+        return float((mac_time(base, base) - mac_time(name, base)) * op["macs"])
 
     return _by_decision("tt", ops, gain, costs, formats, allowed)
 
@@ -174,6 +174,7 @@ def _by_decision(
     """Gains that add up over ops: a group for each decision, numbered by its first op's `order`."""
     rows = {row["op"]: row for row in ops.sort("order").iter_rows(named=True)}
     free = tuple(dict.fromkeys((costs.base, *formats)))
+    of_kind = {"bgemm": tuple(f for f in free if get_scheme(f).alike)}
     decisions = allowed.of(rows).decisions if allowed else [(op,) for op in rows]
     return _table(
         objective,
@@ -185,7 +186,11 @@ def _by_decision(
                     (f,) * len(together): added(
                         [(gain(rows[op], f), *costs.of((op,), (f,))) for op in together]
                     )
-                    for f in (allowed.formats[together[0]] if allowed else free)
+                    for f in (
+                        allowed.formats[together[0]]
+                        if allowed
+                        else of_kind.get(rows[together[0]]["kind"], free)
+                    )
                 },
             )
             for together in decisions
@@ -196,8 +201,8 @@ def _by_decision(
 def _bytes_gained(op: dict[str, Any], base: str, name: str) -> float:
     if name == base:
         return 0.0
-    kept = 0.0 if op.get("tied") else get_format(base).bytes
-    return float((kept - get_format(name).bytes) * op["parameters"])
+    kept = 0.0 if op.get("tied") else get_scheme(base).bytes
+    return float((kept - get_scheme(name).bytes) * op["parameters"])
 
 
 def _groups(groups: pl.DataFrame) -> list[dict[str, Any]]:

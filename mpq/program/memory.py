@@ -8,7 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from mpq.formats.format import get_format
+from mpq.formats.format import SCALE_BITS, Format
+from mpq.formats.scheme import get_scheme
 
 SCALE_BYTES = 4  # FP32, one for each output channel (of each expert) of a weight that is scaled
 STORED = ("linear", "experts")  # kinds of ops that have weights
@@ -21,14 +22,26 @@ def bytes_of(op: Mapping[str, Any], name: str, base: str) -> float:
     """
     if op["kind"] not in STORED:
         return 0.0
-    kept = get_format(base).bytes * op["parameters"]
+    kept = get_scheme(base).bytes * op["parameters"]
     if name == base:
         return float(kept)
-    scales = (
-        SCALE_BYTES * (op["parameters"] // op["in_features"]) if get_format(name).needs_scale else 0
-    )
-    lowered = get_format(name).bytes * op["parameters"] + scales
+    weights = get_scheme(name).weights
+    lowered = weights.bits / 8 * op["parameters"] + _scale_bytes(op, weights)
     return float(lowered + kept if op.get("tied") else lowered)
+
+
+def _scale_bytes(op: Mapping[str, Any], weights: Format) -> float:
+    """Bytes of the scales of an op's weights: one for each row, or for each block, the last of which may be short."""
+    columns = int(op["in_features"])
+    rows = int(op["parameters"]) // columns
+    if not weights.needs_scale:
+        return 0.0
+    if not weights.by_blocks:
+        return float(SCALE_BYTES * rows)
+    high, wide = weights.block
+    blocks = math.ceil(rows / high) * math.ceil(columns / wide)
+    of_tensor = SCALE_BYTES if weights.scale == "e4m3" else 0
+    return blocks * SCALE_BITS[weights.scale] / 8 + of_tensor
 
 
 def weight_bytes(groups: pl.DataFrame, formats: Mapping[str, str], base: str) -> float:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpq.errors import MpqError
-from mpq.formats.format import get_format
+from mpq.formats.scheme import get_scheme
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -118,7 +118,7 @@ class Plan:
                 "solve it again."
             )
         for format_name in {plan.base, *plan.formats.values()}:
-            get_format(format_name)
+            get_scheme(format_name)
         return plan
 
     def check_model(self, fingerprint: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from mpq.errors import MpqError
-from mpq.formats.format import get_format
+from mpq.formats.scheme import get_scheme, mac_time
 from mpq.program.anchors import Scale, scaled
 from mpq.program.bounds import bound_rows, missed, target_rows
 from mpq.program.certainty import ERRORS, HALF, held_at, risk
@@ -418,4 +418,9 @@ def _walk(
 
 def _by_speed(options: Rows, i: int, base: str) -> list[str]:
     names = {c[i] for c in options} - {base}
-    return sorted(names, key=lambda f: (get_format(f).mac_time, -get_format(f).mantissa_bits, f))
+
+    def order(name: str) -> tuple[float, float, int, str]:
+        scheme = get_scheme(name)
+        return mac_time(name, base), scheme.bits, -scheme.weights.mantissa_bits, name
+
+    return sorted(names, key=order)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from mpq.formats.format import FORMATS
+from mpq.formats.scheme import SCHEMES
 from mpq.store.tables import SCHEMAS, validate
 from mpq.timing.drift import carried
 
@@ -186,8 +186,8 @@ def _measured(tables: Tables, keys: list[str]) -> list[pl.DataFrame]:
 def _weights(tables: Tables) -> pl.DataFrame:
     """Bytes of the linears' weights under each plan, and in base: ops not decided are in base."""
     base = base_of(tables, {})
-    wide = FORMATS[base].bytes if base in FORMATS else 0.0
-    sizes = {name: f.bytes for name, f in FORMATS.items()}
+    wide = SCHEMES[base].bytes if base in SCHEMES else 0.0
+    sizes = {name: f.bytes for name, f in SCHEMES.items()}
     linears = table_of(tables, "groups").filter(pl.col("parameters") > 0)
     whole = float(linears["parameters"].sum()) * wide
     size = pl.col("format").replace_strict(sizes, default=wide, return_dtype=pl.Float64)
@@ -270,5 +270,5 @@ def base_of(tables: Tables, facts: Mapping[str, str]) -> str:
     """The base format: what the facts say, or else the widest in the plans."""
     found = sorted(table_of(tables, "plans")["format"].unique())
     return facts.get("base") or max(
-        found, key=lambda f: FORMATS[f].bits if f in FORMATS else 0, default=""
+        found, key=lambda f: SCHEMES[f].bits if f in SCHEMES else 0, default=""
     )

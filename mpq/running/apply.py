@@ -11,7 +11,8 @@ head tied to the embedding leaves the embedding alone, and ops in the base forma
 Seeds: every operand of every op draws its own multiplier for its scale, by (seed, op, operand) alone, so one op rounds the
 same way whatever else is lowered. A multiplier is at least 1, since a smaller scale would clip the largest values.
 For floats it is uniform in [1, 2): rounding points repeat from binade to binade, so this covers their positions evenly
-(E4M3 keeps 17 of its 18 binades). For integers, whose step grows with the scale, it is uniform in [1, 1.05).
+(E4M3 keeps 17 of its 18 binades). For integers, whose step grows with the scale, and for floats of few binades (E2M1 has
+three), it is uniform in [1, 1.05).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from mpq.errors import MpqError
 from mpq.formats.format import Format, get_format
+from mpq.formats.scheme import Scheme, get_scheme
 from mpq.kernels import Kind, check_native, cpu, emulated, int8_attention, native_kernels
 from mpq.kernels.rounding import rounded
 from mpq.models import experts
@@ -41,11 +43,11 @@ Forward: TypeAlias = Callable[..., Tensor]
 PRODUCTS = ("qk_matmul", "av_matmul")
 
 
-def perturbation(seed: int | None, op: str, operand: str, fmt: Format) -> float:
-    """The multiplier of one operand's scale; 1 without a seed and for formats without a scale."""
-    if seed is None or not fmt.needs_scale:
+def perturbation(seed: int | None, op: str, operand: str, fmt: Format | None) -> float:
+    """The multiplier of one operand's scale; 1 without a seed, and where nothing is scaled."""
+    if seed is None or fmt is None or not fmt.needs_scale:
         return 1.0
-    width = 0.05 if fmt.kind == "int" else 1.0
+    width = 1.0 if fmt.exponent_bits > 3 else 0.05
     return 1.0 + width * random.Random(f"{seed}/{op}/{operand}").random()
 
 
@@ -114,7 +116,7 @@ class Mixed:
         Raises MpqError, and changes nothing, where the model lacks an op or the device a native kernel.
         """
         lowered = {
-            op: f for op, name in formats.items() if (f := get_format(name).name) != self.base
+            op: f for op, name in formats.items() if (f := get_scheme(name).name) != self.base
         }
         kinds = {op: kind_of(self.model, op) for op in formats}
         unknown = [
@@ -128,6 +130,12 @@ class Mixed:
         of_kind: dict[str, dict[str, str]] = {"linear": {}, "experts": {}, "bgemm": {}}
         for op, name in lowered.items():
             of_kind[str(kinds[op])][op] = name
+        for op, name in of_kind["bgemm"].items():
+            if not get_scheme(name).alike:
+                raise MpqError(
+                    f"{op} cannot run in {name}, which is a scheme of weights: attention's products "
+                    "take formats with one scale a row; pin it to base and solve again."
+                )
         for kind, of in of_kind.items() if self.backend == "native" else ():
             check_native(of.values(), self._device, cast(Kind, kind))
         kept = self._kept(lowered)
@@ -166,7 +174,7 @@ class Mixed:
         """The ops whose output stays in their 16-bit format: it is read as it is, and by lowered ops alone."""
         kept: dict[str, torch.dtype] = {}
         for op, readers in self._feeds.items():
-            fmt = get_format(lowered.get(op, self.base))
+            fmt = get_scheme(lowered.get(op, self.base)).weights
             narrow = fmt.name != self.base and fmt.kind == "float" and fmt.bits == 16
             fused = not _is_product(op) or _both(op, lowered) == fmt.name
             if (
@@ -184,26 +192,25 @@ class Mixed:
         if (op, name) not in self._kernels:
             module = self.model.get_submodule(op)
             weight, bias = weight_of(module), cast("Tensor | None", module.bias)
-            fmt = get_format(name)
-            make = (
-                emulated.linear
-                if self.backend == "emulated"
-                else native_kernels(self._device).linear
-            )
-            self._kernels[op, name] = make(weight, bias, fmt, **self._noise(op, fmt))
+            scheme, noise = get_scheme(name), self._noise(op, get_scheme(name))
+            if self.backend == "emulated":
+                self._kernels[op, name] = emulated.linear(weight, bias, scheme, **noise)
+            else:  # a device's formats are alike for both operands
+                make = native_kernels(self._device).linear
+                self._kernels[op, name] = make(weight, bias, scheme.weights, **noise)
         return self._kernels[op, name]
 
     def _expert_product(self, op: str, name: str) -> ExpertProduct:
         if (op, name) not in self._products:
             owner, _, product = op.rpartition(".")
             make = EmulatedExperts if self.backend == "emulated" else NativeExperts
-            module, fmt = self.model.get_submodule(owner), get_format(name)
-            self._products[op, name] = make(module, product, fmt, **self._noise(op, fmt))
+            module, scheme = self.model.get_submodule(owner), get_scheme(name)
+            self._products[op, name] = make(module, product, scheme, **self._noise(op, scheme))
         return self._products[op, name]
 
-    def _noise(self, op: str, fmt: Format) -> dict[str, float]:
-        operands = ("input", "weight")
-        return {f"perturb_{o}": perturbation(self.seed, op, o, fmt) for o in operands}
+    def _noise(self, op: str, scheme: Scheme) -> dict[str, float]:
+        operands = {"input": scheme.activations, "weight": scheme.weights}
+        return {f"perturb_{o}": perturbation(self.seed, op, o, f) for o, f in operands.items()}
 
     def _handlers(
         self, lowered: Mapping[str, str], kept: Mapping[str, torch.dtype]
@@ -211,7 +218,7 @@ class Mixed:
         chosen: dict[str, dict[str, Format]] = {}
         for op, name in lowered.items():
             owner, _, product = op.rpartition(".")
-            chosen.setdefault(owner, {})[product] = get_format(name)
+            chosen.setdefault(owner, {})[product] = get_scheme(name).weights
         handlers: dict[str, AttentionHandler] = {}
         for owner, formats in chosen.items():
             qk, av = formats.get("qk_matmul"), formats.get("av_matmul")

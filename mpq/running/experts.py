@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mpq.formats.format import Format
+from mpq.formats.scheme import Scheme
 from mpq.kernels import native_kernels
 from mpq.kernels.rounding import rounded
 from mpq.models.experts import ExpertProduct, Routing, with_bias
@@ -23,16 +23,16 @@ class EmulatedExperts(ExpertProduct):
         self,
         module: nn.Module,
         name: str,
-        fmt: Format,
+        scheme: Scheme,
         perturb_input: float = 1.0,
         perturb_weight: float = 1.0,
     ) -> None:
         super().__init__(module, name)
-        self._format, self._perturb = fmt, perturb_input
-        self._lowered = rounded(self.weight.detach(), fmt, "row", perturb_weight)
+        self._format, self._perturb = scheme.activations, perturb_input
+        self._lowered = rounded(self.weight.detach(), scheme.weights, "row", perturb_weight)
 
     def operand(self, x: Tensor, routing: Routing | None) -> Tensor:
-        return rounded(x, self._format, "row", self._perturb)
+        return x if self._format is None else rounded(x, self._format, "row", self._perturb)
 
     def product(self, x: Tensor, routing: Routing) -> Tensor:
         return with_bias(self.multiply(x, self._lowered.mT, routing), self.bias, routing)
@@ -41,12 +41,17 @@ class EmulatedExperts(ExpertProduct):
 class NativeExperts(ExpertProduct):
     """An experts' product on the device's linear kernels, one expert after the other: those that got no token cost nothing."""
 
-    def __init__(self, module: nn.Module, name: str, fmt: Format, **perturb: float) -> None:
+    def __init__(self, module: nn.Module, name: str, scheme: Scheme, **perturb: float) -> None:
         super().__init__(module, name)
         weight, bias = self.weight.detach(), self.bias
         linear = native_kernels(weight.device.type).linear
         self._linears = [
-            linear(w.contiguous(), None if bias is None else bias[e].detach(), fmt, **perturb)
+            linear(
+                w.contiguous(),
+                None if bias is None else bias[e].detach(),
+                scheme.weights,
+                **perturb,
+            )
             for e, w in enumerate(weight)
         ]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from mpq.formats.format import get_format
+from mpq.formats.scheme import get_scheme
 from mpq.spec.fields import FormatName, Number, Strict
 
 EngineName = Literal["none", "vllm", "tensorrt-llm", "sglang", "gaudi", "transformers"]
@@ -33,7 +33,7 @@ def _size(value: Any) -> Any:
 
 
 def _format_or_base(name: str) -> str:
-    return name if name == "base" else get_format(name).name
+    return name if name == "base" else get_scheme(name).name
 
 
 def _one_or_more(value: Any) -> Any:

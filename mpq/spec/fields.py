@@ -15,12 +15,12 @@ from pydantic import (
     field_validator,
 )
 
-from mpq.formats.format import get_format
+from mpq.formats.scheme import get_scheme
 from mpq.redaction import without_credentials
 
 
 def _format(name: str) -> str:
-    return get_format(name).name
+    return get_scheme(name).name
 
 
 def number(value: Any) -> Any:

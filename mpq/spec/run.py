@@ -16,7 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from mpq.formats.format import NoiseModel, get_format
+from mpq.formats.format import NoiseModel
+from mpq.formats.scheme import get_scheme
 from mpq.spec.bound import Bound, BoundSpec
 from mpq.spec.constraints import ConstraintSpec, EngineName, TargetSpec
 from mpq.spec.export import SERVED, ExportSpec
@@ -117,7 +118,7 @@ class ModelSpec(Strict):
     @field_validator("base")
     @classmethod
     def _wide(cls, name: str) -> str:
-        if get_format(name).needs_scale:
+        if get_scheme(name).weights.needs_scale:
             raise ValueError(f"the base format must be fp32, bf16 or fp16, not {name}")
         return name
 
@@ -400,6 +401,13 @@ class RunSpec(Strict):
             raise ValueError(
                 f"constraints.bounds.min_share: no objective lowers to {unknown[0]}: "
                 f"expected one of {', '.join(self.formats)}"
+            )
+        if self.noise_model != "actual" and (
+            blocked := [f for f in self.formats if not get_scheme(f).alike]
+        ):
+            raise ValueError(
+                f"noise_model: {self.noise_model} knows no variance of {blocked[0]}, whose scales are of "
+                "blocks or whose activations stay in base: expected actual"
             )
         if self.target and self.target.ttft_ms and "et" not in self.objectives:
             raise ValueError(

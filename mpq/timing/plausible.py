@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from mpq.formats.format import get_format
+from mpq.formats.scheme import mac_time
 
 
 def implausible(
@@ -14,7 +14,7 @@ def implausible(
     """The sentence on a prediction that cannot be, or None.
 
     The floor is base's TTFT times the share of base's time that a multiplication takes in the fastest of the plan's `formats`
-    (Format.mac_time): as if everything ran in it, at the speed of its instructions. What was not predicted is not implausible.
+    (scheme.mac_time): as if everything ran in it, at the speed of its instructions. What was not predicted is not implausible.
     """
     if predicted_ttft_s is None or base_ttft_s is None:
         return None
@@ -23,8 +23,8 @@ def implausible(
             f"The predicted TTFT cannot be: {predicted_ttft_s:g} s, of a base of {base_ttft_s:g} s. "
             "Measure the timing table again."
         )
-    name = min({base, *formats}, key=lambda f: get_format(f).mac_time)
-    share = get_format(name).mac_time / get_format(base).mac_time
+    name = min({base, *formats}, key=lambda f: mac_time(f, base))
+    share = mac_time(name, base) / mac_time(base, base)
     if predicted_ttft_s >= share * base_ttft_s:
         return None
     return (

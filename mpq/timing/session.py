@@ -18,6 +18,7 @@ import polars as pl
 
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
+from mpq.formats.scheme import get_scheme
 from mpq.kernels import Kind
 from mpq.store.tables import SCHEMAS, table
 from mpq.timing.pairs import Pairs, Timed, compare, gain_statistics
@@ -74,7 +75,7 @@ def rows_of(
     members = {s: _members(groups, s, method) for s, _ in requests}
     first_group = dict(groups.group_by("signature").agg(pl.col("group").min()).iter_rows())
     every = [
-        (s, tuple(get_format(f).name for f in c))
+        (s, tuple(get_scheme(f).name for f in c))
         for s, configurations in requests
         for c in configurations
     ]
