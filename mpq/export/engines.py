@@ -82,3 +82,13 @@ def split_ties(
             chosen = {op: formats.get(op, base) for op in ops}
             if len(ops) > 1 and len(set(chosen.values())) > 1:
                 yield layer, chosen
+
+
+def fused_together(ops: Collection[str], engine: str) -> list[list[str]]:
+    """The ops that the engine multiplies in one product, where there are several of them."""
+    found = []
+    for parent in {op.rpartition(".")[0] for op in ops}:
+        for layer in ENGINES[engine].fused:
+            of = [op for part in layer.parts if (op := f"{parent}.{part}".lstrip(".")) in ops]
+            found += [of] if len(of) > 1 else []
+    return found

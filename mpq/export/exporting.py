@@ -27,7 +27,7 @@ from mpq.models.blocks import Blocks
 from mpq.program.plan import Plan
 
 if TYPE_CHECKING:
-    from mpq.export.shards import Shard
+    from mpq.export.shards import Shard, Shares
     from mpq.export.skeleton import Skeleton
 
 log = logging.getLogger("mpq")
@@ -172,6 +172,7 @@ class _Work:
         progress: Callable[[int, int], None] | None,
     ) -> Exported:
         from mpq.export.expressible import IN_TRANSFORMERS
+        from mpq.export.ranges import shares_of
         from mpq.export.shards import write_index, write_shard
         from mpq.models.checkpoint import check_unchanged
 
@@ -180,11 +181,15 @@ class _Work:
             raise MpqError(
                 f"transformers reads experts in {' or '.join(IN_TRANSFORMERS)} alone, so an export with {unread[0]} in {self.lowered[unread[0]]} cannot be checked by reloading it: export it with --no-check, or solve again with experts in what can be read."
             )
-        aside = Aside(self.out, self._key())
+        shares = shares_of(
+            *(self.shards, self.source, self.lowered, self.plan.base, self.engine),
+            *(check, device, self.trusted),
+        )
+        aside = Aside(self.out, self._key(shares))
         check_room(self.out, self._missing(aside) + self._room_of(check))
         aside.begin()
         for done, shard in enumerate(self.shards):
-            aside.shard(shard.file, self._writer(shard, write_shard))
+            aside.shard(shard.file, self._writer(shard, write_shard, shares))
             if progress:
                 progress(done + 1, len(self.shards))
         check_unchanged(self.source, self.marks)
@@ -203,7 +208,7 @@ class _Work:
     def _experts(self) -> list[str]:
         return [op for op in self.lowered if op in self.model.expert_ops]
 
-    def _key(self) -> str:
+    def _key(self, shares: Mapping[str, Shares]) -> str:
         """What decides the shards' content."""
         content = [
             _VERSION,
@@ -211,6 +216,7 @@ class _Work:
             self.plan.base,
             self.lowered,
             [asdict(shard) for shard in self.shards],
+            shares,
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -227,8 +233,10 @@ class _Work:
         vocabulary = int(text.get("vocab_size") or 0)
         return int(samples * (length - 1)) * vocabulary * 4 + 2**20
 
-    def _writer(self, shard: Shard, write: Callable[..., None]) -> Callable[[Path], None]:
-        return lambda to: write(shard, self.source, self.plan.base, to)
+    def _writer(
+        self, shard: Shard, write: Callable[..., None], shares: Mapping[str, Shares]
+    ) -> Callable[[Path], None]:
+        return lambda to: write(shard, self.source, self.plan.base, to, shares)
 
     def _config(self) -> dict[str, Any]:
         """The source's config.json in the plan's base dtype, a lowered head untied, with what is quantized."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from mpq.errors import MpqError
 from mpq.export.engines import ENGINES, split_ties
 from mpq.export.skeleton import Skeleton
-from mpq.serving.schemes import SCHEMES
+from mpq.serving.schemes import EXPORTED
 
 IN_TRANSFORMERS = ("fp8_e4m3",)  # formats of experts that transformers reads back
 _PRODUCTS = ("qk_matmul", "av_matmul")
@@ -42,9 +42,9 @@ def lowered_linears(
             raise MpqError(
                 f"{op} computes more than a product with its weight, and cannot be lowered: pin it to base and solve again."
             )
-        if name not in SCHEMES:
+        if name not in EXPORTED:
             raise MpqError(
-                f"{op} runs in {name} in this plan, which a compressed-tensors checkpoint in {base} cannot express: it can hold {' and '.join(SCHEMES)}, and all else in its one base format; make the plan with those."
+                f"{op} runs in {name} in this plan, which a compressed-tensors checkpoint in {base} cannot express: it can hold {', '.join(EXPORTED)}, and all else in its one base format; make the plan with those."
             )
         shared = model.sharing(f"{op}.weight") - {f"{op}.weight", model.embedding}
         if shared:
@@ -58,8 +58,8 @@ def lowered_linears(
 def _check_experts(op: str, formats: Mapping[str, str], engine: str) -> None:
     """Raise MpqError for experts in a format that is none of theirs, or that differs within a layer where the engine has one."""
     name, owner = formats[op], op.rpartition(".")[0]
-    if name not in SCHEMES or (engine == "transformers" and name not in IN_TRANSFORMERS):
-        can = IN_TRANSFORMERS if engine == "transformers" else tuple(SCHEMES)
+    if name not in EXPORTED or (engine == "transformers" and name not in IN_TRANSFORMERS):
+        can = IN_TRANSFORMERS if engine == "transformers" else EXPORTED
         raise MpqError(
             f"{op} runs in {name} in this plan, but {engine} reads experts in {' or '.join(can)} alone: solve again with that, or with *.experts.* pinned to base."
         )

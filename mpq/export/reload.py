@@ -19,10 +19,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mpq.errors import first_line
+from mpq.export.codes import tensors_of
 from mpq.formats.format import get_format
-from mpq.formats.quantize import quantize, scale_of
+from mpq.formats.quantize import share_of
+from mpq.formats.scheme import get_scheme
 from mpq.models.layout import weight_files
-from mpq.serving.schemes import SCHEMES
+from mpq.serving.schemes import stored_as
 
 # transformers keeps scales in the base dtype: half a unit in the last place of it, relative
 PRECISION = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
@@ -68,27 +70,51 @@ def differing(
     with ExitStack() as stack:
         files = {f.name: stack.enter_context(safe_open(f, "pt")) for f in weight_files(source)}
         for op, module in model.named_modules():
-            scheme = getattr(module, "quantization_scheme", None)
-            found = getattr(scheme, "weights", None)
-            kind = str(getattr(found, "type", "")) if found else ""
-            if kind.rpartition(".")[2].lower() != SCHEMES.get(formats.get(op, ""), ("",))[0]:
-                wrong.append(f"{op} is in {kind or 'base'}, not in {formats.get(op, base)}")
-                continue  # its weight and scales are of another kind, too
-            if op not in names:
+            wrong += _of_scheme(op, module, formats.get(op), base)
+            if op not in names or wrong:
                 continue
             file, tensor = names[op]
-            want = files[file].get_tensor(tensor).to(dtype)
-            if op in formats:
-                fmt = get_format(formats[op])
-                scale = scale_of(want, fmt, "row")
-                want = quantize(want, fmt, scale)
-                off = (module.weight_scale.float() - scale).abs() > PRECISION[base] * scale
-                if bool(off.any()):
-                    wrong.append(f"the scales of {op} are others")
-            have = module.weight
-            same = have.dtype == want.dtype and have.shape == want.shape
-            if not (same and bool((have.float() == want.float()).all())):
-                wrong.append(f"the weight of {op} is another")
+            weight = files[file].get_tensor(tensor).to(dtype)
+            if op not in formats:
+                wrong += _other({"weight": weight}, module, op, base)
+                continue
+            share = getattr(module, "weight_global_scale", None)
+            scheme = get_scheme(formats[op])
+            share = None if share is None else float(share)
+            if share is not None and share > share_of(weight, scheme.weights) * (1 + 1e-6):
+                wrong.append(f"the weight of {op} overflows its blocks' scales")
+            want = tensors_of(weight, scheme, dtype, op, share)
+            wrong += _other(want, module, op, base)
+    return wrong
+
+
+def _of_scheme(op: str, module: nn.Module, name: str | None, base: str) -> list[str]:
+    """What is wrong about how a module is quantized, which should be `name`, or nothing in base."""
+    scheme = getattr(module, "quantization_scheme", None)
+    found = getattr(scheme, "weights", None)
+    stored = getattr(getattr(scheme, "format", None), "value", getattr(scheme, "format", None))
+    if name is None:
+        return [f"{op} is in {stored}, not in {base}"] if found else []
+    want = get_scheme(name)
+    bits, rounds = getattr(found, "num_bits", 0), getattr(scheme, "input_activations", None)
+    same = stored == stored_as(want) and bits == want.weights.bits
+    if same and (rounds is not None) == (want.activations is not None):
+        return []
+    return [f"{op} is in {stored or 'base'} of {bits} bits, not in {name}"]
+
+
+def _other(want: Mapping[str, Tensor], module: nn.Module, op: str, base: str) -> list[str]:
+    """Which of a module's tensors are not the wanted ones."""
+    wrong = []
+    for name, tensor in want.items():
+        have = getattr(module, name, None)
+        if have is None or have.shape != tensor.shape:
+            wrong.append(f"{op} has no {name} of {tuple(tensor.shape)}")
+        elif name == "weight_scale" and tensor.dtype != torch.uint8:
+            off = (have.float() - tensor.float()).abs() > PRECISION[base] * tensor.float().abs()
+            wrong += [f"the scales of {op} are others"] if bool(off.any()) else []
+        elif not bool((have.float() == tensor.float()).all()):
+            wrong.append(f"the {name.replace('_', ' ')} of {op} is another")
     return wrong
 
 

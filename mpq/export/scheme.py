@@ -1,4 +1,4 @@
-"""A checkpoint in compressed-tensors' way: the `quantization_config` of config.json, and codes with their scales.
+"""A checkpoint in compressed-tensors' way: the `quantization_config` of config.json. What a weight becomes: codes.py.
 
 Written by hand, so that a checkpoint is streamed and never is a model in memory.
 """
@@ -9,16 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mpq.errors import MpqError
 from mpq.export.skeleton import Skeleton
-from mpq.formats.format import Format
-from mpq.formats.quantize import quantize, scale_of
-from mpq.serving.schemes import SCHEMES, scheme_group
-
-_CHUNK = 2**21  # elements rounded at a time: rounding takes several FP32 copies
+from mpq.serving.schemes import EXPORTED, scheme_group
 
 
 def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
@@ -32,7 +24,7 @@ def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str
             for op, f in lowered.items()
             if f == name
         ]
-        for name in SCHEMES
+        for name in EXPORTED
     }
     if model.expert_ops and not any(op in lowered for op in model.expert_ops):
         targets["fp8_e4m3"].append(_NO_EXPERTS)
@@ -79,24 +71,3 @@ def expert_pattern(op: str) -> str:
     owner, _, product = op.rpartition(".")
     layer = re.escape(place[0]) if place else ""
     return f"re:{layer}.*{owner.rpartition('.')[2]}[.]\\d+[.]({_PARTS.get(product, 'gate_proj|up_proj|w1|w3')})$"
-
-
-def codes_of(weight: Any, fmt: Format, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor]:
-    """(codes (C, K) in the format's dtype, scales (C, 1) FP32) of a weight that is first cast to the base `dtype`.
-
-    The same as formats.quantize by row, in chunks of rows; `weight` is a tensor or safetensors' slice of one. Raises
-    MpqError where a value is not finite.
-    """
-    rows, columns = (weight.get_shape if hasattr(weight, "get_shape") else lambda: weight.shape)()
-    codes = torch.empty((rows, columns), dtype=getattr(torch, fmt.dtype))
-    scales = torch.empty((rows, 1), dtype=torch.float32)
-    step = max(1, _CHUNK // columns)
-    for at in range(0, rows, step):
-        part = weight[at : at + step].to(dtype)
-        if not torch.isfinite(part).all():
-            raise MpqError(
-                f"{name} holds a value that is not finite in {str(dtype).removeprefix('torch.')}: the checkpoint is damaged, or its base format too narrow."
-            )
-        scales[at : at + step] = scale_of(part, fmt, "row")
-        codes[at : at + step] = quantize(part, fmt, scales[at : at + step])
-    return codes, scales

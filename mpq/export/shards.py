@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -20,13 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpq.errors import MpqError, first_line
-from mpq.export.scheme import codes_of
+from mpq.export.codes import sizes_of, tensors_of
 from mpq.export.skeleton import Skeleton
 from mpq.formats.format import get_format
+from mpq.formats.scheme import get_scheme
 from mpq.models.layout import INDEX, weight_files
 
 SHARD_BYTES = 4 * 2**30
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
+# what blocks' scales of a weight, and of its input, are shares of (quantize.share_of)
+Shares: TypeAlias = tuple[float, float | None]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -46,8 +49,9 @@ class Piece:
         """Names and bytes of what is written."""
         if not self.format:
             return [(self.name, self.bytes)]
-        scales = 4 * self.shape[0]
-        return [(self.name, self.bytes - scales), (f"{self.name}_scale", scales)]
+        op = self.name.removesuffix("weight")
+        sizes = sizes_of(get_scheme(self.format), self.shape)
+        return [(f"{op}{end}", size) for end, size in sizes.items()]
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def shards_of(
                 for n in sorted(kept)
             ]
             if op:
-                coded = math.prod(shape) + 4 * shape[0]
+                coded = sum(sizes_of(get_scheme(lowered[op]), shape).values())
                 pieces.append(Piece(file.name, tensor, into, lowered[op], shape, coded))
             for piece in pieces:
                 if groups[-1] and sum(p.bytes for p in groups[-1]) + piece.bytes > limit:
@@ -112,13 +116,14 @@ def shards_of(
 
 def _headers(file: Path, model: Skeleton) -> Iterator[tuple[str, tuple[str, str, tuple[int, ...]]]]:
     """Of each tensor in the file: the model's name, and (the file's name, dtype, shape)."""
-    with _opened(file) as tensors:
+    with opened(file) as tensors:
         for key in sorted(tensors.keys()):
             part = tensors.get_slice(key)
             yield model.name_of(key), (key, part.get_dtype(), tuple(part.get_shape()))
 
 
-def _opened(file: Path) -> Any:
+def opened(file: Path) -> Any:
+    """A safetensors file, open. Raises MpqError where it is none."""
     try:
         return safe_open(file, "pt")
     except Exception as error:  # safetensors' own, and what the system says
@@ -155,24 +160,24 @@ def _bytes(kind: str, shape: tuple[int, ...], base: str) -> int:
     return math.prod(shape) * size
 
 
-def write_shard(shard: Shard, source: Path, base: str, to: Path) -> None:
-    """Read, round and write one shard. Raises MpqError for values that are not finite where they have to be."""
+def write_shard(
+    shard: Shard, source: Path, base: str, to: Path, shares: Mapping[str, Shares]
+) -> None:
+    """Read, round and write one shard; `shares` are of ops whose blocks' scales are shares of a tensor's. Raises MpqError for values that are not finite where they have to be."""
     dtype = getattr(torch, get_format(base).dtype)
     written: dict[str, Tensor] = {}
     with ExitStack() as stack:
         files = {
-            name: stack.enter_context(_opened(source / name))
+            name: stack.enter_context(opened(source / name))
             for name in {piece.file for piece in shard.pieces}
         }
         for piece in shard.pieces:
             if piece.format:
-                codes, scales = codes_of(
-                    files[piece.file].get_slice(piece.tensor),
-                    get_format(piece.format),
-                    dtype,
-                    piece.tensor,
-                )
-                written[piece.name], written[f"{piece.name}_scale"] = codes, scales
+                op = piece.name.removesuffix(".weight")
+                of = files[piece.file].get_slice(piece.tensor)
+                scheme = get_scheme(piece.format)
+                found = tensors_of(of, scheme, dtype, piece.tensor, *shares.get(op, (None, None)))
+                written |= {f"{op}.{end}": tensor for end, tensor in found.items()}
             else:
                 tensor = files[piece.file].get_tensor(piece.tensor)
                 written[piece.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,4 +1,4 @@
-"""Formats in compressed-tensors' words, as engines read them.
+"""Schemes in compressed-tensors' words, as engines read them.
 
 The key names and values are those of compressed-tensors 0.20 (QuantizationConfig, QuantizationScheme, QuantizationArgs), which the
 tests read them back with. Each group has its own `format`: vLLM finds no scheme without it.
@@ -9,25 +9,62 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-# format → (type, how the group's tensors are stored)
-SCHEMES = {"int8": ("int", "int-quantized"), "fp8_e4m3": ("float", "float-quantized")}
+from mpq.formats.format import Format
+from mpq.formats.scheme import SCHEMES, Scheme
+
+# what a file can hold: schemes with a scale, but no E5M2, which has no preset there
+EXPORTED = tuple(
+    s.name for s in SCHEMES.values() if s.weights.needs_scale and s.weights.exponent_bits != 5
+)
+
+
+def stored_as(scheme: Scheme) -> str:
+    """compressed-tensors' name of how a scheme's weights are stored. A 4-bit integer beside activations has a byte: the
+    engine packs it (vLLM 0.32, compressed_tensors_w4a8_int)."""
+    weights = scheme.weights
+    if weights.kind == "int":
+        return "pack-quantized" if scheme.activations is None else "int-quantized"
+    if weights.bits == 4:
+        return f"{'nvfp4' if weights.scale == 'e4m3' else 'mxfp4'}-pack-quantized"
+    return "mxfp8-quantized" if weights.scale == "e8m0" else "float-quantized"
 
 
 def scheme_group(name: str, targets: Iterable[str]) -> dict[str, Any]:
-    """A group of `config_groups` in the format `name`: its targets by module name, or `Linear` for all."""
-    kind, stored = SCHEMES[name]
-    args = {"num_bits": 8, "type": kind, "symmetric": True}
+    """A group of `config_groups` in the scheme `name`: its targets by module name, or `Linear` for all."""
+    scheme = SCHEMES[name]
     return {
-        "format": stored,
+        "format": stored_as(scheme),
         "targets": list(targets),
-        "weights": {**args, "strategy": "channel", "dynamic": False},
-        "input_activations": {**args, "strategy": "token", "dynamic": True},
+        "weights": {**_arguments(scheme.weights, "channel"), "dynamic": False},
+        "input_activations": scheme.activations and _of_activations(scheme.activations),
         "output_activations": None,
     }
 
 
+def _of_activations(fmt: Format) -> dict[str, Any]:
+    if fmt.scale == "e4m3":  # the tensor's scale is in the file, the blocks' are found as they come
+        return {**_arguments(fmt, "token"), "dynamic": "local", "observer": "static_minmax"}
+    return {**_arguments(fmt, "token"), "dynamic": True}
+
+
+def _arguments(fmt: Format, of_row: str) -> dict[str, Any]:
+    """QuantizationArgs of a format; `of_row` is what a scale for each row is called."""
+    found: dict[str, Any] = {"num_bits": fmt.bits, "type": fmt.kind, "symmetric": True}
+    rows, columns = fmt.block
+    if not fmt.by_blocks:
+        found["strategy"] = of_row
+    elif rows > 1:
+        found |= {"strategy": "block", "block_structure": [rows, columns]}
+    else:
+        strategy = "tensor_group" if fmt.scale == "e4m3" else "group"
+        found |= {"strategy": strategy, "group_size": columns}
+    if dtype := {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}.get(fmt.scale):
+        found |= {"scale_dtype": dtype, "zp_dtype": dtype}
+    return found
+
+
 def all_in(name: str) -> dict[str, Any]:
-    """The `quantization_config` of a model whose linears are all in the format `name`, its head and experts in base."""
+    """The `quantization_config` of a model whose linears are all in the scheme `name`, its head and experts in base."""
     group = scheme_group(name, ["Linear"])
     return {
         "quant_method": "compressed-tensors",
