@@ -79,6 +79,7 @@ bench-%: $(VENV)/.installed
 docs: $(VENV)/.installed
 	TERMINAL_WIDTH=100 $(BIN)/typer mpq.cli.main utils docs --name mpq --output docs/cli.md
 	$(BIN)/python -m mpq.spec.page docs/spec.md
+	$(BIN)/python -m mpq.formats.page docs/formats.md
 
 clean:
 	rm -rf $(VENV) .work

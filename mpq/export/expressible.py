@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from mpq.errors import MpqError
 from mpq.export.engines import ENGINES, split_ties
 from mpq.export.skeleton import Skeleton
-from mpq.serving.schemes import EXPORTED
+from mpq.formats.scheme import get_scheme
+from mpq.serving.schemes import EXPORTED, stored_as
 
 IN_TRANSFORMERS = ("fp8_e4m3",)  # formats of experts that transformers reads back
+# what compressed-tensors 0.20 decompresses to BF16 whatever the model is in (compressors/nvfp4, mx_utils)
+_BF16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 _PRODUCTS = ("qk_matmul", "av_matmul")
 
 
@@ -45,6 +48,10 @@ def lowered_linears(
         if name not in EXPORTED:
             raise MpqError(
                 f"{op} runs in {name} in this plan, which a compressed-tensors checkpoint in {base} cannot express: it can hold {', '.join(EXPORTED)}, and all else in its one base format; make the plan with those."
+            )
+        if base != "bf16" and stored_as(get_scheme(name)) in _BF16_ONLY:
+            raise MpqError(
+                f"{op} runs in {name} in this plan, which compressed-tensors reads back as BF16, beside {base}, which then does not multiply: make the plan with base bf16."
             )
         shared = model.sharing(f"{op}.weight") - {f"{op}.weight", model.embedding}
         if shared:

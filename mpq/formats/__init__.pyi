@@ -6,3 +6,6 @@ from .quantize import dequantize as dequantize
 from .quantize import fake_quantize as fake_quantize
 from .quantize import noise_variance as noise_variance
 from .quantize import scale_of as scale_of
+from .scheme import SCHEMES as SCHEMES
+from .scheme import Scheme as Scheme
+from .scheme import get_scheme as get_scheme

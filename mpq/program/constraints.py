@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +14,11 @@ import networkx as nx
 import polars as pl
 
 from mpq.errors import MpqError
+from mpq.formats.scheme import get_scheme
 from mpq.program.engines import ENGINES, KINDS, Rule
 from mpq.timing.options import Options
+
+log = logging.getLogger("mpq")
 
 if TYPE_CHECKING:
     from mpq.spec import ConstraintSpec, EngineName
@@ -48,6 +52,11 @@ class Allowed:
         return replace(self, formats=formats, decisions=tuple(part for part in parts if part))
 
 
+def _fits(name: str, inputs: int) -> bool:
+    """Whether rows of so many inputs are whole blocks, which is what files and kernels hold."""
+    return all(not f.block[1] or inputs % f.block[1] == 0 for f in get_scheme(name).formats)
+
+
 def options_by_signature(groups: pl.DataFrame, allowed: Allowed) -> dict[str, list[Options]]:
     """For each signature, in the model's order, what its groups may take: one kind of options, or several."""
     found: dict[str, list[Options]] = {}
@@ -79,7 +88,8 @@ def allowed(
     """The rules resolved for the ops of a groups table: what each may take, and what takes one format.
 
     `formats` says what each kind of op (linear, bgemm) can be lowered to; a kind that it lacks is not
-    decided and stays in base. `leave_out` names rules that
+    decided and stays in base. A format with blocks is none for ops whose inputs are not whole blocks
+    wide. `leave_out` names rules that
     shall not hold (rules_of). Ties hold within a layer, told by the first number in an op's name.
 
     Raises MpqError for a user's pattern that matches no op, a pin to what is not among `formats`, and
@@ -87,9 +97,21 @@ def allowed(
     """
     out = set(leave_out)
     rules = [rule for rule in rules_of(constraints, engine) if rule.name not in out]
-    rows = groups.filter(pl.col("kind").is_in(KINDS)).sort("order").select("op", "kind").rows()
-    kinds = dict(rows)
-    may = {op: tuple(dict.fromkeys((base, *formats.get(kind, ())))) for op, kind in rows}
+    of_groups = groups.filter(pl.col("kind").is_in(KINDS)).sort("order")
+    rows = of_groups.select("op", "kind", "in_features").rows()
+    kinds = {op: kind for op, kind, _ in rows}
+    may = {
+        op: (base, *(f for f in dict.fromkeys(formats.get(kind, ())) if f != base and _fits(f, k)))
+        for op, kind, k in rows
+    }
+    for name in dict.fromkeys(f for of in formats.values() for f in of):
+        if unfit := [
+            op for op, kind, k in rows if name in formats.get(kind, ()) and not _fits(name, k)
+        ]:
+            log.warning(
+                "%s is not for %d ops, %s among them: their inputs are no multiple of %d wide.",
+                *(name, len(unfit), unfit[0], get_scheme(name).weights.block[1]),
+            )
     why: dict[str, list[str]] = {op: [] for op in may}
     together = nx.Graph()
     together.add_nodes_from(may)

@@ -18,16 +18,14 @@ STORED = ("linear", "experts")  # kinds of ops that have weights
 def bytes_of(op: Mapping[str, Any], name: str, base: str) -> float:
     """Bytes that a linear, or a layer's experts (a row of the groups table), takes in a format, scales counted.
 
-    A weight that is tied to the embedding stays there in base: lowered, its copy comes on top.
+    A weight that is tied to the embedding is the embedding's, and counts nothing in base; lowered, its copy counts.
     """
     if op["kind"] not in STORED:
         return 0.0
-    kept = get_scheme(base).bytes * op["parameters"]
-    if name == base:
-        return float(kept)
+    if name == base and op.get("tied"):
+        return 0.0
     weights = get_scheme(name).weights
-    lowered = weights.bits / 8 * op["parameters"] + _scale_bytes(op, weights)
-    return float(lowered + kept if op.get("tied") else lowered)
+    return float(weights.bits / 8 * op["parameters"] + _scale_bytes(op, weights))
 
 
 def _scale_bytes(op: Mapping[str, Any], weights: Format) -> float:
@@ -52,12 +50,14 @@ def weight_bytes(groups: pl.DataFrame, formats: Mapping[str, str], base: str) ->
 
 
 def weights_of(groups: pl.DataFrame) -> int:
-    """How many weights the linears and experts have."""
-    return int(groups.filter(pl.col("kind").is_in(STORED))["parameters"].sum())
+    """How many weights the linears and experts have of their own: what is tied to the embedding is not counted."""
+    stored = groups.filter(pl.col("kind").is_in(STORED))
+    own = stored.filter(~pl.col("tied")) if "tied" in stored.columns else stored
+    return int(own["parameters"].sum())
 
 
 def effective_bits(groups: pl.DataFrame, formats: Mapping[str, str], base: str) -> float:
-    """Mean bits a weight under a plan, over all linears and experts: 8 · weight_bytes / weights."""
+    """Mean bits a weight under a plan, over all linears and experts: 8 · weight_bytes / their own weights."""
     return 8 * weight_bytes(groups, formats, base) / max(1, weights_of(groups))
 
 

@@ -189,14 +189,19 @@ def _weights(tables: Tables) -> pl.DataFrame:
     wide = SCHEMES[base].bytes if base in SCHEMES else 0.0
     sizes = {name: f.bytes for name, f in SCHEMES.items()}
     linears = table_of(tables, "groups").filter(pl.col("parameters") > 0)
-    whole = float(linears["parameters"].sum()) * wide
+    if "tied" not in linears.columns:
+        linears = linears.with_columns(tied=pl.lit(False))
+    # what is tied to the embedding is the embedding's, and lowered a copy
+    own = pl.when("tied").then(0.0).otherwise(wide)
+    whole = float(linears.select((own * pl.col("parameters")).sum()).item())
     size = pl.col("format").replace_strict(sizes, default=wide, return_dtype=pl.Float64)
+    size = pl.when(pl.col("format") == base).then(own).otherwise(size)
     return (
         table_of(tables, "plans")
         .rename({"seed": "plan_seed"})
-        .join(linears.select("op", "parameters"), on="op")
+        .join(linears.select("op", "parameters", "tied"), on="op")
         .group_by(*_KEYS, "plan_seed")
-        .agg(weight_bytes=whole - ((wide - size) * pl.col("parameters")).sum())
+        .agg(weight_bytes=whole - ((own - size) * pl.col("parameters")).sum())
         .with_columns(base_weight_bytes=pl.lit(whole))
     )
 

@@ -10,7 +10,7 @@ import torch
 from code_points import REFERENCE, code_points
 from torch import Tensor
 
-from mpq.formats.format import FORMATS
+from mpq.formats.format import BLOCKED, FORMATS
 from mpq.formats.quantize import fake_quantize
 from mpq.kernels import rounding
 from mpq.kernels.rounding import rounded
@@ -31,9 +31,9 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
 
 def check(x: Tensor, perturbs: tuple[float, ...] = (1.0, 1.037)) -> None:
     """Every format, dtype and granularity rounds `x` as fake_quantize does, in inference mode and out of it."""
-    for fmt in FORMATS.values():
+    for fmt in (*FORMATS.values(), *BLOCKED.values()):
         for dtype in DTYPES:
-            for granularity in GRANULARITIES:
+            for granularity in GRANULARITIES[:1] if fmt.by_blocks else GRANULARITIES:
                 for perturb in perturbs:
                     arguments = (x.to(dtype), fmt, granularity, perturb)
                     assert_same_bits(rounded(*arguments), fake_quantize(*arguments))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,8 @@ from mpq.errors import MpqError
 from mpq.evaluation.losses import evaluate_loss, losses
 from mpq.formats.format import FORMATS, NOISE_MODELS, get_format
 from mpq.formats.quantize import Granularity, fake_quantize, noise_variance
-from mpq.loss.cross_entropy import drawn_labels
+from mpq.formats.scheme import SCHEMES, Scheme
+from mpq.loss.cross_entropy import drawn_labels, log_probabilities, of_labels
 from mpq.loss.sensitivity import measure_sensitivity, merge
 from mpq.models.attention import AttentionHandler, intercept
 from mpq.models.blocks import Blocks
@@ -219,7 +221,7 @@ INT4 = replace(FORMATS["int8"], name="int4", bits=4, maximum=7.0)
 
 def test_an_integer_format_has_its_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error predicted of a registered int4 is that of its own step: what real rounding gives, (127/7)² times int8's."""
-    monkeypatch.setitem(FORMATS, "int4", INT4)
+    monkeypatch.setitem(SCHEMES, "int4", Scheme("int4", INT4, INT4, "", ""))
     model = small_model("llama", **MODELS["llama"])
     blocks = Blocks(np.random.default_rng(5).integers(0, 97, (24, 16)))
     op = "model.layers.0.mlp.down_proj"
@@ -233,6 +235,48 @@ def test_an_integer_format_has_its_own_noise(monkeypatch: pytest.MonkeyPatch) ->
         model, {op: "int4"}, blocks, base, base="fp32", seeds=list(range(8))
     ).filter(pl.col("metric") == "loss_mse")
     assert 0.5 < predicted[op, "int4"] / measured["value"].mean() < 2
+
+
+def test_schemes_have_the_errors_of_their_operands() -> None:
+    """The KL of each operand of a linear is ½ T Σ g² e² with the error of that operand's own storage, by autograd alone;
+    activations that stay in base have none, and attention's products no row in a scheme of weights."""
+    model = small_model("llama", **MODELS["llama"])
+    op = "model.layers.1.mlp.down_proj"
+    names = ["nvfp4", "w4a16_g32", "fp8_block", "w4a8", "int8"]
+    blocks = Blocks(np.random.default_rng(7).integers(0, 97, (2, 12)))
+    ops = [(op, "linear"), ("model.layers.0.self_attn.qk_matmul", "bgemm")]
+    frame, _ = measure_sensitivity(
+        model, ops, blocks, formats=names, base="fp32", batch=1, measures=["kl"]
+    )
+    kl = {(o, w, f): v for o, w, f, v in frame.select("op", "operand", "format", "kl").iter_rows()}
+    assert {f for o, _, f in kl if o == ops[1][0]} == {"fp32", "int8"}
+    linear, sums = model.get_submodule(op), dict[tuple[str, str], float]()
+    for tokens in blocks.batches(1):
+        seen: list[torch.Tensor] = []
+        handle = linear.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].detach().requires_grad_()) or (seen[-1],)
+        )
+        linear.weight.requires_grad_()
+        predicted = log_probabilities(model, tokens)
+        labels = drawn_labels(predicted, tokens, 0)
+        (-of_labels(predicted, labels)).mean().backward()
+        handle.remove()
+        operands = {"input": (seen[0], seen[0].grad), "weight": (linear.weight, linear.weight.grad)}
+        linear.weight.requires_grad_(False)
+        for operand, (u, g) in operands.items():
+            for name in names:
+                scheme = SCHEMES[name]
+                fmt = scheme.weights if operand == "weight" else scheme.activations
+                if fmt is not None:
+                    x = u.detach().squeeze(0) if operand == "input" else u.detach()
+                    error = (fake_quantize(x, fmt, "row") - x).square()
+                    b = 11 / 2 * float((g.detach().squeeze(0).square() * error).sum()) / 2
+                    sums[operand, name] = sums.get((operand, name), 0.0) + b
+        linear.weight.grad = None
+    for operand, name in itertools.product(("input", "weight"), names):
+        want = sums.get((operand, name), 0.0)
+        assert kl[op, operand, name] == pytest.approx(want, rel=1e-3), (operand, name)
+    assert kl[op, "input", "w4a16_g32"] == 0
 
 
 def test_zeros_have_no_noise() -> None:

@@ -41,7 +41,7 @@ def every_plan(gains: pl.DataFrame) -> list[tuple[dict[str, str], float, float]]
 
 
 def test_sizes_by_hand() -> None:
-    """INT8: a byte a weight and an FP32 scale an output channel; a lowered head that is tied is a copy more."""
+    """INT8: a byte a weight and an FP32 scale an output channel; a head that is tied counts where it is lowered, as a copy."""
     down = GROUPS.filter(pl.col("op").str.ends_with("0.mlp.down_proj")).row(0, named=True)
     linears = GROUPS.filter(pl.col("kind") == "linear")
     n = linears["parameters"].sum()
@@ -52,7 +52,10 @@ def test_sizes_by_hand() -> None:
     head = linears.filter(pl.col("op") == "lm_head").row(0, named=True)
     tied = GROUPS.with_columns(tied=pl.col("op") == "lm_head")
     copied = weight_bytes(tied, {"lm_head": "int8"}, BASE)
-    assert copied == 2 * n + head["parameters"] + 4 * head["out_features"]
+    own = 2 * (n - head["parameters"])  # the embedding's in base
+    assert weight_bytes(tied, {}, BASE) == own
+    assert effective_bits(tied, {}, BASE) == 16
+    assert copied == own + head["parameters"] + 4 * head["out_features"]
     assert weight_bytes(GROUPS, {"lm_head": "fp32"}, BASE) == 2 * n + 2 * head["parameters"]
 
 

@@ -107,6 +107,18 @@ def test_what_cannot_be_served_is_not_measured() -> None:
     assert vllm.formats["lm_head"] == ("bf16",)
 
 
+def test_blocks_that_do_not_fit(caplog: pytest.LogCaptureFixture) -> None:
+    """Where an op's inputs are no whole blocks wide it stays out of that format, which is told; attention is not asked."""
+    formats = {"linear": ("int8", "nvfp4", "w4a16"), "bgemm": ("int8",)}
+    with caplog.at_level("WARNING", "mpq"):
+        of = resolved(formats=formats)
+    assert "w4a16 is not for 15 ops, model.layers.0.self_attn.q_proj among them" in caplog.text
+    assert "no multiple of 128 wide" in caplog.text
+    assert "nvfp4 is not" not in caplog.text
+    assert of.formats["model.layers.0.mlp.down_proj"] == (BASE, "int8", "nvfp4")
+    assert of.formats["model.layers.0.self_attn.qk_matmul"] == (BASE, "int8")
+
+
 def test_layers_pinned_apart_share_a_signature() -> None:
     """With layer 0 pinned to base its groups have one configuration, and none of the others' more."""
     of = resolved(pin={"model.layers.0.*": "base", "*.down_proj": ["base", "int8"]})

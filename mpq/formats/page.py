@@ -1,0 +1,54 @@
+"""docs/formats.md, the table of schemes, written from the registry: `python -m mpq.formats.page FILE`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mpq.formats.scheme import table_of_schemes
+
+_HEAD = """# Formats
+
+<!-- written by `make docs` from mpq/formats/scheme.py: change it there -->
+
+What an op may run in, by the names that specs, plans and tables have. A scheme says how weights are stored and how
+activations are; attention's products, whose operands are both activations, take those whose operands are alike with one scale
+a row. `mpq formats` lists the same.
+
+- *scale for*: the rows and columns of elements that share a scale; *row* is an output channel of a weight, a token of
+  activations. E8M0 scales are powers of two, E4M3 scales are shares of one FP32 scale of the whole tensor.
+- *bits*: effective bits of a weight, its share of a block's scale counted. Plans' `effective_bits` and `weight_bytes` count
+  a row's scale too.
+- *MAC time*: theoretical, in multiply-accumulates of BF16; of base where activations stay there.
+- *file*: the preset of compressed-tensors that an export is; without one, its nearest of the same kind with other groups.
+- *Δ²/12 or ulp*: the noise models `ulp` and `paper` are of schemes alike with a scale a row; all others need `actual`.
+
+Blocks along rows need inputs that are whole blocks wide: an op whose are not stays in base, which a run tells.
+
+| scheme | weights | scale for | stored as | activations | bits | MAC time | file | source |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """The page as Markdown."""
+    return _HEAD + "".join(f"| {' | '.join(_row(row))} |\n" for row in table_of_schemes())
+
+
+def _row(row: dict[str, object]) -> list[str]:
+    element = (
+        f"E{row['exponent_bits']}M{row['mantissa_bits']}"
+        if row["kind"] == "float"
+        else f"INT{row['bits']}"
+    )
+    time = "base" if row["mac_time"] is None else f"{row['mac_time']:g}"
+    cells = (element, row["block"], str(row["scale"]).upper(), row["activations"])
+    bits = f"{row['effective_bits']:g}"
+    return [
+        f"`{row['name']}`",
+        *(str(cell or "–") for cell in (*cells, bits, time, row["preset"], row["source"])),
+    ]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
