@@ -32,7 +32,9 @@ def evaluate(run: Run, groups: TableRef, plans: Plans, blocks: TableRef) -> Tabl
         kinds, model = dict(read(groups).select("op", "kind").iter_rows()), run.spec.model
         where = (kinds, model.base, model.device)
         if run.spec.timing.engine == "vllm":
-            native = [k for k, f in formats.items() if runs_in_vllm(f, kinds, model.base)]
+            native = [
+                k for k, f in formats.items() if runs_in_vllm(f, kinds, model.base, model.device)
+            ]
         else:
             native = [k for k, f in formats.items() if run.place.ask(runs_natively, f, *where)]
     timed = [formats[k] for k in native]

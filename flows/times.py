@@ -37,7 +37,7 @@ def allowed_of(
     formats["bgemm"] = tuple(f for f in lowered if get_scheme(f).alike)
     for kind in KINDS if objective == "et" else ():
         native = (
-            formats_in_vllm(kind)
+            formats_in_vllm(kind, spec.model.device)
             if spec.timing.engine == "vllm"
             else run.place.ask(native_formats, spec.model.device, kind)
         )

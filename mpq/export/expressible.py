@@ -10,6 +10,7 @@ from mpq.export.skeleton import Skeleton
 from mpq.formats.scheme import get_scheme
 from mpq.serving.schemes import EXPORTED, stored_as
 
+_OF_EXPERTS = ("int8", "fp8_e4m3")  # formats of experts that were seen to be found by an engine
 IN_TRANSFORMERS = ("fp8_e4m3",)  # formats of experts that transformers reads back
 # what compressed-tensors 0.20 decompresses to BF16 whatever the model is in (compressors/nvfp4, mx_utils)
 _BF16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
@@ -65,8 +66,8 @@ def lowered_linears(
 def _check_experts(op: str, formats: Mapping[str, str], engine: str) -> None:
     """Raise MpqError for experts in a format that is none of theirs, or that differs within a layer where the engine has one."""
     name, owner = formats[op], op.rpartition(".")[0]
-    if name not in EXPORTED or (engine == "transformers" and name not in IN_TRANSFORMERS):
-        can = IN_TRANSFORMERS if engine == "transformers" else EXPORTED
+    if name not in _OF_EXPERTS or (engine == "transformers" and name not in IN_TRANSFORMERS):
+        can = IN_TRANSFORMERS if engine == "transformers" else _OF_EXPERTS
         raise MpqError(
             f"{op} runs in {name} in this plan, but {engine} reads experts in {' or '.join(can)} alone: solve again with that, or with *.experts.* pinned to base."
         )

@@ -72,7 +72,8 @@ def best_plan(tables: Tables) -> Best | None:
     program come first: another is taken only where its gain is surely larger, by intervals that
     don't overlap. A uniform plan has no bound of its own, and is held to the largest of the run.
     Where no plan stays within its bound, the nearest to it is given, and the reservation says so;
-    likewise where nothing was measured. None where no plan lowers anything.
+    likewise where nothing was measured. The plan of a target is what was asked for, and comes
+    before all others. None where no plan lowers anything.
     """
     rows = [r for r in plan_results(tables).iter_rows(named=True) if r["share_lowered"]]
     objective = next((o for o in OBJECTIVES if any(r["objective"] == o for r in rows)), None)
@@ -82,8 +83,12 @@ def best_plan(tables: Tables) -> Best | None:
     evaluated = [r for r in of if _is_measured(r)]
     loosest = _loosest(tables, str(objective))
     within = [r for r in evaluated if _within(r, loosest)]
-    reservation = ""
-    if not evaluated:
+    reservation, asked = "", [r for r in of if r["strategy"] == LEAST_LOSS]
+    if asked:
+        chosen: Row = asked[0]
+        if not _is_measured(chosen):
+            reservation = "It was not evaluated: its loss is known by prediction alone."
+    elif not evaluated:
         reservation = "No plan was evaluated: the bound on the loss holds by prediction alone."
         chosen = _most(of)
     elif within:

@@ -16,6 +16,8 @@ from mpq.formats.scheme import SCHEMES, Scheme
 EXPORTED = tuple(
     s.name for s in SCHEMES.values() if s.weights.needs_scale and s.weights.exponent_bits != 5
 )
+# of these, what vLLM 0.32 has a kernel for on any CPU (docs/engines.md: run)
+ON_CPU = ("int8", "fp8_e4m3", "w4a8")
 
 
 def stored_as(scheme: Scheme) -> str:

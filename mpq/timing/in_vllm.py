@@ -21,7 +21,7 @@ from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.kernels import device_name
 from mpq.serving import EngineDied, EngineProcess, find_environment
-from mpq.serving.schemes import SCHEMES, all_in
+from mpq.serving.schemes import EXPORTED, ON_CPU, all_in
 from mpq.store.tables import table
 from mpq.timing.clock import Clock, Wanted, clock_of
 from mpq.timing.pairs import Timed
@@ -35,14 +35,18 @@ def vllm_device_name(device: str = "cpu", threads: int | None = None) -> str:
     return f"{device_name(device, threads)}, vLLM {find_environment().version}"
 
 
-def formats_in_vllm(kind: str) -> tuple[str, ...]:
+def formats_in_vllm(kind: str, device: str = "cpu") -> tuple[str, ...]:
     """The formats beside base that products of a kind can be timed in: linears alone have schemes."""
-    return tuple(SCHEMES) if kind == "linear" else ()
+    if kind != "linear":
+        return ()
+    return ON_CPU if device == "cpu" else EXPORTED
 
 
-def runs_in_vllm(formats: Mapping[str, str], kinds: Mapping[str, str], base: str) -> bool:
+def runs_in_vllm(
+    formats: Mapping[str, str], kinds: Mapping[str, str], base: str, device: str = "cpu"
+) -> bool:
     """Whether a plan (op → format; op → kind) lowers nothing that vLLM has no scheme for."""
-    return all(f == base or f in formats_in_vllm(kinds[op]) for op, f in formats.items())
+    return all(f == base or f in formats_in_vllm(kinds[op], device) for op, f in formats.items())
 
 
 class _Vllm:
