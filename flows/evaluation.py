@@ -52,7 +52,7 @@ def _name(plan: dict[str, Any]) -> str:
     # `tau` in letters: the font of Prefect's canvas has no τ
     draw = f" draw {plan['seed']}" if plan["strategy"] == "random" else ""
     kl_alone = plan["budget"] is None
-    bound = f"kl={plan['kl_bound']:g}" if kl_alone else f"tau={plan['tau']:g}"
+    bound = f"kl={plan['kl_bound']:.3g}" if kl_alone else f"tau={plan['tau']:g}"
     return f"{plan['strategy']} {plan['objective']} {bound}{draw}"
 
 

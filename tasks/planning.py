@@ -102,11 +102,15 @@ def solve(
     }
     under = list(zip(limits, scales or [Scale()] * len(limits), strict=True))
     robust = limits[0].robust if limits else None
+    # of plans without a limit of their own: what all measured plans say, not those that were over theirs
+    common = min((scale for _, scale in under), key=lambda s: s.value, default=Scale())
     solved = []
     if target and (objective == "et" or target.ttft_ms is None):
-        solved.append(least_loss_plan(objective, *tables, target, solver=solver, **how))
+        solved.append(
+            least_loss_plan(objective, *tables, target, solver=solver, scale=common, **how)
+        )
     if "uniform" in part.strategies:
-        solved += uniform_plans(objective, *tables, **how)
+        solved += uniform_plans(objective, *tables, scale=common, **how)
     refused: list[NoPlan] = []
     for strategy in (s for s in part.strategies if s != "uniform"):
         name = f"ip_{objective}" if strategy == "ip" else strategy

@@ -62,7 +62,7 @@ class Fit:
     batch: int
     checkpoint_activations: bool
     prefill: tuple[int, int]
-    taus: tuple[float, ...]
+    perplexity: tuple[float, ...]  # its relative rise that plans are bounded by
     note: str = ""
 
 
@@ -136,7 +136,7 @@ def fit(shape: Shape, machine: Machine) -> Fit:
         batch=_power_of_two(room, 1, 8),
         checkpoint_activations=room < 1,
         prefill=(1 if large else 4, length),
-        taus=(0.0005, 0.001, 0.002, 0.005) if base == "fp32" else (0.002, 0.005, 0.01),
+        perplexity=(0.0002, 0.001, 0.005) if base == "fp32" else (0.002, 0.005, 0.01),
         note=note,
     )
 

@@ -192,12 +192,13 @@ calibration:
 {held_out}timing:
   batch: {batch} # rows and tokens of the prompt whose time to first token counts: make them your own
   length: {length}
-objectives: # a plan is made for each of these and for each τ below; remove what you do not need
+objectives: # a plan is made for each of these and for each bound below; remove what you do not need
 {timed}  tt: # multiply-accumulates, by the formats' theoretical speed: any format
     formats: [{", ".join(of_theory)}]
   m: # memory of the weights: any format
     formats: [fp8_e4m3, int8]
-taus: [{", ".join(f"{t:g}" for t in chosen.taus)}] # how far the loss may move, as a share of it: 0.002 is 0.2 %
+bound: # how much worse than base a plan may be: predicted, measured on held-out text before it is delivered, and solved again
+  perplexity: [{", ".join(f"{100 * x:g} %" for x in chosen.perplexity)}] # or kl: 0.005, nats per token; a plan is made for each
 store: .work/store # what is measured is kept here and re-used: a folder, or a URL such as s3://bucket/mpq
 out: .work/runs
 """

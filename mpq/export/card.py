@@ -29,7 +29,7 @@ def model_card(
             "weights",
             f"{record['weight_bytes'] / 1e6:.1f} MB, in {plan.base} {record['base_weight_bytes'] / 1e6:.1f} MB",
         ),
-        ("bound on the loss MSE", f"{plan.budget:.3g} nats² (τ = {plan.tau:g})"),
+        *_bounds(plan),
         ("predicted loss MSE", f"{plan.predicted_loss_mse:.3g} nats²"),
         ("predicted gain", f"{plan.predicted_gain:.4g} {_UNITS.get(plan.objective, '')}".strip()),
     ]
@@ -76,6 +76,22 @@ $ vllm serve FOLDER --dtype {_DTYPES[plan.base]}
 
 {_lines({**made, "versions": plan.provenance.get("versions", {})}) or "The plan does not say."}
 """
+
+
+def _bounds(plan: Plan) -> list[tuple[str, str]]:
+    """What bounds the plan, and the KL that is predicted and was measured of it."""
+    rows = []
+    if plan.budget is not None:
+        bound = f"{plan.budget:.3g} nats² (τ = {plan.tau:g})"
+        rows.append(("bound on the loss MSE", bound))
+    for what, kl in (
+        ("bound on the KL divergence", plan.kl_bound),
+        ("predicted KL divergence", plan.predicted_kl),
+        ("KL divergence measured before delivery", plan.checked_kl),
+    ):
+        if kl is not None:
+            rows.append((what, f"{kl:.3g} nats a token"))
+    return rows
 
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -44,7 +44,7 @@ class Change:
 
 
 def compare(before: Iterable[Plan], after: Iterable[Plan]) -> list[Change]:
-    """A change for each plan of `after` that has one of the same strategy, objective, seed and, where it was given one, τ
+    """A change for each plan of `after` that has one of the same strategy, objective, seed and, where it was given one, bound
     in `before`."""
     old = {_who(plan): plan for plan in before}
     return [
@@ -73,5 +73,10 @@ def moves(before: Plan, after: Plan) -> dict[str, tuple[str, str]]:
     return {op: (a, b) for op, (a, b) in pairs.items() if a != b}
 
 
-def _who(plan: Plan) -> tuple[str, str, float, int]:
-    return plan.strategy, plan.objective, plan.tau if has_tau(plan.strategy) else 0.0, plan.seed
+def _who(plan: Plan) -> tuple[object, ...]:
+    if not has_tau(plan.strategy):
+        return plan.strategy, plan.objective, plan.seed
+    tau = (
+        None if plan.budget is None else plan.tau
+    )  # under KL alone τ hangs on the checkpoint's loss
+    return plan.strategy, plan.objective, plan.seed, tau, plan.kl_bound

@@ -153,8 +153,8 @@ def plan_name(
 ) -> str:
     """The name of a plan's file: `et-ip_et-tau0.002`, `et-random-tau0.002-seed1`, `m-uniform_int8`.
 
-    With `kl`, the only bound that it was made under, `et-ip_et-kl0.01`.
+    With `kl`, the only bound that it was made under, `et-ip_et-kl0.01`: in three digits, in which bounds of one run differ.
     """
     draw = f"-seed{seed}" if strategy == "random" else ""
-    bound = f"-tau{tau:g}" if kl is None else f"-kl{kl:g}"
+    bound = f"-tau{tau:g}" if kl is None else f"-kl{kl:.3g}"
     return f"{objective}-{strategy}{bound if has_tau(strategy) else ''}{draw}"

@@ -145,6 +145,7 @@ def least_loss_plan(
     interaction: float = 0.0,
     bounds: BoundsSpec | None = None,
     engine: EngineName = "none",
+    scale: Scale = Scale(),
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of the smallest predicted KL that meets a target and keeps `bounds`: `ip_loss`. Where
     KL was not measured, that of the smallest loss MSE.
@@ -153,6 +154,7 @@ def least_loss_plan(
     top. `tau` is the one that the predicted loss d just meets, √(d / E[g²]), and `budget` is d.
     Raises NoPlan where no plan keeps the bounds, MpqError for a time without measured ones.
     """
+    gains = scaled(gains, scale)
     program = _Program(
         objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
     )
@@ -162,9 +164,8 @@ def least_loss_plan(
     chosen = _chosen(rows)
     loss = program.sure(chosen, "loss_mse")
     tau = math.sqrt(max(0.0, loss) / mean_square_loss)
-    return program.plan(
-        LEAST_LOSS, tau, {"loss_mse": loss}, chosen, solved=_facts(solution) | {"bound": None}
-    )
+    solved = _facts(solution) | {"bound": None}
+    return program.plan(LEAST_LOSS, tau, {"loss_mse": loss}, chosen, solved=solved, scale=scale)
 
 
 def _chosen(rows: pl.DataFrame) -> Chosen:
@@ -186,6 +187,7 @@ def uniform_plans(
     interaction: float = 0.0,
     bounds: BoundsSpec | None = None,
     engine: EngineName = "none",
+    scale: Scale = Scale(),
 ) -> list[tuple[Plan, dict[str, Any]]]:
     """What people run today: everything in one format, and everything but the model's head.
 
@@ -194,6 +196,7 @@ def uniform_plans(
     table cannot lower to the format stay in base. No τ was asked for: `tau` is the one that the
     predicted loss MSE d just meets, √(d / E[g²]), and `budget` is d.
     """
+    gains = scaled(gains, scale)
     program = _Program(
         objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
     )
@@ -210,7 +213,7 @@ def uniform_plans(
     for name, chosen in plans:
         loss = program.sure(chosen, "loss_mse")
         tau = math.sqrt(max(0.0, loss) / mean_square_loss)
-        made.append(program.plan(name, tau, {"loss_mse": loss}, chosen))
+        made.append(program.plan(name, tau, {"loss_mse": loss}, chosen, scale=scale))
     return made
 
 

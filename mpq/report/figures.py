@@ -21,6 +21,7 @@ from mpq.report.results import (
     OBJECTIVES,
     STRATEGIES,
     Tables,
+    bound_of,
     plan_results,
     results_table,
     sentence,
@@ -86,11 +87,11 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
 
 
 def _mark_ends(axes: Axes, of: pl.DataFrame, objective: str) -> None:
-    """τ at both ends of a line. The lower label stands away from others' lines, which gain less."""
+    """The bound at both ends of a line. The lower label stands away from others' lines, which gain less."""
     low = (-6, -11, "right") if objective == "et" else (6, -11, "left")
     for i, (right, up, side) in {0: low, of.height - 1: (6, 6, "left")}.items():
         axes.annotate(
-            f"τ {of['tau'][i]:g}",
+            bound_of(of.row(i, named=True)).replace("= ", ""),
             (of["x"][i], of["measured_loss_mse"][i]),
             (right, up),
             textcoords="offset points",
@@ -172,13 +173,14 @@ def report_figures(tables: Tables, base: str) -> dict[str, Pictures]:
         prefix = f"f{sum(map(len, found.values()))}-"
         found[section].append((caption, to_svg(figure, prefix, caption)))
 
+    bounds = {row["tau"]: bound_of(row) for row in results.iter_rows(named=True)}
     measured = results.filter(pl.col("measured_loss_mse") > 0)
     for objective in (o for o in OBJECTIVES if o in measured["objective"]):
         caption = f"Loss against {OBJECTIVES[objective].name}"
         add("frontier", caption, frontier(results, objective))
     for strategy in (s for s in STRATEGIES if s.startswith("ip_") and s in chosen["strategy"]):
         caption = f"{strategy}: the format of each op"
-        add("map", caption, format_map(chosen, groups, strategy, base))
+        add("map", caption, format_map(chosen, groups, strategy, base, bounds))
     both = plans.filter((pl.col("predicted_loss_mse") > 0) & (pl.col("measured_loss_mse") > 0))
     if both.height:
         caption = "Loss MSE, predicted and measured"

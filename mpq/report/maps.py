@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import polars as pl
@@ -48,15 +49,24 @@ def _short(roles: Sequence[str]) -> list[str]:
     ]
 
 
-def format_map(plans: pl.DataFrame, groups: pl.DataFrame, strategy: str, base: str) -> Figure:
-    """Which format each op takes under a strategy, a panel for each τ.
+def format_map(
+    plans: pl.DataFrame,
+    groups: pl.DataFrame,
+    strategy: str,
+    base: str,
+    bounds: Mapping[float, str] = MappingProxyType({}),
+) -> Figure:
+    """Which format each op takes under a strategy, a panel for each τ, whose bound in words `bounds` may say.
 
     `plans` and `groups` are the tables so called; ops in `base` are pale, ops that the plan does
     not decide left out.
     """
     rows = plans.filter(pl.col("strategy") == strategy)
     panels = [
-        (f"τ = {tau:g}", dict(rows.filter(pl.col("tau") == tau).select("op", "format").iter_rows()))
+        (
+            bounds.get(tau, f"τ = {tau:g}"),
+            dict(rows.filter(pl.col("tau") == tau).select("op", "format").iter_rows()),
+        )
         for tau in sorted(rows["tau"].unique())
     ]
     return draw_formats([[panel] for panel in panels], groups, base)

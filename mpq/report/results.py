@@ -251,6 +251,13 @@ def gain_of(row: Mapping[str, Any]) -> Gain | None:
     return Gain(gain, low, high, False)
 
 
+def bound_of(row: Mapping[str, Any]) -> str:
+    """A plan's bound in words: `τ = 0.002`, or where KL alone is bounded `KL ≤ 0.005`."""
+    if row["budget"] is None and row["kl_bound"] is not None:
+        return f"KL ≤ {row['kl_bound']:.3g}"
+    return f"τ = {row['tau']:g}"
+
+
 def milliseconds(seconds: float | None) -> str:
     """Seconds as milliseconds in four digits, without the unit."""
     return "–" if seconds is None else f"{seconds * 1e3:.4g}"

@@ -127,7 +127,7 @@ def standings(summary: Summary) -> Sheet:
         rows += [
             {
                 "own": s.own,
-                "tau": s.tau,
+                "bound": s.bound,
                 "gain": amount(s.objective, s.gain),
                 "share": s.share,
                 "how": "measured" if s.gain.measured else "computed",
@@ -143,7 +143,7 @@ def standings(summary: Summary) -> Sheet:
         "don't overlap.",
         [
             ("Strategy", "own", ""),
-            ("τ", "tau", "number"),
+            ("Bound", "bound", ""),
             ("Gain", "gain", ""),
             ("of base", "share", "share"),
             ("is", "verdict", ""),
@@ -176,6 +176,7 @@ def results(tables: Tables) -> Sheet:
         rows.append(
             {
                 **row,
+                "tau": row["tau"] if row["budget"] is not None or row["kl_bound"] is None else None,
                 "gain_s": of.gain_s,
                 "gain_s_std": of.gain_half_s,
                 "perplexity_change": of.perplexity_change,

@@ -14,6 +14,7 @@ from mpq.report.results import (
     RATIO_RANGE,
     Gain,
     Tables,
+    bound_of,
     gain_of,
     milliseconds,
     plan_results,
@@ -34,6 +35,7 @@ class Standing:
 
     objective: str
     tau: float
+    bound: str  # in words: τ = 0.002, or KL ≤ 0.005
     own: str
     gain: Gain
     share: float | None  # of the base model's TTFT, where time is gained
@@ -126,6 +128,7 @@ def _standing(rows: Sequence[Row], objective: str, tau: float) -> Standing | Non
     return Standing(
         objective,
         tau,
+        bound_of(row),
         own,
         mine,
         mine.value / base if objective == "et" and base else None,
@@ -149,30 +152,32 @@ def _say_standings(summary: Summary) -> None:
         of = [s for s in summary.standings if s.objective == objective]
         how = "measured" if any(s.gain.measured for s in of) else "computed"
         name = OBJECTIVES[objective].saved if objective in OBJECTIVES else objective
-        places: dict[tuple[str, tuple[float, ...]], list[str]] = {}  # baselines that fare alike
+        places: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # baselines that fare alike
         for other in dict.fromkeys(o for s in of for o, _ in s.others):
-            for words, taus in (
-                ("ahead of", tuple(s.tau for s in of if other in s.ahead)),
-                ("not told apart from", tuple(s.tau for s in of if other in s.level)),
-                ("behind", tuple(s.tau for s in of if other in s.behind)),
+            for words, bounds in (
+                ("ahead of", tuple(s.bound for s in of if other in s.ahead)),
+                ("not told apart from", tuple(s.bound for s in of if other in s.level)),
+                ("behind", tuple(s.bound for s in of if other in s.behind)),
             ):
-                if taus:
-                    places.setdefault((words, taus), []).append(other)
+                if bounds:
+                    places.setdefault((words, bounds), []).append(other)
         parts = [
-            f"{words} {_listed(others)} {_at(taus, len(of))}"
-            for (words, taus), others in places.items()
+            f"{words} {_listed(others)} {_at(bounds, len(of))}"
+            for (words, bounds), others in places.items()
         ]
-        nothing = [s.tau for s in of if s.gain.value <= 0]
+        nothing = [s.bound for s in of if s.gain.value <= 0]
         if nothing:
             parts.append(f"gaining nothing {_at(nothing, len(of))}")
         if parts:
             summary.sentences.append(f"{sentence(name)}, {how}: {of[0].own} is {_listed(parts)}.")
 
 
-def _at(taus: Sequence[float], all_taus: int) -> str:
-    if len(taus) == all_taus:
-        return "at every τ"
-    return f"at τ = {', '.join(f'{t:g}' for t in taus)}"
+def _at(bounds: Sequence[str], every: int) -> str:
+    name = bounds[0].split()[0]  # τ, or KL
+    if len(bounds) == every:
+        return f"at every {'τ' if name == 'τ' else 'bound'}"
+    first, *others = bounds
+    return f"at {', '.join([first, *(b.split()[-1] for b in others)])}"
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -241,6 +246,5 @@ def _name(row: Row) -> str:
     if row["strategy"] == "random" and row.get("plan_seed") is not None:
         draw = f" draw {row['plan_seed']}"
     objective = "" if row["strategy"].startswith("ip_") else f" ({row['objective']})"
-    bound = f"τ = {row['tau']:g}" if row["budget"] is not None else f"KL ≤ {row['kl_bound']:g}"
-    under = f" at {bound}" if has_tau(row["strategy"]) else ""
+    under = f" at {bound_of(row)}" if has_tau(row["strategy"]) else ""
     return f"{row['strategy']}{objective}{draw}{under}"

@@ -103,8 +103,8 @@ class BoundSpec(Strict):
                 f"{counts}: give each as many values, since the first of each bound one plan together, and so on"
             )
         for name, values in given.items():
-            if any(a >= b for a, b in pairwise(values)):
-                raise ValueError(f"{name} must rise from value to value")
+            if any(1.01 * a > b for a, b in pairwise(values)):
+                raise ValueError(f"{name} must rise from value to value, by 1 % at least")
         return self
 
     @property

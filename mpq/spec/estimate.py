@@ -12,7 +12,7 @@ class Estimate:
     """Counts of a run's work when nothing of it is stored yet; plans that turn out equal are measured once.
 
     `timed` is the number of plans whose TTFT is measured; `evaluations` are passes over the held-out text, base's
-    included, and `task_evaluations` those over harness tasks.
+    included, `task_evaluations` those over harness tasks, `checked` plans whose KL is measured before they are delivered.
     """
 
     shards: int
@@ -21,6 +21,7 @@ class Estimate:
     evaluations: int
     timed: int
     task_evaluations: int = 0
+    checked: int = 0
 
     def __str__(self) -> str:
         """In one line, such as `4 shards, 12 plans × 2 seeds, at most 25 evaluations, at most 12 plans timed`."""
@@ -32,6 +33,8 @@ class Estimate:
         ]
         if self.task_evaluations:
             parts.append(f"{self.task_evaluations} of tasks")
+        if self.checked:
+            parts.append(f"at most {_many(self.checked, 'plan')} checked before delivery")
         if self.timed:
             parts.append(f"at most {_many(self.timed, 'plan')} timed")
         return ", ".join(parts)
@@ -59,6 +62,11 @@ def estimate(spec: RunSpec) -> Estimate:
         seeds=seeds,
         evaluations=evaluations,
         timed=plans.get("et", 0),
+        checked=sum(
+            len(part.formats) + len(spec.limits(o)) * spec.bound.rounds
+            for o, part in spec.objectives.items()
+            if spec.bound and spec.checks_kl(o)
+        ),
         task_evaluations=evaluations * len(spec.evaluation.tasks if spec.evaluation else ()),
     )
 

@@ -80,7 +80,7 @@ def test_examples_are_valid() -> None:
         ({"taus": 0.1}, "a list, such as [a, b]"),
         ({"bound": {}}, "bounds nothing: give kl, perplexity or tau"),
         ({"bound": {"kl": 0}}, "bound.kl.0: a bound must be a number above zero, not 0"),
-        ({"bound": {"kl": [0.02, 0.01]}}, "kl must rise from value to value"),
+        ({"bound": {"kl": [0.02, 0.01]}}, "kl must rise from value to value, by 1 % at least"),
         ({"bound": {"perplexity": "x %"}}, "expected a share, such as 0.5 % or 0.005, not 'x %'"),
         ({"bound": {"perplexity": "-1 %"}}, "must be a number above zero, not -0.01"),
         ({"bound": {"kl": [0.01, 0.02], "tau": 0.1}}, "kl has 2, tau has 1: give each as many"),

@@ -150,14 +150,16 @@ def test_auto_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_demos_work_is_counted() -> None:
-    """The demo: 16 plans in measured time (4 τ × 3 strategies, 2 formats × 2 uniform ones), 13 + 13 others, two seeds each, base once."""
+    """The demo: 13 plans an objective (3 bounds × 3 strategies, 2 formats × 2 uniform ones), two seeds each, base once; to be
+    checked 2 anchors and 4 rounds of 3 plans an objective."""
     from mpq.spec import estimate
 
     work = estimate(load_spec(ROOT / "examples" / "demo.yaml"))
-    assert work.plans == {"et": 16, "tt": 13, "m": 13}
-    assert (work.shards, work.seeds, work.evaluations, work.timed) == (4, 2, 85, 16)
+    assert work.plans == {"et": 13, "tt": 13, "m": 13}
+    assert (work.shards, work.seeds, work.evaluations, work.timed) == (4, 2, 79, 13)
     assert str(work) == (
-        "4 calibration shards, 42 plans × 2 seeds, at most 85 evaluations of the loss, at most 16 plans timed"
+        "4 calibration shards, 39 plans × 2 seeds, at most 79 evaluations of the loss, at most 42 plans checked before delivery, "
+        "at most 13 plans timed"
     )
     sweep = estimate(load_spec(ROOT / "examples" / "reproduce.yaml"))
     assert sweep.task_evaluations == sweep.evaluations * 4, "four tasks"

@@ -39,6 +39,8 @@ def test_a_spec_for_the_demo(here: Path) -> None:
     assert spec.evaluation is not None
     assert spec.evaluation.source.endswith("heldout.txt")
     assert "int8" in spec.objectives["et"].formats
+    assert spec.bound is not None
+    assert all(limit.kl and limit.tau is None for limit in spec.limits("m"))
     written = Path("demo.yaml").read_text()
     again = CliRunner().invoke(app, ["init", str(DEMO)])
     assert isinstance(again.exception, MpqError)
