@@ -79,7 +79,7 @@ def chain(run: Run, evaluate: Evaluate = evaluate, appendix: str = "") -> dict[s
     out = write_outputs(run.spec, plans, drawn["report"], found.tables, facts)
     publish(run.spec, found.tables, drawn, out)
     if run.spec.export:
-        out |= {"checkpoint": str(export_plan(run, Path(out["plan"]), found.text))}
+        out |= {"checkpoint": export_plan(run, Path(out["plan"]), found.text)}
     return {
         "tables": found.tables,
         "out": out,

@@ -17,11 +17,11 @@ from mpq.tasks import exporting
 _OWN = "checkpoint"  # in the run's own folder
 
 
-def out_of(run: Run) -> Path:
-    """The folder that the checkpoint is written to."""
+def out_of(run: Run) -> str:
+    """The folder or URL that the checkpoint is written to."""
     spec = run.spec
     assert spec.export
-    return Path(spec.export.out or Path(spec.out) / spec.name / _OWN)
+    return spec.export.out or str(Path(spec.out) / spec.name / _OWN)
 
 
 def check_export(run: Run, groups: TableRef) -> None:
@@ -30,7 +30,7 @@ def check_export(run: Run, groups: TableRef) -> None:
     These are a folder that is not to be replaced, a plan that the run does not make, and what its plans may choose and the
     file or the engine cannot express.
     """
-    from mpq.export import check_exportable
+    from mpq.export import Elsewhere, check_exportable, is_elsewhere, local_path
     from mpq.export.folder import Asked, check_target
 
     part = run.spec.export
@@ -38,9 +38,13 @@ def check_export(run: Run, groups: TableRef) -> None:
         return
     objective = _objective(run)
     out, ours = out_of(run), part.out is None or part.overwrite
-    of_these = _fingerprint(out) == run.weights.fingerprint  # perhaps the very one
-    asked = Asked("export.out", "export.overwrite: true")
-    check_target(out, run.subject.folder, ours or of_these, asked)
+    asked, of = Asked("export.out", "export.overwrite: true"), run.weights.fingerprint
+    if is_elsewhere(out):  # what is there already may be the very one
+        there = Elsewhere(out).record().get("fingerprint") == of
+        Elsewhere(out).check_target(ours or there, asked)
+    else:
+        there = _fingerprint(local_path(out)) == of
+        check_target(local_path(out), run.subject.folder, ours or there, asked)
     if part.to == "compressed-tensors":
         allowed = allowed_of(run, groups, objective)
         for place in range(1, max(map(len, allowed.formats.values()), default=0)):
@@ -54,8 +58,8 @@ def check_export(run: Run, groups: TableRef) -> None:
             )
 
 
-def export_plan(run: Run, file: Path, text: TableRef) -> Path:
-    """Export the plan that the spec names, or the one in `file`; returns the checkpoint's folder.
+def export_plan(run: Run, file: Path, text: TableRef) -> str:
+    """Export the plan that the spec names, or the one in `file`; returns where the checkpoint is.
 
     Raises MpqError where the named plan was not made, since under its τ there is none.
     """
@@ -78,7 +82,7 @@ def export_plan(run: Run, file: Path, text: TableRef) -> Path:
         to=part.to,
         engine=spec.engine,
         text=text,
-        out=str(out),
+        out=out,
         overwrite=part.overwrite or part.out is None,
         trusted=spec.model.trust_remote_code,
     )

@@ -19,9 +19,11 @@ SAMPLES, LENGTH = 8, 128  # of the text that the reloaded checkpoint is compared
 
 
 def _there(key: str, out: str, **_: Any) -> bool:
-    from mpq.export import holds
+    from mpq.export import Elsewhere, holds, is_elsewhere, local_path
 
-    return holds(Path(out), key)
+    if is_elsewhere(out):
+        return bool(Elsewhere(out).record().get("key") == key)
+    return holds(local_path(out), key)
 
 
 @folder(_there, name="export", free=["source", "out", "overwrite", "provenance", "trusted"])

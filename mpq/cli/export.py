@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 def export(
     plan: Annotated[Path, typer.Argument(help="A plan's JSON, as `mpq run` writes it.")],
     out: Annotated[
-        Path,
-        typer.Option(help="Folder to write; it appears when it is whole.", metavar="FOLDER"),
+        str,
+        typer.Option(
+            help="Folder or fsspec URL to write; it appears when it is whole.", metavar="FOLDER"
+        ),
     ],
     to: Annotated[
         str,

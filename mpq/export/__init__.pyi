@@ -1,3 +1,6 @@
+from .elsewhere import Elsewhere as Elsewhere
+from .elsewhere import is_elsewhere as is_elsewhere
+from .elsewhere import local_path as local_path
 from .engines import ENGINES as ENGINES
 from .exporting import TARGETS as TARGETS
 from .exporting import Exported as Exported

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from mpq.caches import private_folder
 from mpq.errors import MpqError, require
+from mpq.export.elsewhere import Elsewhere, is_elsewhere, local_path
 from mpq.export.folder import (
     RECORD,
     Aside,
@@ -83,11 +87,34 @@ def export(
     With `check`, blocks of held-out text, the export is reloaded in transformers by a fresh process and compared with
     mpq's own run of the plan (check.py). Cut off, the same call goes on where it was. Raises MpqError, before anything
     is written, for a plan of another model, what the target or the engine cannot express, an `out` that is not empty, and
-    too little room; afterwards, with no `out` left behind, where the disk fills up or the check fails.
+    too little room; afterwards, with no `out` left behind, where the disk fills up or the check fails. An `out` that is a URL of
+    another place gets what was made and checked here (elsewhere.py).
     """
     if to not in TARGETS:
         raise MpqError(f"Unknown target {to!r}: expected one of {', '.join(TARGETS)}.")
-    out = Path(out).expanduser()
+    if is_elsewhere(out):
+        from mpq.models.checkpoint import fingerprint
+
+        Elsewhere(str(out)).check_target(overwrite, asked)
+        content = [
+            plan.to_json(),
+            fingerprint(source),
+            to,
+            engine,
+            check is not None,
+            key,
+            str(out),
+        ]
+        local = private_folder("exports") / _digest(content)
+        if not (local / RECORD).is_file():  # else an earlier upload of it was cut off
+            how: dict[str, Any] = {"check": check, "device": device, "progress": progress}
+            how |= {"trust_remote_code": trust_remote_code, "shard_bytes": shard_bytes}
+            export(plan, source, local, to=to, engine=engine, overwrite=True, key=key, **how)
+        Elsewhere(str(out)).send(local)
+        made = _recorded(local, str(out))
+        shutil.rmtree(local)
+        return made
+    out = local_path(out)
     check_target(out, source, overwrite, asked)
     if to == "json":
         return _export_json(plan, out, engine, key)
@@ -96,6 +123,17 @@ def export(
     work = _Work(plan, source, out, engine, trust_remote_code, shard_bytes, key)
     with alone(out), told(out):
         return work.run(check, device, progress)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _recorded(folder: Path, out: str) -> Exported:
+    """What export.json in `folder` says, of the export at `out`."""
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    fields = {f.name: record[f.name] for f in dataclasses.fields(Exported) if f.name in record}
+    return Exported(**{**fields, "folder": out, "notes": tuple(record["notes"])})
 
 
 def check_exportable(
@@ -218,7 +256,7 @@ class _Work:
             [asdict(shard) for shard in self.shards],
             shares,
         ]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return _digest(content)
 
     def _missing(self, aside: Aside) -> int:
         there = sum(f.stat().st_size for f in aside.folder.glob("*.safetensors"))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mpq.spec.fields import LocalFolder, Strict
+from mpq.spec.fields import Strict, Url
 
 SERVED = ("vllm", "sglang", "transformers")  # engines that read compressed-tensors
 
@@ -18,9 +18,9 @@ class ExportSpec(Strict):
         "compressed-tensors",
         description="compressed-tensors: a checkpoint for the engine; json: ops and formats",
     )
-    out: LocalFolder | None = Field(
+    out: Url | None = Field(
         None,
-        description="Folder to write, which appears when it is whole; `checkpoint` in the run's own folder if left out. "
+        description="Folder or fsspec URL to write, which appears when it is whole; `checkpoint` in the run's own folder if left out. "
         "A run for another checkpoint (watch) writes to a folder below it",
     )
     plan: str | None = Field(

@@ -38,7 +38,7 @@ def _local(path: str) -> str:
     if "://" in path:
         raise ValueError(
             f"must be a local folder, not {without_credentials(path)}: "
-            "tables may lie elsewhere (store), plans, report and exports are files of this machine"
+            "tables (store) and checkpoints (export.out) may lie elsewhere, plans and report are files of this machine"
         )
     return path
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from small import short, small_spec
@@ -70,6 +71,25 @@ def test_another_plan_by_name(tmp_path: Path) -> None:
     replacing = other.export.model_copy(update={"overwrite": True})
     calibrate(other.model_copy(update={"export": replacing}))
     assert json.loads(Path(out, "export.json").read_text())["plan"] == "m-ip_m-tau0.02"
+
+
+def test_a_checkpoint_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL gets the checkpoint once; a run that finds it there sends nothing, one without it makes it again."""
+    monkeypatch.setenv("MPQ_CACHE", str(tmp_path / "cache"))
+    url = f"memory://{tmp_path.name}/served"
+    spec, memory = served(tmp_path, out=url), fsspec.filesystem("memory")
+    result = calibrate(spec)
+    assert result["out"]["checkpoint"] == url
+    assert json.loads(memory.cat_file(f"{url}/export.json"))["check"]["passed"]
+    assert calibrate(spec)["stages"][-1][:3] == ("export", 1, 1)
+    memory.rm_file(f"{url}/model.safetensors")
+    assert calibrate(served(tmp_path, out=url, overwrite=True))["stages"][-1][:3] == (
+        "export",
+        1,
+        0,
+    )
+    assert memory.exists(f"{url}/model.safetensors")
+    memory.rm(url, recursive=True)
 
 
 def test_each_checkpoint_has_a_folder(tmp_path: Path) -> None:

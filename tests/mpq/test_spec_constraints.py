@@ -90,11 +90,11 @@ def test_mistakes_are_told(change: dict, message: str) -> None:
 
 
 def test_an_export_needs_an_engine() -> None:
-    """A checkpoint for engines is refused where plans keep to no engine's rules, and to a folder elsewhere."""
+    """A checkpoint for engines is refused where plans keep to no engine's rules, and to a URL with credentials."""
     with pytest.raises(MpqError, match="set engine to vllm or sglang or transformers, not none"):
         parse_spec({**GOOD, "export": {}})
-    with pytest.raises(MpqError, match="must be a local folder"):
-        parse_spec({**GOOD, "engine": "vllm", "export": {"out": "s3://bucket/served"}})
+    with pytest.raises(MpqError, match="credentials"):
+        parse_spec({**GOOD, "engine": "vllm", "export": {"out": "s3://me:secret@bucket/served"}})
     assert parse_spec({**GOOD, "export": {"to": "json"}}).export
 
 
