@@ -65,7 +65,7 @@ def share_of(x: Tensor, fmt: Format) -> float:
     """
     if fmt.scale != "e4m3":
         return 1.0
-    largest = float(x.abs().amax()) if x.numel() else 0.0
+    largest = max(map(abs, map(float, x.aminmax()))) if x.numel() else 0.0  # no copy of |x|
     share = _E4M3_MAX * fmt.top / max(largest, _TINY)
     # FP32, as it is stored; beyond its range, no share
     share = float(torch.tensor(share, dtype=torch.float64).float())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mpq.formats.format import Format
-from mpq.formats.quantize import Granularity, amax_of, binade, blocks_of, fake_quantize, share_of
+from mpq.formats.quantize import Granularity, amax_of, binade, fake_quantize, share_of
 from mpq.kernels.compiler import compiled
 from mpq.kernels.grid import GridFormat, described
 from mpq.kernels.rounding import rounded
@@ -86,10 +86,9 @@ def _magnitudes(
 
 @dataclass(frozen=True)
 class _Sweep:
-    """Formats that are summed together over `rows`, u laid out as `blocks` says (None: as it is), at `places` among all."""
+    """Formats, at `places` among all, whose errors one sweep over `rows` sums; without `formats`, `rows` are the error."""
 
     rows: Tensor
-    blocks: Format | None
     formats: object
     shares: Tensor
     places: list[int]
@@ -104,40 +103,39 @@ def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]
         for i, f in enumerate(formats)
         if f and (f.needs_scale or (f.bits <= 16 and f.dtype != own))
     ]
-    square = [(i, f) for i, f in rounding if f.block[0] > 1]
     rest = [(i, f) for i, f in rounding if f.block[0] == 1]
-    return [
-        _sweep(u.contiguous(), None, rest, shares),
-        *(_sweep(blocks_of(u, f).contiguous(), f, [(i, f)], shares) for i, f in square),
-    ]
-
-
-def _sweep(
-    rows: Tensor, blocks: Format | None, of: Sequence[tuple[int, Format]], shares: Sequence[float]
-) -> _Sweep:
-    described_ = (GridFormat * len(of))(*(described(f) for _, f in of))
-    places = [i for i, _ in of]
-    return _Sweep(rows, blocks, described_, torch.tensor([shares[i] for i in places]), places)
+    described_ = (GridFormat * len(rest))(*(described(f) for _, f in rest))
+    of_rest = torch.tensor([shares[i] for i, _ in rest])
+    sweeps = [_Sweep(u.contiguous(), described_, of_rest, [i for i, _ in rest])]
+    for i, f in rounding:
+        if f.block[0] > 1:
+            error = (rounded(u, f, "row").float() - u.float()).contiguous()
+            sweeps.append(_Sweep(error, None, torch.empty(0), [i]))
+    return sweeps
 
 
 def _swept(g: Tensor, sweeps: Sequence[_Sweep], count: int) -> Tensor:
     sums = torch.zeros(MAGNITUDES + count, dtype=torch.float64)
     for sweep in sweeps:
-        found = _summed(g if sweep.blocks is None else blocks_of(g, sweep.blocks), sweep)
-        sums[[MAGNITUDES + i for i in sweep.places]] = found[MAGNITUDES:]
-        if sweep.blocks is None:
+        found = _summed(g, sweep)
+        if sweep.formats is None:
+            sums[MAGNITUDES + sweep.places[0]] = found[0]
+        else:
             sums[:MAGNITUDES] = found[:MAGNITUDES]
+            sums[[MAGNITUDES + i for i in sweep.places]] = found[MAGNITUDES:]
     return sums
 
 
 def _summed(g: Tensor, sweep: _Sweep) -> Tensor:
     u = sweep.rows
-    g, k, count = g.to(u.dtype).contiguous(), u.shape[-1], len(sweep.places)
+    g, k = g.to(u.dtype).contiguous(), u.shape[-1]
+    count = len(sweep.places) if sweep.formats is not None else 0
     library = _library()
     assert library is not None  # the caller has seen to it
     # a row's sums each to itself, and not one for all: threads add in no order of their own
     by_row = torch.empty(u.numel() // k, MAGNITUDES + count)
-    formats, shares = ctypes.byref(sweep.formats), sweep.shares.data_ptr()  # type: ignore[arg-type]
+    formats = None if sweep.formats is None else ctypes.byref(sweep.formats)  # type: ignore[arg-type]
+    shares = sweep.shares.data_ptr()
     run = getattr(library, f"sums_{_SUFFIX[u.dtype]}")
     run(g.data_ptr(), u.data_ptr(), len(by_row), k, formats, shares, count, by_row.data_ptr())
     return by_row.sum(0, dtype=torch.float64)

@@ -148,6 +148,24 @@ def test_what_was_not_evaluated_is_said() -> None:
     assert in_words(best_plan({})).startswith("Stay with base")
 
 
+def test_the_plan_of_a_target_is_what_was_asked_for() -> None:
+    """Where a spec has a target its plan is proposed, though another within its bound gains more."""
+    run = measured({"ip_et": 3e-3, "prefix": 1e-3}, {})
+    before = best_plan(run)
+    assert before is not None
+    assert before.outline.strategy == "ip_et"
+    asked = {
+        name: of.with_columns(strategy=pl.col("strategy").replace("prefix", "ip_loss"))
+        if "strategy" in of.columns
+        else of
+        for name, of in run.items()
+    }
+    best = best_plan(asked)
+    assert best is not None
+    assert best.outline.strategy == "ip_loss"
+    assert not best.reservation
+
+
 def test_every_uniform_plan_is_outlined_once() -> None:
     """Those of the objective asked for first; what another objective has as well is not repeated."""
     outlines = uniform_outlines(with_uniform(make_run(layers=2)), "et")
