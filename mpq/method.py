@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpq.errors import MpqError
 
@@ -178,11 +178,14 @@ def plan_within(
     budget: float,
     base: str,
     solver: SolverName = "auto",
+    cost: Literal["loss_mse", "kl"] = "loss_mse",
 ) -> Plan:
-    """As best_plan, its bound given as the loss MSE itself (nats²). Raises MpqError for tables of another kind."""
+    """As best_plan, its bound given as the loss MSE itself (nats²), or as the KL. Raises MpqError for tables of another kind."""
     from mpq.store.tables import validate
 
     groups, loss = validate("groups", groups), validate("loss", loss)
+    if cost == "kl":
+        return best_plan(groups, validate("gains", gains), loss, None, base, solver, kl=budget)
     tau = math.sqrt(max(0.0, budget) / loss["mean_square_loss"][0])
     return best_plan(groups, validate("gains", gains), loss, tau, base, solver)
 

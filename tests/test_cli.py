@@ -117,6 +117,7 @@ def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
             "configuration": [["fp32"], ["bf16"]] * 2,
             "gain": [0.0, 1.0, 0.0, 3.0],
             "loss_mse": [0.0, 2e-9, 0.0, 3e-9],
+            "kl": [0.0, 0.01, 0.0, 0.02],
         }
     )
     gains.write_parquet(tmp_path / "gains.parquet")
@@ -125,6 +126,9 @@ def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
     answer = json.loads(solved.stdout)
     assert [row["configuration"] for row in answer["chosen"]] == [["fp32"], ["bf16"]]
     assert answer["gain"] == 3.0
+    bounded = ("--cost", "kl", "--budget", "0.015", "--json")
+    answer = json.loads(mpq("solve", "--gains", tmp_path / "gains.parquet", *bounded).stdout)
+    assert [row["configuration"] for row in answer["chosen"]] == [["bf16"], ["fp32"]]
 
 
 def test_help_teaches() -> None:
@@ -140,6 +144,7 @@ def test_help_teaches() -> None:
         "report",
         "reproduce",
         "formats",
+        "frontier",
     ):
         done = mpq(command, "--help")
         assert done.returncode == 0

@@ -210,13 +210,19 @@ def solve(
     gains: Annotated[
         str,
         typer.Option(
-            help="A gains table: objective, group, configuration, gain, loss_mse (.parquet, .json, .csv)."
+            help="A gains table: objective, group, configuration, gain, loss_mse or kl (.parquet, .json, .csv)."
         ),
     ],
     budget: Annotated[
         float,
-        typer.Option(help="Bound on the plan's loss MSE, in the units of loss_mse (τ² E[g²])."),
+        typer.Option(
+            help="Bound on the plan's loss MSE, in the units of loss_mse (τ² E[g²]); with --cost kl on its KL."
+        ),
     ],
+    cost: Annotated[
+        Literal["loss_mse", "kl"],
+        typer.Option(help="Which column of the table the budget bounds."),
+    ] = "loss_mse",
     solver: Annotated[
         Literal["auto", "highs", "gurobi"],
         typer.Option(help="auto: Gurobi where its licence serves, else HiGHS."),
@@ -243,7 +249,7 @@ def solve(
     json_: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Choose one configuration for each group: the largest gain whose loss MSE stays within the budget."""
+    """Choose one configuration for each group: the largest gain whose loss MSE, or KL, stays within the budget."""
     from dataclasses import asdict
 
     import polars as pl
@@ -258,13 +264,13 @@ def solve(
     frame = read_frame(gains)
     if objective:
         frame = frame.filter(pl.col("objective") == objective)
-    chosen, solution = solve_table(frame, budget, solver=solver)
+    chosen, solution = solve_table(frame, {cost: budget}, solver=solver)
     summary = {k: v for k, v in asdict(solution).items() if k != "chosen"}
     if plan and groups and loss and base:
         from mpq.method import plan_within
 
         made = plan_within(
-            read_frame(groups), frame, read_frame(loss), budget, the_base(base), solver
+            read_frame(groups), frame, read_frame(loss), budget, the_base(base), solver, cost
         )
         write_file(plan, made.to_json().encode())
         summary["plan"] = str(plan)

@@ -123,7 +123,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "KL bound": plan.kl_bound,
         "KL measured before delivery": plan.checked_kl,
         "± as measured": plan.checked_kl_error,
-        "predicted loss change, nats": plan.predicted_loss_change,
+        "predicted loss change over many texts, nats": plan.predicted_loss_change,
         "predicted loss MSE, nats²": plan.predicted_loss_mse,
         "± of loss MSE": plan.predicted_loss_mse_error,
         "budget, nats²": plan.budget,

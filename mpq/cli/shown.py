@@ -6,7 +6,17 @@ import polars as pl
 
 
 def results(table: pl.DataFrame) -> pl.DataFrame:
-    """The results table in columns that fit a terminal: loss MSE (nats²) and TTFT (ms), predicted and measured, ops lowered in %."""
+    """The results table in columns that fit a terminal: loss MSE (nats²), or KL (nats per token) where that is bounded, and TTFT
+    (ms), predicted and measured, ops lowered in %."""
+    bounded = table["kl_bound"].is_not_null().any()
+    columns = ("kl_bound", "predicted_kl", "measured_kl")
+    if not bounded:
+        columns = ("tau", "predicted_loss_mse", "measured_loss_mse")
+    names = ("KL ≤", "KL pred.", "KL meas.") if bounded else ("τ", "MSE pred.", "MSE meas.")
+    cost = [
+        pl.col(column).round_sig_figs(digits).alias(name)
+        for column, name, digits in zip(columns, names, (4, 3, 3), strict=True)
+    ]
 
     def milliseconds(column: str) -> pl.Expr:
         return (pl.col(column) * 1e3).round(1)
@@ -14,9 +24,7 @@ def results(table: pl.DataFrame) -> pl.DataFrame:
     return table.select(
         pl.col("objective").alias("for"),
         "strategy",
-        pl.col("tau").round_sig_figs(4).alias("τ"),
-        pl.col("predicted_loss_mse").round_sig_figs(3).alias("MSE pred."),
-        pl.col("measured_loss_mse").round_sig_figs(3).alias("MSE meas."),
+        *cost,
         milliseconds("predicted_ttft_s").alias("ms pred."),
         milliseconds("measured_ttft_s").alias("ms meas."),
         milliseconds("base_ttft_s").alias("base"),

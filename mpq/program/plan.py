@@ -24,7 +24,8 @@ class Plan:
     `predicted_loss_mse`, `budget` (τ² E[g²]; None where KL alone is bounded) and
     `mean_square_loss` are in nats², `predicted_kl` and its bound `kl_bound` in nats per predicted
     token, None where not measured or not asked for; each `_error` is half a 95 % interval.
-    `predicted_loss_change` (nats per token) is what KL says: the mean loss follows it (method.md).
+    `predicted_loss_change` (nats per token) is that over many texts, the KL; on one of N tokens
+    it is that ± √(2 KL / N) (docs/method.md).
     `kl_scale` is what measured plans multiplied the predicted KL by, give or take the share
     `kl_scale_error` (one standard error); `risk` the probability that
     the plan breaks its bounds, by what was measured, else by what was predicted, within their

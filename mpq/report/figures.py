@@ -128,6 +128,17 @@ def predicted_against_measured(
         style = look(strategy) | {"linestyle": "none", "markerfacecolor": "none"}
         style |= {"marker": own} if own else {}
         axes.plot(of[predicted] * scale, of[measured] * scale, **style, label=legend_name(strategy))
+        if what == "kl":  # what is predicted, ± half its 95 % interval
+            known = of.drop_nulls("predicted_kl_error")
+            half = known["predicted_kl_error"].clip(upper_bound=0.95 * known[predicted])
+            axes.errorbar(
+                known[predicted],
+                known[measured],
+                xerr=half,
+                fmt="none",
+                ecolor=style["color"],
+                elinewidth=0.7,
+            )
     if not rows.is_empty():
         _draw_diagonal(axes, pl.concat([rows[predicted], rows[measured]]) * scale, what)
     name = {"loss": "Loss MSE", "kl": "KL divergence", "ttft": "TTFT", "gain": "Time gain"}[what]

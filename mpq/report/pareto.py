@@ -78,13 +78,13 @@ def pareto_of(
 
 
 def _scale(tables: Tables, objective: str) -> Scale:
-    """What measured plans said of the predicted KL of an objective's plans, the middle one of several."""
+    """What all measured plans said of the predicted KL: the least of the scales, since plans over their bound got larger ones."""
     solutions = tables.get("solutions", pl.DataFrame())
     if "kl_scale" not in solutions.columns:
         return Scale()
     own = solutions.filter(objective=objective, strategy=f"ip_{objective}")["kl_scale"]
-    middle = own.drop_nulls().median()
-    return Scale() if middle is None else Scale(float(middle))  # type: ignore[arg-type]
+    least = own.drop_nulls().min()
+    return Scale() if least is None else Scale(float(least))  # type: ignore[arg-type]
 
 
 def table_of_points(pareto: Pareto) -> pl.DataFrame:
