@@ -5,6 +5,7 @@ Granularity is that of linears: a scale for each token, and one for each output 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from mpq.formats.scheme import Scheme
@@ -39,7 +40,10 @@ class EmulatedExperts(ExpertProduct):
 
 
 class NativeExperts(ExpertProduct):
-    """An experts' product on the device's linear kernels, one expert after the other: those that got no token cost nothing."""
+    """An experts' product on the device's linear kernels, one expert after the other: those that got no token cost nothing.
+
+    It stays out of torch.compile, which would make a version for each number of tokens that an expert gets.
+    """
 
     def __init__(self, module: nn.Module, name: str, scheme: Scheme, **perturb: float) -> None:
         super().__init__(module, name)
@@ -55,6 +59,7 @@ class NativeExperts(ExpertProduct):
             for e, w in enumerate(weight)
         ]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def product(self, x: Tensor, routing: Routing) -> Tensor:
         y = x.new_empty(len(x), self.weight.shape[1])
         for expert, rows in routing.of_experts():

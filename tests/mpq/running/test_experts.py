@@ -9,6 +9,7 @@ import pytest
 import torch
 from small import MIXTURES, small_config, small_model
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from mpq.errors import MpqError
 from mpq.kernels import runs_natively
@@ -16,6 +17,7 @@ from mpq.models.experts import dispatched, intercept_experts, products_of
 from mpq.models.graph import trace
 from mpq.models.partition import groups_table, partition
 from mpq.running.apply import apply_plan, kind_of
+from mpq.running.prefill import blocks
 from mpq.timing.measure import measure, timing_model
 
 IDS = torch.randint(5, 97, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -144,3 +146,21 @@ def test_experts_are_timed() -> None:
     assert timing["configuration"].to_list() == [["fp32", "fp32"], ["int8", "bf16"]]
     assert (timing["ttft_s"] > 0).all()
     assert timing["instances"].to_list() == [2, 2]
+
+
+def test_compiled_blocks_run_experts_of_any_number_of_tokens() -> None:
+    """Under torch.compile experts are lowered natively without a version for each number of tokens that one gets."""
+    model = small_model("mixtral", **MIXTURES["mixtral"])
+    plan = dict.fromkeys(ops_of(model), "int8")
+    torch.compiler.reset()
+    with apply_plan(model, plan, base="fp32", backend="native"):
+        wanted = model(IDS).logits
+        for block in blocks(model):
+            block.compile(
+                dynamic=False, backend="eager"
+            )  # the same guards, and no code to wait for
+        torch.testing.assert_close(model(IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+        counters.clear()
+        model((IDS * 7 + 3) % 97)
+        assert not counters["stats"].get("unique_graphs")
+    torch.compiler.reset()
