@@ -124,6 +124,15 @@ def test_vllm_answers_as_transformers_does(
     assert found.means_apart <= 4 * found.rounding / np.sqrt(found.vllm.size)
 
 
+def test_vllm_answers_with_four_bits(tmp_path: Path, engine: EngineProcess) -> None:
+    """W4A8, the one scheme of four bits that vLLM has a kernel for on any CPU: no further apart than two roundings of INT8
+    activations, which are a small part of what four bits do."""
+    source = checkpoint(tmp_path / "model", "llama", **SHAPE, **ARCHITECTURES["llama"])
+    found = answers(engine, source, tmp_path / "out", formats_of("w4a8", linears(source)))
+    assert found.apart <= 0.5 * found.rounding
+    assert found.means_apart <= 4 * found.rounding / np.sqrt(found.vllm.size)
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
 def test_vllm_finds_the_scheme_of_experts(tmp_path: Path, engine: EngineProcess, kind: str) -> None:
     """Experts under the checkpoint's names, named by a pattern: vLLM takes their format for the layer's, and on a CPU has no kernel
