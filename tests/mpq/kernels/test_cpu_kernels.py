@@ -13,6 +13,7 @@ from operands import SHAPES, seeded, tensors
 
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
+from mpq.formats.scheme import get_scheme
 from mpq.kernels import compiler, cpu, emulated, int8_linear, rows
 
 INT8_LINEARS = {
@@ -37,7 +38,11 @@ def test_each_int8_linear_equals_the_emulated_one(
     for perturb, added in ((1.0, None), (1.04, bias)):
         got = make(weight, added, fmt, perturb, perturb)
         want = emulated.linear(
-            weight.float(), None if added is None else added.float(), fmt, perturb, perturb
+            weight.float(),
+            None if added is None else added.float(),
+            get_scheme("int8"),
+            perturb,
+            perturb,
         )(x.float())
         size = x.double().abs().numpy() @ weight.double().abs().T.numpy() + 1
         for out, share in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):

@@ -20,6 +20,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton comes for Linux on x86-64 alone")
 
 from mpq.formats.format import get_format
+from mpq.formats.scheme import SCHEMES
 from mpq.formats.quantize import fake_quantize
 from mpq.kernels import bgemm, cuda, emulated, flash, fp8
 
@@ -107,7 +108,7 @@ def test_linear_equals_emulation(dtype: torch.dtype, shape: tuple[int, int, int]
             want = emulated.linear(
                 weight.double(),
                 None if with_bias is None else with_bias.double(),
-                E4M3,
+                SCHEMES["fp8_e4m3"],
                 perturb,
                 perturb,
             )(x.double())

@@ -15,6 +15,7 @@ from torch import Tensor
 from mpq.devices import check_device
 from mpq.errors import MpqError
 from mpq.formats.format import FORMATS, get_format
+from mpq.formats.scheme import get_scheme
 from mpq.kernels import check_native, cpu, device_name, emulated, int8_attention, native_formats
 from mpq.kernels.compiler import generation
 
@@ -56,10 +57,10 @@ def test_emulated_linear_is_the_product_of_rounded_operands(
     """x and W rounded by numpy and multiplied in float64; the bias is added as it is."""
     x, weight, bias = tensors(*shape)
     a, b = rounded(x, name), rounded(weight, name).T
-    close(emulated.linear(weight, None, get_format(name))(x), a @ b, a, b, 1e-3)
+    close(emulated.linear(weight, None, get_scheme(name))(x), a @ b, a, b, 1e-3)
     torch.testing.assert_close(
-        emulated.linear(weight, bias, get_format(name))(x),
-        emulated.linear(weight, None, get_format(name))(x) + bias,
+        emulated.linear(weight, bias, get_scheme(name))(x),
+        emulated.linear(weight, None, get_scheme(name))(x) + bias,
     )
 
 
@@ -101,8 +102,8 @@ def test_native_equals_emulated(name: str, shape: tuple[int, int, int]) -> None:
     """What is emulated for accuracy is what the native kernel computes, scales perturbed or not."""
     x, weight, _ = tensors(*shape)
     for perturb in (1.0, 1.04):
-        arguments = (weight, None, get_format(name), perturb, perturb)
-        native, fake = cpu.linear(*arguments)(x), emulated.linear(*arguments)(x)
+        native = cpu.linear(weight, None, get_format(name), perturb, perturb)(x)
+        fake = emulated.linear(weight, None, get_scheme(name), perturb, perturb)(x)
         close(
             native,
             fake.double().numpy(),
