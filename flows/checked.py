@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,10 @@ def checked_plans(
         return solved, timed
     costs = Costs(read(sums["sensitivity"]), run.spec.noise_model, run.spec.model.base)
     rounds, known = [solved], dict[str, Measured]()
-    wanted = [plan for o in objectives for plan in _anchors(run, groups, o)]
+    anchors = [plan for o in objectives for plan in _anchors(run, groups, o)]
+    wanted = [
+        plan for plan in anchors if math.isfinite(costs.kl(plan))
+    ]  # in which nothing overflows
     while True:
         chosen = {o: _chosen(run, rounds[-1], o) for o in objectives}
         wanted += [plan["formats"] for of in chosen.values() for plan in of.values()]

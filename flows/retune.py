@@ -10,11 +10,15 @@ from mpq.errors import MpqError
 from mpq.flows.calibrate import chain
 from mpq.flows.recorded import flow
 from mpq.flows.run import one_by_one, running
-from mpq.spec import Objective, ObjectiveSpec, RunSpec, parse_spec
+from mpq.spec import BoundSpec, Objective, ObjectiveSpec, RunSpec, parse_spec
 
 Taus = Annotated[
     list[float] | None,
     Field(description="Bounds on the normalised RMSE of the loss; the spec's own by default"),
+]
+Bounded = Annotated[
+    BoundSpec | None,
+    Field(description="Bounds on KL, perplexity or τ, in place of taus; the spec's own by default"),
 ]
 Chosen = Annotated[
     Objective | None, Field(description="et, tt or m; every objective of the spec by default")
@@ -52,6 +56,7 @@ def retune(
     objective: Chosen = None,
     formats: Lowered = None,
     evaluate: Evaluate = False,
+    bound: Bounded = None,
 ) -> dict[str, Any]:
     """Solve again on the tables of an earlier calibrate with this spec; what it did not measure is a mistake told at once.
 
@@ -62,9 +67,11 @@ def retune(
         taus: Bounds on the normalised RMSE of the loss; the spec's own by default.
         objective: et, tt or m, also one that the spec has not; every objective of the spec by default.
         formats: Formats that the objective may choose, of those measured.
-        evaluate: Run the new plans on the evaluation text too.
+        evaluate: Run the new plans on the evaluation text too; only then plans under a bound on KL are measured before they
+            are delivered.
+        bound: Bounds on KL, perplexity or τ, in place of taus; the spec's own by default.
     """
-    tuned = retuned(spec, taus, objective, formats)
+    tuned = retuned(spec, taus, objective, formats, bound)
     with running(
         tuned,
         solving=objective,
@@ -77,12 +84,18 @@ def retune(
 
 
 def retuned(
-    spec: RunSpec, taus: list[float] | None, objective: Objective | None, formats: list[str] | None
+    spec: RunSpec,
+    taus: list[float] | None,
+    objective: Objective | None,
+    formats: list[str] | None,
+    bound: BoundSpec | None = None,
 ) -> RunSpec:
     """The spec with other bounds and choices, whose measurements are those of `spec`.
 
-    Raises MpqError for formats without an objective, and for what was not measured.
+    Raises MpqError for formats without an objective, two kinds of bounds, and for what was not measured.
     """
+    if taus and bound:
+        raise MpqError("retune was given taus and a bound: give τ in the bound, as tau.")
     if formats and not objective:
         raise MpqError(
             "retune was given formats without an objective: say for which of et, tt and m they are."
@@ -94,8 +107,11 @@ def retuned(
     data = spec.model_dump(mode="json")
     if taus:
         data |= {"taus": taus, "bound": None}
+    if bound:
+        del data["taus"]
+        data["bound"] = bound.model_dump(mode="json")
     for name, part in data["objectives"].items():
-        if taus and (objective in (None, name)):
+        if (taus or bound) and (objective in (None, name)):
             part["taus"] = None
     if objective == "et" and "et" not in spec.objectives:
         raise MpqError(

@@ -69,7 +69,10 @@ def added(costs: Sequence[Cost]) -> Cost:
 
 
 def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:
-    """Loss MSE (nats²) of each op in each format, summed over its operands. Raises MpqError where one is not finite."""
+    """Loss MSE (nats²) of each op in each format, summed over its operands; infinite where the format overflows.
+
+    Raises MpqError where one is no number, and where the table has nothing of the noise model.
+    """
     of_model = sensitivity.filter(pl.col("noise_model") == noise_model)
     if of_model.is_empty() and not sensitivity.is_empty():
         others = ", ".join(sorted(sensitivity["noise_model"].unique().to_list()))
@@ -79,7 +82,7 @@ def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:
         )
     losses = _by_op(of_model, "loss_mse")
     for (op, name), loss in losses.items():
-        if not math.isfinite(loss):
+        if math.isnan(loss):
             raise MpqError(
                 f"The sensitivity table has the loss MSE {loss} for {op} in {name}: measure sensitivity again."
             )

@@ -4,6 +4,8 @@ coefficients (Sec. 2.3)."""
 from __future__ import annotations
 
 import functools
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ from mpq.program.rows import Row, solve_within
 from mpq.program.solver import Solution, SolverName, solve
 from mpq.store.tables import table
 
+log = logging.getLogger("mpq")
 JOINED = 200_000  # configurations of groups that a tie joins
 # what people are told of a column that is bounded: its name and unit
 NAMES = {"loss_mse": ("loss MSE", "nats²"), "kl": ("KL", "nats per token")}
@@ -215,8 +218,21 @@ def _groups(groups: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _table(objective: str, parts: Sequence[_Part]) -> pl.DataFrame:
-    """The gains table, and a column more: `ops`, which a configuration gives formats to, in its order."""
-    rows = [(part, formats, worth) for part in parts for formats, worth in part.rows.items()]
+    """The gains table, and a column more: `ops`, which a configuration gives formats to, in its order.
+
+    Configurations in which an op overflows are left out with a warning. Raises MpqError where that leaves ops none.
+    """
+    rows = []
+    for part in parts:
+        finite = {f: worth for f, worth in part.rows.items() if math.inf not in worth}
+        if len(finite) < len(part.rows):
+            lost = sorted({f for c in part.rows.keys() - finite.keys() for f in c})
+            log.warning("%s … in %s: values overflow, left out.", part.ops[0], " or ".join(lost))
+        if not finite:
+            raise MpqError(
+                f"{', '.join(part.ops[:4])} overflow in all that the constraints leave them: allow another format."
+            )
+        rows += [(part, formats, worth) for formats, worth in finite.items()]
     ops = pl.Series("ops", [part.ops for part, *_ in rows], dtype=pl.List(pl.String))
     return table(
         "gains",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
+from mpq.program.plan import has_tau
 from mpq.report.comparisons import Comparison, compare_all, sentences_on
 from mpq.report.results import OBJECTIVES, RATIO_RANGE, Tables, plan_results
 from mpq.timing.drift import drift_of
@@ -52,13 +53,14 @@ def find(tables: Tables) -> Findings:
     found.sentences.extend(sentences_on(found.comparisons))
     changed = drift_of(plan_results(tables))
     found.warnings.extend([changed] if changed else [])
-    _say_loss(found)
+    _say_loss(found, bounds_loss(plan_results(tables)))
+    _say_kl(found)
     _say_times(found, "The machine's own changes of speed are part of that. " if changed else "")
     return found
 
 
 def additivity_of(tables: Tables) -> list[Additivity]:
-    """Measured over predicted loss MSE (of all plans, and each objective's), TTFT and time gain.
+    """Measured over predicted loss MSE (of all plans, and each objective's), KL, TTFT and time gain.
 
     Plans with equal formats, whatever strategy or τ made them, were measured once and count once.
     Times are carried to the speed that the machine had while configurations were timed (drift.py):
@@ -72,6 +74,7 @@ def additivity_of(tables: Tables) -> list[Additivity]:
         for objective in OBJECTIVES:
             of = plans.filter(pl.col("objective") == objective)
             found.append(_additivity("loss MSE", objective, of, *loss))
+    found.append(_additivity("KL", "all", plans, "measured_kl", "predicted_kl"))
     found.append(_additivity("TTFT", "et", timed, "carried_ttft_s", "predicted_ttft_s"))
     found.append(_additivity("time gain", "et", timed, "carried_gain_s", "predicted_gain"))
     return [a for a in found if a]
@@ -104,8 +107,19 @@ def gain_r2_of(tables: Tables) -> float | None:
     return float(1 - ((measured - plans["predicted_gain"].to_numpy()) ** 2).mean() / measured.var())
 
 
-def _say_loss(found: Findings) -> None:
-    """On the sum over ops: of each objective by itself, where there are several."""
+def bounds_loss(plans: pl.DataFrame) -> bool:
+    """Whether some plan's loss MSE is bounded, by τ: where KL alone is, its errors break no bound."""
+    own = plans.filter(pl.col("budget").is_not_null())["strategy"]
+    return any(map(has_tau, own)) or plans["kl_bound"].is_null().all()
+
+
+def _say_kl(found: Findings) -> None:
+    for a in (a for a in found.additivity if a.quantity == "KL"):
+        found.sentences.append(_measured_over_predicted("KL divergence", a))
+
+
+def _say_loss(found: Findings, bounded: bool) -> None:
+    """On the sum over ops: of each objective by itself, where there are several; warnings where it is `bounded`."""
     on_loss = [a for a in found.additivity if a.quantity == "loss MSE"]
     for a in (a for a in on_loss if a.objective == "all"):
         found.sentences.append(_measured_over_predicted("loss MSE", a))
@@ -114,7 +128,7 @@ def _say_loss(found: Findings) -> None:
                 f"{a.plans} plans are few to judge predictions by: {ENOUGH_PLANS} or more are "
                 "advised."
             )
-    for a in on_loss:
+    for a in on_loss if bounded else ():
         where = "here" if a.objective == "all" else f"in the plans for {a.objective}"
         roughly = a in (on_loss[1:] or on_loss)
         if not RATIO_RANGE[0] <= a.median <= RATIO_RANGE[1]:
@@ -133,7 +147,7 @@ def _say_loss(found: Findings) -> None:
 
 def _say_times(found: Findings, why: str) -> None:
     """On the sum over groups; `why` is what else may be behind an error."""
-    for a in (a for a in found.additivity if a.quantity != "loss MSE"):
+    for a in (a for a in found.additivity if a.quantity in ("TTFT", "time gain")):
         name = "time to first token" if a.quantity == "TTFT" else "time saved"
         found.sentences.append(_measured_over_predicted(name, a))
         if a.quantity == "TTFT" and a.error > TTFT_ERROR:

@@ -254,7 +254,7 @@ def additivity(found: Findings) -> Sheet:
     return Sheet(
         "additivity",
         "Measured over predicted, of all plans that have both. The method rests on this: loss MSE "
-        "adds up over ops, time over groups. Times are scaled to one speed of the machine.",
+        "and KL add up over ops, time over groups. Times are scaled to one speed of the machine.",
         [
             ("Quantity", "quantity", ""),
             ("For", "objective", ""),

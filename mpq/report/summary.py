@@ -9,6 +9,7 @@ from typing import Any
 
 from mpq.program.plan import has_tau, is_uniform
 from mpq.report.best import Best, best_plan, in_words, outline, percent, shares_of_bounds
+from mpq.report.findings import bounds_loss
 from mpq.report.results import (
     OBJECTIVES,
     RATIO_RANGE,
@@ -50,12 +51,14 @@ class Summary:
     """What the report says in words, and the numbers behind it.
 
     Errors are median |predicted / measured − 1|. `over_bound` are plans whose measured loss MSE or
-    KL is above its bound, `out_of_range` those whose measured / predicted loss MSE leaves RATIO_RANGE.
+    KL is above its bound, `out_of_range` those whose measured / predicted loss MSE leaves RATIO_RANGE,
+    where τ bounds some plan.
     """
 
     best: Best | None = None
     standings: tuple[Standing, ...] = ()
     loss_error: float | None = None
+    kl_error: float | None = None
     ttft_error: float | None = None
     gain_error: float | None = None
     over_bound: tuple[Row, ...] = ()
@@ -70,15 +73,20 @@ def summarize(tables: Tables) -> Summary:
     plans = list(plan_results(tables).iter_rows(named=True))
     keys = dict.fromkeys((r["objective"], r["tau"]) for r in rows)
     known = [r for r in plans if r["predicted_loss_mse"] and r["measured_loss_mse"] is not None]
+    kls = [r for r in plans if r["predicted_kl"] and r["measured_kl"] is not None]
+    by_loss = bounds_loss(plan_results(tables))
     times = [r for r in plans if r["predicted_ttft_s"] and r["measured_ttft_s"]]
     summary = Summary(
         best=best_plan(tables),
         standings=tuple(s for key in sorted(keys, key=_place) if (s := _standing(rows, *key))),
         loss_error=_median_error((r["predicted_loss_mse"], r["measured_loss_mse"]) for r in known),
+        kl_error=_median_error((r["predicted_kl"], r["measured_kl"]) for r in kls),
         ttft_error=_median_error((r["predicted_ttft_s"], r["carried_ttft_s"]) for r in times),
         gain_error=_median_error((r["predicted_gain"], r["carried_gain_s"]) for r in times),
         over_bound=tuple(r for r in plans if _over(r)),
-        out_of_range=tuple(r for r in known if not RATIO_RANGE[0] <= _ratio(r) <= RATIO_RANGE[1]),
+        out_of_range=tuple(
+            r for r in known if by_loss and not RATIO_RANGE[0] <= _ratio(r) <= RATIO_RANGE[1]
+        ),
     )
     if rows:
         summary.sentences.append(in_words(summary.best))
@@ -207,6 +215,8 @@ def _say_errors(summary: Summary, n_losses: int, n_times: int) -> None:
             f"Predicted loss MSE is off by {summary.loss_error:.0%} of the measured one "
             f"(median of {n_losses} plans)."
         )
+    if summary.kl_error is not None:
+        say(f"Predicted KL is off by {summary.kl_error:.0%} of the measured one (median).")
     if summary.ttft_error is not None:
         gain = summary.gain_error
         say(

@@ -15,7 +15,7 @@ from mpq.flows.calibrate import calibrate
 from mpq.flows.campaign import campaign
 from mpq.flows.retune import retune
 from mpq.report.runs import join_tables
-from mpq.spec import ModelSpec, RunSpec
+from mpq.spec import BoundSpec, ModelSpec, RunSpec
 
 
 def test_a_new_bound_only_solves(calibrated: tuple[RunSpec, dict[str, Any]]) -> None:
@@ -33,6 +33,19 @@ def test_a_new_bound_only_solves(calibrated: tuple[RunSpec, dict[str, Any]]) -> 
     assert set(join_tables(one["tables"])["solutions"]["objective"]) == {"tt"}
     run = retune(spec, taus=[0.5], objective="et", evaluate=True)
     assert "evaluation" in run["tables"]
+
+
+def test_a_new_bound_on_kl(calibrated: tuple[RunSpec, dict[str, Any]]) -> None:
+    """Solved on the tables that are there; with `evaluate` the plans are measured before they are delivered, and none is over."""
+    spec, _ = calibrated
+    bound = BoundSpec.model_validate({"kl": [1e-5, 1e-3]})
+    tuned = retune(spec, bound=bound)
+    assert computed(tuned) <= {"gains", "solve", "report"}
+    assert join_tables(tuned["tables"])["solutions"]["checked_kl"].null_count() == 4
+    checked = join_tables(retune(spec, bound=bound, evaluate=True)["tables"])["solutions"]
+    assert (checked["checked_kl"] <= checked["kl_bound"]).all()
+    with pytest.raises(MpqError, match="taus and a bound"):
+        retune(spec, taus=[0.5], bound=bound)
 
 
 def test_what_was_not_measured_is_told(spec: RunSpec) -> None:

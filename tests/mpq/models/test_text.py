@@ -99,6 +99,37 @@ def test_what_blocks_begin_with_is_told(with_bos: Path, tmp_path: Path) -> None:
     assert "2 rows without text left out" in told
 
 
+def test_plans_are_checked_on_text_of_their_own(with_bos: Path, tmp_path: Path) -> None:
+    """As many blocks as evaluate, none of which calibrates or evaluates; where too few are left, those that evaluate, and said so."""
+    source = _jsonl(tmp_path / "a.jsonl", {"text": _words(200)})
+
+    def drawn(samples: int, **evaluation: object) -> tuple[dict[str, set[int]], str]:
+        part = {"source": source, "length": 10}
+        of = draw(
+            with_bos,
+            97,
+            CalibrationSpec(**part, samples=6),
+            EvaluationSpec(**part | {"samples": samples, **evaluation}),
+        )
+        names = ("calibration", "evaluation", "check")
+        assert len(of.check.tokens) == len(of.evaluation.tokens)
+        numbers = {name: set(of.table.filter(part=name)["index"]) for name in names}
+        return numbers, in_words(of.table)["bounds checked on"]
+
+    for seed in (0, 1, 2):
+        of, told = drawn(5, seed=seed)
+        assert len(of["check"]) == 5
+        assert not of["check"] & (of["calibration"] | of["evaluation"])
+        assert "the evaluation's own" not in told
+    of, told = drawn(15, seed=1)
+    assert of["check"] == of["evaluation"]
+    assert "the evaluation's own" in told
+    other = _jsonl(tmp_path / "b.jsonl", {"text": _words(200)})
+    of, _ = drawn(5, source=other)
+    assert len(of["check"]) == 5
+    assert not of["check"] & of["evaluation"]
+
+
 def test_chats_go_through_the_template(with_bos: Path, tmp_path: Path) -> None:
     """Messages become what the tokenizer's chat template makes of them, never Python's way of printing a list."""
     chat = [{"role": "user", "content": "w7 w8"}, {"role": "assistant", "content": "w9"}]

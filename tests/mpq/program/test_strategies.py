@@ -304,6 +304,21 @@ def test_kl_that_was_not_measured_is_told() -> None:
     assert plan.predicted_kl is row["predicted_kl"] is None
 
 
+def test_what_overflows_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """An op whose values overflow a format is never put in it, and that is said; others are."""
+    op, f = GROUPS["op"][0], FORMATS[0]
+    alone = (pl.col("op") == op) & (pl.col("format") == f)
+    rows = with_kl().with_columns(
+        pl.when(alone).then(math.inf).otherwise(c).alias(c) for c in ("loss_mse", "kl")
+    )
+    gains = gains_tt(GROUPS, rows, FORMATS, "fp32", "ulp")
+    assert f"{op} … in {f}: values overflow" in caplog.text
+    everything = {"tau": 1e3, "kl": 1e6, "mean_square_loss": 4.0, "base": "fp32"}
+    plan, _ = choose("ip_tt", "tt", GROUPS, gains, **everything)
+    assert plan.formats[op] != f
+    assert len(plan.lowered) >= GROUPS.height - 1
+
+
 @pytest.mark.parametrize("tau", [0.0, -1.0, math.nan])
 def test_bad_tau_is_told(tau: float) -> None:
     """τ must be above zero."""

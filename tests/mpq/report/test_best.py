@@ -8,6 +8,7 @@ import pytest
 from synthetic import BASE_TTFT, TAUS, make_run, with_intervals, with_uniform
 
 from mpq.report.best import best_plan, in_words, uniform_outlines
+from mpq.report.findings import find
 from mpq.report.page import write_report
 from mpq.report.results import plus_minus
 from mpq.report.summary import summarize
@@ -83,6 +84,21 @@ def test_a_plan_is_held_to_its_bound_on_kl() -> None:
     page = write_report(inside, "run", {})
     assert "KL divergence from base, predicted and measured" in page
     assert "nats a token of KL divergence from base" in page
+
+
+def test_of_plans_bounded_by_kl_its_prediction_counts() -> None:
+    """The error of the predicted KL is told; a loss MSE far from its prediction breaks no bound, and is no warning."""
+    far = measured({"ip_et": 5e-3, "prefix": 2e-3}, {"ip_et": 30.0, "prefix": 30.0})
+    of_loss = [*summarize(far).warnings, *find(far).warnings]
+    assert any("outside 0.5 to 2" in w for w in of_loss)
+    told = bounded_by_kl(far, 0.9, {"ip_et": 1.0, "prefix": 1.0})
+    solutions = told["solutions"].filter(pl.col("strategy").is_in(["ip_et", "prefix"]))
+    told = {**told, "solutions": solutions}
+    assert summarize(told).kl_error == pytest.approx(0.1)
+    assert not any("loss MSE" in w for w in [*summarize(told).warnings, *find(told).warnings])
+    (kl,) = (a for a in find(told).additivity if a.quantity == "KL")
+    assert kl.median == pytest.approx(1 / 0.9)
+    assert any("Measured KL divergence is 1.11 times" in s for s in find(told).sentences)
 
 
 def test_no_plan_in_its_bound_is_said() -> None:
