@@ -126,7 +126,7 @@ def test_what_the_file_cannot_say_is_told_first(
     """An op that the plan may lower and the file cannot express is named before sensitivity."""
     from mpq.export import expressible
 
-    monkeypatch.setattr(expressible, "SCHEMES", {"int8": ("int", "int-quantized")})
+    monkeypatch.setattr(expressible, "EXPORTED", ("int8",))
     with pytest.raises(MpqError, match="runs in fp8_e4m3 in this plan"):
         calibrate(served(tmp_path))
     assert not (tmp_path / "store" / "sensitivity").exists()
