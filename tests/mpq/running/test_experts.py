@@ -153,7 +153,8 @@ def test_compiled_blocks_run_experts_of_any_number_of_tokens() -> None:
     model = small_model("mixtral", **MIXTURES["mixtral"])
     plan = dict.fromkeys(ops_of(model), "int8")
     torch.compiler.reset()
-    with apply_plan(model, plan, base="fp32", backend="native"):
+    many = torch._dynamo.config.patch(recompile_limit=4096, accumulated_recompile_limit=4096)
+    with apply_plan(model, plan, base="fp32", backend="native"), many:
         wanted = model(IDS).logits
         for block in blocks(model):
             block.compile(
