@@ -63,6 +63,13 @@ def _fusing(engine: str, source: str = _FUSED) -> tuple[Rule, ...]:
         tie("q k v", "*.q_proj", "*.k_proj", "*.v_proj"),
         tie("gate up", "*.gate_proj", "*.up_proj"),
         tie("experts", "*.experts.*", why=_EXPERTS),
+        Rule(
+            f"{engine}: experts in base, int8 or fp8_e4m3",
+            ("*",),
+            ("base", "int8", "fp8_e4m3"),
+            ("experts",),
+            "mpq export writes experts in these alone",
+        ),
         base("the head", *_HEADS, kinds=("linear",), why=_HEAD),
         base("attention's products", "*", kinds=("bgemm",), why=_ATTENTION),
     )

@@ -29,17 +29,20 @@ def bytes_of(op: Mapping[str, Any], name: str, base: str) -> float:
 
 
 def _scale_bytes(op: Mapping[str, Any], weights: Format) -> float:
-    """Bytes of the scales of an op's weights: one for each row, or for each block, the last of which may be short."""
-    columns = int(op["in_features"])
-    rows = int(op["parameters"]) // columns
+    """Bytes of the scales of an op's weights: one for each row, or for each block, the last of which may be short.
+
+    Each expert is a weight of its own.
+    """
+    rows, columns = int(op["out_features"]), int(op["in_features"])
+    experts = int(op["parameters"]) // (rows * columns)
     if not weights.needs_scale:
         return 0.0
     if not weights.by_blocks:
-        return float(SCALE_BYTES * rows)
+        return float(SCALE_BYTES * experts * rows)
     high, wide = weights.block
     blocks = math.ceil(rows / high) * math.ceil(columns / wide)
     of_tensor = SCALE_BYTES if weights.scale == "e4m3" else 0
-    return blocks * SCALE_BITS[weights.scale] / 8 + of_tensor
+    return experts * (blocks * SCALE_BITS[weights.scale] / 8 + of_tensor)
 
 
 def weight_bytes(groups: pl.DataFrame, formats: Mapping[str, str], base: str) -> float:

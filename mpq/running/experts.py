@@ -1,6 +1,6 @@
 """A layer's experts in a format: rounded and multiplied in the weights' dtype, or by a CPU's own linears, one an expert.
 
-Granularity is that of linears: a scale for each token, and one for each output channel of each expert.
+Scales are those of linears: for each token, and for each output channel or block of each expert, which is a weight of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mpq.models.experts import ExpertProduct, Routing, with_bias
 
 
 class EmulatedExperts(ExpertProduct):
-    """An experts' product with its operands rounded to `fmt`, the weights once; the bias stays as it is.
+    """An experts' product with its operands rounded as `scheme` stores them, the weights once; the bias stays as it is.
 
     `perturb_*` multiply the scales before rounding (quantize.fake_quantize).
     """
@@ -30,7 +30,8 @@ class EmulatedExperts(ExpertProduct):
     ) -> None:
         super().__init__(module, name)
         self._format, self._perturb = scheme.activations, perturb_input
-        self._lowered = rounded(self.weight.detach(), scheme.weights, "row", perturb_weight)
+        each = (rounded(w, scheme.weights, "row", perturb_weight) for w in self.weight.detach())
+        self._lowered = torch.stack(list(each))
 
     def operand(self, x: Tensor, routing: Routing | None) -> Tensor:
         return x if self._format is None else rounded(x, self._format, "row", self._perturb)

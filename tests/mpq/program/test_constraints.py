@@ -256,6 +256,11 @@ def test_an_engine_takes_one_format_for_all_experts_of_a_layer() -> None:
         assert [d for d in found.decisions if set(d) & set(experts)] == wanted
         assert found.formats[experts[0]] == (BASE, *FORMATS)
     assert "model.layers.1.mlp.gate" not in found.formats
+    every = dict.fromkeys(KINDS, (*FORMATS, "w4a16"))
+    assert allowed(groups, ConstraintSpec(), "vllm", every, BASE).formats[experts[0]] == (
+        BASE,
+        *FORMATS,
+    )
     saved = gains_m(groups, sensitivity(groups), FORMATS, BASE, "ulp", found)
     row = saved.filter(pl.col("ops") == [experts[1]], pl.col("configuration") == ["int8"])
     assert row["gain"].to_list() == [4 * 24 * 32]  # a byte a weight of four experts

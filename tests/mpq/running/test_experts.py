@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from mpq.errors import MpqError
-from mpq.kernels import runs_natively
+from mpq.formats.scheme import get_scheme
+from mpq.kernels import emulated, runs_natively
 from mpq.models.experts import dispatched, intercept_experts, products_of
 from mpq.models.graph import trace
 from mpq.models.partition import groups_table, partition
+from mpq.program.memory import bytes_of
 from mpq.running.apply import apply_plan, kind_of
 from mpq.running.prefill import blocks
 from mpq.timing.measure import measure, timing_model
@@ -74,6 +76,41 @@ def test_experts_are_rounded_like_linears(model_type: str, backend: Any, lowered
     wanted = model(IDS).logits
     assert not torch.allclose(found, before, atol=1e-3)
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("scheme", ["fp8_block", "nvfp4a16", "w4a16_g32", "w4a8"])
+def test_each_expert_has_blocks_and_scales_of_its_own(scheme: str) -> None:
+    """In schemes of blocks, and of a scale for a whole weight, experts of other magnitudes do not share one: each is as a linear
+    of its own; and its scales are counted so."""
+    model = small_model("mixtral", **MIXTURES["mixtral"])
+    modules = [m for m in model.modules() if dispatched(m)]
+    for module in modules:
+        for product in products_of(module):
+            getattr(module, product).data *= 4.0 ** torch.arange(4)[:, None, None]
+    with apply_plan(model, dict.fromkeys(ops_of(model), scheme), base="fp32"):
+        found = model(IDS).logits
+    for module in modules:
+        linears = {
+            p: [emulated.linear(w, None, get_scheme(scheme)) for w in getattr(module, p)]
+            for p in products_of(module)
+        }
+
+        def forward(
+            hidden: Tensor, chosen: Tensor, weights: Tensor, of: Any = linears, m: Any = module
+        ) -> Tensor:
+            out = torch.zeros_like(hidden)
+            for expert in range(4):
+                rows, choice = torch.where(chosen == expert)
+                y = m._apply_gate(of["gate_up_proj"][expert](hidden[rows]))
+                y = of["down_proj"][expert](y) * weights[rows, choice, None]
+                out.index_add_(0, rows, y)
+            return out
+
+        module.forward = forward
+    torch.testing.assert_close(found, model(IDS).logits, atol=1e-3, rtol=1e-3)
+    op = {"kind": "experts", "in_features": 32, "out_features": 96, "parameters": 4 * 96 * 32}
+    alone = {**op, "kind": "linear", "parameters": 96 * 32}
+    assert bytes_of(op, scheme, "bf16") == 4 * bytes_of(alone, scheme, "bf16")
 
 
 @pytest.mark.parametrize("backend", ["emulated", "native"])
@@ -153,7 +190,8 @@ def test_compiled_blocks_run_experts_of_any_number_of_tokens() -> None:
     model = small_model("mixtral", **MIXTURES["mixtral"])
     plan = dict.fromkeys(ops_of(model), "int8")
     torch.compiler.reset()
-    with apply_plan(model, plan, base="fp32", backend="native"):
+    many = torch._dynamo.config.patch(recompile_limit=4096, accumulated_recompile_limit=4096)
+    with apply_plan(model, plan, base="fp32", backend="native"), many:
         wanted = model(IDS).logits
         for block in blocks(model):
             block.compile(
