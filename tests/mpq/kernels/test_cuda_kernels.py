@@ -20,8 +20,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton comes for Linux on x86-64 alone")
 
 from mpq.formats.format import get_format
-from mpq.formats.scheme import SCHEMES
 from mpq.formats.quantize import fake_quantize
+from mpq.formats.scheme import SCHEMES
 from mpq.kernels import bgemm, cuda, emulated, flash, fp8
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
