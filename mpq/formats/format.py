@@ -15,8 +15,9 @@ Noise models, the variance of the rounding error of one element u (method.md, "N
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from mpq.errors import MpqError
 
@@ -149,14 +150,22 @@ BLOCKED: dict[str, Format] = {
 }
 
 
-def get_format(name: str) -> Format:
-    """The format called `name`; case and `-` against `_` do not matter (`FP8-E4M3` is `fp8_e4m3`).
+T = TypeVar("T")
 
-    Raises MpqError for a name that is not registered.
+
+def registered(name: str, among: Mapping[str, T]) -> T:
+    """What is called `name`; case and `-` against `_` do not matter (`FP8-E4M3` is `fp8_e4m3`).
+
+    Raises MpqError for a name that is not there.
     """
     key = str(name).strip().lower().replace("-", "_")
-    if key not in FORMATS:
+    if key not in among:
         raise MpqError(
-            f"Unknown format {name!r}: expected one of {', '.join(FORMATS)} (see `mpq formats`)."
+            f"Unknown format {name!r}: expected one of {', '.join(among)} (see `mpq formats`)."
         )
-    return FORMATS[key]
+    return among[key]
+
+
+def get_format(name: str) -> Format:
+    """The format with a scale a row, or none, called `name`. Raises MpqError for a name that is not there."""
+    return registered(name, FORMATS)
