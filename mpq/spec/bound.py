@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from mpq.spec.fields import Number, Strict, number
 
@@ -54,8 +54,23 @@ def _above_zero(value: Any) -> Any:
 
 _Value = Annotated[float, BeforeValidator(_above_zero)]
 _Share = Annotated[_Value, Field(lt=10), BeforeValidator(_share)]
-_Values = Annotated[tuple[_Value, ...], BeforeValidator(_listed), Field(min_length=1)]
-_Shares = Annotated[tuple[_Share, ...], BeforeValidator(_listed), Field(min_length=1)]
+
+
+def _one_or_list(*kinds: str) -> WithJsonSchema:
+    """What forms are told, since they know nothing of what is read before it is checked: one value, or a list."""
+    one: list[dict[str, Any]] = [{"type": kind} for kind in kinds]
+    return WithJsonSchema({"anyOf": [*one, {"type": "array", "items": {"anyOf": one}}]})
+
+
+_Values = Annotated[
+    tuple[_Value, ...], BeforeValidator(_listed), Field(min_length=1), _one_or_list("number")
+]
+_Shares = Annotated[
+    tuple[_Share, ...],
+    BeforeValidator(_listed),
+    Field(min_length=1),
+    _one_or_list("number", "string"),
+]
 
 
 class BoundSpec(Strict):
