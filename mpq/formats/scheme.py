@@ -85,62 +85,6 @@ def get_scheme(name: str) -> Scheme:
     return registered(name, SCHEMES)
 
 
-def mac_time(self) -> float | None:
-        """Theoretical time of a multiply-accumulate in BF16 MACs; None where it is base's."""
-        return None if self.activations is None else self.activations.mac_time
-
-    @property
-    def alike(self) -> bool:
-        """Whether both operands are stored alike, a scale a row: what attention's products can run in too."""
-        return self.weights is self.activations and not self.weights.by_blocks
-
-    @property
-    def formats(self) -> tuple[Format, ...]:
-        """The formats of its operands."""
-        return (self.weights,) if self.activations is None else (self.weights, self.activations)
-
-
-_PLAIN = {"int8": "W8A8", "fp8_e4m3": "FP8_DYNAMIC"}
-_MXFP8, _MXFP4, _NVFP4 = BLOCKED["mxfp8"], BLOCKED["mxfp4"], BLOCKED["nvfp4"]
-_INT8, _INT4 = FORMATS["int8"], BLOCKED["int4_128"]
-
-SCHEMES: dict[str, Scheme] = {
-    s.name: s
-    for s in (
-        *(Scheme(f.name, f, f, _PLAIN.get(f.name, ""), f.source) for f in FORMATS.values()),
-        Scheme(
-            "fp8_block",
-            BLOCKED["fp8_e4m3_128x128"],
-            BLOCKED["fp8_e4m3_128"],
-            "FP8_BLOCK",
-            f"DeepSeek-V3 (arXiv 2412.19437), Sec. 3.3.2; {_CT}",
-        ),
-        Scheme("mxfp8", _MXFP8, _MXFP8, "MXFP8", f"OCP MX 1.0; {_CT}"),
-        Scheme("mxfp4", _MXFP4, _MXFP4, "MXFP4", f"OCP MX 1.0; {_CT}"),
-        Scheme("nvfp4", _NVFP4, _NVFP4, "NVFP4", _CT),
-        Scheme("w4a8", _INT4, _INT8, "W4A8", _CT),
-        Scheme("w8a16", _INT8, None, "", "a scale a channel, where W8A16 has groups of 128"),
-        Scheme("w4a16", _INT4, None, "W4A16", _CT),
-        Scheme("w4a16_g32", BLOCKED["int4_32"], None, "", "W4A16 with groups of 32"),
-        Scheme("nvfp4a16", _NVFP4, None, "NVFP4A16", _CT),
-        Scheme("mxfp4a16", _MXFP4, None, "MXFP4A16", _CT),
-    )
-}
-
-
-def get_scheme(name: str) -> Scheme:
-    """The scheme called `name`; case and `-` against `_` do not matter (`FP8-E4M3` is `fp8_e4m3`).
-
-    Raises MpqError for a name that is not registered.
-    """
-    key = str(name).strip().lower().replace("-", "_")
-    if key not in SCHEMES:
-        raise MpqError(
-            f"Unknown format {name!r}: expected one of {', '.join(SCHEMES)} (see `mpq formats`)."
-        )
-    return SCHEMES[key]
-
-
 def mac_time(name: str, base: str) -> float:
     """Theoretical time of a multiply-accumulate of a scheme beside a base, in BF16 MACs."""
     own = get_scheme(name).mac_time
