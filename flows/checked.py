@@ -24,8 +24,9 @@ def checked_plans(
 ) -> tuple[list[References], list[TableRef]]:
     """As make_plans, under the scales that measured plans give to the predicted KL; `drawn` tells of the `text`.
 
-    Anchors, everything in each format, and the first solutions give one scale. Plans over their bound are solved again under
-    a larger one, for as many rounds as the spec allows; of all that were measured the best inside its bound is delivered.
+    Anchors, everything in each format, and the first solutions give one scale. Plans that are over their bound, or far inside,
+    are solved again under what they say themselves, until nothing new is chosen or the spec's rounds are over; of all that
+    were measured the best inside its bound is delivered.
     """
     bound = run.spec.bound
     objectives = [o for o in run.objectives if run.spec.checks_kl(o)]
@@ -35,33 +36,34 @@ def checked_plans(
     costs = Costs(read(sums["sensitivity"]), run.spec.noise_model, run.spec.model.base)
     rounds, known = [solved], dict[str, Measured]()
     anchors = [plan for o in objectives for plan in _anchors(run, groups, o)]
-    wanted = [
-        plan for plan in anchors if math.isfinite(costs.kl(plan))
-    ]  # in which nothing overflows
+    wanted = [a for a in anchors if math.isfinite(costs.kl(a))]  # in which nothing overflows
     while True:
         chosen = {o: _chosen(run, rounds[-1], o) for o in objectives}
         wanted += [plan["formats"] for of in chosen.values() for plan in of.values()]
-        known |= _measured(run, wanted, known, costs, text)
-        of_all, over = fitted(list(known.values())), 0
+        new = _measured(run, wanted, known, costs, text)
+        known |= new
+        if len(rounds) == bound.rounds or (len(rounds) > 1 and not new):
+            break
+        of_all = fitted(list(known.values()))
         scales: dict[Objective, list[Scale]] = {}
         for objective, of in chosen.items():
             scales[objective] = []
             for limit in run.spec.limits(objective):
                 scale, plan = of_all, of.get(limit.kl)
                 if plan and limit.kl:
-                    if len(rounds) > 1:  # what kept its bound stays as it is
+                    if len(rounds) > 1:
                         scale = Scale(plan["kl_scale"], plan["kl_scale_error"])
                     own = known[content_key(plan["formats"])]
-                    over += own.at_most(bound.robust) > limit.kl
                     scale = corrected(scale, own, limit.kl, bound.robust)
                 scales[objective].append(scale)
-        if len(rounds) == bound.rounds or (len(rounds) > 1 and not over):
-            break
         solved, timed = make_plans(run, groups, sums, scales)
         rounds.append(solved)
-    if over:
-        announce(f"{over} plans are over their bound on KL after {len(rounds)} rounds of solving.")
-    return _delivered(run, rounds, known, drawn), timed
+    delivered = _delivered(run, rounds, known, drawn)
+    files = [p for found in delivered for p in read_json(found["plan_files"])]
+    for plan in files:
+        if note := plan["provenance"].get("check", {}).get("note"):
+            announce(f"{plan['strategy']} under KL ≤ {plan['kl_bound']:.3g}: {note}")
+    return delivered, timed
 
 
 def _anchors(run: Run, groups: TableRef, objective: Objective) -> list[Formats]:

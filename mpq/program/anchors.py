@@ -75,9 +75,11 @@ def measured_of(
     return Measured(dict(formats), predicted, math.fsum(of_blocks) / n, error)
 
 
-def corrected(scale: Scale, own: Measured | None, bound: float, robust: float | None) -> Scale:
-    """The scale for the next solution, of what all plans say, and what the plan chosen last says where it was over its bound:
-    with it that plan is over by prediction as well, and nothing predicted as far up is chosen again."""
-    if own is None or own.at_most(robust) <= bound or own.predicted <= 0:
+def corrected(scale: Scale, own: Measured, bound: float, robust: float | None) -> Scale:
+    """The scale for the next solution: what the plan chosen last says by itself, where it is over its bound or leaves a tenth of
+    it. With it a plan that was over is over by prediction as well, and nothing predicted as far up is chosen again."""
+    kl = own.at_most(robust)
+    if own.predicted <= 0 or 0.9 * bound <= kl <= bound:
         return scale
-    return replace(scale, value=max(scale.value, own.at_most(robust) / own.predicted))
+    choose = max if kl > bound else min
+    return replace(scale, value=choose(scale.value, kl / own.predicted))

@@ -44,7 +44,7 @@ def delivered(
             if own.at_most(robust) > bound or best.predicted_gain > plan.predicted_gain:
                 chosen = best
         else:
-            note = f"Measured, the plan's KL is {own.at_most(robust) / bound:.2f} times its bound."
+            note = f"Measured, the plan's KL is {own.at_most(robust) / bound:.2f} times its bound; no plan that was tried is inside."
     own = found[_key(chosen.formats)]
     tried = [
         {"scale": p.kl_scale, "predicted_kl": p.predicted_kl, "measured_kl": m.kl}
