@@ -11,7 +11,7 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
@@ -51,7 +51,7 @@ def code_version(*entries: str | Callable[..., Any]) -> str:
 
 def modules_of(*entries: str | Callable[..., Any]) -> frozenset[str]:
     """The project's modules that `entries` run through, by name."""
-    return frozenset(_reached(entries)[1])
+    return _reached(entries)[1]
 
 
 def is_numberless(module: str) -> bool:
@@ -59,7 +59,10 @@ def is_numberless(module: str) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in NUMBERLESS)
 
 
-def _reached(entries: Iterable[str | Callable[..., Any]]) -> tuple[set[str], set[str]]:
+@cache  # a run asks for each of its many tasks
+def _reached(
+    entries: tuple[str | Callable[..., Any], ...],
+) -> tuple[frozenset[str], frozenset[str]]:
     """The texts of the functions, and the modules."""
     texts: set[str] = set()
     ahead: list[str] = []
@@ -86,7 +89,7 @@ def _reached(entries: Iterable[str | Callable[..., Any]]) -> tuple[set[str], set
         if name not in modules and not is_numberless(name):
             modules.add(name)
             ahead += _imports_of(name)
-    return texts, modules
+    return frozenset(texts), frozenset(modules)
 
 
 def _globals(tree: ast.AST, function: Callable[..., Any]) -> Iterator[Any]:

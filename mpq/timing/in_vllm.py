@@ -20,7 +20,8 @@ import polars as pl
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.kernels import device_name
-from mpq.serving import EngineDied, EngineProcess, find_environment
+from mpq.serving.engine_process import EngineDied, EngineProcess
+from mpq.serving.environment import find_environment
 from mpq.serving.schemes import EXPORTED, ON_CPU, all_in
 from mpq.store.tables import table
 from mpq.timing.clock import Clock, Wanted, clock_of
