@@ -34,7 +34,7 @@ def sizes_of(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, int]:
     high, wide = weights.block
     blocks = math.ceil(rows / high) * (math.ceil(columns / wide) if wide else 1)
     scale = {"fp32": 4, "bf16": 2}.get(weights.scale, 1)
-    if stored.endswith("-quantized") and not stored.endswith("pack-quantized"):
+    if stored not in _PACKED:
         return {"weight": rows * columns, "weight_scale": blocks * scale}
     packed = -(-columns * weights.bits // 32) * 4 if stored == "pack-quantized" else columns // 2
     found = {"weight_packed": rows * packed, "weight_scale": blocks * scale}
@@ -51,7 +51,7 @@ def share_of_weight(weight: Any, fmt: Format, dtype: torch.dtype, name: str) -> 
     if fmt.scale != "e4m3":
         return 1.0
     largest = torch.zeros(1)
-    for _, part in _parts(weight, fmt, dtype, name):
+    for part in _parts(weight, fmt, dtype, name):
         largest = torch.maximum(largest, part.abs().amax().float())
     return share_of(largest, fmt)
 
@@ -72,26 +72,22 @@ def tensors_of(
     """
     fmt, stored = scheme.weights, stored_as(scheme)
     share = share_of_weight(weight, fmt, dtype, name) if share is None else share
-    parts = [_coded(part, fmt, share) for _, part in _parts(weight, fmt, dtype, name)]
-    codes, scales = (torch.cat(p) for p in zip(*parts, strict=True))
-    scale = _stored_scale(scales, fmt, share)
-    if not stored.endswith("pack-quantized"):
-        return {"weight": codes, "weight_scale": scale}
+    pack = _PACKED.get(stored)
+    codes, scales = [], []
+    for part in _parts(weight, fmt, dtype, name):
+        code, scale = _coded(part, fmt, share)
+        codes.append(code if pack is None else pack(code, fmt.bits))
+        scales.append(_stored_scale(scale, fmt, share))
+    found = {"weight" if pack is None else "weight_packed": torch.cat(codes)}
+    found["weight_scale"] = torch.cat(scales)
     if stored == "pack-quantized":
-        shape = torch.tensor(codes.shape)
-        packed = _packed_integers(codes, fmt.bits)
-        return {"weight_packed": packed, "weight_scale": scale, "weight_shape": shape}
-    found = {"weight_packed": _packed_e2m1(codes), "weight_scale": scale}
+        rows, columns = _shape(weight)
+        found["weight_shape"] = torch.tensor([rows, columns])
     if fmt.scale == "e4m3":
         found["weight_global_scale"] = torch.tensor([share])
         if input_share is not None:
             found["input_global_scale"] = torch.tensor([input_share])
     return found
-
-
-def coded(weight: Tensor, fmt: Format, share: float | None = None) -> tuple[Tensor, Tensor]:
-    """(codes (C, K), scales FP32) of a weight in memory."""
-    return _coded(weight, fmt, share_of(weight, fmt) if share is None else share)
 
 
 def _coded(part: Tensor, fmt: Format, share: float) -> tuple[Tensor, Tensor]:
@@ -103,8 +99,14 @@ def _coded(part: Tensor, fmt: Format, share: float) -> tuple[Tensor, Tensor]:
     return from_blocks(quantize(blocks, fmt, scale), fmt, part.shape), scale.squeeze(-1)
 
 
-def _parts(weight: Any, fmt: Format, dtype: torch.dtype, name: str) -> Iterator[tuple[int, Tensor]]:
-    rows, columns = (weight.get_shape if hasattr(weight, "get_shape") else lambda: weight.shape)()
+def _shape(weight: Any) -> tuple[int, int]:
+    """(C, K) of a tensor, or of safetensors' slice of one."""
+    rows, columns = weight.get_shape() if hasattr(weight, "get_shape") else weight.shape
+    return rows, columns
+
+
+def _parts(weight: Any, fmt: Format, dtype: torch.dtype, name: str) -> Iterator[Tensor]:
+    rows, columns = _shape(weight)
     step = max(1, _CHUNK // columns)
     step += -step % fmt.block[0]  # whole blocks
     for at in range(0, rows, step):
@@ -113,7 +115,7 @@ def _parts(weight: Any, fmt: Format, dtype: torch.dtype, name: str) -> Iterator[
             raise MpqError(
                 f"{name} holds a value that is not finite in {str(dtype).removeprefix('torch.')}: the checkpoint is damaged, or its base format too narrow."
             )
-        yield at, part
+        yield part
 
 
 def _stored_scale(scale: Tensor, fmt: Format, share: float) -> Tensor:
@@ -124,7 +126,7 @@ def _stored_scale(scale: Tensor, fmt: Format, share: float) -> Tensor:
     return scale.bfloat16() if fmt.scale == "bf16" else scale
 
 
-def _packed_e2m1(values: Tensor) -> Tensor:
+def _packed_e2m1(values: Tensor, bits: int) -> Tensor:
     """Two codes a byte, the first in the low half: the sign above the place among the magnitudes."""
     codes = torch.bucketize(values.abs(), _E2M1).to(torch.uint8)
     codes |= torch.signbit(values).to(torch.uint8) << 3
@@ -138,3 +140,10 @@ def _packed_integers(codes: Tensor, bits: int) -> Tensor:
     lifted = torch.nn.functional.pad(lifted, (0, -codes.shape[1] % each)).unflatten(-1, (-1, each))
     words = (lifted << (torch.arange(each) * bits)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+_PACKED = {
+    "pack-quantized": _packed_integers,
+    "nvfp4-pack-quantized": _packed_e2m1,
+    "mxfp4-pack-quantized": _packed_e2m1,
+}

@@ -99,6 +99,7 @@ def shards_of(
                 for n in sorted(kept)
             ]
             if op:
+                _check_width(op, lowered[op], shape)
                 coded = sum(sizes_of(get_scheme(lowered[op]), shape).values())
                 pieces.append(Piece(file.name, tensor, into, lowered[op], shape, coded))
             for piece in pieces:
@@ -112,6 +113,15 @@ def shards_of(
         Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(pieces))
         for number, pieces in enumerate(groups, 1)
     )
+
+
+def _check_width(op: str, name: str, shape: tuple[int, ...]) -> None:
+    """Raise MpqError where rows are not whole blocks of the scheme's, which no file and no kernel holds."""
+    for fmt in get_scheme(name).formats:
+        if fmt.block[1] and shape[1] % fmt.block[1]:
+            raise MpqError(
+                f"{op} has {shape[1]} inputs and runs in {name} in this plan, whose blocks are {fmt.block[1]} wide: pin it to base and solve again."
+            )
 
 
 def _headers(file: Path, model: Skeleton) -> Iterator[tuple[str, tuple[str, str, tuple[int, ...]]]]:

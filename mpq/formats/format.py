@@ -40,7 +40,7 @@ class Format:
 
         fp32, bf16  the quotient, rounded to that
         e8m0        a power of two (OCP MX 1.0, 5.1; the next one where the largest would saturate)
-        e4m3        a share of one FP32 scale of the whole tensor, under which the largest block's is 448 (NVFP4)
+        e4m3        a share of one scale of the whole tensor, a power of two under which the largest is 224 to 448 (NVFP4)
     """
 
     name: str

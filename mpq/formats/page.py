@@ -16,7 +16,8 @@ activations are; attention's products, whose operands are both activations, take
 a row. `mpq formats` lists the same.
 
 - *scale for*: the rows and columns of elements that share a scale; *row* is an output channel of a weight, a token of
-  activations. E8M0 scales are powers of two, E4M3 scales are shares of one FP32 scale of the whole tensor.
+  activations. E8M0 scales are powers of two, E4M3 scales are shares of one scale of the whole tensor, a power of
+  two: a token rounds alike whatever is beside it in a batch.
 - *bits*: effective bits of a weight, its share of a block's scale counted. Plans' `effective_bits` and `weight_bytes` count
   a row's scale too.
 - *MAC time*: theoretical, in multiply-accumulates of BF16; of base where activations stay there.

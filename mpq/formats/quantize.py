@@ -59,17 +59,19 @@ def amax_of(x: Tensor, granularity: Granularity = "tensor") -> Tensor:
 
 
 def share_of(x: Tensor, fmt: Format) -> float:
-    """What the scales of blocks are shares of: their number for 1, so that the largest is E4M3's largest; 1 in other formats.
+    """What the scales of blocks are multiplied by before they are stored in E4M3, for the whole of `x`; 1 in other formats.
 
-    The quotient's numerator is what compressed-tensors calls the global scale: 448 · top / amax.
+    It is what compressed-tensors calls the global scale, the power of two at or below its 448 · top / amax. A float's rounding
+    does not see powers of two: blocks round alike whatever lies beside them in the tensor, a batch's other tokens or the
+    weights of a fused layer, as long as their own scales are not subnormal.
     """
     if fmt.scale != "e4m3":
         return 1.0
     largest = max(map(abs, map(float, x.aminmax()))) if x.numel() else 0.0  # no copy of |x|
-    share = _E4M3_MAX * fmt.top / max(largest, _TINY)
-    # FP32, as it is stored; beyond its range, no share
-    share = float(torch.tensor(share, dtype=torch.float64).float())
-    return share if math.isfinite(share) else 1.0
+    if not _TINY < largest < math.inf:
+        return 1.0
+    _, exponent = math.frexp(_E4M3_MAX * fmt.top / largest)
+    return 2.0 ** min(exponent - 1, 127)
 
 
 def scale_of(

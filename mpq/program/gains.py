@@ -19,7 +19,7 @@ from mpq.errors import MpqError
 from mpq.formats.scheme import get_scheme, mac_time
 from mpq.program.constraints import Allowed
 from mpq.program.costs import COSTS, Cost, Costs, added
-from mpq.program.memory import STORED
+from mpq.program.memory import STORED, bytes_of
 from mpq.program.rows import Row, solve_within
 from mpq.program.solver import Solution, SolverName, solve
 from mpq.store.tables import table
@@ -152,7 +152,8 @@ def gains_m(
     noise_model: str,
     allowed: Allowed | None = None,
 ) -> pl.DataFrame:
-    """IP-M: bytes of weights gained (eqs. 29–30); linears and experts only, every op, or tie of ops, its own group.
+    """IP-M: bytes of weights gained (eqs. 29–30), scales counted; linears and experts only, every op, or tie of ops, its own
+    group.
 
     `allowed` says what each may take, else `formats`. A weight that is tied to the embedding stays
     there in base: lowered, it is a copy more and gains less than nothing.
@@ -161,7 +162,7 @@ def gains_m(
     costs = Costs(sensitivity, noise_model, base)
 
     def gain(op: dict[str, Any], name: str) -> float:
-        return _bytes_gained(op, base, name)
+        return bytes_of(op, base, base) - bytes_of(op, name, base)
 
     return _by_decision("m", ops, gain, costs, formats, allowed)
 
@@ -199,13 +200,6 @@ def _by_decision(
             for together in decisions
         ],
     )
-
-
-def _bytes_gained(op: dict[str, Any], base: str, name: str) -> float:
-    if name == base:
-        return 0.0
-    kept = 0.0 if op.get("tied") else get_scheme(base).bytes
-    return float((kept - get_scheme(name).bytes) * op["parameters"])
 
 
 def _groups(groups: pl.DataFrame) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from mpq.formats.scheme import SCHEMES
+from mpq.program.memory import bytes_of
 from mpq.store.tables import SCHEMAS, validate
 from mpq.timing.drift import carried
 
@@ -184,24 +185,17 @@ def _measured(tables: Tables, keys: list[str]) -> list[pl.DataFrame]:
 
 
 def _weights(tables: Tables) -> pl.DataFrame:
-    """Bytes of the linears' weights under each plan, and in base: ops not decided are in base."""
-    base = base_of(tables, {})
-    wide = SCHEMES[base].bytes if base in SCHEMES else 0.0
-    sizes = {name: f.bytes for name, f in SCHEMES.items()}
-    linears = table_of(tables, "groups").filter(pl.col("parameters") > 0)
-    if "tied" not in linears.columns:
-        linears = linears.with_columns(tied=pl.lit(False))
-    # what is tied to the embedding is the embedding's, and lowered a copy
-    own = pl.when("tied").then(0.0).otherwise(wide)
-    whole = float(linears.select((own * pl.col("parameters")).sum()).item())
-    size = pl.col("format").replace_strict(sizes, default=wide, return_dtype=pl.Float64)
-    size = pl.when(pl.col("format") == base).then(own).otherwise(size)
+    """Bytes of the linears' and experts' weights under each plan, and in base (program.memory): ops not decided are in base."""
+    base, plans = base_of(tables, {}), table_of(tables, "plans").rename({"seed": "plan_seed"})
+    ops = {op["op"]: op for op in table_of(tables, "groups").iter_rows(named=True)}
+    in_base = {name: bytes_of(op, base, base) if base else 0.0 for name, op in ops.items()}
+    taken = plans.filter(pl.col("op").is_in(list(ops))).select("op", "format").unique()
+    more = [bytes_of(ops[op], name, base) - in_base[op] for op, name in taken.iter_rows()]
+    whole = math.fsum(in_base.values())
     return (
-        table_of(tables, "plans")
-        .rename({"seed": "plan_seed"})
-        .join(linears.select("op", "parameters", "tied"), on="op")
+        plans.join(taken.with_columns(more=pl.Series(more, dtype=pl.Float64)), on=["op", "format"])
         .group_by(*_KEYS, "plan_seed")
-        .agg(weight_bytes=whole - ((own - size) * pl.col("parameters")).sum())
+        .agg(weight_bytes=whole + pl.col("more").sum())
         .with_columns(base_weight_bytes=pl.lit(whole))
     )
 

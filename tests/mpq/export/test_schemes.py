@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,16 @@ def test_four_bits_beside_what_cannot_read_them(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_that_are_no_whole_blocks(tmp_path: Path) -> None:
+    """A hand-made plan that puts 96 inputs into blocks of 128 is refused by name, and nothing is written."""
+    narrow = WIDE | {"intermediate_size": 96}
+    source = checkpoint(tmp_path / "model", "llama", torch.bfloat16, **narrow)
+    plan = plan_of(source, {"model.layers.0.mlp.down_proj": "w4a16"}, "bf16")
+    with pytest.raises(MpqError, match=r"has 96 inputs and runs in w4a16 .* blocks are 128 wide"):
+        export(plan, source, tmp_path / "out", engine="transformers")
+    assert not (tmp_path / "out").exists()
+
+
 def test_fused_layers_share_one_scale(tmp_path: Path) -> None:
     """q, k and v in NVFP4 have the tensor's scale of the largest of them, as vLLM takes one for all (docs/engines.md)."""
     from safetensors.torch import load_file
@@ -103,4 +114,4 @@ def test_fused_layers_share_one_scale(tmp_path: Path) -> None:
     weights = load_file(source / "model.safetensors")
     largest = max(float(weights[f"{p}.weight"].abs().max()) for p in parts)
     scales = [float(held[f"{p}.weight_global_scale"]) for p in parts]
-    assert scales == pytest.approx([448 * 6 / largest] * 3, rel=1e-6)
+    assert scales == [2.0 ** math.floor(math.log2(448 * 6 / largest))] * 3

@@ -23,7 +23,8 @@ from mpq.formats.quantize import (
     scale_of,
     share_of,
 )
-from mpq.formats.scheme import SCHEMES, get_scheme, mac_time
+from mpq.formats.scheme import SCHEMES, Scheme, get_scheme, mac_time
+from mpq.kernels.rounding import rounded
 from mpq.spec import parse_spec
 
 PRESETS = [s.name for s in SCHEMES.values() if s.preset]
@@ -82,7 +83,9 @@ def by_compressed_tensors(x: Tensor, fmt: Format, args: QuantizationArgs) -> Ten
     """A round trip as compressed-tensors makes it, scales and all."""
     parts = blocks_of(x, fmt) if fmt.by_blocks else x
     ends = parts.amin(-1, keepdim=not fmt.by_blocks), parts.amax(-1, keepdim=not fmt.by_blocks)
-    share = generate_gparam(x.min(), x.max()) if fmt.scale == "e4m3" else None
+    share = None
+    if fmt.scale == "e4m3":  # its global scale, down to a power of two: any is allowed
+        share = torch.exp2(torch.floor(torch.log2(generate_gparam(x.min(), x.max()))))
     scale, zero = calculate_qparams(*ends, args, global_scale=share)
     if fmt.scale == "bf16":
         scale = scale.bfloat16().float()
@@ -145,6 +148,18 @@ def test_blocks_there_and_back(fmt: Format, shape: tuple[int, ...]) -> None:
     rows = fmt.block[0]
     first = fake_quantize(x[..., :rows, :], fmt, "row", share=share_of(x, fmt))
     assert torch.equal(first, whole[..., :rows, :])
+
+
+@pytest.mark.parametrize(
+    "scheme", [s for s in SCHEMES.values() if s.activations], ids=lambda s: s.name
+)
+def test_a_token_rounds_alike_in_any_batch(scheme: Scheme) -> None:
+    """What lies beside a token in a batch, thousands of times larger, moves nothing of it: keys leave the batch out."""
+    assert scheme.activations is not None
+    x = torch.randn(8, 256, generator=torch.Generator().manual_seed(3))
+    beside = torch.cat([x, 3e3 * torch.randn(4, 256, generator=torch.Generator().manual_seed(4))])
+    alone = rounded(x[:1], scheme.activations, "row")
+    assert torch.equal(alone, rounded(beside, scheme.activations, "row")[:1])
 
 
 def test_odd_numbers() -> None:

@@ -263,4 +263,6 @@ def test_an_engine_takes_one_format_for_all_experts_of_a_layer() -> None:
     )
     saved = gains_m(groups, sensitivity(groups), FORMATS, BASE, "ulp", found)
     row = saved.filter(pl.col("ops") == [experts[1]], pl.col("configuration") == ["int8"])
-    assert row["gain"].to_list() == [4 * 24 * 32]  # a byte a weight of four experts
+    width = groups.filter(pl.col("op") == experts[1])["in_features"].item()
+    # a byte a weight of four experts, less a scale an output channel of each
+    assert row["gain"].to_list() == [4 * 24 * 32 * (1 - 4 / width)]

@@ -437,7 +437,7 @@ def test_uniform_plans_are_points_and_rows(html: str) -> None:
 
 
 def test_weights_by_hand() -> None:
-    """Bytes of the linears: those in FP8 or INT8 take half of what BF16 does, products take none."""
+    """Bytes of the linears: those in FP8 or INT8 take half of what BF16 does and a scale a channel, products take none."""
     linears = RUN["groups"].filter(pl.col("kind") == "linear")
     small = RUN["plans"].filter(
         pl.col("op").is_in(linears["op"].implode()) & (pl.col("format") != BASE)
@@ -450,7 +450,8 @@ def test_weights_by_hand() -> None:
             pl.col("seed") == row["plan_seed"],
         )
         assert row["base_weight_bytes"] == 2 * 512 * 512 * linears.height
-        assert row["weight_bytes"] == 512 * 512 * (2 * linears.height - lowered.height)
+        codes, scales = 512 * 512 * (2 * linears.height - lowered.height), 4 * 512 * lowered.height
+        assert row["weight_bytes"] == codes + scales
 
 
 def test_an_appendix_stands_at_the_end() -> None:
