@@ -18,6 +18,7 @@ from record import record
 
 from mpq.evaluation.losses import divergences, losses
 from mpq.formats.format import NOISE_MODELS
+from mpq.formats.scheme import get_scheme
 from mpq.loss.sensitivity import measure_sensitivity
 from mpq.models.blocks import Blocks
 from mpq.models.checkpoint import load_config, load_model
@@ -34,16 +35,27 @@ BASE = "fp32"
 
 
 def plans_of(
-    ops: list[str], formats: list[str], shares: list[float], mixtures: int, seed: int = 0
+    ops: list[tuple[str, str]],
+    formats: list[str],
+    shares: list[float],
+    mixtures: int,
+    seed: int = 0,
 ) -> list[dict[str, str]]:
-    """A plan for each format and share, and mixtures of all formats and base."""
-    draw = random.Random(seed)
-    plans = []
+    """A plan for each format and share of the (op, kind), and mixtures of all formats and base."""
+    draw, plans = random.Random(seed), []
     for share in shares:
         for f in formats:
-            lowered = set(draw.sample(ops, max(1, round(share * len(ops)))))
-            plans.append({op: f if op in lowered else BASE for op in ops})
-    return plans + [{op: draw.choice([BASE, *formats]) for op in ops} for _ in range(mixtures)]
+            lowered = dict(draw.sample(ops, max(1, round(share * len(ops)))))
+            plans.append({op: taken(f, kind) if op in lowered else BASE for op, kind in ops})
+    drawn = [
+        {op: taken(draw.choice([BASE, *formats]), k) for op, k in ops} for _ in range(mixtures)
+    ]
+    return plans + drawn
+
+
+def taken(name: str, kind: str) -> str:
+    """The scheme, or base for a product of attention that cannot run in it."""
+    return name if kind != "bgemm" or get_scheme(name).alike else BASE
 
 
 def quantiles(ratios: list[float]) -> dict[str, float]:
@@ -69,12 +81,15 @@ def measured(length: int, options: argparse.Namespace) -> dict[str, object]:
     sensitivity, _ = measure_sensitivity(
         model, ops, text("calibration.txt"), formats=options.formats, base=BASE, batch=8
     )
-    costs = {name: Costs(sensitivity, name, BASE) for name in NOISE_MODELS}
+    alike = all(
+        get_scheme(f).alike for f in options.formats
+    )  # of blocks the actual error alone is known
+    models = [name for name in NOISE_MODELS if alike or name == "actual"]
+    costs = {name: Costs(sensitivity, name, BASE) for name in models}
     held_out = text("heldout.txt")
     base = losses(model, held_out, options.samples)
-    names = [name for name, _ in ops]
-    anchors = [dict.fromkeys(names, f) for f in options.formats]
-    plans = plans_of(names, options.formats, options.shares, options.mixtures)
+    anchors = [{op: taken(f, kind) for op, kind in ops} for f in options.formats]
+    plans = plans_of(ops, options.formats, options.shares, options.mixtures)
     rows, seen = [], []
     for plan in anchors + plans:
         kls = divergences(model, plan, held_out, base=BASE, batch=options.samples)
@@ -104,7 +119,7 @@ def measured(length: int, options: argparse.Namespace) -> dict[str, object]:
         "loss_change_over_kl": quantiles((table["loss_change"] / table["kl"]).to_list()),
         **{
             f"loss_mse_{name}": quantiles((table[f"mse_{name}"] / table["mse"]).to_list())
-            for name in NOISE_MODELS
+            for name in models
         },
     }
 
