@@ -23,4 +23,4 @@ from .run import RunnerSpec as RunnerSpec
 from .run import RunSpec as RunSpec
 from .run import Strategy as Strategy
 from .run import TextSpec as TextSpec
-from .run import TimingSpec as TimingSpec
+from .timing import TimingSpec as TimingSpec

@@ -45,6 +45,9 @@ def _local(path: str) -> str:
 
 FormatName = Annotated[str, AfterValidator(_format)]
 Number = Annotated[float, BeforeValidator(number)]
+_MOST = 2**31 - 1  # what a count may be: more is a slip, and overflows somewhere later
+Count = Annotated[int, BeforeValidator(number), Field(ge=1, le=_MOST)]
+Whole = Annotated[int, BeforeValidator(number), Field(ge=0, le=_MOST)]
 # a local path, with ~ for the user's home, or a URL, which may not carry credentials
 Url = Annotated[
     str, Field(min_length=1), AfterValidator(_at_home), AfterValidator(without_credentials)
