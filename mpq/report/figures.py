@@ -44,7 +44,9 @@ Pictures = list[tuple[str, str]]  # caption, SVG
 
 
 def frontier(results: pl.DataFrame, objective: str = "et") -> Figure:
-    """Measured loss MSE (nats², log) against what the objective gains, a line for each strategy.
+    """What plans cost as measured (log) against what the objective gains, a line for each strategy.
+
+    The cost is KL (nats a token) where that bounds plans, else the loss MSE (nats²).
 
     `et`: against the measured TTFT in ms, at the speed that the machine had while configurations
     were timed (drift.py; predicted where no plan was timed), the base TTFT as a line. Others:
@@ -62,10 +64,12 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
     time = "carried_ttft_s" if timed else "predicted_ttft_s"
     x = pl.col(time if objective == "et" else "predicted_gain") * unit.scale
     rows = rows.with_columns(x=x).drop_nulls("x").sort("tau")
+    cost, label = _cost(rows)
+    rows = rows.with_columns(y=pl.col(cost))
     with_program = rows["strategy"].str.starts_with("ip_").any()
     for strategy in in_order(rows["strategy"]):
         of = rows.filter(pl.col("strategy") == strategy)
-        axes.plot(of["x"], of["measured_loss_mse"], **look(strategy), label=legend_name(strategy))
+        axes.plot(of["x"], of["y"], **look(strategy), label=legend_name(strategy))
         if strategy.startswith("ip_") or (not with_program and strategy in STRATEGIES):
             _mark_ends(axes, of, objective)
     base = rows.select(pl.coalesce("solved_base_ttft_s", "base_ttft_s")).to_series().drop_nulls()
@@ -80,10 +84,17 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
     what = f"TTFT, {'measured' if timed else 'predicted'} (ms)"
     saved = f"{sentence(unit.saved)}, predicted ({unit.unit})"
     axes.set_xlabel(what if objective == "et" else saved)
-    axes.set_ylabel("Loss MSE, measured (nats²)")
+    axes.set_ylabel(label)
     axes.margins(0.12)
     log_axis(axes, "y")
     legend(axes)
+
+
+def _cost(rows: pl.DataFrame) -> tuple[str, str]:
+    """The column that says what plans cost, and its axis: KL where it bounds some and was measured of all."""
+    if rows["kl_bound"].is_not_null().any() and (rows["measured_kl"] > 0).all():
+        return "measured_kl", "KL from base, measured (nats a token)"
+    return "measured_loss_mse", "Loss MSE, measured (nats²)"
 
 
 def _mark_ends(axes: Axes, of: pl.DataFrame, objective: str) -> None:
@@ -92,7 +103,7 @@ def _mark_ends(axes: Axes, of: pl.DataFrame, objective: str) -> None:
     for i, (right, up, side) in {0: low, of.height - 1: (6, 6, "left")}.items():
         axes.annotate(
             bound_of(of.row(i, named=True)).replace("= ", ""),
-            (of["x"][i], of["measured_loss_mse"][i]),
+            (of["x"][i], of["y"][i]),
             (right, up),
             textcoords="offset points",
             ha=side,

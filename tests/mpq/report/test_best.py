@@ -8,9 +8,10 @@ import pytest
 from synthetic import BASE_TTFT, TAUS, make_run, with_intervals, with_uniform
 
 from mpq.report.best import best_plan, in_words, uniform_outlines
+from mpq.report.figures import frontier
 from mpq.report.findings import find
 from mpq.report.page import write_report
-from mpq.report.results import plus_minus
+from mpq.report.results import plus_minus, results_table
 from mpq.report.summary import summarize
 
 Tables = dict[str, pl.DataFrame]
@@ -84,6 +85,10 @@ def test_a_plan_is_held_to_its_bound_on_kl() -> None:
     page = write_report(inside, "run", {})
     assert "KL divergence from base, predicted and measured" in page
     assert "nats a token of KL divergence from base" in page
+    (axes,) = frontier(results_table(inside)).axes
+    assert axes.get_ylabel() == "KL from base, measured (nats a token)"
+    (line,) = (line for line in axes.lines if line.get_label() == "ip_et")
+    assert list(line.get_ydata()) == pytest.approx([0.95 * tau for tau in TAUS])  # type: ignore[arg-type]
 
 
 def test_of_plans_bounded_by_kl_its_prediction_counts() -> None:
