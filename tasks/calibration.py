@@ -36,7 +36,8 @@ def _loaded_from(
     """Tokenizer and configuration, the texts and tasks by their content, and how they are drawn; no places."""
     from mpq.evaluation.task_data import data_key, harness_version
     from mpq.models.checkpoint import fingerprint_of
-    from mpq.models.text import TOKENIZER_FILES, source_key
+    from mpq.models.layout import TOKENIZER_FILES
+    from mpq.models.text import source_key
 
     how = {
         "source",

@@ -18,18 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpq.errors import MpqError, first_line
+from mpq.models.layout import TOKENIZER_FILES
 
 RECORD = "export.json"  # beside the weights: what was exported, and what the check found
 _PROGRESS = "progress.json"
 _BESIDE = (  # how text becomes tokens, how the model generates, and under which licence
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "*.tiktoken",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
+    *(name for name in TOKENIZER_FILES if name != "config.json"),
     "generation_config.json",
     "*processor_config.json",
     "LICENSE*",

@@ -12,7 +12,6 @@ turned into the additive one that eager functions take.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,8 +27,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from mpq.errors import MpqError
+from mpq.models.seam import NAME, diverted
 
-NAME = "mpq"
 SUPPORTED = ("eager", "sdpa")  # the implementations whose masks are understood here
 
 AttentionFunction: TypeAlias = Callable[..., tuple[Tensor, Tensor | None]]
@@ -100,7 +99,6 @@ class _Interception:
     products: _Products
 
 
-# where a module keeps its interception: on itself, so that torch.compile's guards look at that of the module they are for
 _ACTIVE = "_mpq_interception"
 
 
@@ -113,23 +111,9 @@ def intercept(model: nn.Module, handlers: Mapping[str, AttentionHandler]) -> Ite
     implementation whose masks are not understood here (flash_attention_2, flex_attention, ...).
     """
     prepared = {name: _interception(model, name, handler) for name, handler in handlers.items()}
-    undo: list[tuple[nn.Module, Any, _Interception | None]] = []
-    try:
-        for name, interception in prepared.items():
-            module = model.get_submodule(name)
-            undo.append((module, module.config, module.__dict__.get(_ACTIVE)))
-            config = copy.copy(module.config)
-            # not the public attribute: its setter would reach into the sub-configurations, which are shared
-            config._attn_implementation_internal = NAME  # type: ignore[union-attr]
-            module.config, module.__dict__[_ACTIVE] = config, interception
+    of = [(model.get_submodule(name), own) for name, own in prepared.items()]
+    with diverted(of, "_attn_implementation_internal", _ACTIVE):
         yield model
-    finally:
-        for module, config, outer in reversed(undo):
-            module.config = config
-            if outer is None:
-                del module.__dict__[_ACTIVE]
-            else:
-                module.__dict__[_ACTIVE] = outer
 
 
 def dispatched(module: nn.Module) -> bool:

@@ -10,7 +10,6 @@ together, and each of the two products is one call over all experts.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 from mpq.errors import MpqError
+from mpq.models.seam import NAME, diverted
 
-NAME = "mpq"
 _ACTIVE = "_mpq_experts"  # where a module keeps its products, and what it was configured with
 _MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
 
@@ -169,27 +168,15 @@ def intercept_experts(model: nn.Module, products: Products) -> Iterator[nn.Modul
             raise MpqError(
                 f"{name} ({type(model.get_submodule(name)).__name__}) holds no experts that Transformers dispatches by name."
             )
-    undo: list[tuple[nn.Module, Any, _Interception | None]] = []
-    try:
-        for name, of_module in products.items():
-            module = model.get_submodule(name)
-            outer: _Interception | None = module.__dict__.get(_ACTIVE)
-            undo.append((module, module.config, outer))
-            before: str = outer.implementation if outer else module.config._experts_implementation  # type: ignore[union-attr,assignment]
-            plain = {p: ExpertProduct(module, p) for p in products_of(module)}
-            config = copy.copy(module.config)
-            # not the public attribute: its setter would reach into the sub-configurations, which are shared
-            config._experts_implementation_internal = NAME  # type: ignore[union-attr]
-            module.config = config
-            module.__dict__[_ACTIVE] = _Interception({**plain, **of_module}, before)
+    prepared = []
+    for name, of_module in products.items():
+        module = model.get_submodule(name)
+        outer: _Interception | None = module.__dict__.get(_ACTIVE)
+        before: str = outer.implementation if outer else module.config._experts_implementation  # type: ignore[union-attr,assignment]
+        plain = {p: ExpertProduct(module, p) for p in products_of(module)}
+        prepared.append((module, _Interception({**plain, **of_module}, before)))
+    with diverted(prepared, "_experts_implementation_internal", _ACTIVE):
         yield model
-    finally:
-        for module, config, outer in reversed(undo):
-            module.config = config
-            if outer is None:
-                del module.__dict__[_ACTIVE]
-            else:
-                module.__dict__[_ACTIVE] = outer
 
 
 def _run(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -14,6 +14,18 @@ from mpq.errors import MpqError, first_line
 
 INDEX = "model.safetensors.index.json"
 OTHER_LAYOUTS = ["consolidated*"]  # the same weights once more, in their authors' own layout
+# the files that say how text becomes tokens, chats included
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+)
 _MOST_LAYERS = 2048  # the deepest models have some hundred; each is traced
 
 

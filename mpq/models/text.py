@@ -18,19 +18,6 @@ from mpq.models.documents import source_key as source_key
 from mpq.models.positions import check_length
 from mpq.spec import TextSpec
 
-# the files that say how text becomes tokens, chats included
-TOKENIZER_FILES = (
-    "config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "*.tiktoken",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template*",
-)
-
 
 @dataclass(frozen=True)
 class Drawn:
