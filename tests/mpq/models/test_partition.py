@@ -446,14 +446,15 @@ def test_memory_counts_a_tied_head_as_a_copy_more(tied: bool) -> None:
     gains = gains_m(groups, sensitivity, ["int8"], "bf16", "ulp")
     promised = sum(g for c, g in gains.select("configuration", "gain").iter_rows() if c == ["int8"])
     model = small_model("llama", **GQA, tie_word_embeddings=tied)
-    stored = {id(p): 2 * p.numel() for p in model.parameters()}
-    before = sum(stored.values())
+    before = sum(2 * p.numel() for p in model.parameters())
+    scales = 0
     for name, module in model.named_modules():
-        if (
-            name in ops
-        ):  # a linear's weight is kept in one byte; who else holds it keeps what it had
+        if name in ops:  # its weight is kept in one byte; who else holds it keeps what it had
             module.weight = nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
-    after = sum(p.numel() * (1 if p.dtype == torch.int8 else 2) for p in model.parameters())
+            scales += 4 * module.out_features  # FP32, one for each output channel
+    after = scales + sum(
+        p.numel() * (1 if p.dtype == torch.int8 else 2) for p in model.parameters()
+    )
     assert promised == before - after
     assert groups.filter(pl.col("op") == "lm_head")["tied"].to_list() == [tied]
 
