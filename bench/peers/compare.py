@@ -25,7 +25,6 @@ import numpy as np
 import polars as pl
 from allocation import allocated
 from chance import drawn
-from measure import Evaluator
 from task import Plan, Task
 
 from mpq.models.blocks import Blocks
@@ -38,6 +37,7 @@ from mpq.spec import ConstraintSpec, TextSpec
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
+from measured import Evaluator  # noqa: E402
 from record import folder_of, record  # noqa: E402
 
 MENUS = {
@@ -111,7 +111,7 @@ def compared(checkpoint: Path, options: argparse.Namespace) -> tuple[list[dict[s
     for task, case in tasks:
         where = {"checkpoint": checkpoint.name, "case": case}
         of_tool: dict[str, list[dict[float, Plan]]] = {}
-        alone = evaluator.alone(task)
+        alone = {(op, f): evaluator.effect({op: f}).kl for op in task.ops for f in task.formats}
         of_tool["measured"] = [{t: allocated(task, alone, t) for t in task.targets}]
         of_tool["random"] = [{t: drawn(task, t, s) for t in task.targets} for s in range(DRAWS)]
         for tool in TOOLS:
