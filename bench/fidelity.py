@@ -163,16 +163,16 @@ def main(given: list[str] | None = None) -> None:
         for length in options.lengths:
             rows += measured(checkpoint, length, options, seed=len(rows))
             print(checkpoint.name, length, told(pl.DataFrame(rows))["kl_with_anchors"], flush=True)
-    plans = pl.DataFrame(rows)
-    plans.write_parquet(folder_of() / "fidelity.parquet")
-    by = ["text", "checkpoint", "length"]
-    cells = {
-        f"{text}, {checkpoint}, {length}": told(of)
-        for (text, checkpoint, length), of in plans.group_by(by, maintain_order=True)
-    }
-    whole = {str(text): told(of) for (text,), of in plans.group_by("text", maintain_order=True)}
-    facts = {"tokens": options.tokens, "formats": options.formats, "plans": plans.height}
-    record("fidelity", {**facts, "of_all": whole, "by_checkpoint_and_length": cells})
+        plans = pl.DataFrame(rows)
+        plans.write_parquet(folder_of() / "fidelity.parquet")
+        by = ["text", "checkpoint", "length"]
+        cells = {
+            f"{text}, {checkpoint}, {length}": told(of)
+            for (text, checkpoint, length), of in plans.group_by(by, maintain_order=True)
+        }
+        whole = {str(text): told(of) for (text,), of in plans.group_by("text", maintain_order=True)}
+        facts = {"tokens": options.tokens, "formats": options.formats, "plans": plans.height}
+        record("fidelity", {**facts, "of_all": whole, "by_checkpoint_and_length": cells})
 
 
 if __name__ == "__main__":

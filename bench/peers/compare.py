@@ -3,7 +3,7 @@
     python bench/peers/compare.py CHECKPOINT… [--environments .work/peers] [--out .work/peers/answers]
 
 A tool gives a plan alone, op → format; mpq rounds, and measures it on held-out text. Tools: mpq; a HIGGS-like allocation;
-Random, the median of five draws; what the KL of each op lowered alone, measured on the *held-out* text, says (no tool can know it);
+Random, the median of three draws; what the KL of each op lowered alone, measured on the *held-out* text, says (no tool can know it);
 and those of `make peers` that are installed. Each is asked for all targets of a menu at once, without ties and with q, k, v and
 gate, up tied. Answers are kept in `--out` and used again; delete them to search anew.
 """
@@ -55,7 +55,7 @@ TOOLS = {
     "auto-round": ("auto_round_search.py", "auto-round"),
 }
 PEERS = ("modelopt-gradient", "modelopt-kl", "auto-round", "higgs")
-DRAWS = 5
+DRAWS = 3
 
 
 def tasks_of(checkpoint: Path, samples: int, length: int, out: Path) -> Iterator[tuple[Task, str]]:
@@ -157,7 +157,7 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--samples", type=int, default=16, help="blocks to calibrate with")
-    parser.add_argument("--held-out", type=int, default=32, help="blocks to measure on")
+    parser.add_argument("--held-out", type=int, default=24, help="blocks to measure on")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--environments", type=Path, default=Path(".work/peers"))
     parser.add_argument("--out", type=Path, default=Path(".work/peers/answers"))
@@ -168,9 +168,9 @@ def main(given: list[str] | None = None) -> None:
         more, took = compared(checkpoint, options)
         plans += more
         searches += took
-    table = pl.DataFrame(plans)
-    table.write_parquet(folder_of() / "peers.parquet")
-    record("peers", {"ratios": ratios(table), "searches": searches})
+        table = pl.DataFrame(plans)
+        table.write_parquet(folder_of() / "peers.parquet")
+        record("peers", {"ratios": ratios(table), "searches": searches})
 
 
 if __name__ == "__main__":

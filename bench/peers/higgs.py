@@ -18,7 +18,7 @@ from mpq.formats.scheme import get_scheme
 from mpq.loss.cross_entropy import log_probabilities
 from mpq.models.checkpoint import load_model
 
-NOISE, BLOCKS = 0.1, 8
+NOISE, BLOCKS = 0.1, 4
 
 
 @torch.inference_mode()

@@ -6,7 +6,6 @@ Imports nothing but the standard library, for the peers' environments.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -49,7 +48,7 @@ def answer(score: Callable[[Task], S], solve: Callable[[Task, S, float], Plan]) 
     """Run a tool as a program, `tool.py TASK ANSWER`: its scores once, then a plan for each target.
 
     The answer has the plans, CPU seconds of the scoring (the model is loaded in it) and of all solving, and the peak of the
-    process's memory, its imports included.
+    process's memory, its imports included (VmHWM: what getrusage says begins with the parent's).
     """
     task = Task(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     start = time.process_time()
@@ -60,6 +59,11 @@ def answer(score: Callable[[Task], S], solve: Callable[[Task, S, float], Plan]) 
         "plans": plans,
         "score_cpu_s": scored - start,
         "solve_cpu_s": time.process_time() - scored,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": _peak_kb() / 1024,
     }
     Path(sys.argv[2]).write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
+def _peak_kb() -> float:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return float(status.partition("VmHWM:")[2].split()[0])
