@@ -119,3 +119,32 @@ def test_ratios_by_hand(compare: ModuleType) -> None:
     assert (told["best peer"]["median"], told["best peer"]["largest"]) == (1.0, 1.0)
     assert (told["measured"]["largest"], told["measured"]["missed"]) == (2.0, 1)
     assert told["measured"]["at"] == ("c", "menu, free", 0.0)
+
+
+def test_costs_of_searches_by_hand(compare: ModuleType) -> None:
+    """A search is its scoring and one target's solving; mpq's stands over the fastest and the leanest of a case, which may
+    be two tools. Tools that search nothing a user could buy, such as Random, are no measure."""
+    searches = [
+        {
+            "checkpoint": "c",
+            "case": "a",
+            "tool": t,
+            "score_cpu_s": s,
+            "solve_cpu_s": 0.6,
+            "peak_mb": mb,
+        }
+        for t, s, mb in (
+            ("mpq", 1.9, 600.0),
+            ("modelopt-gradient", 3.9, 800.0),
+            ("auto-round", 5.9, 500.0),
+            ("higgs", 0.1, 10.0),
+        )
+    ]
+    told = compare.costs_of(searches)
+    assert told["cpu_s"] == {
+        "median": pytest.approx(0.5),
+        "largest": pytest.approx(0.5),
+        "cases": 1,
+    }
+    assert told["peak_mb"]["largest"] == pytest.approx(1.2)
+    assert {of["tool"]: of["peak_mb"] for of in told["tools"]}["auto-round"] == 500.0

@@ -54,7 +54,8 @@ TOOLS = {
     "modelopt-kl": ("modelopt_search.py", "modelopt"),
     "auto-round": ("auto_round_search.py", "auto-round"),
 }
-PEERS = ("modelopt-gradient", "modelopt-kl", "auto-round", "higgs")
+SEARCHERS = ("modelopt-gradient", "modelopt-kl", "auto-round")
+PEERS = (*SEARCHERS, "higgs")
 DRAWS = 3
 
 
@@ -153,6 +154,35 @@ def ratios(plans: pl.DataFrame) -> dict[str, Any]:
     return told
 
 
+def costs_of(searches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median CPU seconds (scoring, and solving for one target) and largest memory of each tool, with NVFP4 in the menu or not;
+    and mpq's over those of the fastest and the leanest peer, case by case: median and largest."""
+    rows = pl.DataFrame(searches).with_columns(
+        cpu_s=pl.col("score_cpu_s") + pl.col("solve_cpu_s") / len(MENUS["BF16/FP8"][1]),
+        nvfp4=pl.col("case").str.contains("NVFP4"),
+    )
+    of_tools = rows.group_by("tool", "nvfp4").agg(pl.col("cpu_s").median(), pl.col("peak_mb").max())
+    told: dict[str, Any] = {"tools": of_tools.sort("tool", "nvfp4").to_dicts()}
+    for column in ("cpu_s", "peak_mb"):
+        case = ["checkpoint", "case"]
+        least = (
+            rows.filter(pl.col("tool").is_in(SEARCHERS)).group_by(case).agg(pl.col(column).min())
+        )
+        own = rows.filter(pl.col("tool") == "mpq").select(*case, own=column)
+        ratio = own.join(least, on=case).select(pl.col("own") / pl.col(column)).to_series()
+        told[column] = {"median": ratio.median(), "largest": ratio.max(), "cases": len(ratio)}
+    return told
+
+
+def summary(plans: pl.DataFrame, searches: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is recorded: ratios of all cells, of each case, of each checkpoint; what searches took."""
+    of_parts = {
+        by: {str(key): ratios(of) for (key,), of in plans.group_by([by], maintain_order=True)}
+        for by in ("case", "checkpoint")
+    }
+    return {"ratios": ratios(plans), **of_parts, **costs_of(searches), "searches": searches}
+
+
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoints", type=Path, nargs="+")
@@ -170,7 +200,7 @@ def main(given: list[str] | None = None) -> None:
         searches += took
         table = pl.DataFrame(plans)
         table.write_parquet(folder_of() / "peers.parquet")
-        record("peers", {"ratios": ratios(table), "searches": searches})
+        record("peers", summary(table, searches))
 
 
 if __name__ == "__main__":
