@@ -19,6 +19,7 @@ from mpq.store.tables import table
 from mpq.tasks.stage import Output, read, read_json, read_together, stage
 
 log = logging.getLogger("mpq")
+_OF_ANSWERS = ("output", "base_tpot_s", "predicted_tpot_s")  # where several tokens were timed
 
 
 @stage("gains", name="gains")
@@ -82,21 +83,27 @@ def solve(
     """
     from mpq.program.prices import SCHEMA, prices
     from mpq.program.strategies import choose, gain_errors, least_loss_plan, uniform_plans
+    from mpq.timing.answer import answers, further_of
     from mpq.timing.design import anchors, interaction, neighbours, sums
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
     measured = read_together(timing) if timing else table("timing", [])
     base_ttft: Any = measured["base_ttft_s"].median()
-    term = 0.0
+    term, of_tokens = 0.0, 0.0
     if anchor:
         whole = anchors(*tables, base)
         pairs = [neighbours(tables[0], plan, base) for plan in whole]
-        term = interaction(pairs, sums(*tables, whole, base), read(anchor)["gain_s"].to_list())
+        of_anchors = read(anchor)
+        term = interaction(pairs, sums(*tables, whole, base), of_anchors["gain_s"].to_list())
+        if answers(of_anchors):
+            added = sums(*tables, whole, base, "tpot_gain")
+            of_tokens = interaction(pairs, added, of_anchors["tpot_gain_s"].to_list())
     how: dict[str, Any] = {
         "mean_square_loss": mean_square,
         "base": base,
         "base_ttft_s": base_ttft,
         "interaction": term,
+        "further": further_of(measured, of_tokens),
         "bounds": bounds,
         "engine": engine,
     }
@@ -169,7 +176,8 @@ def solve(
             pl.Series("predicted_gain_error", errors, dtype=pl.Float64),
             *(
                 pl.Series(name, [row[name] for _, row in solved], dtype=pl.Float64)
-                for name in ("effective_bits", "weight_bytes")
+                for name in ("effective_bits", "weight_bytes", *_OF_ANSWERS)
+                if all(name in row for _, row in solved)
             ),
         ),
         "prices": pl.DataFrame([row for own in priced for row in own], schema=SCHEMA),

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mpq.report import sheets
 from mpq.report.best import in_words, percent, saved
 from mpq.report.findings import find
+from mpq.report.prices import prices
 from mpq.report.results import Tables, base_of, milliseconds, table_of
 from mpq.report.sheets import Sheet
 from mpq.report.summary import summarize
@@ -73,7 +74,12 @@ def write_report(
         warnings=[*summary.warnings, *found.warnings],
         figures=report_figures(tables, base_of(tables, facts)),
         choice=sheets.choice(tables, summary),
-        numbers=[sheets.standings(summary), sheets.additivity(found), sheets.comparisons(found)],
+        numbers=[
+            sheets.standings(summary),
+            prices(tables),
+            sheets.additivity(found),
+            sheets.comparisons(found),
+        ],
         accuracy=sheets.accuracy(tables),
         results=sheets.results(tables),
         groups=sheets.groups(tables),
