@@ -162,12 +162,14 @@ def _expressed(
     from mpq.export.skeleton import skeleton
     from mpq.models.checkpoint import load_config
     from mpq.models.layout import read_config, weight_files
-    from mpq.models.quantized import already_quantized, method_of, refuse_narrow
+    from mpq.models.quantized import method_of, refuse_narrow
 
     config = read_config(source)
     loaded = load_config(source, trust_remote_code)
     if method := method_of(config, source):
-        raise already_quantized(source, f"by {method}")
+        raise MpqError(
+            f"The weights in {source} are quantized already, by {method}: mpq plans for such a checkpoint, and exports one in fp32, bf16 or fp16."
+        )
     refuse_narrow(weight_files(source), source)
     model = skeleton(loaded)
     lowered = lowered_linears(formats, base, model, engine)
