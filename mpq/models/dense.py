@@ -207,7 +207,8 @@ def _awq(parts: Parts) -> Tensor:
     """qweight (K, C / 8), qzeros (groups, C / 8), scales (groups, C)."""
 
     def columns(words: Tensor) -> Tensor:
-        return _unpacked(words, 4).unflatten(-1, (-1, 8))[..., _AWQ_ORDER].flatten(-2)
+        ordered: Tensor = _unpacked(words, 4).unflatten(-1, (-1, 8))[..., _AWQ_ORDER]
+        return ordered.flatten(-2)
 
     scales = parts["scales"].float()
     each = len(parts["qweight"]) // len(scales)
