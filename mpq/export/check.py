@@ -163,10 +163,12 @@ def check_export(
     blocks: Blocks,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    decode_experts: bool = False,
 ) -> Check:
     """Reload the export in a fresh process, then run the plan here, and compare.
 
-    One after the other: two models are never in memory at once. Raises MpqError where the export cannot be loaded.
+    One after the other: two models are never in memory at once. With `decode_experts` transformers gets experts as values, for
+    it does not read what engines do (reload.py). Raises MpqError where the export cannot be loaded.
     """
     from mpq.models.checkpoint import load_model
 
@@ -182,6 +184,7 @@ def check_export(
             "base": base,
             "batch": BATCH,
             "trust_remote_code": trust_remote_code,
+            "decode_experts": decode_experts,
         }
         found, differing = reloaded(request, work)
         model = load_model(source, base, device, trust_remote_code)

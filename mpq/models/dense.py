@@ -18,7 +18,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -62,13 +62,24 @@ class Dense:
     parts: Mapping[str, Any]
     decode: Decode
     stored: str  # how its codes are stored, in people's words
+    dtype: torch.dtype = torch.float32
 
     def __getitem__(self, where: Any) -> Tensor:
-        return self.decode({end: part[...] for end, part in self.parts.items()})[where]
+        values = self.decode({end: part[...] for end, part in self.parts.items()})
+        return values.to(self.dtype)[where]
+
+    def get_dtype(self) -> str:
+        """safetensors' word for a float's dtype."""
+        return {torch.float32: "F32", torch.float16: "F16"}.get(self.dtype, "BF16")
 
 
-def dense_tensors(folder: Path) -> dict[str, Any]:
-    """Name → what `[...]` reads as a tensor in the model's shape, for every tensor of a quantized checkpoint in `folder`.
+def dense_tensors(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    only: Callable[[str], object] = lambda name: True,
+) -> dict[str, Any]:
+    """Name → what `[...]` reads as a tensor in the model's shape, for every tensor of a quantized checkpoint in `folder`: a
+    decoded one in `dtype`, and as they are stored those whose names are not `only` meant.
 
     Raises MpqError for a layout that cannot be read, naming it.
     """
@@ -81,18 +92,19 @@ def dense_tensors(folder: Path) -> dict[str, Any]:
         tensors = _opened(file)
         held |= {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
     weights: dict[str, dict[str, str]] = defaultdict(dict)
-    for key in held:
+    for key in filter(only, held):
         end = max((e for e in (*codes, *beside, "") if key.endswith(e)), key=len)
         weights[key.removesuffix(end)][end] = key
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {key: part for key, part in held.items() if not only(key)}
     for weight, ends in weights.items():
         if any(end in ends for end in codes) and any(end in ends for end in beside):
             name = f"{weight}weight" if codes == ("qweight",) else weight
-            found[name] = decoder(name, {end: held[key] for end, key in ends.items()})
+            of_weight = decoder(name, {end: held[key] for end, key in ends.items()})
+            found[name] = replace(of_weight, dtype=dtype)
         else:
             found |= {k: held[k] for k in ends.values() if not _OF_ACTIVATIONS.search(k)}
     for key, part in found.items():
-        if not isinstance(part, Dense) and is_narrow(part):
+        if only(key) and not isinstance(part, Dense) and is_narrow(part):
             raise already_quantized(folder, f"{key} is stored as {part.get_dtype()}")
     return found
 
