@@ -315,7 +315,7 @@ class _Work:
         )
         if self._experts():
             notes += (
-                "experts are lowered: transformers leaves their activations as they are, and no engine was seen to answer such an export; see docs/engines.md",
+                "experts are lowered: transformers alone leaves their activations as they are, and no engine was seen to answer such an export; see docs/engines.md",
             )
         for note in notes:
             log.warning("%s.", note)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from mpq.formats.quantize import share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.architecture import auto_class
 from mpq.models.dense import dense_tensors
+from mpq.models.experts import ExpertProduct, dispatched, intercept_experts, products_of
 from mpq.models.graph import build_on_meta
 from mpq.models.layout import weight_files
+from mpq.running.experts import RoundedInput
 from mpq.serving.schemes import stored_as
 
 # transformers keeps scales in the base dtype: half a unit in the last place of it, relative
@@ -70,6 +73,19 @@ def loaded_model(
         if report.get(kind):
             raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(map(str, report[kind]))[:300]}")
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def rounding_experts(model: nn.Module, formats: Mapping[str, str]) -> Iterator[None]:
+    """Within, the activations of lowered experts are rounded as engines round them: transformers leaves them as they are."""
+    products: dict[str, dict[str, ExpertProduct]] = defaultdict(dict)
+    for op, name in formats.items():
+        owner, _, product = op.rpartition(".")
+        module = model.get_submodule(owner)
+        if dispatched(module) and product in products_of(module):
+            products[owner][product] = RoundedInput(module, product, get_scheme(name))
+    with intercept_experts(model, products):
+        yield
 
 
 def differing(
@@ -152,7 +168,7 @@ def main(request: Path) -> None:
             model, Path(asked["source"]), asked["names"], asked["formats"], asked["base"]
         )
         held = None
-        with torch.inference_mode():
+        with torch.inference_mode(), rounding_experts(model, asked["formats"]):
             for at in range(0, len(tokens), asked["batch"]):
                 found = log_probabilities(model, tokens[at : at + asked["batch"]]).numpy()
                 if held is None:

@@ -19,7 +19,7 @@ from mpq.errors import MpqError
 from mpq.export.check import Check, compare
 from mpq.export.exporting import export
 from mpq.export.expressible import lowered_linears, unread_experts
-from mpq.export.reload import loaded_model, log_probabilities
+from mpq.export.reload import loaded_model, log_probabilities, rounding_experts
 from mpq.export.skeleton import skeleton
 from mpq.formats.format import get_format
 from mpq.formats.quantize import fake_quantize
@@ -66,7 +66,7 @@ def reloaded(
     model = skeleton(load_config(source))
     formats = lowered_linears(lowered, base, model, engine)
     found = loaded_model(out, base, decode_experts=bool(unread_experts(formats, base, model)))
-    with torch.inference_mode():
+    with torch.inference_mode(), rounding_experts(found, formats):
         log_p = log_probabilities(found, torch.from_numpy(BLOCKS.tokens)).numpy()
     return found, compare(load_model(source, base), formats, base, BLOCKS, log_p)
 
