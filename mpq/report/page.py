@@ -18,6 +18,7 @@ from mpq.report.best import in_words, percent, saved
 from mpq.report.calibration import calibration_of, in_sentences
 from mpq.report.calibration import sheet as sheet_of_calibration
 from mpq.report.findings import find
+from mpq.report.prices import prices
 from mpq.report.results import Tables, base_of, milliseconds, table_of
 from mpq.report.sheets import Sheet
 from mpq.report.summary import summarize
@@ -79,6 +80,7 @@ def write_report(
         choice=sheets.choice(tables, summary),
         numbers=[
             sheets.standings(summary),
+            prices(tables),
             sheets.additivity(found),
             sheets.comparisons(found),
             sheet_of_calibration(calibration),

@@ -19,6 +19,7 @@ from mpq.program.strategies import plan_of
 from mpq.report.results import OBJECTIVES, Tables, scale_of, sentence
 from mpq.report.style import BLUE, INK, legend, log_axis, new_figure
 from mpq.spec import BoundsSpec
+from mpq.timing.answer import Further
 from mpq.timing.design import members
 
 Cost = Literal["kl", "loss_mse"]
@@ -136,6 +137,7 @@ def plan_at(pareto: Pareto, number: int, mean_square_loss: float, like: Plan | N
         mean_square_loss=mean_square_loss,
         base=pareto.base,
         base_ttft_s=like.base_ttft_s if like else None,
+        further=Further(like.output, like.base_tpot_s) if like and like.base_tpot_s else None,
         engine=like.engine if like else "none",  # type: ignore[arg-type]
         scale=pareto.scale,
     )

@@ -21,6 +21,7 @@ from mpq.export.skeleton import Skeleton
 from mpq.formats.quantize import fake_quantize
 from mpq.formats.scheme import SCHEMES
 from mpq.models.blocks import Blocks
+from mpq.models.checkpoint import load_model
 from mpq.program.memory import bytes_of
 from mpq.serving.schemes import EXPORTED, stored_as
 
@@ -56,7 +57,7 @@ def test_compressed_tensors_reads_the_codes_back(name: str) -> None:
     assert torch.equal(found, want)
 
 
-@pytest.mark.parametrize("name", [n for n in EXPORTED if n != "w4a8"])
+@pytest.mark.parametrize("name", [n for n in EXPORTED if not n.startswith("w4a8")])
 def test_memory_counts_what_the_file_holds(name: str) -> None:
     """A plan's bytes of a weight are those of its tensors, but for the few that say its shape and its input's scale.
     (A 4-bit integer beside activations has a byte in the file: the engine packs it.)"""
@@ -67,8 +68,11 @@ def test_memory_counts_what_the_file_holds(name: str) -> None:
 
 
 def test_all_schemes_in_one_checkpoint(tmp_path: Path) -> None:
-    """Each linear in another scheme, beside base BF16: transformers loads it, holds every code, and is mpq's run of the plan."""
-    source = checkpoint(tmp_path / "model", "llama", torch.bfloat16, **WIDE)
+    """Each linear in another scheme, beside base BF16: transformers loads it, holds every code, and is mpq's run of the plan.
+    Read as a checkpoint to be calibrated, its weights are what the source's were rounded to."""
+    source = checkpoint(
+        tmp_path / "model", "llama", torch.bfloat16, **{**WIDE, "num_hidden_layers": 3}
+    )
     names = iter(EXPORTED)
     ops = [op for op in linears(source, "bf16") if ".layers." in op]
     formats = {op: next(names, "bf16") for op in ops}
@@ -78,6 +82,11 @@ def test_all_schemes_in_one_checkpoint(tmp_path: Path) -> None:
     assert made.check["passed"], made.check
     assert made.formats == dict.fromkeys(EXPORTED, 1)
     assert compared(source, tmp_path / "out", plan).passed
+    held, before = load_model(tmp_path / "out", "bf16"), load_model(source, "bf16")
+    for op, name in plan.lowered.items():
+        weight = before.get_parameter(f"{op}.weight")
+        want = fake_quantize(weight, SCHEMES[name].weights, "row")
+        assert torch.equal(held.get_parameter(f"{op}.weight"), want), name
 
 
 def test_four_bits_beside_what_cannot_read_them(tmp_path: Path) -> None:
