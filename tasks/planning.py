@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from mpq.spec import Bound, BoundsSpec, EngineName, Objective, ObjectiveSpec, Ta
 from mpq.store.entries import TableRef
 from mpq.store.tables import table
 from mpq.tasks.stage import Output, read, read_json, read_together, stage
+from mpq.timing.options import Options
 
 log = logging.getLogger("mpq")
 _OF_ANSWERS = ("output", "base_tpot_s", "predicted_tpot_s")  # where several tokens were timed
@@ -51,6 +53,21 @@ def build_gains(
         }
     build = gains_tt if objective == "tt" else gains_m
     return {"gains": build(tables[0], tables[1], formats, base, noise_model, allowed)}
+
+
+@stage("uncertain", name="what is uncertain")
+def find_uncertain(
+    timing: list[TableRef],
+    choices: Mapping[str, Sequence[Options]],
+    base: str,
+    target: float,
+    at_most: int,
+) -> Output:
+    """What to measure next, as (signature, configuration): see design.uncertain."""
+    from mpq.timing.design import uncertain
+
+    wanted = uncertain(read_together(timing), choices, base, target, at_most)
+    return {"uncertain": (json.dumps(wanted).encode(), "json")}
 
 
 @stage("plans", "solutions", "plan_files", "prices", free=["provenance"])

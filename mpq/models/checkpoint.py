@@ -22,8 +22,11 @@ from torch import nn
 from mpq.devices import check_device
 from mpq.errors import MpqError, first_line, is_out_of_memory
 from mpq.formats.format import get_format
+from mpq.models.architecture import auto_class
+from mpq.models.dense import dense_tensors
 from mpq.models.fetching import cache_folder as cache_folder
 from mpq.models.fetching import fetch as fetch
+from mpq.models.graph import build_on_meta
 from mpq.models.layout import read_config, weight_files
 from mpq.models.quantized import method_of, refuse_left_over, refuse_narrow, refuse_quantized
 
@@ -92,10 +95,10 @@ def _own_code(config: dict[str, Any]) -> bool:
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's transformers configuration.
+    """The checkpoint's transformers configuration, without what it says of quantized weights: they are read in base.
 
-    Raises MpqError where transformers cannot read it, where the weights that it describes are quantized already, and
-    where it needs code of the checkpoint's own that is not trusted.
+    Raises MpqError where transformers cannot read it, where the weights that it describes are quantized in a way that cannot
+    be read, and where it needs code of the checkpoint's own that is not trusted.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -107,7 +110,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
             f"{folder} needs the Python code that lies in it, which mpq does not run unless trust_remote_code is set: read that code first, or take a model that transformers knows."
         )
     try:
-        return AutoConfig.from_pretrained(
+        config: Any = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (
@@ -116,6 +119,11 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise MpqError(
             f"{folder / 'config.json'} is not a model that transformers knows ({first_line(error)})."
         ) from None
+    parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
+    for part in parts:
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def load_model(
@@ -123,27 +131,30 @@ def load_model(
 ) -> nn.Module:
     """The model in its base format, in evaluation mode, without gradients on its parameters.
 
-    Native FP8 weights are turned back by their scales. Raises MpqError for a device that is not there, weights that are
-    quantized otherwise, and weights that cannot be read, are missing or have the wrong shape: transformers would fill
-    those with random numbers.
+    Quantized weights are read as the values that they stand for (dense.py). Raises MpqError for a device that is not there,
+    weights that are quantized in a way that cannot be read, and weights that are damaged, missing or of the wrong shape:
+    transformers would fill those with random numbers.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     check_device(device)
     files = weight_files(folder)
     config = copy.deepcopy(load_config(folder, trust_remote_code))
     dtype = getattr(torch, get_format(base).dtype)
-    if method_of(read_config(folder)):
-        config.quantization_config = {**config.quantization_config, "dequantize": True}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    build: Any = auto_class(config)
+    if method_of(read_config(folder), folder):
+        source = {"pretrained_model_name_or_path": None, "state_dict": dense_tensors(folder)}
+        build = type(build_on_meta(config))  # an automatic class asks for a folder
+        config = config if isinstance(config, build.config_class) else config.get_text_config()
     else:
         refuse_narrow(files, folder)
     shown = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
+        loaded: Any = build.from_pretrained(
+            **source,
             config=config,
             dtype=dtype,
             local_files_only=True,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from mpq.formats.scheme import SCHEMES
+from mpq.program.anchors import Scale
 from mpq.program.memory import bytes_of
 from mpq.store.tables import SCHEMAS, validate
 from mpq.timing.drift import carried
@@ -304,6 +305,16 @@ def plus_minus(value: float, half: float | None) -> str:
 def sentence(words: str) -> str:
     """The words with a capital first letter."""
     return words[:1].upper() + words[1:]
+
+
+def scale_of(tables: Tables, objective: str) -> Scale:
+    """What all measured plans said of the predicted KL: the least of the scales, since plans over their bound got larger ones."""
+    solutions = tables.get("solutions", pl.DataFrame())
+    if "kl_scale" not in solutions.columns:
+        return Scale()
+    own = solutions.filter(objective=objective, strategy=f"ip_{objective}")["kl_scale"]
+    least = own.drop_nulls().min()
+    return Scale() if least is None else Scale(float(least))  # type: ignore[arg-type]
 
 
 def base_of(tables: Tables, facts: Mapping[str, str]) -> str:

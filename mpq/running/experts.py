@@ -14,7 +14,20 @@ from mpq.kernels.rounding import rounded
 from mpq.models.experts import ExpertProduct, Routing, with_bias
 
 
-class EmulatedExperts(ExpertProduct):
+class RoundedInput(ExpertProduct):
+    """An experts' product whose rows alone are rounded, as the activations of a scheme are."""
+
+    def __init__(
+        self, module: nn.Module, name: str, scheme: Scheme, perturb_input: float = 1.0
+    ) -> None:
+        super().__init__(module, name)
+        self._format, self._perturb = scheme.activations, perturb_input
+
+    def operand(self, x: Tensor, routing: Routing | None) -> Tensor:
+        return x if self._format is None else rounded(x, self._format, "row", self._perturb)
+
+
+class EmulatedExperts(RoundedInput):
     """An experts' product with its operands rounded as `scheme` stores them, the weights once; the bias stays as it is.
 
     `perturb_*` multiply the scales before rounding (quantize.fake_quantize).
@@ -28,13 +41,9 @@ class EmulatedExperts(ExpertProduct):
         perturb_input: float = 1.0,
         perturb_weight: float = 1.0,
     ) -> None:
-        super().__init__(module, name)
-        self._format, self._perturb = scheme.activations, perturb_input
+        super().__init__(module, name, scheme, perturb_input)
         each = (rounded(w, scheme.weights, "row", perturb_weight) for w in self.weight.detach())
         self._lowered = torch.stack(list(each))
-
-    def operand(self, x: Tensor, routing: Routing | None) -> Tensor:
-        return x if self._format is None else rounded(x, self._format, "row", self._perturb)
 
     def product(self, x: Tensor, routing: Routing) -> Tensor:
         return with_bias(self.multiply(x, self._lowered.mT, routing), self.bias, routing)
