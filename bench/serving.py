@@ -127,7 +127,7 @@ def compared(output: int) -> dict[str, Any]:
     choices = [
         (budget, by, chosen(groups, gains[by], budget)) for budget in BUDGETS for by in gains
     ]
-    every = plans + [plan for i, plan in enumerate(p for *_, p in choices) if plan]
+    every = plans + [plan for *_, plan in choices if plan]
     times = {
         "vllm": measure_ttft_in_vllm(config, every, **how),
         "torch": measure_ttft(model, every, groups=groups, **how),
@@ -135,6 +135,8 @@ def compared(output: int) -> dict[str, Any]:
     said = {name: sums(groups, of, every, BASE) for name, of in gains.items()}
     return {
         "output": output,
+        "clock": times["vllm"]["clock"][0],
+        "load_average": {name: float(of["load_average"].median()) for name, of in times.items()},  # type: ignore[arg-type]
         "base_ms": {name: 1e3 * base_answer_s(of) for name, of in times.items()},
         **_told(said, times),
         **_tokens(groups, gains["vllm"], plans, times["vllm"].head(PLANS)),
