@@ -13,10 +13,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from mpq.devices import check_device
@@ -24,7 +26,9 @@ from mpq.errors import MpqError, first_line, is_out_of_memory
 from mpq.formats.format import get_format
 from mpq.models.fetching import cache_folder as cache_folder
 from mpq.models.fetching import fetch as fetch
+from mpq.models.hashes import content_hash
 from mpq.models.layout import read_config, weight_files
+from mpq.models.placement import Spread, cast_weights, check_accelerate, offload_folder, spread_of
 from mpq.models.quantized import method_of, refuse_left_over, refuse_narrow, refuse_quantized
 
 log = logging.getLogger("mpq")
@@ -32,10 +36,11 @@ log = logging.getLogger("mpq")
 Marks = tuple[tuple[str, int, int, int], ...]
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, check: bool = False) -> str:
     """SHA-256 over the checkpoint's architecture and weights; names and places left out, except the files' order.
 
-    Code that the configuration names is part of the architecture.
+    Code that the configuration names is part of the architecture. With `check` large files are read anew, whatever the
+    hub's cache says of them and is remembered (hashes.py).
     """
     config = read_config(folder)
     digest = hashlib.sha256(json.dumps(_architecture(config), sort_keys=True).encode())
@@ -43,13 +48,7 @@ def fingerprint(folder: Path) -> str:
         *weight_files(folder),
         *(sorted(folder.glob("*.py")) if _own_code(config) else ()),
     ):
-        try:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise MpqError(
-                f"{file} cannot be read ({error.strerror or first_line(error)}): check its permissions and its disk."
-            ) from None
+        digest.update(bytes.fromhex(content_hash(file, check)))
     return digest.hexdigest()
 
 
@@ -119,11 +118,16 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(
-    folder: Path, base: str, device: str = "cpu", trust_remote_code: bool = False
+    folder: Path,
+    base: str,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    memory: int | None = None,
 ) -> nn.Module:
     """The model in its base format, in evaluation mode, without gradients on its parameters.
 
-    Native FP8 weights are turned back by their scales. Raises MpqError for a device that is not there, weights that are
+    Where the weights do not fit the device they are spread over what else there is (placement.py), which the log says;
+    `memory` bytes may be taken beside GPUs, by default what is free. Native FP8 weights are turned back by their scales. Raises MpqError for a device that is not there, weights that are
     quantized otherwise, and weights that cannot be read, are missing or have the wrong shape: transformers would fill
     those with random numbers.
     """
@@ -138,28 +142,52 @@ def load_model(
         config.quantization_config = {**config.quantization_config, "dequantize": True}
     else:
         refuse_narrow(files, folder)
+    spread = _spread(files, folder, dtype, device, memory)
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "local_files_only": True,
+        "output_loading_info": True,
+        "trust_remote_code": trust_remote_code,
+    }
     shown = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # what is spread has been told
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with offload_folder() if spread else nullcontext() as offloading:
+            if spread and offloading:
+                options |= {**spread.options, "offload_folder": offloading[0]}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+            if offloading:
+                offloading[1](loaded[0])
     except Exception as error:  # safetensors, json and torch each raise their own
         raise _unloadable(folder, base, config, error) from None
     finally:
         hf_logging.set_verbosity(shown)
-    model, report = loaded
-    _check_loaded(folder, config, model, report)
+    model: nn.Module = loaded[0]
+    _check_loaded(folder, config, model, loaded[1])
+    model.eval().requires_grad_(False)
     try:
-        return model.eval().requires_grad_(False).to(device, dtype)  # type: ignore[no-any-return]
+        cast_weights(model, dtype)
+        return model if spread else model.to(device)
     except (RuntimeError, MemoryError) as error:
         raise _unloadable(folder, base, config, error) from None
+
+
+def _spread(
+    files: Sequence[Path], folder: Path, dtype: torch.dtype, device: str, memory: int | None
+) -> Spread | None:
+    try:
+        spread = spread_of(files, dtype, device, memory)
+    except SafetensorError as error:
+        raise MpqError(
+            f"The weights in {folder} cannot be loaded ({first_line(error)}): the checkpoint is damaged, fetch it again."
+        ) from None
+    if spread:
+        check_accelerate(spread.why)
+        log.warning("%s does not fit %s: %s.", folder.name, device, spread.why)
+    return spread
 
 
 def _unloadable(folder: Path, base: str, config: Any, error: Exception) -> MpqError:

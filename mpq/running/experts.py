@@ -12,10 +12,12 @@ from mpq.formats.scheme import Scheme
 from mpq.kernels import native_kernels
 from mpq.kernels.rounding import rounded
 from mpq.models.experts import ExpertProduct, Routing, with_bias
+from mpq.models.placement import comes_and_goes
 
 
 class EmulatedExperts(ExpertProduct):
-    """An experts' product with its operands rounded as `scheme` stores them, the weights once; the bias stays as it is.
+    """An experts' product with its operands rounded as `scheme` stores them, the weights once, or at every call where they come and go; the bias
+    stays as it is.
 
     `perturb_*` multiply the scales before rounding (quantize.fake_quantize).
     """
@@ -30,14 +32,22 @@ class EmulatedExperts(ExpertProduct):
     ) -> None:
         super().__init__(module, name)
         self._format, self._perturb = scheme.activations, perturb_input
-        each = (rounded(w, scheme.weights, "row", perturb_weight) for w in self.weight.detach())
-        self._lowered = torch.stack(list(each))
+        self._weights, self._perturb_weight = scheme.weights, perturb_weight
+        self._kept = None if comes_and_goes(module) else self._rounded()
+
+    def _rounded(self) -> Tensor:
+        """(experts, C, K)."""
+        each = (
+            rounded(w, self._weights, "row", self._perturb_weight) for w in self.weight.detach()
+        )
+        return torch.stack(list(each))
 
     def operand(self, x: Tensor, routing: Routing | None) -> Tensor:
         return x if self._format is None else rounded(x, self._format, "row", self._perturb)
 
     def product(self, x: Tensor, routing: Routing) -> Tensor:
-        return with_bias(self.multiply(x, self._lowered.mT, routing), self.bias, routing)
+        lowered = self._rounded() if self._kept is None else self._kept
+        return with_bias(self.multiply(x, lowered.mT, routing), self.bias, routing)
 
 
 class NativeExperts(ExpertProduct):
