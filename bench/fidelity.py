@@ -1,22 +1,28 @@
-"""How near predictions come: `python bench/fidelity.py [--lengths 128 512] [--shares 0.1 0.4 1] [--samples 16]`.
+"""How near predictions come: `python bench/fidelity.py CHECKPOINT… [--lengths 128 512 2048] [--tokens 4096]`.
 
-Plans put a share of the ops, drawn, in one format, or all ops in mixtures; each is predicted from one calibration and measured
-on held-out text. Predicted over measured, 5 %, median and 95 % of plans: KL, KL with the scale that everything in each format
-gives (anchors), and the loss MSE under each noise model. The change of the mean loss is told beside the KL that it follows.
+For each checkpoint and length one calibration, and plans that put a share of the ops, drawn, in one format, or all ops in
+mixtures. Each is predicted, and measured on held-out text; at the middle length also on text of another kind (`--other`),
+under the calibration of before. Predicted over measured, quantiles over plans: KL; KL with the scale that everything in each
+format gives (anchors: measured on the same text, and left out of the count); the change of the mean loss, which KL predicts;
+the loss MSE under each noise model, and d + KL² of the actual errors, which has the drift as well. Where formats have blocks,
+the actual error alone is known. All plans: fidelity.parquet beside the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
-from record import record
+from measured import Evaluator, Plan
+from record import folder_of, record
 
-from mpq.evaluation.losses import divergences, losses
 from mpq.formats.format import NOISE_MODELS
 from mpq.formats.scheme import get_scheme
 from mpq.loss.sensitivity import measure_sensitivity
@@ -25,32 +31,31 @@ from mpq.models.checkpoint import load_config, load_model
 from mpq.models.graph import trace
 from mpq.models.partition import partition
 from mpq.models.text import read_blocks
-from mpq.program.anchors import fitted, measured_of
+from mpq.program.anchors import Measured, fitted
 from mpq.program.costs import Costs
-from mpq.running.apply import apply_plan
 from mpq.spec import TextSpec
 
-DEMO = Path(__file__).parent.parent / "examples" / "demo"
+ROOT = Path(__file__).parent.parent
 BASE = "fp32"
+FORMATS = ["fp8_e4m3", "fp8_e5m2", "int8", "bf16", "nvfp4", "w4a16"]
+Op = tuple[str, str]  # name, kind
 
 
 def plans_of(
-    ops: list[tuple[str, str]],
-    formats: list[str],
-    shares: list[float],
-    mixtures: int,
-    seed: int = 0,
-) -> list[dict[str, str]]:
-    """A plan for each format and share of the (op, kind), and mixtures of all formats and base."""
-    draw, plans = random.Random(seed), []
+    ops: list[Op], formats: list[str], shares: list[float], mixtures: int, seed: int
+) -> Iterator[tuple[str, float, Plan]]:
+    """(format, share, plan): one for each format and share, and mixtures of all formats and base."""
+    draw = random.Random(seed)
     for share in shares:
         for f in formats:
             lowered = dict(draw.sample(ops, max(1, round(share * len(ops)))))
-            plans.append({op: taken(f, kind) if op in lowered else BASE for op, kind in ops})
-    drawn = [
-        {op: taken(draw.choice([BASE, *formats]), k) for op, k in ops} for _ in range(mixtures)
-    ]
-    return plans + drawn
+            yield f, share, {op: taken(f, kind) for op, kind in ops if op in lowered}
+    for _ in range(mixtures):
+        yield (
+            "mixture",
+            float("nan"),
+            {op: taken(draw.choice([BASE, *formats]), k) for op, k in ops},
+        )
 
 
 def taken(name: str, kind: str) -> str:
@@ -58,88 +63,116 @@ def taken(name: str, kind: str) -> str:
     return name if kind != "bgemm" or get_scheme(name).alike else BASE
 
 
-def quantiles(ratios: list[float]) -> dict[str, float]:
-    """5 %, median and 95 %, and the share of plans whose prediction is within 10 and 25 %."""
-    values = np.array([r for r in ratios if np.isfinite(r)])
+def quantiles(ratios: pl.Series) -> dict[str, float]:
+    """5 %, median and 95 %, the share of plans whose prediction is within 10 and 25 %, and how many there are."""
+    values = ratios.drop_nulls().to_numpy()
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {"plans": 0}
     low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
     within = {f"within_{100 * x:g}_%": float((np.abs(values - 1) <= x).mean()) for x in (0.1, 0.25)}
-    return {"5_%": float(low), "median": float(middle), "95_%": float(high)} | within
+    quantile = {"5_%": float(low), "median": float(middle), "95_%": float(high)}
+    return {"plans": len(values), **quantile, **within}
 
 
-def measured(length: int, options: argparse.Namespace) -> dict[str, object]:
-    """One length of text: predictions of all plans, and what they do on held-out text."""
-    model = load_model(options.checkpoint, BASE)
+def predictions(costs: dict[str, Costs], plan: Plan) -> dict[str, float | None]:
+    """KL, and the loss MSE by noise model; none of a model that knows nothing of one of the plan's formats."""
+    ops, formats = list(plan), list(plan.values())
+    alike = all(get_scheme(f).alike for f in formats)
+    kl = costs["actual"].kl(plan)
+    mse = {m: of.of(ops, formats)[0] if alike or m == "actual" else None for m, of in costs.items()}
+    drift = (mse["actual"] or 0.0) + kl**2
+    named = {f"predicted_mse_{m}": value for m, value in mse.items()}
+    return {"predicted_kl": kl, **named, "predicted_mse_with_drift": drift}
+
+
+def measured(
+    checkpoint: Path, length: int, options: argparse.Namespace, seed: int
+) -> list[dict[str, Any]]:
+    """One calibration: its plans, predicted and measured, a row each and text."""
+    model = load_model(checkpoint, BASE)
     vocabulary = model.config.vocab_size
+    samples = max(1, options.tokens // length)
 
-    def text(name: str) -> Blocks:
-        source = str(options.checkpoint / name)
-        part = TextSpec(source=source, samples=options.samples, length=length)
-        return read_blocks(part, options.checkpoint, vocabulary)
+    def text(source: Path) -> Blocks:
+        part = TextSpec(source=str(source), samples=samples, length=length)
+        return read_blocks(part, checkpoint, vocabulary)
 
-    graph = partition(trace(load_config(options.checkpoint)))
-    ops = [(op.name, op.kind) for group in graph for op in group.ops]
+    groups = partition(trace(load_config(checkpoint)))
+    ops = [(op.name, op.kind) for group in groups for op in group.ops]
+    calibration = text(checkpoint / "calibration.txt")
     sensitivity, _ = measure_sensitivity(
-        model, ops, text("calibration.txt"), formats=options.formats, base=BASE, batch=8
+        model, ops, calibration, formats=options.formats, base=BASE, batch=max(1, 2048 // length)
     )
-    alike = all(
-        get_scheme(f).alike for f in options.formats
-    )  # of blocks the actual error alone is known
-    models = [name for name in NOISE_MODELS if alike or name == "actual"]
-    costs = {name: Costs(sensitivity, name, BASE) for name in models}
-    held_out = text("heldout.txt")
-    base = losses(model, held_out, options.samples)
-    anchors = [{op: taken(f, kind) for op, kind in ops} for f in options.formats]
-    plans = plans_of(ops, options.formats, options.shares, options.mixtures)
-    rows, seen = [], []
-    for plan in anchors + plans:
-        kls = divergences(model, plan, held_out, base=BASE, batch=options.samples)
-        seen.append(measured_of(plan, costs["actual"].kl(plan), kls.tolist()))
-        with apply_plan(model, plan, base=BASE, backend="emulated"):
-            change = losses(model, held_out, options.samples) - base
-        predicted = {
-            f"mse_{name}": of.of(list(plan), list(plan.values()))[0] for name, of in costs.items()
-        }
-        rows.append(
-            {
-                "predicted_kl": seen[-1].predicted,
-                "kl": seen[-1].kl,
-                "loss_change": float(change.mean()),
-                "mse": float(np.square(change).mean()),
-                **predicted,
-            }
-        )
-    table, scale = pl.DataFrame(rows[len(anchors) :]), fitted(seen[: len(anchors)])
-    over_kl = (table["predicted_kl"] / table["kl"]).to_list()
+    del model
+    costs = {name: Costs(sensitivity, name, BASE) for name in NOISE_MODELS}
+    texts = {"held-out": checkpoint / "heldout.txt"}
+    if length == sorted(options.lengths)[len(options.lengths) // 2]:
+        texts["other"] = options.other
+    plans = list(plans_of(ops, options.formats, options.shares, options.mixtures, seed))
+    rows = []
+    for kind, source in texts.items():
+        evaluator = Evaluator(checkpoint, text(source))
+        anchors = []
+        for f in options.formats:
+            plan = {op: taken(f, k) for op, k in ops}
+            kl = evaluator.effect(plan).kl
+            anchors.append(Measured(plan, costs["actual"].kl(plan), kl, 0.0))
+        scale = fitted(anchors).value
+        where = {"checkpoint": checkpoint.name, "length": length, "text": kind, "scale": scale}
+        for f, share, plan in plans:
+            effect = {k: v for k, v in asdict(evaluator.effect(plan)).items() if k != "perplexity"}
+            rows.append(
+                {**where, "format": f, "share": share, **effect, **predictions(costs, plan)}
+            )
+    return rows
+
+
+def told(plans: pl.DataFrame) -> dict[str, Any]:
+    """Quantiles of predicted over measured."""
+    kl = plans["predicted_kl"] / plans["kl"]
+    # where a plan hardly moves the loss, the mean change over a few blocks is noise
+    moved = plans.filter(pl.col("kl") > 1e-3)
+    mse = [c for c in plans.columns if c.startswith("predicted_mse_")]
     return {
-        "length": length,
-        "plans": table.height,
-        "scale": scale.value,
-        "kl": quantiles(over_kl),
-        "kl_with_anchors": quantiles([scale.value * r for r in over_kl]),
-        "loss_change_over_kl": quantiles((table["loss_change"] / table["kl"]).to_list()),
+        "kl": quantiles(kl),
+        "kl_with_anchors": quantiles((kl * plans["scale"]).filter(plans["share"] != 1.0)),
+        "loss_change_of_plans_with_kl_over_0.001": quantiles(
+            moved["predicted_kl"] / moved["loss_change"]
+        ),
         **{
-            f"loss_mse_{name}": quantiles((table[f"mse_{name}"] / table["mse"]).to_list())
-            for name in models
+            f"loss_{c.removeprefix('predicted_')}": quantiles(plans[c] / plans["loss_mse"])
+            for c in mse
         },
     }
 
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=DEMO)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128])
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.4, 1.0])
-    parser.add_argument("--mixtures", type=int, default=4)
-    parser.add_argument("--formats", nargs="+", default=["fp8_e4m3", "fp8_e5m2", "int8", "bf16"])
+    parser.add_argument("checkpoints", type=Path, nargs="*", default=[ROOT / "examples" / "demo"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--tokens", type=int, default=4096, help="of calibration, and of each text")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.02, 0.3, 1.0])
+    parser.add_argument("--mixtures", type=int, default=3)
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--other", type=Path, default=ROOT / "docs" / "log.md")
     options = parser.parse_args(given)
     torch.manual_seed(0)
-    results = []
-    for length in options.lengths:
-        results.append(measured(length, options))
-        print(results[-1], flush=True)
-    facts = {"checkpoint": options.checkpoint.name, "samples": options.samples}
-    record("fidelity", {**facts, "formats": options.formats, "lengths": results})
+    rows = []
+    for checkpoint in options.checkpoints:
+        for length in options.lengths:
+            rows += measured(checkpoint, length, options, seed=len(rows))
+            print(checkpoint.name, length, told(pl.DataFrame(rows))["kl_with_anchors"], flush=True)
+        plans = pl.DataFrame(rows)
+        plans.write_parquet(folder_of() / "fidelity.parquet")
+        by = ["text", "checkpoint", "length"]
+        cells = {
+            f"{text}, {checkpoint}, {length}": told(of)
+            for (text, checkpoint, length), of in plans.group_by(by, maintain_order=True)
+        }
+        whole = {str(text): told(of) for (text,), of in plans.group_by("text", maintain_order=True)}
+        facts = {"tokens": options.tokens, "formats": options.formats, "plans": plans.height}
+        record("fidelity", {**facts, "of_all": whole, "by_checkpoint_and_length": cells})
 
 
 if __name__ == "__main__":

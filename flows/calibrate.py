@@ -204,6 +204,7 @@ def facts_of(run: Run, drawn: TableRef) -> dict[str, str]:
         "device": run.architecture.device_name,
         **words,
         "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens",
+        **({"answer": f"{spec.timing.output} tokens"} if spec.timing.output > 1 else {}),
         "noise model": spec.noise_model,
         **({} if bounds == BoundsSpec() else {"bounds": bounds.model_dump_json()}),
         "mpq": version("mpq"),

@@ -50,17 +50,13 @@ def make_plans(
 
 def refined(run: Run, groups: TableRef, sums: References, scales: Scales) -> list[TableRef]:
     """Timing tables with everything in them that the plans for measured time choose."""
-    from mpq.timing.design import refine, uncertain
+    from mpq.timing.design import refine
 
     def chosen(timed: list[TableRef]) -> list[Wanted]:
         built = gains(run, ["et"], groups, sums, timed)
         (solved,) = solve(run, ["et"], groups, sums, built, scales, timed)
         wanted = unmeasured_of(run, groups, timed, solved)
-        part, base = run.spec.timing, run.spec.model.base
-        if part.more and part.target:
-            of = choices(run, groups)
-            wanted += uncertain(read_together(timed), of, base, part.target, part.more)
-        return list(dict.fromkeys(wanted))
+        return list(dict.fromkeys([*wanted, *uncertain_of(run, groups, timed)]))
 
     def measure(timed: list[TableRef], wanted: list[Wanted]) -> list[TableRef]:
         return [*timed, measured(run, groups, wanted, "timing of chosen")]
@@ -79,6 +75,22 @@ def unmeasured_of(
         p["formats"] for p in read_json(solved["plan_files"]) if p["strategy"].startswith("ip_")
     ]
     return unmeasured(read_together(timed), read(groups), plans, run.spec.model.base)
+
+
+def uncertain_of(run: Run, groups: TableRef, timed: Sequence[TableRef]) -> list[Wanted]:
+    """What is predicted so badly that it should be measured, where the spec asks for it."""
+    part = run.spec.timing
+    if not (part.more and part.target):
+        return []
+    found = run.one(
+        planning.find_uncertain,
+        timing=list(timed),
+        choices=choices(run, groups),
+        base=run.spec.model.base,
+        target=part.target,
+        at_most=part.more,
+    )
+    return [(signature, tuple(of)) for signature, of in read_json(found["uncertain"])]
 
 
 def anchors_of(run: Run, groups: TableRef, built: TableRef) -> TableRef | None:

@@ -186,10 +186,12 @@ def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Ou
             ]
         if seconds is not None and plan["ttft"] is not None:
             timed = seconds.row(plan["ttft"], named=True)
-            for metric in ("ttft_s", "gain_s", "gain_ci_low_s", "gain_ci_high_s"):
-                measured = {"metric": metric, "value": timed[metric]}
-                beside = {"seed": 0, "base_value": timed["base_ttft_s"]}
-                rows.append({**who, "task": "loss", **measured, **beside})
+            for metric in ("ttft_s", "gain_s", "gain_ci_low_s", "gain_ci_high_s", "tpot_s"):
+                if metric in timed:
+                    measured = {"metric": metric, "value": timed[metric]}
+                    base = timed[f"base_{'tpot' if metric == 'tpot_s' else 'ttft'}_s"]
+                    beside = {"seed": 0, "base_value": base}
+                    rows.append({**who, "task": "loss", **measured, **beside})
     return {"evaluation": table("evaluation", rows)}
 
 

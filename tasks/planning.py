@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,8 +18,10 @@ from mpq.spec import Bound, BoundsSpec, EngineName, Objective, ObjectiveSpec, Ta
 from mpq.store.entries import TableRef
 from mpq.store.tables import table
 from mpq.tasks.stage import Output, read, read_json, read_together, stage
+from mpq.timing.options import Options
 
 log = logging.getLogger("mpq")
+_OF_ANSWERS = ("output", "base_tpot_s", "predicted_tpot_s")  # where several tokens were timed
 
 
 @stage("gains", name="gains")
@@ -52,6 +55,21 @@ def build_gains(
     return {"gains": build(tables[0], tables[1], formats, base, noise_model, allowed)}
 
 
+@stage("uncertain", name="what is uncertain")
+def find_uncertain(
+    timing: list[TableRef],
+    choices: Mapping[str, Sequence[Options]],
+    base: str,
+    target: float,
+    at_most: int,
+) -> Output:
+    """What to measure next, as (signature, configuration): see design.uncertain."""
+    from mpq.timing.design import uncertain
+
+    wanted = uncertain(read_together(timing), choices, base, target, at_most)
+    return {"uncertain": (json.dumps(wanted).encode(), "json")}
+
+
 @stage("plans", "solutions", "plan_files", "prices", free=["provenance"])
 def solve(
     objective: Objective,
@@ -82,21 +100,27 @@ def solve(
     """
     from mpq.program.prices import SCHEMA, prices
     from mpq.program.strategies import choose, gain_errors, least_loss_plan, uniform_plans
+    from mpq.timing.answer import answers, further_of
     from mpq.timing.design import anchors, interaction, neighbours, sums
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
     measured = read_together(timing) if timing else table("timing", [])
     base_ttft: Any = measured["base_ttft_s"].median()
-    term = 0.0
+    term, of_tokens = 0.0, 0.0
     if anchor:
         whole = anchors(*tables, base)
         pairs = [neighbours(tables[0], plan, base) for plan in whole]
-        term = interaction(pairs, sums(*tables, whole, base), read(anchor)["gain_s"].to_list())
+        of_anchors = read(anchor)
+        term = interaction(pairs, sums(*tables, whole, base), of_anchors["gain_s"].to_list())
+        if answers(of_anchors):
+            added = sums(*tables, whole, base, "tpot_gain")
+            of_tokens = interaction(pairs, added, of_anchors["tpot_gain_s"].to_list())
     how: dict[str, Any] = {
         "mean_square_loss": mean_square,
         "base": base,
         "base_ttft_s": base_ttft,
         "interaction": term,
+        "further": further_of(measured, of_tokens),
         "bounds": bounds,
         "engine": engine,
     }
@@ -169,7 +193,8 @@ def solve(
             pl.Series("predicted_gain_error", errors, dtype=pl.Float64),
             *(
                 pl.Series(name, [row[name] for _, row in solved], dtype=pl.Float64)
-                for name in ("effective_bits", "weight_bytes")
+                for name in ("effective_bits", "weight_bytes", *_OF_ANSWERS)
+                if all(name in row for _, row in solved)
             ),
         ),
         "prices": pl.DataFrame([row for own in priced for row in own], schema=SCHEMA),

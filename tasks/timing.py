@@ -99,12 +99,12 @@ def _config_json(architecture: Architecture) -> dict[str, Any]:
 
 
 def _in_vllm(architecture: Architecture, spec: TimingSpec) -> dict[str, Any]:
-    fields = {"batch", "length", "seed", "target", "cap", "threads", "clock"}
+    fields = {"batch", "length", "output", "seed", "target", "cap", "threads", "clock"}
     return {**spec.model_dump(include=fields), "device": architecture.device}
 
 
 def _how(spec: TimingSpec) -> dict[str, Any]:
-    fields = {"batch", "length", "seed", "target", "cap", "graph", "threads", "clock"}
+    fields = {"batch", "length", "output", "seed", "target", "cap", "graph", "threads", "clock"}
     return {**spec.model_dump(include=fields), "compiled": spec.compile}
 
 
@@ -116,7 +116,7 @@ def merge_measurements(keys: list[str], measurements: list[TableRef], groups: Ta
 
 @stage("probe", on="accelerator", retries=1)
 def probe(architecture: Architecture, spec: TimingSpec) -> Output:
-    """Seconds to build the model to be timed, and its TTFT in base: what slices are cut by."""
+    """Seconds to build the model to be timed, and those of one run in base: what slices are cut by."""
     from mpq.timing.measure import base_ttft
 
     _check_device(architecture, spec)
@@ -129,6 +129,7 @@ def probe(architecture: Architecture, spec: TimingSpec) -> Output:
             architecture.base,
             spec.batch,
             spec.length,
+            spec.output,
             threads=spec.threads,
             clock=spec.clock,
         )
@@ -149,7 +150,7 @@ def time_plans(
     spec: TimingSpec,
     purpose: str,
 ) -> Output:
-    """TTFT of whole plans (op → format) beside base; a row a plan, in the order given.
+    """Times of whole plans (op → format) beside base; a row a plan, in the order given.
 
     Kept without weights, so a fine-tune re-uses it, but for each `purpose` apart: what a prediction rests on is not what it is
     held against.

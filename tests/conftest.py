@@ -15,6 +15,8 @@ from typing import Any
 
 # as specs time, one thread; read when torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# tables here are tiny: a second thread only waits for work; read when Polars is imported
+os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
 import preloaded
 import pytest
@@ -52,10 +54,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def preloaded_services() -> Iterator[None]:
-    """A cluster's processes and Prefect's commands are forked; a Prefect server or worker starts as it does elsewhere."""
+    """A cluster's processes and Prefect's commands are forked; a Prefect server or worker starts as it does elsewhere.
+
+    All of them find the kernels that the tests have compiled.
+    """
     begin = processes.begin
 
     def forked(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Any:
+        environment = {**environment, "MPQ_CACHE": os.environ["MPQ_CACHE"]}
         how = list(command[1:4])
         stays = how[:2] == ["-m", "prefect"] and how[2] in ("server", "worker")
         if command[0] != sys.executable or stays:

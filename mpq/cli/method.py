@@ -123,6 +123,13 @@ def time(
     device: Device = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Rows of the prefill.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 256,
+    output: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens of an answer. 1: time to first token; else the whole answer's counts.",
+        ),
+    ] = 1,
     repeats: Annotated[
         int, typer.Option(min=2, help="Interleaved pairs of base and configuration.")
     ] = 5,
@@ -168,7 +175,7 @@ def time(
     json_: AsJson = False,
     out: Out = None,
 ) -> None:
-    """Measure the time to first token gained by each configuration of each group, on this device's native kernels."""
+    """Measure the time to first token, or of whole answers, gained by each configuration of each group, on this device's native kernels."""
     names, base = lowered_and_base(formats, base) if formats is not None else ([], the_base(base))
     from mpq.cli import shown
     from mpq.devices import found_device
@@ -189,6 +196,7 @@ def time(
             batch=batch,
             length=length,
             limit=limit,
+            output=output,
             seed=seed,
             repeats=repeats,
             method=method,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import polars as pl
 
+from mpq.timing.answer import base_answer_of
+
 
 def results(table: pl.DataFrame) -> pl.DataFrame:
     """The results table in columns that fit a terminal: loss MSE (nats²), or KL (nats per token) where that is bounded, and TTFT
@@ -64,9 +66,15 @@ def sensitivity(table: pl.DataFrame, base: str) -> pl.DataFrame:
 
 def timing(table: pl.DataFrame, base: str) -> pl.DataFrame:
     """The timing table in columns that fit a terminal, each signature's largest gain first: ops, base as a dot; what all its groups gain
-    together (ms, ± half the 95 % interval, % of base's TTFT); whether that is surely not zero."""
+    together (ms, ± half the 95 % interval, % of base's time); whether that is surely not zero."""
+    base_time = base_answer_of(table)
     half = (pl.col("gain_ci_high_s") - pl.col("gain_ci_low_s")) / 2 * pl.col("instances")
     gain = pl.col("gain_s") * pl.col("instances")
+    tokens = [
+        (pl.col(column) * 1e3).round(2).alias(name)
+        for column, name in (("tpot_s", "ms a token"), ("base_tpot_s", "base"))
+        if column in table.columns
+    ]
     return table.sort("group", "signature", -gain).select(
         pl.col("signature")
         .str.replace(r"-[0-9a-f]+$", "")
@@ -76,6 +84,7 @@ def timing(table: pl.DataFrame, base: str) -> pl.DataFrame:
         pl.col("configuration").list.eval(pl.element().replace(base, "·")).alias("formats"),
         (gain * 1e3).round(2).alias("gain ms"),
         (half * 1e3).round(2).alias("± ms"),
-        (gain / pl.col("base_ttft_s") * 100).round(1).alias("% of TTFT"),
+        (gain / base_time * 100).round(1).alias("% of time" if tokens else "% of TTFT"),
+        *tokens,
         pl.when(pl.col("significant")).then(pl.lit("yes")).otherwise(pl.lit("–")).alias("sure"),
     )

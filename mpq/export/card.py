@@ -40,6 +40,11 @@ def model_card(
                 f"{plan.predicted_ttft_s * 1e3:.1f} ms, base {plan.base_ttft_s * 1e3:.1f} ms (on the machine that the plan was made on)",
             )
         )
+    if plan.predicted_tpot_s is not None and plan.base_tpot_s is not None:
+        each = f"{plan.predicted_tpot_s * 1e3:.1f} ms, base {plan.base_tpot_s * 1e3:.1f} ms"
+        rows.append(
+            ("predicted time per further token", f"{each} (answers of {plan.output} tokens)")
+        )
     found = record["check"]
     if found.get("done"):
         rows += [

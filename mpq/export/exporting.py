@@ -162,12 +162,14 @@ def _expressed(
     from mpq.export.skeleton import skeleton
     from mpq.models.checkpoint import load_config
     from mpq.models.layout import read_config, weight_files
-    from mpq.models.quantized import already_quantized, method_of, refuse_narrow
+    from mpq.models.quantized import method_of, refuse_narrow
 
     config = read_config(source)
     loaded = load_config(source, trust_remote_code)
     if method := method_of(config, source):
-        raise already_quantized(source, f"by {method}")
+        raise MpqError(
+            f"The weights in {source} are quantized already, by {method}: mpq plans for such a checkpoint, and exports one in fp32, bf16 or fp16."
+        )
     refuse_narrow(weight_files(source), source)
     model = skeleton(loaded)
     lowered = lowered_linears(formats, base, model, engine)
@@ -209,16 +211,10 @@ class _Work:
         device: str,
         progress: Callable[[int, int], None] | None,
     ) -> Exported:
-        from mpq.export.expressible import IN_TRANSFORMERS
         from mpq.export.ranges import shares_of
         from mpq.export.shards import write_index, write_shard
         from mpq.models.checkpoint import check_unchanged
 
-        unread = [op for op in self._experts() if self.lowered[op] not in IN_TRANSFORMERS]
-        if unread and check is not None:
-            raise MpqError(
-                f"transformers reads experts in {' or '.join(IN_TRANSFORMERS)} alone, so an export with {unread[0]} in {self.lowered[unread[0]]} cannot be checked by reloading it: export it with --no-check, or solve again with experts in what can be read."
-            )
         shares = shares_of(
             *(self.shards, self.source, self.lowered, self.plan.base, self.engine),
             *(check, device, self.trusted),
@@ -293,6 +289,7 @@ class _Work:
 
     def _checked(self, folder: Path, blocks: Blocks, device: str) -> dict[str, Any]:
         from mpq.export.check import check_export
+        from mpq.export.expressible import unread_experts
 
         linears = {*self.model.linears, *self.model.transposed}
         names = {
@@ -301,9 +298,9 @@ class _Work:
             for piece in shard.pieces
             if (op := piece.name.removesuffix(".weight")) in linears
         }
-        found = check_export(
-            folder, self.source, names, self.lowered, self.plan.base, blocks, device, self.trusted
-        )
+        decode = bool(unread_experts(self.lowered, self.plan.base, self.model))
+        of = (folder, self.source, names, self.lowered, self.plan.base, blocks)
+        found = check_export(*of, device, self.trusted, decode)
         return found.as_json()
 
     def _exported(self, found: Mapping[str, Any], files: Mapping[str, str]) -> Exported:
@@ -318,7 +315,7 @@ class _Work:
         )
         if self._experts():
             notes += (
-                "experts are lowered: transformers reads their weights back and leaves their activations as they are, and no engine was seen to answer such an export; see docs/engines.md",
+                "experts are lowered: transformers alone leaves their activations as they are, and no engine was seen to answer such an export; see docs/engines.md",
             )
         for note in notes:
             log.warning("%s.", note)

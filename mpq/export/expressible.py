@@ -8,10 +8,10 @@ from mpq.errors import MpqError
 from mpq.export.engines import ENGINES, split_ties
 from mpq.export.skeleton import Skeleton
 from mpq.formats.scheme import get_scheme
-from mpq.serving.schemes import EXPORTED, stored_as
+from mpq.serving.schemes import EXPORTED, OF_EXPERTS, stored_as
 
-_OF_EXPERTS = ("int8", "fp8_e4m3")  # formats of experts that were seen to be found by an engine
-IN_TRANSFORMERS = ("fp8_e4m3",)  # formats of experts that transformers reads back
+# experts for transformers, which rounds their weights alone and reads integers where they are packed
+_WEIGHTS_ALONE = {"int8": "w8a16", "w4a8": "w4a16"}
 # what compressed-tensors 0.20 decompresses to BF16 whatever the model is in (compressors/nvfp4, mx_utils)
 _BF16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 _PRODUCTS = ("qk_matmul", "av_matmul")
@@ -20,11 +20,13 @@ _PRODUCTS = ("qk_matmul", "av_matmul")
 def lowered_linears(
     formats: Mapping[str, str], base: str, model: Skeleton, engine: str
 ) -> dict[str, str]:
-    """The lowered ops of a plan (op → format), all linears or experts, in the model's order.
+    """The lowered ops of a plan (op → format), all linears or experts, in the model's order; for transformers experts in
+    integers are stored as weights alone, which is what it makes of them.
 
     Raises MpqError for attention's products, ops that the model lacks or that are no nn.Linear, formats that the file has
     no scheme for, weights that two linears share, and fused layers of the engine whose parts differ.
     """
+    check_engine(engine)
     lowered = {op: f for op, f in formats.items() if f != base}
     if products := [op for op in lowered if op.rpartition(".")[2] in _PRODUCTS]:
         raise MpqError(
@@ -37,12 +39,11 @@ def lowered_linears(
             )
         if op in model.expert_ops:
             _check_experts(op, formats, engine)
-            continue
-        if op not in model.linears:
+        elif op not in model.linears:
             raise MpqError(
                 f"The model has no linear {op}, which the plan lowers: make the plan for this architecture."
             )
-        if op not in model.plain:
+        elif op not in model.plain:
             raise MpqError(
                 f"{op} computes more than a product with its weight, and cannot be lowered: pin it to base and solve again."
             )
@@ -60,16 +61,41 @@ def lowered_linears(
                 f"{op} shares its weight with {min(shared)}, so that one cannot be lowered without the other: pin both to base and solve again."
             )
     check_ties(formats, base, model, engine)
+    if engine == "transformers":
+        lowered |= {
+            o: _WEIGHTS_ALONE.get(f, f) for o, f in lowered.items() if o in model.expert_ops
+        }
+        if op := unread_experts(lowered, base, model):
+            raise MpqError(
+                f"transformers reads experts in fp8_e4m3, or all of a model in one of {', '.join(OF_EXPERTS[engine])} (of 4 bits beside base bf16), but the plan has {op} in {formats[op]}: solve again with that, or with *.experts.* pinned to base, or export it for another engine."
+            )
     return {op: lowered[op] for op in (*model.linears, *model.expert_ops) if op in lowered}
+
+
+def unread_experts(lowered: Mapping[str, str], base: str, model: Skeleton) -> str:
+    """An op of experts that transformers does not read back from its file, "" where it reads all of them.
+
+    It takes one group for all experts of a model; experts in base pass by it where it is in FP8, and are lost otherwise.
+    """
+    ops = [op for op in model.expert_ops if op in lowered]
+    alike = len({lowered.get(op, base) for op in model.expert_ops}) == 1
+    for op in ops:
+        scheme = get_scheme(lowered[op])
+        packed = stored_as(scheme) in ("pack-quantized", "mxfp4-pack-quantized")
+        multiplies = base == "bf16" or scheme.weights.scale == "fp32"
+        in_fp8 = all(lowered[o] == "fp8_e4m3" for o in ops)
+        if not (in_fp8 or (alike and packed and multiplies)):
+            return op
+    return ""
 
 
 def _check_experts(op: str, formats: Mapping[str, str], engine: str) -> None:
     """Raise MpqError for experts in a format that is none of theirs, or that differs within a layer where the engine has one."""
     name, owner = formats[op], op.rpartition(".")[0]
-    if name not in _OF_EXPERTS or (engine == "transformers" and name not in IN_TRANSFORMERS):
-        can = IN_TRANSFORMERS if engine == "transformers" else _OF_EXPERTS
+    if name not in OF_EXPERTS.get(engine, ()):
+        can = ", ".join(OF_EXPERTS.get(engine, ()))
         raise MpqError(
-            f"{op} runs in {name} in this plan, but {engine} reads experts in {' or '.join(can)} alone: solve again with that, or with *.experts.* pinned to base."
+            f"{op} runs in {name} in this plan, but mpq writes experts for {engine} in {can} alone: solve again with those, or with *.experts.* pinned to base."
         )
     others = {o: f for o, f in formats.items() if o.startswith(f"{owner}.") and f != name}
     if others and engine != "transformers":
@@ -78,10 +104,14 @@ def _check_experts(op: str, formats: Mapping[str, str], engine: str) -> None:
         )
 
 
-def check_ties(formats: Mapping[str, str], base: str, model: Skeleton, engine: str) -> None:
-    """Raise MpqError where the engine would multiply linears of different formats in one product."""
+def check_engine(engine: str) -> None:
+    """Raise MpqError for an engine that is not known."""
     if engine not in ENGINES:
         raise MpqError(f"Unknown engine {engine!r}: expected one of {', '.join(ENGINES)}.")
+
+
+def check_ties(formats: Mapping[str, str], base: str, model: Skeleton, engine: str) -> None:
+    """Raise MpqError where the engine would multiply linears of different formats in one product."""
     broken = list(split_ties(formats, model.linears, base, engine))
     if broken:
         layer, chosen = broken[0]

@@ -7,9 +7,11 @@ loaded model is made of to the answer: formats by module, and weights compared w
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,23 @@ from torch import Tensor, nn
 
 from mpq.errors import first_line
 from mpq.export.codes import tensors_of
+from mpq.export.scheme import without_experts
 from mpq.formats.format import get_format
 from mpq.formats.quantize import share_of
 from mpq.formats.scheme import get_scheme
+from mpq.models.architecture import auto_class
+from mpq.models.dense import dense_tensors
+from mpq.models.experts import ExpertProduct, dispatched, intercept_experts, products_of
+from mpq.models.graph import build_on_meta
 from mpq.models.layout import weight_files
+from mpq.running.experts import RoundedInput
 from mpq.serving.schemes import stored_as
 
 # transformers keeps scales in the base dtype: half a unit in the last place of it, relative
 PRECISION = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}
+
+
+_EXPERT = re.compile(r"[.]experts[.]\d+[.]")  # in the name of one expert's weight
 
 
 def log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -36,22 +47,45 @@ def log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), -1).cpu()
 
 
-def loaded_model(folder: Path, base: str, trust_remote_code: bool = False) -> nn.Module:
-    """The exported model as transformers loads it. Raises ValueError where a tensor is missing or has no place."""
-    from transformers import AutoModelForCausalLM
+def loaded_model(
+    folder: Path, base: str, trust_remote_code: bool = False, decode_experts: bool = False
+) -> nn.Module:
+    """The exported model as transformers loads it; with `decode_experts` those are handed to it as values, decoded by
+    compressed-tensors. Raises ValueError where a tensor is missing or has no place."""
+    from transformers import AutoConfig
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, get_format(base).dtype),
-        local_files_only=True,
-        output_loading_info=True,
-        trust_remote_code=trust_remote_code,
-    )
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    dtype = getattr(torch, get_format(base).dtype)
+    config: Any = AutoConfig.from_pretrained(folder, **how)
+    build: Any = auto_class(config)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    if decode_experts:
+        source = {"pretrained_model_name_or_path": None}
+        source["state_dict"] = dense_tensors(folder, dtype, _EXPERT.search)
+        build = type(build_on_meta(config))
+        config.quantization_config = without_experts(config.quantization_config)
+        if not config.quantization_config:
+            del config.quantization_config
+        source["config"] = config
+    loaded: Any = build.from_pretrained(**source, **how, dtype=dtype, output_loading_info=True)
     model, report = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report.get(kind):
             raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(map(str, report[kind]))[:300]}")
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def rounding_experts(model: nn.Module, formats: Mapping[str, str]) -> Iterator[None]:
+    """Within, the activations of lowered experts are rounded as engines round them: transformers leaves them as they are."""
+    products: dict[str, dict[str, ExpertProduct]] = defaultdict(dict)
+    for op, name in formats.items():
+        owner, _, product = op.rpartition(".")
+        module = model.get_submodule(owner)
+        if dispatched(module) and product in products_of(module):
+            products[owner][product] = RoundedInput(module, product, get_scheme(name))
+    with intercept_experts(model, products):
+        yield
 
 
 def differing(
@@ -127,13 +161,14 @@ def main(request: Path) -> None:
     asked = json.loads(request.read_text(encoding="utf-8"))
     answer: dict[str, Any] = {}
     try:
-        model = loaded_model(Path(asked["folder"]), asked["base"], asked["trust_remote_code"])
+        how = {name: asked[name] for name in ("trust_remote_code", "decode_experts")}
+        model = loaded_model(Path(asked["folder"]), asked["base"], **how)
         tokens = torch.from_numpy(np.load(asked["tokens"]))
         answer["differing"] = differing(
             model, Path(asked["source"]), asked["names"], asked["formats"], asked["base"]
         )
         held = None
-        with torch.inference_mode():
+        with torch.inference_mode(), rounding_experts(model, asked["formats"]):
             for at in range(0, len(tokens), asked["batch"]):
                 found = log_probabilities(model, tokens[at : at + asked["batch"]]).numpy()
                 if held is None:

@@ -61,6 +61,17 @@ def _experts_in_base(lowered: Mapping[str, str], model: Skeleton) -> Iterator[st
 # alone by one in FP8, and lost by one in INT8 (integrations/compressed_tensors.py, 5.23). This matches no module.
 _NO_EXPERTS = "re:none of the experts"
 
+
+def without_experts(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A `quantization_config` of ours whose experts are in base, empty where nothing else is lowered."""
+    groups = {}
+    for name, group in section["config_groups"].items():
+        if targets := [t for t in group["targets"] if not t.startswith("re:")]:
+            groups[name] = {**group, "targets": targets}
+    none = scheme_group("fp8_e4m3", [_NO_EXPERTS])
+    return {**section, "config_groups": {"experts": none, **groups}} if groups else {}
+
+
 # what checkpoints call the parts of the two products of an expert
 _PARTS = {"down_proj": "down_proj|w2"}
 

@@ -1,4 +1,4 @@
-"""Which models compute alike: a key of what shapes a configuration's computation."""
+"""Which class of transformers a configuration is built as, and which models compute alike."""
 
 from __future__ import annotations
 
@@ -13,3 +13,18 @@ def architecture_key(config: Any) -> str:
     """SHA-256 over what of a configuration shapes the computation."""
     shaping = {k: v for k, v in config.to_dict().items() if k not in _NAMES}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def auto_class(config: Any) -> Any:
+    """The automatic class of transformers that makes the whole model of this configuration, with a head for the next token.
+
+    Checkpoints that say they are a multimodal model (Qwen-VL, Mistral 3, Llama 4) are built as such, so that nothing of them is
+    left out; text alone runs through their language model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    known: Any = AutoModelForMultimodalLM._model_mapping
+    named = known[type(config)].__name__ if type(config) in known else ""
+    return (
+        AutoModelForMultimodalLM if named in (config.architectures or ()) else AutoModelForCausalLM
+    )

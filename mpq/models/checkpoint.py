@@ -18,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from mpq.devices import check_device
 from mpq.errors import MpqError, first_line, is_out_of_memory
 from mpq.formats.format import get_format
+from mpq.models.architecture import auto_class
+from mpq.models.dense import dense_tensors
 from mpq.models.fetching import cache_folder as cache_folder
 from mpq.models.fetching import fetch as fetch
+from mpq.models.graph import build_on_meta
 from mpq.models.hashes import content_hash
 from mpq.models.layout import read_config, weight_files
-from mpq.models.placement import Spread, cast_weights, check_accelerate, offload_folder, spread_of
+from mpq.models.placement import bytes_of, cast_weights, check_accelerate, offload_folder, spread_of
 from mpq.models.quantized import method_of, refuse_left_over, refuse_narrow, refuse_quantized
 
 log = logging.getLogger("mpq")
@@ -91,10 +93,10 @@ def _own_code(config: dict[str, Any]) -> bool:
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's transformers configuration.
+    """The checkpoint's transformers configuration, without what it says of quantized weights: they are read in base.
 
-    Raises MpqError where transformers cannot read it, where the weights that it describes are quantized already, and
-    where it needs code of the checkpoint's own that is not trusted.
+    Raises MpqError where transformers cannot read it, where the weights that it describes are quantized in a way that cannot
+    be read, and where it needs code of the checkpoint's own that is not trusted.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -106,7 +108,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
             f"{folder} needs the Python code that lies in it, which mpq does not run unless trust_remote_code is set: read that code first, or take a model that transformers knows."
         )
     try:
-        return AutoConfig.from_pretrained(
+        config: Any = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (
@@ -115,6 +117,11 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise MpqError(
             f"{folder / 'config.json'} is not a model that transformers knows ({first_line(error)})."
         ) from None
+    parts: tuple[Any, ...] = (config, getattr(config, "text_config", None))
+    for part in parts:
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def load_model(
@@ -127,22 +134,34 @@ def load_model(
     """The model in its base format, in evaluation mode, without gradients on its parameters.
 
     Where the weights do not fit the device they are spread over what else there is (placement.py), which the log says;
-    `memory` bytes may be taken beside GPUs, by default what is free. Native FP8 weights are turned back by their scales. Raises MpqError for a device that is not there, weights that are
-    quantized otherwise, and weights that cannot be read, are missing or have the wrong shape: transformers would fill
-    those with random numbers.
+    `memory` bytes may be taken beside GPUs, by default what is free. Quantized weights are read as the values that they
+    stand for (dense.py). Raises MpqError for a device that is not there, weights that are quantized in a way that cannot be
+    read, and weights that are damaged, missing or of the wrong shape: transformers would fill those with random numbers.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     check_device(device)
     files = weight_files(folder)
     config = copy.deepcopy(load_config(folder, trust_remote_code))
     dtype = getattr(torch, get_format(base).dtype)
-    if method_of(read_config(folder)):
-        config.quantization_config = {**config.quantization_config, "dequantize": True}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    build: Any = auto_class(config)
+    if method_of(read_config(folder), folder):
+        empty: Any = build_on_meta(config)
+        tensors = dense_tensors(folder)
+        for tied, of in empty.all_tied_weights_keys.items():  # those on disk are found by name
+            tensors |= {tied: tensors[of]} if of in tensors else {}
+        source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
+        build = type(empty)  # an automatic class asks for a folder
+        needed = sum(p.numel() for p in empty.parameters()) * dtype.itemsize
+        config = config if isinstance(config, build.config_class) else config.get_text_config()
     else:
         refuse_narrow(files, folder)
-    spread = _spread(files, folder, dtype, device, memory)
+        needed = bytes_of(files, dtype)
+    spread = spread_of(needed, device, memory)
+    if spread:
+        check_accelerate(spread.why)
+        log.warning("%s does not fit %s: %s.", folder.name, device, spread.why)
     options: dict[str, Any] = {
         "config": config,
         "dtype": dtype,
@@ -158,7 +177,7 @@ def load_model(
         with offload_folder() if spread else nullcontext() as offloading:
             if spread and offloading:
                 options |= {**spread.options, "offload_folder": offloading[0]}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+            loaded: Any = build.from_pretrained(**source, **options)
             if offloading:
                 offloading[1](loaded[0])
     except Exception as error:  # safetensors, json and torch each raise their own
@@ -173,21 +192,6 @@ def load_model(
         return model if spread else model.to(device)
     except (RuntimeError, MemoryError) as error:
         raise _unloadable(folder, base, config, error) from None
-
-
-def _spread(
-    files: Sequence[Path], folder: Path, dtype: torch.dtype, device: str, memory: int | None
-) -> Spread | None:
-    try:
-        spread = spread_of(files, dtype, device, memory)
-    except SafetensorError as error:
-        raise MpqError(
-            f"The weights in {folder} cannot be loaded ({first_line(error)}): the checkpoint is damaged, fetch it again."
-        ) from None
-    if spread:
-        check_accelerate(spread.why)
-        log.warning("%s does not fit %s: %s.", folder.name, device, spread.why)
-    return spread
 
 
 def _unloadable(folder: Path, base: str, config: Any, error: Exception) -> MpqError:

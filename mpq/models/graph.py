@@ -15,6 +15,7 @@ from torch import nn
 
 from mpq.errors import MpqError, first_line, is_out_of_memory
 from mpq.models import experts
+from mpq.models.architecture import auto_class
 from mpq.models.attention import dispatched
 from mpq.models.linears import holders, is_linear
 
@@ -101,13 +102,13 @@ _DRIVES_NOTHING = ("_assert", "sym_size", "sym_constrain")
 
 def build_on_meta(config: Any) -> nn.Module:
     """The model without weights, eager attention so that both products are to be seen."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModelForMaskedLM
 
     config = copy.deepcopy(config)
     masked = (
         any("MaskedLM" in a for a in config.architectures or ()) or config.model_type in _ENCODERS
     )
-    build: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    build: Any = AutoModelForMaskedLM if masked else auto_class(config)
     # a configuration of the checkpoint's own code was read with leave to run it; without, nobody is to be asked
     trusted = type(config).__module__.startswith("transformers_modules")
     with torch.device("meta"):

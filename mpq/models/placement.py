@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mpq.caches import private_folder
@@ -44,15 +44,12 @@ class Spread:
     why: str
 
 
-def spread_of(
-    files: Sequence[Path], dtype: torch.dtype, device: str, memory: int | None = None
-) -> Spread | None:
-    """How to load weights that do not fit the device; None where they do.
+def spread_of(needed: int, device: str, memory: int | None = None) -> Spread | None:
+    """How to load weights of `needed` bytes that do not fit the device; None where they do.
 
     `memory` bytes may be taken on a CPU, by default what is free. The first GPU shares with all others that torch sees,
     another one (`cuda:N`) has memory and disk behind it alone.
     """
-    needed = _bytes_of(files, dtype)
     if device == "cpu":
         room = free_memory() if memory is None else memory
         if needed <= _OF_MEMORY * room:
@@ -168,13 +165,16 @@ def _hooks(module: nn.Module) -> Sequence[Any]:
     return () if hook is None else getattr(hook, "hooks", (hook,))
 
 
-def _bytes_of(files: Sequence[Path], dtype: torch.dtype) -> int:
-    """Bytes that the files' tensors take in `dtype`; none is read."""
+def bytes_of(files: Sequence[Path], dtype: torch.dtype) -> int:
+    """Bytes that the files' tensors take in `dtype`; none is read. Of damaged files 0: loading says what is wrong with them."""
     elements = 0
-    for file in files:
-        with safe_open(str(file), framework="pt") as tensors:
-            shapes = (tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
-            elements += sum(torch.Size(shape).numel() for shape in shapes)
+    try:
+        for file in files:
+            with safe_open(str(file), framework="pt") as tensors:
+                shapes = (tensors.get_slice(k).get_shape() for k in tensors.keys())  # noqa: SIM118
+                elements += sum(torch.Size(shape).numel() for shape in shapes)
+    except SafetensorError:
+        return 0
     return elements * dtype.itemsize
 
 

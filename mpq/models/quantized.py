@@ -23,7 +23,13 @@ _NAMES = {
     "mxfp4": "MXFP4",
     "torchao": "torchao",
 }
-READABLE = ("fp8",)  # what is turned back into the base format while it is loaded
+# what is read as the values that its codes and scales stand for (dense.py)
+READABLE = (
+    *("fp8", "mxfp8", "fbgemm_fp8", "modelopt", "mxfp4", "compressed-tensors", "gptq", "awq"),
+)
+_WHAT_TO_DO = {
+    "bitsandbytes": "load it in transformers with bitsandbytes, and save it after model.dequantize()",
+}
 # scales, zero points and packed weights under the names that quantizers give them
 _OF_QUANTIZERS = re.compile(
     r"(^|[._])((weight|input|output|activation|[qkv]|proj)_scale(_inv|_2)?|scales|scale_inv|qweight|qzeros"
@@ -32,56 +38,72 @@ _OF_QUANTIZERS = re.compile(
 _WIDE = ("F64", "F32", "F16", "BF16")
 
 
-def method_of(config: Mapping[str, Any], folder: Path | None = None) -> str:
-    """How a checkpoint says that its weights are quantized (`gptq`, `fp8`, ...), "" where it does not.
+def section_of(config: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """What a checkpoint says about how its weights are quantized, empty where it does not.
 
     `config` is the content of config.json; ModelOpt writes hf_quant_config.json beside it, MLX the key `quantization`.
     """
     for part in (config, config.get("text_config")):
         said = part.get("quantization_config") if isinstance(part, dict) else None
         if isinstance(said, dict) and said:
-            return str(said.get("quant_method") or said.get("quant_algo") or "unnamed").lower()
+            return said
     if isinstance(config.get("quantization"), dict):
-        return "mlx"
+        return {"quant_method": "mlx", **config["quantization"]}
     if folder and (folder / "hf_quant_config.json").is_file():
         try:
             beside = json.loads((folder / "hf_quant_config.json").read_text(encoding="utf-8-sig"))
-            named = beside["quantization"]["quant_algo"]
+            said = dict(beside["quantization"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            named = "unnamed"  # what else is the file there for
-        return "modelopt" if named else ""
-    return ""
+            return {"quant_method": "unnamed"}  # what else is the file there for
+        return {"quant_method": "modelopt", **said} if said.get("quant_algo") else {}
+    return {}
+
+
+def method_of(config: Mapping[str, Any], folder: Path | None = None) -> str:
+    """How a checkpoint's weights are quantized (`gptq`, `fp8`, ...), "" where it does not say that they are."""
+    said = section_of(config, folder)
+    if not said:
+        return ""
+    method = str(said.get("quant_method") or ("modelopt" if "quant_algo" in said else "unnamed"))
+    return "modelopt" if method.startswith("modelopt") else method.lower()
 
 
 def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise MpqError, saying by what, where the weights are quantized in a way that cannot be turned back here."""
+    """Raise MpqError, saying by what, where the weights are quantized in a way that cannot be read here."""
     method = method_of(config, folder)
     if method and method not in READABLE:
-        raise already_quantized(folder, f"by {_NAMES.get(method, method)}")
+        raise already_quantized(
+            folder, f"by {_NAMES.get(method, method)}", _WHAT_TO_DO.get(method, "")
+        )
 
 
-def already_quantized(folder: Path, how: str) -> MpqError:
-    """The sentence about a checkpoint that is quantized already."""
+def already_quantized(folder: Path, how: str, what_to_do: str = "") -> MpqError:
+    """The sentence about a checkpoint that is quantized in a way that cannot be read."""
+    what_to_do = what_to_do or "give the checkpoint that it was made from"
     return MpqError(
-        f"The weights in {folder} are quantized already, {how}: mpq chooses formats for a model in fp32, bf16 or fp16; give the checkpoint that it was made from."
+        f"The weights in {folder} are quantized already, {how}, which mpq cannot turn back into fp32, bf16 or fp16: {what_to_do}."
     )
+
+
+def is_narrow(part: Any) -> bool:
+    """Whether safetensors' slice of a tensor is a matrix of 8 bits or fewer, or of packed ones.
+
+    Masks that old checkpoints keep in bytes are called `bias`.
+    """
+    return part.get_dtype() not in (*_WIDE, "I64", "BOOL") and len(part.get_shape()) > 1
 
 
 def refuse_narrow(files: Iterable[Path], folder: Path) -> None:
     """Raise MpqError for weights of 8 bits or fewer in the files of a checkpoint that names no quantization.
 
-    Loaded as they are, without their scales, they would be another model's. Masks that old checkpoints keep in bytes are
-    called `bias`.
+    Loaded as they are, without their scales, they would be another model's.
     """
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (no mapping)
                     part = tensors.get_slice(key)
-                    if (
-                        part.get_dtype() not in (*_WIDE, "I64", "BOOL")
-                        and len(part.get_shape()) > 1
-                    ):
+                    if is_narrow(part):
                         raise already_quantized(folder, f"{key} is stored as {part.get_dtype()}")
         except MpqError:
             raise

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpq.errors import MpqError
+from mpq.serving.schemes import OF_EXPERTS
 
 if TYPE_CHECKING:
     from mpq.kernels import Kind
@@ -45,6 +46,7 @@ class Engine:
 
 _FUSED = "multiplies them in one product (vLLM 0.32 run: q, v in INT8 and k in FP8 answers wrongly)"
 _HEAD = "its quantized layers are linears of the blocks; the head is listed in `ignore`"
+_LATENT = "multiplies them in one product (vLLM, deepseek_v2.py: fused_qkv_a_proj)"
 _EXPERTS = "one scheme for all experts of a layer"
 _ATTENTION = "has no scheme for one product of attention: FP8 there comes with the KV cache"
 _HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out")
@@ -62,13 +64,14 @@ def _fusing(engine: str, source: str = _FUSED) -> tuple[Rule, ...]:
     return (
         tie("q k v", "*.q_proj", "*.k_proj", "*.v_proj"),
         tie("gate up", "*.gate_proj", "*.up_proj"),
+        tie("q_a kv_a", "*.q_a_proj", "*.kv_a_proj_with_mqa", why=_LATENT),
         tie("experts", "*.experts.*", why=_EXPERTS),
         Rule(
-            f"{engine}: experts in base, int8 or fp8_e4m3",
+            f"{engine}: experts in base or what is written of them",
             ("*",),
-            ("base", "int8", "fp8_e4m3"),
+            ("base", *OF_EXPERTS.get(engine, OF_EXPERTS["sglang"])),
             ("experts",),
-            "mpq export writes experts in these alone",
+            "mpq export writes experts in these alone (mpq/serving/schemes.py)",
         ),
         base("the head", *_HEADS, kinds=("linear",), why=_HEAD),
         base("attention's products", "*", kinds=("bgemm",), why=_ATTENTION),
@@ -126,7 +129,8 @@ ENGINES: dict[str, Engine] = {
                     ("*",),
                     ("base", "fp8_e4m3"),
                     ("experts",),
-                    "transformers 5.23, integrations/compressed_tensors.py: 8-bit experts are read as FP8",
+                    "transformers 5.23, integrations/compressed_tensors.py: one group for all experts of a model, and "
+                    "experts in base pass by it where it is FP8 alone",
                 ),
             ),
             _COMPRESSED,

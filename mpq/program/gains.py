@@ -23,8 +23,10 @@ from mpq.program.memory import STORED, bytes_of
 from mpq.program.rows import Row, solve_within
 from mpq.program.solver import Solution, SolverName, solve
 from mpq.store.tables import table
+from mpq.timing.answer import answers
 
 log = logging.getLogger("mpq")
+_PARTS = ("ttft_gain", "tpot_gain")
 JOINED = 200_000  # configurations of groups that a tie joins
 # what people are told of a column that is bounded: its name and unit
 NAMES = {"loss_mse": ("loss MSE", "nats²"), "kl": ("KL", "nats per token")}
@@ -45,19 +47,22 @@ def gains_et(
     `cautious` (the lower end where the interval includes zero), or `pooled` (what all of its
     signature's configurations say of it: design.complete). A configuration measured twice counts
     as it was the last time, unless pooled. What `allowed` rules out is left out, and groups that a
-    tie joins are one, whose gain and loss add. Raises MpqError where that leaves a group nothing.
+    tie joins are one, whose gain and loss add. Of times of whole answers the columns `ttft_gain` and
+    `tpot_gain` (s) say what the first token gains, and each one after it. Raises MpqError where that leaves a group nothing.
     """
     costs = Costs(sensitivity, noise_model, base)
     if bound == "pooled" and "pooled_gain_s" not in timing.columns:
         raise MpqError(
             "The timing table has no pooled gains: expected what design.complete makes of it, or another bound."
         )
-    measured: dict[str, dict[tuple[str, ...], float]] = {}
+    measured: dict[str, dict[tuple[str, ...], tuple[float, ...]]] = {}
+    parts_of, more = (_parts, _PARTS) if answers(timing) else (lambda *_: (), ())
     for row in timing.iter_rows(named=True):
         unsure = row["gain_ci_low_s"] <= 0 <= row["gain_ci_high_s"]
         lower = bound == "lower" or (bound == "cautious" and unsure)
         counts = "pooled_gain_s" if bound == "pooled" else "gain_ci_low_s" if lower else "gain_s"
-        measured.setdefault(row["signature"], {})[tuple(row["configuration"])] = row[counts]
+        gained = (row[counts], *parts_of(row, bound))
+        measured.setdefault(row["signature"], {})[tuple(row["configuration"])] = gained
     parts: list[_Part] = []
     for group in _groups(groups):
         of_signature = measured.get(group["signature"])
@@ -70,8 +75,9 @@ def gains_et(
             formats: (
                 0.0 if set(formats) == {base} else gain,
                 *costs.of(group["op"], formats),
+                *(0.0 if set(formats) == {base} else part for part in of_parts),
             )
-            for formats, gain in of_signature.items()
+            for formats, (gain, *of_parts) in of_signature.items()
             if options is None or formats in options
         }
         if not rows:
@@ -80,7 +86,15 @@ def gains_et(
                 "that the constraints allow: time that signature with them."
             )
         parts.append(_Part(group["group"], tuple(group["op"]), rows))
-    return _table("et", _joined(parts, allowed) if allowed else parts)
+    return _table("et", _joined(parts, allowed) if allowed else parts, more)
+
+
+def _parts(row: Mapping[str, Any], bound: str) -> tuple[float, float]:
+    """What a configuration gains of the time to the first token, and of each after it (s), as measured or pooled."""
+    if bound != "pooled":
+        return row["ttft_gain_s"], row["tpot_gain_s"]
+    tokens = row["pooled_tpot_gain_s"]
+    return row["pooled_gain_s"] - (row["output"] - 1) * tokens, tokens
 
 
 @dataclass(frozen=True)
@@ -211,8 +225,9 @@ def _groups(groups: pl.DataFrame) -> list[dict[str, Any]]:
     )
 
 
-def _table(objective: str, parts: Sequence[_Part]) -> pl.DataFrame:
-    """The gains table, and a column more: `ops`, which a configuration gives formats to, in its order.
+def _table(objective: str, parts: Sequence[_Part], more: Sequence[str] = ()) -> pl.DataFrame:
+    """The gains table, and a column more: `ops`, which a configuration gives formats to, in its order; and those that `more`
+    names, of what rows hold behind gain and costs.
 
     Configurations in which an op overflows are left out with a warning. Raises MpqError where that leaves ops none.
     """
@@ -228,6 +243,10 @@ def _table(objective: str, parts: Sequence[_Part]) -> pl.DataFrame:
             )
         rows += [(part, formats, worth) for formats, worth in finite.items()]
     ops = pl.Series("ops", [part.ops for part, *_ in rows], dtype=pl.List(pl.String))
+    behind = [
+        pl.Series(name, [worth[i] for *_, worth in rows], dtype=pl.Float64)
+        for i, name in enumerate(more, 1 + len(COSTS))
+    ]
     return table(
         "gains",
         [
@@ -235,11 +254,11 @@ def _table(objective: str, parts: Sequence[_Part]) -> pl.DataFrame:
                 "objective": objective,
                 "group": part.group,
                 "configuration": list(formats),
-                **dict(zip(("gain", *COSTS), worth, strict=True)),
+                **dict(zip(("gain", *COSTS, *more), worth, strict=True)),
             }
             for part, formats, worth in rows
         ],
-    ).with_columns(ops)
+    ).with_columns(ops, *behind)
 
 
 def solve_table(

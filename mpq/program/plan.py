@@ -31,7 +31,8 @@ class Plan:
     the plan breaks its bounds, by what was measured, else by what was predicted, within their
     errors, and `checked_kl` what the plan's KL was when measured before it was delivered.
     `tau` is κ / √E[g²] where KL alone is bounded, by κ. Times are in seconds,
-    `predicted_gain` in the objective's unit (et: s, tt: BF16 MACs, m: bytes).
+    `predicted_gain` in the objective's unit (et: s, tt: BF16 MACs, m: bytes). With more than one `output` token et gains the time
+    of the whole answer, TTFT and (output - 1) × the time per output token, `predicted_tpot_s` of `base_tpot_s` (timing/answer.py).
     `weight_bytes` are those of the linears, scales counted, `effective_bits` the mean of a weight;
     `engine` is what shall serve the plan. `predicted_gain_error` is half its 95 % interval, None where that is unknown. `provenance`
     holds content keys of the tables that led here, and versions of the software that made it.
@@ -50,6 +51,9 @@ class Plan:
     base_ttft_s: float | None = None
     predicted_ttft_s: float | None = None
     predicted_gain_error: float | None = None
+    output: int = 1
+    base_tpot_s: float | None = None
+    predicted_tpot_s: float | None = None
     effective_bits: float | None = None
     weight_bytes: float | None = None
     engine: str = "none"

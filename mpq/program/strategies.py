@@ -23,6 +23,7 @@ from mpq.program.gains import NAMES, least_cost, solve_table
 from mpq.program.memory import effective_bits, weight_bytes
 from mpq.program.plan import LEAST_LOSS, Plan, has_tau
 from mpq.program.solver import Solution, SolverName, no_plan
+from mpq.timing.answer import Further
 from mpq.timing.design import half_widths, members, neighbours
 from mpq.timing.plausible import implausible
 
@@ -48,6 +49,7 @@ def choose(
     solver: SolverName = "auto",
     base_ttft_s: float | None = None,
     interaction: float = 0.0,
+    further: Further | None = None,
     bounds: BoundsSpec | None = None,
     engine: EngineName = "none",
     robust: float | None = None,
@@ -58,7 +60,8 @@ def choose(
 
     Random and Prefix walk over the ops. Each op takes the format that is fastest in theory and
     still fits the bounds; they stop at the first op that fits in none. `interaction` (s)
-    corrects the predicted TTFT for lowered neighbours (design.interaction). The program's plan
+    corrects the predicted TTFT for lowered neighbours (design.interaction); where whole answers were timed, their time, and
+    `further` tells of the tokens after the first. The program's plan
     keeps `bounds` too; of the others' plans the row notes which they miss. `scale` is what
     measured plans say of the predicted KL; with `robust` the bound is kept at that probability
     (certainty.held_at). Raises MpqError for a
@@ -71,13 +74,22 @@ def choose(
     gains = scaled(gains, scale)
     held = held_at(gains, robust, budgets) if robust else gains
     program = _Program(
-        objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
+        objective,
+        groups,
+        gains,
+        mean_square_loss,
+        base,
+        base_ttft_s,
+        interaction,
+        bounds,
+        engine,
+        further,
     )
     if strategy in ("random", "prefix"):
         chosen = _walk(strategy, _options(held), base, budgets, seed)
         return program.plan(strategy, tau, budgets, chosen, seed, scale=scale)
-    further = bound_rows(gains, groups, bounds, base) if bounds else []
-    rows, solution = solve_table(held, budgets, solver, further)
+    bounding = bound_rows(gains, groups, bounds, base) if bounds else []
+    rows, solution = solve_table(held, budgets, solver, bounding)
     return program.plan(strategy, tau, budgets, _chosen(rows), seed, _facts(solution), scale)
 
 
@@ -91,13 +103,14 @@ def plan_of(
     mean_square_loss: float,
     base: str,
     base_ttft_s: float | None = None,
+    further: Further | None = None,
     engine: EngineName = "none",
     scale: Scale = Scale(),
 ) -> Plan:
     """The plan of chosen rows of a gains table, one of each group, its KL under `scale` already; `budgets` is what bounds it
     (by column, loss_mse or kl)."""
     program = _Program(
-        objective, groups, gains, mean_square_loss, base, base_ttft_s, 0.0, None, engine
+        objective, groups, gains, mean_square_loss, base, base_ttft_s, 0.0, None, engine, further
     )
     chosen = _chosen(gains[list(rows)])
     if "loss_mse" in budgets:
@@ -143,6 +156,7 @@ def least_loss_plan(
     solver: SolverName = "auto",
     base_ttft_s: float | None = None,
     interaction: float = 0.0,
+    further: Further | None = None,
     bounds: BoundsSpec | None = None,
     engine: EngineName = "none",
     scale: Scale = Scale(),
@@ -156,11 +170,20 @@ def least_loss_plan(
     """
     gains = scaled(gains, scale)
     program = _Program(
-        objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
+        objective,
+        groups,
+        gains,
+        mean_square_loss,
+        base,
+        base_ttft_s,
+        interaction,
+        bounds,
+        engine,
+        further,
     )
-    further = target_rows(gains, groups, target, base, base_ttft_s)
-    further += bound_rows(gains, groups, bounds, base) if bounds else []
-    rows, solution = least_cost(gains, further, solver)
+    bounding = target_rows(gains, groups, target, base, base_ttft_s)
+    bounding += bound_rows(gains, groups, bounds, base) if bounds else []
+    rows, solution = least_cost(gains, bounding, solver)
     chosen = _chosen(rows)
     loss = program.sure(chosen, "loss_mse")
     tau = math.sqrt(max(0.0, loss) / mean_square_loss)
@@ -185,6 +208,7 @@ def uniform_plans(
     base: str,
     base_ttft_s: float | None = None,
     interaction: float = 0.0,
+    further: Further | None = None,
     bounds: BoundsSpec | None = None,
     engine: EngineName = "none",
     scale: Scale = Scale(),
@@ -198,7 +222,16 @@ def uniform_plans(
     """
     gains = scaled(gains, scale)
     program = _Program(
-        objective, groups, gains, mean_square_loss, base, base_ttft_s, interaction, bounds, engine
+        objective,
+        groups,
+        gains,
+        mean_square_loss,
+        base,
+        base_ttft_s,
+        interaction,
+        bounds,
+        engine,
+        further,
     )
     head = _head(groups)
     formats = sorted({f for of in program.options.values() for c in of for f in c} - {base})
@@ -237,7 +270,9 @@ class _Program:
         interaction: float,
         bounds: BoundsSpec | None,
         engine: EngineName,
+        further: Further | None,
     ):
+        self.further = further
         self.bounds, self.engine = bounds, engine
         self.objective, self.groups, self.base = objective, groups, base
         self.mean_square_loss, self.base_ttft_s = mean_square_loss, base_ttft_s
@@ -266,6 +301,21 @@ class _Program:
             for group, options in self.options.items()
         }
 
+    def times(
+        self, chosen: Chosen, gain: float, formats: Mapping[str, str]
+    ) -> tuple[float | None, float | None]:
+        """The predicted TTFT and, where whole answers are gained, the time per output token (s); None of what was not timed."""
+        if self.objective != "et" or self.base_ttft_s is None:
+            return None, None
+        near, after = neighbours(self.groups, formats, self.base), self.further
+        if after is None:
+            return self.base_ttft_s - gain - self.interaction * near, None
+        first = self.interaction - after.tokens * after.interaction_s
+        return (
+            self.base_ttft_s - self.sure(chosen, "ttft_gain") - first * near,
+            after.base_tpot_s - self.sure(chosen, "tpot_gain") - after.interaction_s * near,
+        )
+
     def plan(
         self,
         strategy: str,
@@ -282,12 +332,10 @@ class _Program:
             for group, configuration in chosen.items()
             for op, f in zip(self.members[group], configuration, strict=True)
         }
-        gain, ttft = self.sure(chosen, "gain"), None
+        gain = self.sure(chosen, "gain")
+        ttft, tpot = self.times(chosen, gain, formats)
         costs = {c: (self.total(chosen, c), self.total(chosen, e)) for c, e in ERRORS.items()}
         kl, loss_error, kl_error = costs["kl"][0], *(e and HALF * e for _, e in costs.values())
-        if self.objective == "et" and self.base_ttft_s is not None:
-            helped = self.interaction * neighbours(self.groups, formats, self.base)
-            ttft = self.base_ttft_s - gain - helped
         doubt = implausible(ttft, self.base_ttft_s, formats.values(), self.base)
         over = missed(self.groups, formats, self.bounds, self.base) if self.bounds else []
         misses = f"Misses {', '.join(over)}." if over else ""
@@ -305,6 +353,9 @@ class _Program:
             seed=seed,
             base_ttft_s=self.base_ttft_s,
             predicted_ttft_s=ttft,
+            output=self.further.output if self.further else 1,
+            base_tpot_s=self.further.base_tpot_s if self.further else None,
+            predicted_tpot_s=tpot,
             effective_bits=effective_bits(self.groups, formats, self.base),
             weight_bytes=weight_bytes(self.groups, formats, self.base),
             engine=self.engine,
@@ -318,6 +369,7 @@ class _Program:
             risk=risk(costs, budgets) if has_tau(strategy) else None,
         )
         of_plan = (
+            *(("output", "base_tpot_s", "predicted_tpot_s") if self.further else ()),
             "strategy",
             "objective",
             "tau",

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpq.report.accuracy import AVERAGE, name_of_task, tasks_of
-from mpq.report.results import OBJECTIVES
+from mpq.report.results import OBJECTIVES, name_of_time
 from mpq.report.style import INK, SMALL, dress, in_order, legend, legend_name, look, new_figure
 
 
@@ -21,12 +21,12 @@ def no_x(results: pl.DataFrame, objective: str) -> str:
 
 
 def with_x(results: pl.DataFrame, objective: str) -> pl.DataFrame:
-    """The objective's results with `x`: TTFT (ms), measured if any was, else predicted; MAC time
+    """The objective's results with `x`: TTFT, or the time of whole answers (ms), measured if any was, else predicted; MAC time
     gained (billion BF16 MACs); memory of the linears' weights (MB)."""
     of = results.filter(pl.col("objective") == objective)
-    timed = of["carried_ttft_s"].is_not_null().any()
+    timed = of["carried_time_s"].is_not_null().any()
     x = {
-        "et": pl.col("carried_ttft_s" if timed else "predicted_ttft_s"),
+        "et": pl.col("carried_time_s" if timed else "predicted_time_s"),
         "tt": pl.col("predicted_gain"),
         "m": pl.col("base_weight_bytes") - pl.col("predicted_gain"),
     }[objective]
@@ -66,7 +66,7 @@ def _x_label(results: pl.DataFrame, objective: str) -> str:
     if objective == "m":
         return "Memory of linear weights (MB)"
     of = results.filter(pl.col("objective") == "et")
-    return f"TTFT, {'measured' if of['measured_ttft_s'].is_not_null().any() else 'predicted'} (ms)"
+    return f"{name_of_time(of)}, {'measured' if of['measured_ttft_s'].is_not_null().any() else 'predicted'} (ms)"
 
 
 def _draw_accuracy(axes: Axes, scores: pl.DataFrame, results: pl.DataFrame, objective: str) -> None:

@@ -31,7 +31,7 @@ class Outline:
     """What people ask of a plan: how fast, how large, how much worse. None where not measured.
 
     Times in seconds as they were measured, `gain_half_s` half the 95 % interval of the time
-    saved; `weight_bytes` of the linears; `perplexity_change` relative to base's; `kl` (nats per
+    saved; of answers of `output` tokens the times of each after the first, `tpot_s`, and of all, `base_time_s`; `weight_bytes` of the linears; `perplexity_change` relative to base's; `kl` (nats per
     token) as measured, else as predicted; `within` says whether what was measured stays in the
     plan's bounds.
     """
@@ -50,6 +50,10 @@ class Outline:
     perplexity_change: float | None
     kl: float | None
     within: bool | None
+    output: int | None = None
+    tpot_s: float | None = None
+    base_tpot_s: float | None = None
+    base_time_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,8 @@ def outline(row: Row, loosest: Mapping[str, float] = NONE) -> Outline:
     seed = row.get("plan_seed") or 0
     low, high = row["measured_gain_low_s"], row["measured_gain_high_s"]
     measured, beside = row["measured_ttft_s"], row["base_ttft_s"]
-    difference = None if measured is None or beside is None else beside - measured
+    times = row["measured_time_s"], row["base_time_s"]
+    difference = None if None in times else times[1] - times[0]
     gain = row["measured_gain_s"]
     known = row["perplexity"] is not None and row["base_perplexity"]
     return Outline(
@@ -142,6 +147,10 @@ def outline(row: Row, loosest: Mapping[str, float] = NONE) -> Outline:
         perplexity_change=row["perplexity"] / row["base_perplexity"] - 1 if known else None,
         kl=row["predicted_kl"] if row["measured_kl"] is None else row["measured_kl"],
         within=_within(row, loosest) if _is_measured(row) else None,
+        output=row["output"],
+        tpot_s=row["measured_tpot_s"],
+        base_tpot_s=None if measured is None else row["base_tpot_s"],
+        base_time_s=None if measured is None else row["base_time_s"],
     )
 
 
@@ -158,7 +167,8 @@ def in_words(best: Best | None) -> str:
 def _parts(best: Best) -> list[str]:
     of, parts = best.outline, []
     if of.ttft_s is not None:
-        parts.append(f"{milliseconds(of.ttft_s)} ms to the first token, {saved(of)}")
+        after = "" if of.tpot_s is None else f", {milliseconds(of.tpot_s)} to each after it"
+        parts.append(f"{milliseconds(of.ttft_s)} ms to the first token{after}, {saved(of)}")
     elif of.objective == "et":
         parts.append(f"{milliseconds(best.gain.value)} ms saved by prediction, not measured")
     elif of.objective == "tt":
@@ -176,11 +186,12 @@ def _parts(best: Best) -> list[str]:
 
 
 def saved(of: Outline) -> str:
-    """`8.1 ± 0.9 ms less than base's 46`, of a plan that was timed."""
+    """`8.1 ± 0.9 ms less than base's 46`, of a plan that was timed; `… base's 460 for 128 tokens`."""
     gain, half = of.gain_s or 0.0, of.gain_half_s
     by = plus_minus(abs(gain) * 1e3, None if half is None else half * 1e3)
     than = "less" if gain >= 0 else "more"
-    return f"{by} ms {than} than base's {milliseconds(of.base_ttft_s)}"
+    whole = "" if of.tpot_s is None else f" for {of.output} tokens"
+    return f"{by} ms {than} than base's {milliseconds(of.base_time_s)}{whole}"
 
 
 def divergence(kl: float) -> str:

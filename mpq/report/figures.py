@@ -22,6 +22,7 @@ from mpq.report.results import (
     STRATEGIES,
     Tables,
     bound_of,
+    name_of_time,
     plan_results,
     results_table,
     sentence,
@@ -48,8 +49,8 @@ def frontier(results: pl.DataFrame, objective: str = "et") -> Figure:
 
     The cost is KL (nats a token) where that bounds plans, else the loss MSE (nats²).
 
-    `et`: against the measured TTFT in ms, at the speed that the machine had while configurations
-    were timed (drift.py; predicted where no plan was timed), the base TTFT as a line. Others:
+    `et`: against the measured time (TTFT, or that of whole answers) in ms, at the speed that the machine had while configurations
+    were timed (drift.py; predicted where no plan was timed), base's as a line. Others:
     against the predicted gain. `results` is `results_table`'s.
     """
     figure, (axes,) = new_figure(4.8, 3.7)
@@ -61,7 +62,7 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
     rows = results.filter((pl.col("objective") == objective) & (pl.col("measured_loss_mse") > 0))
     unit = OBJECTIVES[objective]
     timed = rows["measured_ttft_s"].is_not_null().any()
-    time = "carried_ttft_s" if timed else "predicted_ttft_s"
+    time = "carried_time_s" if timed else "predicted_time_s"
     x = pl.col(time if objective == "et" else "predicted_gain") * unit.scale
     rows = rows.with_columns(x=x).drop_nulls("x").sort("tau")
     cost, label = _cost(rows)
@@ -72,7 +73,7 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
         axes.plot(of["x"], of["y"], **look(strategy), label=legend_name(strategy))
         if strategy.startswith("ip_") or (not with_program and strategy in STRATEGIES):
             _mark_ends(axes, of, objective)
-    base = rows.select(pl.coalesce("solved_base_ttft_s", "base_ttft_s")).to_series().drop_nulls()
+    base = rows.select(pl.coalesce("solved_base_time_s", "base_time_s")).to_series().drop_nulls()
     if objective == "et" and base.len():
         axes.axvline(
             float(base.median() or 0) * unit.scale,  # type: ignore[arg-type]
@@ -81,7 +82,7 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
             linestyle=(0, (1, 2)),
             label="base model",
         )
-    what = f"TTFT, {'measured' if timed else 'predicted'} (ms)"
+    what = f"{name_of_time(rows)}, {'measured' if timed else 'predicted'} (ms)"
     saved = f"{sentence(unit.saved)}, predicted ({unit.unit})"
     axes.set_xlabel(what if objective == "et" else saved)
     axes.set_ylabel(label)

@@ -15,7 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mpq.report import sheets
 from mpq.report.best import in_words, percent, saved
+from mpq.report.calibration import calibration_of, in_sentences
+from mpq.report.calibration import sheet as sheet_of_calibration
 from mpq.report.findings import find
+from mpq.report.prices import prices
 from mpq.report.results import Tables, base_of, milliseconds, table_of
 from mpq.report.sheets import Sheet
 from mpq.report.summary import summarize
@@ -62,18 +65,26 @@ def write_report(
         "expm1": math.expm1,
         "saved": saved,
     }
-    summary, found = summarize(tables), find(tables)
+    summary, found, base = summarize(tables), find(tables), base_of(tables, facts)
+    calibration = calibration_of(tables, base)
+    enough, too_few = in_sentences(calibration)
     return pages.get_template("report.html.j2").render(
         title=title,
         facts=facts,
         missing=[name for name in REPORTED if table_of(tables, name).is_empty()],
         best=summary.best,
         answer=in_words(summary.best),
-        sentences=[*summary.sentences, *found.sentences],
-        warnings=[*summary.warnings, *found.warnings],
-        figures=report_figures(tables, base_of(tables, facts)),
+        sentences=[*summary.sentences, *found.sentences, *enough],
+        warnings=[*summary.warnings, *found.warnings, *too_few],
+        figures=report_figures(tables, base),
         choice=sheets.choice(tables, summary),
-        numbers=[sheets.standings(summary), sheets.additivity(found), sheets.comparisons(found)],
+        numbers=[
+            sheets.standings(summary),
+            prices(tables),
+            sheets.additivity(found),
+            sheets.comparisons(found),
+            sheet_of_calibration(calibration),
+        ],
         accuracy=sheets.accuracy(tables),
         results=sheets.results(tables),
         groups=sheets.groups(tables),

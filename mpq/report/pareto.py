@@ -16,9 +16,10 @@ from mpq.program.frontier import Point, frontier
 from mpq.program.gains import NAMES, cost_known
 from mpq.program.plan import Plan
 from mpq.program.strategies import plan_of
-from mpq.report.results import OBJECTIVES, Tables, sentence
+from mpq.report.results import OBJECTIVES, Tables, scale_of, sentence
 from mpq.report.style import BLUE, INK, legend, log_axis, new_figure
 from mpq.spec import BoundsSpec
+from mpq.timing.answer import Further
 from mpq.timing.design import members
 
 Cost = Literal["kl", "loss_mse"]
@@ -64,7 +65,7 @@ def pareto_of(
     if cost == "kl" and known != "kl":
         raise MpqError("The run's gains have no KL: run its spec again, or ask for loss_mse.")
     column: Cost = cost or ("kl" if known == "kl" else "loss_mse")
-    scale = _scale(tables, chosen)
+    scale = scale_of(tables, chosen)
     gains = scaled(gains, scale)
     further = bound_rows(gains, tables["groups"], bounds, base) if bounds else []
     found = frontier(
@@ -75,16 +76,6 @@ def pareto_of(
         further,
     )
     return Pareto(chosen, column, base, tables["groups"], gains, found, scale)
-
-
-def _scale(tables: Tables, objective: str) -> Scale:
-    """What all measured plans said of the predicted KL: the least of the scales, since plans over their bound got larger ones."""
-    solutions = tables.get("solutions", pl.DataFrame())
-    if "kl_scale" not in solutions.columns:
-        return Scale()
-    own = solutions.filter(objective=objective, strategy=f"ip_{objective}")["kl_scale"]
-    least = own.drop_nulls().min()
-    return Scale() if least is None else Scale(float(least))  # type: ignore[arg-type]
 
 
 def table_of_points(pareto: Pareto) -> pl.DataFrame:
@@ -146,6 +137,7 @@ def plan_at(pareto: Pareto, number: int, mean_square_loss: float, like: Plan | N
         mean_square_loss=mean_square_loss,
         base=pareto.base,
         base_ttft_s=like.base_ttft_s if like else None,
+        further=Further(like.output, like.base_tpot_s) if like and like.base_tpot_s else None,
         engine=like.engine if like else "none",  # type: ignore[arg-type]
         scale=pareto.scale,
     )

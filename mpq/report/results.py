@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from mpq.formats.scheme import SCHEMES
+from mpq.program.anchors import Scale
 from mpq.program.memory import bytes_of
 from mpq.store.tables import SCHEMAS, validate
 from mpq.timing.drift import carried
@@ -53,12 +54,18 @@ _FURTHER = (
     "risk",
     "measured_kl",
     "measured_kl_std",
+    "output",
+    "predicted_tpot_s",
+    "measured_tpot_s",
+    "base_tpot_s",
+    "solved_base_tpot_s",
 )
 # of the evaluation table: metric, its column here, the column of its base value
 _METRICS = (
     ("loss_mse", "measured_loss_mse", "mean_square_loss"),
     ("kl", "measured_kl", None),
     ("ttft_s", "measured_ttft_s", "base_ttft_s"),
+    ("tpot_s", "measured_tpot_s", "base_tpot_s"),
     ("perplexity", "perplexity", "base_perplexity"),
     ("gain_s", "measured_gain_s", None),
     ("gain_ci_low_s", "measured_gain_low_s", None),
@@ -108,7 +115,10 @@ def results_table(tables: Tables) -> pl.DataFrame:
     - `weight_bytes` of the linears' weights, and `base_weight_bytes`;
     - `base_ttft_s` was measured beside the plan, `solved_base_ttft_s` while configurations were
       timed. `carried_ttft_s`, `carried_gain_s`, `carried_gain_low_s` and `carried_gain_high_s` are
-      what was measured, scaled to the machine's speed at that time (drift.py).
+      what was measured, scaled to the machine's speed at that time (drift.py);
+    - of answers of `output` tokens the times per token after the first, `…_tpot_s`; and of all the
+      time to gain, TTFT or that of the whole answer: `predicted_time_s`, `measured_time_s`,
+      `base_time_s`, `solved_base_time_s`, `carried_time_s`.
 
     What was not predicted or not measured is null.
     """
@@ -124,8 +134,12 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
     solutions = table_of(tables, "solutions").rename(
         {"seed": "plan_seed", "base_ttft_s": "solved_base_ttft_s"}
     )
-    if "predicted_gain_error" not in solutions.columns:  # a run of an earlier version
-        solutions = solutions.with_columns(predicted_gain_error=pl.lit(None, pl.Float64))
+    solutions = solutions.rename({"base_tpot_s": "solved_base_tpot_s"}, strict=False)
+    # a run of an earlier version, or of answers of one token
+    absent = ("predicted_gain_error", "predicted_tpot_s", "solved_base_tpot_s", "output")
+    solutions = solutions.with_columns(
+        pl.lit(None, pl.Float64).alias(c) for c in absent if c not in solutions.columns
+    )
     numbers = (
         "predicted_loss_mse",
         "predicted_ttft_s",
@@ -141,6 +155,9 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
         "checked_kl",
         "predicted_loss_mse_error",
         "risk",
+        "predicted_tpot_s",
+        "solved_base_tpot_s",
+        "output",
     )
     words = (
         pl.col(c).drop_nulls().unique(maintain_order=True).str.join("; ")
@@ -157,6 +174,8 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
         merged.join(weights, on=keys, how="left")
         .with_columns(
             pl.coalesce("base_ttft_s", "solved_base_ttft_s").alias("base_ttft_s"),
+            pl.coalesce("base_tpot_s", "solved_base_tpot_s").alias("base_tpot_s"),
+            pl.col("output").cast(pl.Int64),
             pl.col("seeds").fill_null(0),
         )
         .sort(
@@ -204,7 +223,16 @@ def _at_one_speed(rows: pl.DataFrame) -> pl.DataFrame:
     """The rows with times carried to the speed of timing; a gain that was measured pair by pair
     is taken as such, else it is the difference of the two times."""
     speed = (pl.col("solved_base_ttft_s") / pl.col("base_ttft_s")).fill_null(1.0)
+    times = {
+        f"{of}_time_s": pl.col(f"{of}_ttft_s")
+        + pl.when(pl.col("output") > 1)
+        .then((pl.col("output") - 1) * pl.col(f"{of}_tpot_s"))
+        .otherwise(0.0)
+        for of in ("predicted", "measured", "base", "solved_base")
+    }
+    rows = rows.with_columns(**times)
     return carried(rows).with_columns(
+        carried_time_s=pl.col("measured_time_s") * speed,
         carried_gain_s=pl.coalesce(pl.col("measured_gain_s") * speed, "carried_gain_s"),
         carried_gain_low_s=pl.col("measured_gain_low_s") * speed,
         carried_gain_high_s=pl.col("measured_gain_high_s") * speed,
@@ -245,6 +273,12 @@ def gain_of(row: Mapping[str, Any]) -> Gain | None:
     return Gain(gain, low, high, False)
 
 
+def name_of_time(rows: pl.DataFrame) -> str:
+    """What time plans gain: TTFT, or that of answers of several tokens."""
+    tokens = max((n for n in rows["output"] if n), default=1)
+    return "TTFT" if tokens == 1 else f"Time of {tokens} tokens"
+
+
 def bound_of(row: Mapping[str, Any]) -> str:
     """A plan's bound in words: `τ = 0.002`, or where KL alone is bounded `KL ≤ 0.005`."""
     if row["budget"] is None and row["kl_bound"] is not None:
@@ -270,6 +304,16 @@ def plus_minus(value: float, half: float | None) -> str:
 def sentence(words: str) -> str:
     """The words with a capital first letter."""
     return words[:1].upper() + words[1:]
+
+
+def scale_of(tables: Tables, objective: str) -> Scale:
+    """What all measured plans said of the predicted KL: the least of the scales, since plans over their bound got larger ones."""
+    solutions = tables.get("solutions", pl.DataFrame())
+    if "kl_scale" not in solutions.columns:
+        return Scale()
+    own = solutions.filter(objective=objective, strategy=f"ip_{objective}")["kl_scale"]
+    least = own.drop_nulls().min()
+    return Scale() if least is None else Scale(float(least))  # type: ignore[arg-type]
 
 
 def base_of(tables: Tables, facts: Mapping[str, str]) -> str:

@@ -23,9 +23,22 @@ from mpq.report.results import (
     table_of,
 )
 from mpq.report.summary import Summary
+from mpq.timing.answer import answers
 
 TOP_OPS = 40
 Column = tuple[str, str, str]  # heading, key, style
+# of answers of several tokens: of plans, and of configurations
+_TPOT: list[Column] = [
+    ("Each further token (ms)", "measured_tpot_s", "ms"),
+    ("predicted", "predicted_tpot_s", "ms"),
+    ("of base", "base_tpot_s", "ms"),
+    ("Tokens of an answer", "output", "count"),
+]
+_TOKENS: list[Column] = [
+    ("Each further token (ms)", "tpot_s", "ms"),
+    ("base (ms)", "base_tpot_s", "ms"),
+    ("Tokens of an answer", "output", "count"),
+]
 
 
 @dataclass(frozen=True)
@@ -74,13 +87,16 @@ def choice(tables: Tables, summary: Summary) -> Sheet:
     rows = [_asked(what, of) for what, of in shown]
     if any_of and any_of.perplexity and any_of.perplexity_change is not None:
         rows.insert(0, _of_base(any_of))
+    tokens = next((of.output for _, of in shown if of.tpot_s is not None), None)
     return Sheet(
         "choice",
         "Weights are those of the linears; ± is a 95 % interval. "
-        "“In bound”: the measured loss stays within the (largest) bound that was set.",
+        "“In bound”: the measured loss stays within the (largest) bound that was set."
+        + (f" Saved: of an answer of {tokens} tokens." if tokens else ""),
         [
             ("", "what", ""),
             ("Time to first token (ms)", "ttft_s", "ms"),
+            *([("Each further token (ms)", "tpot_s", "ms")] if tokens else []),
             ("saved (ms)", "gain_s", "ms"),
             ("Weights (MB)", "weight_bytes", "mb"),
             ("Perplexity", "perplexity", "number"),
@@ -110,6 +126,7 @@ def _of_base(of: Outline) -> dict[str, Any]:
     return {
         "what": "base model",
         "ttft_s": of.base_ttft_s,
+        "tpot_s": of.base_tpot_s,
         "gain_s": None,
         "weight_bytes": of.base_weight_bytes,
         "perplexity": perplexity,
@@ -214,6 +231,7 @@ def results(tables: Tables) -> Sheet:
             ("TTFT predicted (ms)", "predicted_ttft_s", "ms"),
             ("its error, at one speed of the machine", "ttft_error", "share"),
             ("TTFT of base (ms)", "base_ttft_s", "ms"),
+            *(_TPOT if any(row["predicted_tpot_s"] for row in rows) else []),
             ("Gain predicted", "gain", ""),
             ("Perplexity", "perplexity", "number"),
             ("of base", "base_perplexity", "number"),
@@ -324,6 +342,7 @@ def timing(tables: Tables) -> Sheet:
             ("Configuration, in op order", "configuration", ""),
             ("TTFT (ms)", "ttft_s", "ms"),
             ("base (ms)", "base_ttft_s", "ms"),
+            *(_TOKENS if answers(found) else []),
             ("Gain of one instance (ms)", "gain_s", "ms"),
             ("interval from (ms)", "gain_ci_low_s", "ms"),
             ("to (ms)", "gain_ci_high_s", "ms"),

@@ -39,7 +39,7 @@ class Standing:
     bound: str  # in words: τ = 0.002, or KL ≤ 0.005
     own: str
     gain: Gain
-    share: float | None  # of the base model's TTFT, where time is gained
+    share: float | None  # of the base model's time, where time is gained
     ahead: tuple[str, ...]  # of these it gains surely more
     level: tuple[str, ...]  # from these it is not told apart
     behind: tuple[str, ...]  # these gain surely more
@@ -132,7 +132,7 @@ def _standing(rows: Sequence[Row], objective: str, tau: float) -> Standing | Non
         return None
     mine = gains.pop(own)
     row = next(r for r in here if r["strategy"] == own)
-    base = row["solved_base_ttft_s"] or row["base_ttft_s"]
+    base = row["solved_base_time_s"] or row["base_time_s"]
     return Standing(
         objective,
         tau,
@@ -200,6 +200,9 @@ def _say_uniform(summary: Summary, rows: Sequence[Row]) -> None:
         of, words = outline(row), []
         if of.ttft_s is not None and of.base_ttft_s is not None:
             words.append(f"{milliseconds(of.ttft_s)} ms of {milliseconds(of.base_ttft_s)}")
+        if of.tpot_s is not None and of.base_tpot_s is not None:
+            tokens = f"{milliseconds(of.tpot_s)} of {milliseconds(of.base_tpot_s)}"
+            words.append(f"each further token {tokens}")
         if of.perplexity_change is not None:
             words.append(f"perplexity {percent(of.perplexity_change)}")
         if words:

@@ -15,9 +15,22 @@ from mpq.models.experts import ExpertProduct, Routing, with_bias
 from mpq.models.placement import comes_and_goes
 
 
-class EmulatedExperts(ExpertProduct):
-    """An experts' product with its operands rounded as `scheme` stores them, the weights once, or at every call where they come and go; the bias
-    stays as it is.
+class RoundedInput(ExpertProduct):
+    """An experts' product whose rows alone are rounded, as the activations of a scheme are."""
+
+    def __init__(
+        self, module: nn.Module, name: str, scheme: Scheme, perturb_input: float = 1.0
+    ) -> None:
+        super().__init__(module, name)
+        self._format, self._perturb = scheme.activations, perturb_input
+
+    def operand(self, x: Tensor, routing: Routing | None) -> Tensor:
+        return x if self._format is None else rounded(x, self._format, "row", self._perturb)
+
+
+class EmulatedExperts(RoundedInput):
+    """An experts' product with its operands rounded as `scheme` stores them, the weights once, or at every call where they
+    come and go; the bias stays as it is.
 
     `perturb_*` multiply the scales before rounding (quantize.fake_quantize).
     """
@@ -30,8 +43,7 @@ class EmulatedExperts(ExpertProduct):
         perturb_input: float = 1.0,
         perturb_weight: float = 1.0,
     ) -> None:
-        super().__init__(module, name)
-        self._format, self._perturb = scheme.activations, perturb_input
+        super().__init__(module, name, scheme, perturb_input)
         self._weights, self._perturb_weight = scheme.weights, perturb_weight
         self._kept = None if comes_and_goes(module) else self._rounded()
 
@@ -41,9 +53,6 @@ class EmulatedExperts(ExpertProduct):
             rounded(w, self._weights, "row", self._perturb_weight) for w in self.weight.detach()
         )
         return torch.stack(list(each))
-
-    def operand(self, x: Tensor, routing: Routing | None) -> Tensor:
-        return x if self._format is None else rounded(x, self._format, "row", self._perturb)
 
     def product(self, x: Tensor, routing: Routing) -> Tensor:
         lowered = self._rounded() if self._kept is None else self._kept

@@ -16,6 +16,16 @@ from mpq.formats.scheme import SCHEMES, Scheme
 EXPORTED = tuple(
     s.name for s in SCHEMES.values() if s.weights.needs_scale and s.weights.exponent_bits != 5
 )
+# of these, what an engine reads a layer's experts in. vLLM 0.32, compressed_tensors_moe.py: get_moe_method; NVFP4, whose gate and
+# up would have to share each expert's scale, is not written. transformers reads weights alone, integers where they are packed
+# (integrations/compressed_tensors.py, 5.23), and leaves out the tensor's scale of NVFP4.
+OF_EXPERTS = {
+    "vllm": tuple(name for name in EXPORTED if "nvfp4" not in name),
+    "sglang": ("int8", "fp8_e4m3"),
+    "transformers": (
+        *("int8", "fp8_e4m3", "mxfp4", "w4a8", "w8a16", "w4a16", "w4a16_g32", "mxfp4a16"),
+    ),
+}
 # of these, what vLLM 0.32 has a kernel for on any CPU (docs/engines.md: run)
 ON_CPU = ("int8", "fp8_e4m3", "w4a8")
 

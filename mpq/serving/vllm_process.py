@@ -34,6 +34,7 @@ class Engines:
         self._engines: dict[str, Any] = {}
         self._own: dict[str, dict[str, Any]] = {}  # of each engine, its linears by name
         self._changed: dict[str, set[str]] = {}
+        self._runs = 0  # requests are told apart by it
 
     def about(self) -> dict[str, str]:
         """Versions of vLLM and torch."""
@@ -62,6 +63,7 @@ class Engines:
             enforce_eager=True,
             enable_prefix_caching=False,
             enable_chunked_prefill=False,
+            async_scheduling=False,  # or the first token waits for the second one's step
             max_model_len=tokens,
             max_num_seqs=rows,
             max_num_batched_tokens=max(rows * tokens, tokens),
@@ -105,8 +107,9 @@ class Engines:
         output: int,
         seed: int,
         clock: str,
-    ) -> float:
-        """Seconds of answering `rows` prompts of `prompt` random tokens with `output` tokens each, with these linears exchanged."""
+    ) -> list[float]:
+        """Seconds until `rows` prompts of `prompt` random tokens have their first token, until they have the second, and so on to
+        `output` tokens, with these linears exchanged."""
         self.exchange(name, linears)
         llm = self._engines[name]
         vocabulary = llm.llm_engine.model_config.get_vocab_size()
@@ -117,9 +120,19 @@ class Engines:
         ]
         now = time.thread_time if clock == "cpu" else time.perf_counter
         how = self._sampling(max_tokens=output, ignore_eos=True, temperature=0.0)
+        engine, came = llm.llm_engine, list[float]()
         start = now()
-        llm.generate(prompts, how, use_tqdm=False)
-        return now() - start
+        for row, asked in enumerate(prompts):
+            engine.add_request(f"{self._runs}-{row}", asked, how)
+        while engine.has_unfinished_requests():
+            if engine.step():  # with a token for each
+                came.append(now() - start)
+        self._runs += 1
+        if len(came) != output:
+            raise RuntimeError(
+                f"{len(came)} steps gave {output} tokens: rows were not answered together"
+            )
+        return came
 
     def log_probabilities(
         self, name: str, tokens: list[list[int]], linears: dict[str, str] | None = None

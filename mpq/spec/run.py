@@ -21,7 +21,7 @@ from mpq.spec.bound import Bound, BoundSpec
 from mpq.spec.constraints import ConstraintSpec, EngineName, TargetSpec
 from mpq.spec.export import SERVED, ExportSpec
 from mpq.spec.fields import Count, FormatName, LocalFolder, Number, Strict, Url, Whole
-from mpq.spec.timing import TimingSpec
+from mpq.spec.timing import TimingSpec, WorkloadSpec
 
 log = logging.getLogger("mpq")
 FROM_TASKS = "tasks"  # a text source: documents of the tasks that are evaluated
@@ -217,7 +217,12 @@ class RunSpec(Strict):
     evaluation: EvaluationSpec | None = Field(
         None, description="Held-out text on which plans are measured; else the calibration text"
     )
-    timing: TimingSpec = Field(TimingSpec(), description="How TTFT is measured")
+    workload: WorkloadSpec | None = Field(
+        None,
+        description="The requests whose time counts, {prompt: 1024, output: 128, batch: 8}: what `timing` says as length, "
+        "output and batch",
+    )
+    timing: TimingSpec = Field(TimingSpec(), description="Which times are measured, and how")
     objectives: dict[Objective, ObjectiveSpec] = Field(
         min_length=1,
         description="What is gained: et, measured time; tt, MAC time; m, memory; and the formats to choose from",
@@ -269,6 +274,12 @@ class RunSpec(Strict):
         None,
         description="End with a checkpoint that an engine serves (docs/engines.md); null: with plans alone",
     )
+
+    @model_validator(mode="after")
+    def _of_workload(self) -> RunSpec:
+        if self.workload:  # stages read it off `timing`, however it was written
+            object.__setattr__(self, "timing", self.timing.of(self.workload))
+        return self
 
     @model_validator(mode="after")
     def _lowered(self) -> RunSpec:

@@ -1,4 +1,4 @@
-"""How TTFT is measured, as a spec says it."""
+"""Which times are measured, and how, as a spec says it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from mpq.spec.fields import Count, Number, Strict, Whole
 log = logging.getLogger("mpq")
 
 
+class WorkloadSpec(Strict):
+    """The requests whose time counts: another way to write timing's length, output and batch."""
+
+    prompt: Count | None = Field(None, description="Tokens of a prompt; timing.length if left out")
+    output: Count | None = Field(None, description="Tokens of an answer; timing.output if left out")
+    batch: Count | None = Field(None, description="Requests at once; timing.batch if left out")
+
+
 class TimingSpec(Strict):
-    """How TTFT is measured."""
+    """Which times are measured, and how."""
 
     engine: Literal["torch", "vllm"] = Field(
         "torch",
@@ -21,6 +29,12 @@ class TimingSpec(Strict):
     )
     batch: Count = Field(4, description="Rows of the prefill")
     length: Count = Field(256, description="Tokens per row")
+    output: Count = Field(
+        1,
+        exclude_if=lambda tokens: tokens == 1,
+        description="Tokens of an answer. 1: the time to first token counts, as in the paper; else that of the whole answer, "
+        "TTFT + (output - 1) × the time per output token",
+    )
     threads: Count | None = Field(
         None,
         description="Threads of a CPU's kernels; 1 if left out. A GPU's times do not hang on them",
@@ -104,6 +118,18 @@ class TimingSpec(Strict):
                 f"the CPU seconds of {self.threads} threads are no time to wait for: set clock to wall, or threads to 1"
             )
         return self
+
+    def of(self, workload: WorkloadSpec) -> TimingSpec:
+        """As it is for a workload. Raises ValueError where it says another one itself."""
+        said = {"length": workload.prompt, "output": workload.output, "batch": workload.batch}
+        said = {key: count for key, count in said.items() if count is not None}
+        for key, count in said.items():
+            if key in self.model_fields_set and getattr(self, key) != count:
+                name = "prompt" if key == "length" else key
+                raise ValueError(
+                    f"workload.{name} is {count}, timing.{key} {getattr(self, key)}: take one of them away"
+                )
+        return self.model_copy(update=said)
 
     def threads_on(self, device: str) -> int | None:
         """Threads that times on `device` are measured with; None on a GPU."""

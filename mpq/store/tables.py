@@ -46,7 +46,7 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "of": pl.Int64,
     },
     "loss": {"n_samples": pl.Int64, "mean_square_loss": pl.Float64, "mean_loss": pl.Float64},
-    # gain_s is the time gained by ONE instance of the group in this configuration
+    # gain_s is the time gained by ONE instance of the group in this configuration; answers of several tokens: timing/answer.py
     "timing": {
         "signature": pl.String,
         "group": pl.Int64,

@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 
 from mpq.store.tables import table, upgraded
+from mpq.timing.answer import answers, base_answer_s, predicted_parts
 from mpq.timing.gain_model import Configuration, GainModel
 from mpq.timing.options import Alternatives, Options, alternatives
 from mpq.timing.pairs import NORMAL_95, few
@@ -76,6 +77,7 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Alternatives], base: st
 
     The further columns `pooled_gain_s` and `pooled_error_s` are what all measured configurations of the signature together say of a
     row's gain (gain_model.py), and its standard error: of many noisy gains the largest is too large, and a program looks for the largest.
+    Of answers of several tokens `pooled_tpot_gain_s` is what they say of the gain of each token after the first.
     """
     parts: list[pl.DataFrame] = []
     timing = upgraded("timing", timing)
@@ -95,13 +97,20 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Alternatives], base: st
                 of.with_columns(
                     pl.Series("pooled_error_s", standard_errors(of, base)),
                     pooled_gain_s=pl.col("gain_s"),
+                    **({"pooled_tpot_gain_s": pl.col("tpot_gain_s")} if answers(of) else {}),
                 )
             )
             continue
         model = GainModel.fit(
             per_op, measured, of["gain_s"].to_list(), standard_errors(of, base).tolist()
         )
-        gain, error = model.predict([*measured, *missing])
+        every, new = [*measured, *missing], slice(of.height, None)
+        gain, error = model.predict(every)
+        pooled, first, parts_of_new = {"pooled_gain_s": gain, "pooled_error_s": error}, gain, []
+        if answers(of):
+            tokens = pooled["pooled_tpot_gain_s"] = model.parts(every, of["tpot_gain_s"].to_list())
+            parts_of_new = [predicted_parts(of, gain[new], tokens[new])]
+            first = gain - (of["output"][0] - 1) * tokens
         like, base_s = of.row(0, named=True), float(of["base_ttft_s"].median())  # type: ignore[arg-type]
         rows = [
             like
@@ -109,7 +118,7 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Alternatives], base: st
                 "configuration": list(c),
                 "repeats": 0,
                 "base_ttft_s": base_s,
-                "ttft_s": base_s - like["instances"] * g,
+                "ttft_s": base_s - like["instances"] * of_first,
                 "gain_s": g,
                 "gain_ci_low_s": g - NORMAL_95 * e,
                 "gain_ci_high_s": g + NORMAL_95 * e,
@@ -118,14 +127,13 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Alternatives], base: st
                 "predicted": True,
                 "significant": abs(g) > NORMAL_95 * e,
             }
-            for c, g, e in zip(
-                missing, gain[of.height :].tolist(), error[of.height :].tolist(), strict=True
+            for c, g, e, of_first in zip(
+                missing, gain[new].tolist(), error[new].tolist(), first[new].tolist(), strict=True
             )
         ]
-        both = pl.concat([of, table("timing", rows)], how="diagonal_relaxed")
-        parts.append(
-            both.with_columns(pl.Series("pooled_gain_s", gain), pl.Series("pooled_error_s", error))
-        )
+        unmeasured_rows = pl.concat([table("timing", rows), *parts_of_new], how="horizontal")
+        both = pl.concat([of, unmeasured_rows], how="diagonal_relaxed")
+        parts.append(both.with_columns(pl.Series(name, of_all) for name, of_all in pooled.items()))
     return pl.concat(parts, how="diagonal_relaxed") if parts else timing
 
 
@@ -182,7 +190,7 @@ def uncertain(
 ) -> list[Wanted]:
     """The unmeasured configurations whose predicted gain is least certain, at most so many of each signature, worst first.
 
-    None whose gain, of all groups of the signature, is known to ± `target` of base's TTFT (95 %). Measured next, these say more
+    None whose gain, of all groups of the signature, is known to ± `target` of base's time (95 %). Measured next, these say more
     than random ones: of 243 configurations 33 chosen so predict as well as 43 at random (docs/log.md).
     """
     wanted: list[Wanted] = []
@@ -190,7 +198,7 @@ def uncertain(
         full = complete(timing, {signature: per_op}, base)
         if full.is_empty() or "pooled_error_s" not in full.columns:
             continue
-        enough_s = target * float(full["base_ttft_s"].median()) / NORMAL_95  # type: ignore[arg-type]
+        enough_s = target * base_answer_s(full) / NORMAL_95
         unsure = (
             full.filter(pl.col("predicted"))
             .with_columns(error_s=pl.col("pooled_error_s") * pl.col("instances"))
@@ -252,11 +260,15 @@ def anchors(groups: pl.DataFrame, gains: pl.DataFrame, base: str) -> list[dict[s
 
 
 def sums(
-    groups: pl.DataFrame, gains: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    plans: Iterable[Mapping[str, str]],
+    base: str,
+    column: str = "gain",
 ) -> list[float]:
-    """For each plan the sum of its groups' gains. Raises KeyError for a configuration that the gains table lacks."""
+    """For each plan the sum of its groups' gains, or of another column. Raises KeyError for a configuration that the gains table lacks."""
     gain: dict[Any, float] = {
-        (g, tuple(c)): v for g, c, v in gains.select("group", "configuration", "gain").iter_rows()
+        (g, tuple(c)): v for g, c, v in gains.select("group", "configuration", column).iter_rows()
     }
     of = members(groups, gains)
     return [

@@ -74,11 +74,25 @@ class GainModel:
 
         For a measured configuration this is what it and all others say together.
         """
-        same = _same(_codes(self.choices, configurations), self._measured)
-        cov = _covariance(self._variance, torch.tensor(self.a), same)
+        cov = self._with_measured(configurations)
         explained = torch.linalg.solve_triangular(self._root, cov.T, upper=False).square().sum(0)
         error = (self._variance - explained).clamp(min=0).sqrt()
         return (cov @ self._weights).numpy() * self._unit_s, error.numpy() * self._unit_s
+
+    def parts(
+        self, configurations: Sequence[Configuration], measured_s: Sequence[float]
+    ) -> np.ndarray:
+        """What the measured configurations say of one part of the gain, (configurations,), when `measured_s` is that part of theirs.
+
+        Weighed as the whole gain is: parts add up to what predict says of their sum.
+        """
+        y = torch.tensor([*measured_s, 0.0], dtype=torch.float64)
+        cov = self._with_measured(configurations)
+        return (cov @ torch.cholesky_solve(y[:, None], self._root)[:, 0]).numpy()
+
+    def _with_measured(self, configurations: Sequence[Configuration]) -> torch.Tensor:
+        same = _same(_codes(self.choices, configurations), self._measured)
+        return _covariance(self._variance, torch.tensor(self.a), same)
 
     def left_out(self) -> np.ndarray:
         """For each measured configuration, (n,), the error (s) of its prediction from all others (ibid., eq. 5.12)."""

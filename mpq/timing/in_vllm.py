@@ -2,7 +2,8 @@
 
 An engine in base and one in each format are made from a config.json alone, with made-up weights; a configuration is base's
 engine with linears of the others in its place (serving/vllm_process.py). One run answers `batch` prompts of `length` random tokens
-with one token each: the time to first token, the engine's own scheduling and sampling included.
+with one token each: the time to first token, the engine's own scheduling and sampling included. Where an answer has several tokens,
+some of those after the first are timed, and count for all.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import polars as pl
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.kernels import device_name
+from mpq.running.decode import STEPS
 from mpq.serving.engine_process import EngineDied, EngineProcess
 from mpq.serving.environment import find_environment
 from mpq.serving.schemes import EXPORTED, ON_CPU, all_in
@@ -61,10 +63,10 @@ class _Vllm:
         base: str,
         clock: Clock,
         device: str,
-        prefill: Mapping[str, int],
+        asked: Mapping[str, int],
     ):
         self._engine, self._base, self._clock, self._device = engine, base, clock, device
-        self._linears, self._packed, self._prefill = frozenset(linears), packed, dict(prefill)
+        self._linears, self._packed, self._asked = frozenset(linears), packed, dict(asked)
 
     @property
     def waits(self) -> bool:
@@ -81,19 +83,22 @@ class _Vllm:
     def _ready(self, formats: Mapping[str, str]) -> Timed:
         exchanged = self._exchanged(formats)
 
-        def timed() -> float:
-            return float(
-                self._engine.ask(
-                    "time",
-                    name=_BASE,
-                    linears=exchanged,
-                    rows=self._prefill["batch"],
-                    prompt=self._prefill["length"],
-                    output=1,
-                    seed=self._prefill["seed"],
-                    clock=self._clock.reads,
-                )
+        further = self._asked["output"] - 1
+
+        def timed() -> float | tuple[float, float]:
+            first_s, *later_s = self._engine.ask(
+                "time",
+                name=_BASE,
+                linears=exchanged,
+                rows=self._asked["batch"],
+                prompt=self._asked["length"],
+                output=1 + min(further, STEPS),
+                seed=self._asked["seed"],
+                clock=self._clock.reads,
             )
+            if not later_s:
+                return float(first_s)
+            return first_s, (later_s[-1] - first_s) / len(later_s) * further
 
         timed()
         return timed
@@ -124,8 +129,9 @@ class _Vllm:
     def facts(self) -> dict[str, Any]:
         return {
             "device": vllm_device_name(self._device, self._clock.threads),
-            "batch": self._prefill["batch"],
-            "length": self._prefill["length"],
+            "batch": self._asked["batch"],
+            "length": self._asked["length"],
+            **({"output": self._asked["output"]} if self._asked["output"] > 1 else {}),
             "clock": self._clock.reads,
             "threads": self._clock.threads,
             "mode": "vllm eager",
@@ -179,7 +185,7 @@ def _engines(
     base: str,
     clock: Clock,
     device: str,
-    prefill: Mapping[str, int],
+    asked: Mapping[str, int],
 ) -> Iterator[_Vllm]:
     """Engines of the model in config.json, one in base and one in each of `formats`."""
     _check_formats(formats, "linear")
@@ -204,12 +210,12 @@ def _engines(
                 name=name,
                 folder=str(of),
                 dtype=dtype,
-                tokens=prefill["length"] + 1,
-                rows=prefill["batch"],
+                tokens=asked["length"] + min(asked["output"], 1 + STEPS),
+                rows=asked["batch"],
                 dummy=True,
             )
         of_base = made[_BASE]
-        yield _Vllm(engine, of_base["linears"], of_base["packed"], base, clock, device, prefill)
+        yield _Vllm(engine, of_base["linears"], of_base["packed"], base, clock, device, asked)
         for name in made:
             engine.ask("close", name=name)
 
@@ -222,6 +228,7 @@ def measure_each_in_vllm(
     base: str,
     batch: int,
     length: int,
+    output: int = 1,
     device: str = "cpu",
     seed: int = 0,
     threads: int | None = None,
@@ -238,13 +245,13 @@ def measure_each_in_vllm(
     every = [(s, tuple(c)) for s, configurations in requests for c in configurations]
     lowered = sorted({f for _, c in every for f in c} - {base})
     read = clock_of(device.partition(":")[0], threads, clock, graph=False)
-    prefill = {"batch": batch, "length": length, "seed": seed}
+    asked_for = {"batch": batch, "length": length, "output": output, "seed": seed}
     left, lost, alone = list(range(len(every))), dict[int, str](), False
     done = set[int]()
     while left:
         opened = False
         try:
-            with _engines(config, lowered, base, read, device, prefill) as runner:
+            with _engines(config, lowered, base, read, device, asked_for) as runner:
                 opened = True
                 while left:
                     asked = left[:1] if alone else left
@@ -285,6 +292,7 @@ def measure_ttft_in_vllm(
     base: str,
     batch: int,
     length: int,
+    output: int = 1,
     device: str = "cpu",
     seed: int = 0,
     threads: int | None = None,
@@ -297,6 +305,6 @@ def measure_ttft_in_vllm(
         return table("timing", [])
     lowered = sorted({f for plan in plans for f in plan.values()} - {base})
     read = clock_of(device.partition(":")[0], threads, clock, graph=False)
-    prefill = {"batch": batch, "length": length, "seed": seed}
-    with _engines(config, lowered, base, read, device, prefill) as runner:
+    asked = {"batch": batch, "length": length, "output": output, "seed": seed}
+    with _engines(config, lowered, base, read, device, asked) as runner:
         return plan_rows(runner, plans, seed=seed, progress=progress, **how)

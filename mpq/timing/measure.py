@@ -1,7 +1,7 @@
-"""Time to first token of a model, in base and in other configurations, on the device's native kernels.
+"""Time of a model's answers, in base and in other configurations, on the device's native kernels: to the first token, or to the last.
 
-What one forward is and how it runs (eager, compiled, as a CUDA graph) is prefill.py's, what its seconds are read from clock.py's.
-Weights may be random: their values do not decide the time.
+What one forward is and how it runs (eager, compiled, as a CUDA graph) is prefill.py's, tokens after the first are decode.py's, what
+seconds are read from is clock.py's, and what of them counts answer.py's.
 How base and configurations are set side by side is session.py's. Weights may be random: their values do not decide the time.
 """
 
@@ -26,7 +26,8 @@ from mpq.models.graph import build_on_meta
 from mpq.models.partition import feeds_of
 from mpq.models.positions import check_length
 from mpq.running.apply import Mixed
-from mpq.running.prefill import Prefill, compiled_blocks
+from mpq.running.decode import Answers
+from mpq.running.prefill import compiled_blocks
 from mpq.store.tables import table
 from mpq.timing.clock import Clock, Wanted, clock_of
 from mpq.timing.gpu_state import gpu_state
@@ -85,6 +86,7 @@ def measure_each(
     base: str,
     batch: int,
     length: int,
+    output: int = 1,
     repeats: int = 4,
     method: Method = "signature",
     seed: int = 0,
@@ -106,16 +108,18 @@ def measure_each(
     groups of the signature are switched at once and the gain divided by their number; with `group` (the paper's) its first group
     alone. Further columns tell how long this process's threads waited for a core and, where known, the cores' clock (machine.py),
     and on a GPU its clocks, temperature, power and throttling (gpu_state.py) after each block.
+    With `output` tokens an answer's further tokens count as well, and the columns of answer.SCHEMA tell of both parts.
     The configuration that is all base has gain 0 by definition. `repeats`, `target` and `cap`: see pairs.compare; `compiled` and
     `graph`: see prefill.py; `threads` and `clock`: see clock.py. `wanted` is asked, just before a place is measured, whether it
     still is.
     Raises MpqError before anything is measured where a format is not native, a signature is unknown, or a configuration
     does not fit its group.
     """
-    check_length(model.config, length)
-    prefill = {"batch": batch, "length": length, "compiled": compiled, "graph": graph, "seed": seed}
+    check_length(model.config, length + output - 1)
+    prompt = {"batch": batch, "length": length, "output": output}
+    answers = {**prompt, "compiled": compiled, "graph": graph, "seed": seed}
     device = next(model.parameters()).device.type
-    runner = _Torch(model, base, feeds_of(groups), clock_of(device, threads, clock, graph), prefill)
+    runner = _Torch(model, base, feeds_of(groups), clock_of(device, threads, clock, graph), answers)
     how: dict[str, Any] = {"method": method, "seed": seed, "target": target, "cap": cap}
     yield from rows_of(runner, groups, requests, base=base, repeats=repeats, wanted=wanted, **how)
 
@@ -127,6 +131,7 @@ def measure_ttft(
     base: str,
     batch: int,
     length: int,
+    output: int = 1,
     groups: pl.DataFrame | None = None,
     repeats: int = 5,
     seed: int = 0,
@@ -142,12 +147,13 @@ def measure_ttft(
 
     The table `groups` tells who reads whose output: neighbours in BF16 then run without casts in between, as in measure.
     Columns: ttft_s, base_ttft_s (medians), gain_s, gain_ci_low_s, gain_ci_high_s, repeats, device, batch, length, clock, threads,
-    load_average, steal_share, disturbed, mode, waited_share, clock_mhz. Raises MpqError where the model lacks an op or the device a kernel.
+    load_average, steal_share, disturbed, mode, waited_share, clock_mhz; with several `output` tokens those of answer.SCHEMA. Raises MpqError where the model lacks an op or the device a kernel.
     """
     device = next(model.parameters()).device.type
-    prefill = {"batch": batch, "length": length, "compiled": compiled, "graph": graph, "seed": seed}
+    prompt = {"batch": batch, "length": length, "output": output}
+    answers = {**prompt, "compiled": compiled, "graph": graph, "seed": seed}
     feeds = {} if groups is None else feeds_of(groups)
-    runner = _Torch(model, base, feeds, clock_of(device, threads, clock, graph), prefill)
+    runner = _Torch(model, base, feeds, clock_of(device, threads, clock, graph), answers)
     return plan_rows(
         runner, plans, repeats=repeats, seed=seed, target=target, cap=cap, progress=progress
     )
@@ -158,17 +164,24 @@ def base_ttft(
     base: str,
     batch: int,
     length: int,
+    output: int = 1,
     repeats: int = 4,
     threads: int | None = None,
     clock: Wanted = "auto",
 ) -> float:
-    """Seconds of an eager prefill in base: the median of `repeats` after one that is not timed. A rough figure, to plan by."""
+    """Seconds of an eager run in base (as long as it takes, whatever it stands for): the median of `repeats` after one that is not
+    timed. A rough figure, to plan by."""
     read = clock_of(next(model.parameters()).device.type, threads, clock, graph=False)
     mixed = Mixed(model, base=base, backend="native")
     try:
         with read.held():
-            timed = Prefill(model, batch, length, graph=False).ready(mixed, {})
-            return float(np.median([timed() for _ in range(repeats)]))
+            timed = Answers(model, batch, length, output, graph=False).ready(mixed, {})
+            seconds = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                timed()
+                seconds.append(time.perf_counter() - start)
+            return float(np.median(seconds))
     finally:
         mixed.clear()
 
@@ -182,12 +195,12 @@ class _Torch:
         base: str,
         feeds: Mapping[str, tuple[str, ...]],
         clock: Clock,
-        prefill: Mapping[str, Any],
+        answers: Mapping[str, Any],
     ):
         self._new = partial(Mixed, model, base=base, backend="native", feeds=feeds)
-        self._model, self._clock, self._how = model, clock, dict(prefill)
+        self._model, self._clock, self._how = model, clock, dict(answers)
         now = time.thread_time if clock.reads == "cpu" else time.perf_counter
-        self._prefill = Prefill(model, now=now, **prefill)
+        self._answers = Answers(model, now=now, **answers)
         self._device = next(model.parameters()).device
 
     @property
@@ -205,7 +218,7 @@ class _Torch:
         """Kernels are kept for the plans of a block alone: their rounded weights take as much memory as the model."""
         mixed = self._new()
         try:
-            yield partial(self._prefill.ready, mixed)
+            yield partial(self._answers.ready, mixed)
         finally:
             mixed.clear()
 
@@ -214,9 +227,10 @@ class _Torch:
             "device": device_name(str(self._device), self._clock.threads),
             "batch": self._how["batch"],
             "length": self._how["length"],
+            **({"output": self._how["output"]} if self._how["output"] > 1 else {}),
             "clock": self._clock.reads,
             "threads": self._clock.threads,
-            "mode": self._prefill.mode,
+            "mode": self._answers.mode,
             **gpu_state(self._device),
         }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,8 @@ import numpy as np
 
 from mpq.timing.machine import Interval, between, calm, load_average, reading
 
-Timed: TypeAlias = Callable[[], float]  # one run; returns its seconds
+# one run; returns its seconds, or of an answer those to its first token and those of all further ones
+Timed: TypeAlias = Callable[[], float | tuple[float, float]]
 BETWEEN = 4  # runs between two runs of base
 # a run is disturbed when it takes this many medians and lies SPREADS deviations above
 SLOWEST = 1.05
@@ -32,7 +34,8 @@ NORMAL_95 = 1.96  # half a 95 % interval, in standard errors
 class Pairs:
     """Seconds of a configuration and of the base beside it, run by run; and what the machine was doing.
 
-    `disturbed` pairs were measured and left out; `beside` covers them too.
+    `disturbed` pairs were measured and left out; `beside` covers them too. `first_s` are, of runs that answer with several
+    tokens, base's and the configuration's seconds to the first one.
     """
 
     base_s: np.ndarray
@@ -40,6 +43,22 @@ class Pairs:
     load_average: float
     beside: Interval
     disturbed: int = 0
+    first_s: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Base's and the configuration's seconds of each part of a run: up to the first token, after it; or of the whole."""
+        whole = self.base_s, self.config_s
+        if self.first_s is None:
+            return [whole]
+        return [self.first_s, (whole[0] - self.first_s[0], whole[1] - self.first_s[1])]
+
+    def gain(self) -> tuple[float, float, float]:
+        """What the configuration gains (s), and its 95 % interval: see gain_statistics. Gains of a run's parts add up."""
+        found = [gain_statistics(*part) for part in self.parts]
+        gain = math.fsum(middle for middle, _, _ in found)
+        half = math.hypot(*(high - middle for middle, _, high in found))
+        return (gain, gain - half, gain + half) if self.first_s else found[0]
 
 
 def gain_statistics(base_s: np.ndarray, config_s: np.ndarray) -> tuple[float, float, float]:
@@ -84,13 +103,16 @@ class _Runs:
 
     def __init__(self, timed: Timed):
         self.timed = timed
-        self.base_s, self.config_s = list[float](), list[float]()
+        self.base_s, self.config_s = list[np.ndarray](), list[np.ndarray]()  # by a run's parts
         self.meanwhile = list[Interval]()
 
     def pairs(self, beside: Interval, waiting: bool) -> Pairs:
-        base_s, config_s = np.array(self.base_s), np.array(self.config_s)
+        parts = np.array(self.base_s), np.array(self.config_s)
+        base_s, config_s = (of.sum(axis=1) for of in parts)
         keep = undisturbed(base_s, config_s, calm(self.meanwhile, waiting))
-        return Pairs(base_s[keep], config_s[keep], load_average(), beside, int((~keep).sum()))
+        first = None if parts[0].shape[1] == 1 else (parts[0][keep, 0], parts[1][keep, 0])
+        left_out = int((~keep).sum())
+        return Pairs(base_s[keep], config_s[keep], load_average(), beside, left_out, first)
 
 
 def compare(
@@ -119,7 +141,7 @@ def compare(
         first, since = reading(), time.perf_counter()
         for done in range(1, most + 1):
             order = rng.permutation(len(runs))
-            last_s = base()
+            last_s = _seconds(base)
             for at in range(0, len(order), BETWEEN):
                 last_s = _segment(base, [runs[i] for i in order[at : at + BETWEEN]], last_s)
             if done < repeats:
@@ -131,11 +153,15 @@ def compare(
     return found
 
 
-def _segment(base: Timed, runs: Sequence[_Runs], before_s: float) -> float:
+def _seconds(timed: Timed) -> np.ndarray:
+    return np.atleast_1d(np.asarray(timed(), dtype=np.float64))
+
+
+def _segment(base: Timed, runs: Sequence[_Runs], before_s: np.ndarray) -> np.ndarray:
     """Run each once and base after them, which took `before_s` before them; returns base's seconds after them."""
     first, since = reading(), time.perf_counter()
-    seconds = [of.timed() for of in runs]
-    after_s = base()
+    seconds = [_seconds(of.timed) for of in runs]
+    after_s = _seconds(base)
     meanwhile = between(first, reading(), time.perf_counter() - since)
     for place, (of, config_s) in enumerate(zip(runs, seconds, strict=True), 1):
         share = place / (len(runs) + 1)
@@ -150,7 +176,7 @@ def _settled(found: Sequence[Pairs], target: float | None) -> bool:
         return True
     widths = []
     for pairs in found:
-        _, low, high = gain_statistics(pairs.base_s, pairs.config_s)
+        _, low, high = pairs.gain()
         widths.append((high - low) / float(np.median(pairs.base_s)))
     return float(np.median(widths)) <= 2 * target
 

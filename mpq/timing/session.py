@@ -21,7 +21,8 @@ from mpq.formats.format import get_format
 from mpq.formats.scheme import get_scheme
 from mpq.kernels import Kind
 from mpq.store.tables import SCHEMAS, table
-from mpq.timing.pairs import Pairs, Timed, compare, gain_statistics
+from mpq.timing.answer import parts_of
+from mpq.timing.pairs import Pairs, Timed, compare
 
 Configuration: TypeAlias = tuple[str, ...]
 Request: TypeAlias = tuple[str, Sequence[Sequence[str]]]  # signature, configurations
@@ -110,6 +111,8 @@ def rows_of(
                     "order_measured": done,
                 }
                 facts = {"measured_unix_s": time.time(), **session.facts(pairs)}
+                instances, all_base = len(switched), place not in beside
+                facts |= parts_of(pairs, facts.get("output", 1), instances, all_base)
                 row |= {k: v for k, v in facts.items() if k in SCHEMAS["timing"]}
                 more = {k: v for k, v in facts.items() if k not in SCHEMAS["timing"]}
                 done += 1
@@ -121,13 +124,13 @@ def rows_of(
 
 def _row(pairs: Pairs, instances: int, all_base: bool = False) -> dict[str, object]:
     """What a configuration's runs say, in the columns of the table `timing`: gains are those of one instance."""
-    gain, low, high = (0.0, 0.0, 0.0) if all_base else gain_statistics(pairs.base_s, pairs.config_s)
-    base_ttft_s = float(np.median(pairs.base_s))
+    gain, low, high = (0.0, 0.0, 0.0) if all_base else pairs.gain()
+    base_ttft_s, ttft_s = (float(np.median(s)) for s in pairs.parts[0])
     return {
         "instances": instances,
         "repeats": len(pairs.base_s),
         "base_ttft_s": base_ttft_s,
-        "ttft_s": base_ttft_s if all_base else float(np.median(pairs.config_s)),
+        "ttft_s": base_ttft_s if all_base else ttft_s,
         "gain_s": gain / instances,
         "gain_ci_low_s": low / instances,
         "gain_ci_high_s": high / instances,
@@ -167,7 +170,8 @@ def plan_rows(
                 kept = {
                     k: row[k] for k in row if k not in ("instances", "significant", "predicted")
                 }
-                rows.append({**kept, **session.facts(pairs)})
+                facts = session.facts(pairs)
+                rows.append({**kept, **facts, **parts_of(pairs, facts.get("output", 1))})
             if progress:
                 progress(len(rows), len(plans))
     return pl.DataFrame(rows)

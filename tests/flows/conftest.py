@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 from prefect.settings import (
@@ -22,6 +24,8 @@ from small import small_spec
 
 from mpq.flows.calibrate import calibrate
 from mpq.flows.server import Server
+from mpq.models import graph
+from mpq.report import figures
 from mpq.spec import RunSpec
 
 
@@ -54,9 +58,36 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         server.stop()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Tracing takes a second, and every run with a new store traces the same tiny Llama: graphs are kept."""
+    trace, kept = graph.trace, dict[str, Any]()
+
+    def once(config: Any, **how: Any) -> Any:
+        what = {k: v for k, v in config.to_dict().items() if k != "_name_or_path"}
+        key = json.dumps([what, how], default=str)
+        if key not in kept:
+            kept[key] = trace(config, **how)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "trace", once)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without pictures, which take two seconds to draw, but where a test is marked `drawn`."""
+    if request.node.get_closest_marker("drawn") is None:
+        monkeypatch.setattr(
+            figures, "report_figures", lambda *_: {section: [] for section in figures.SECTIONS}
+        )
+        monkeypatch.setattr(figures, "frontier_png", lambda *_: b"\x89PNG")
+
+
 @pytest.fixture(scope="session")
 def finished(
-    prefect: None, tmp_path_factory: pytest.TempPathFactory
+    prefect: None, traced_once: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, RunSpec, dict[str, Any]]:
     """A run of the tiny spec: its folder, the spec and the outcome. Tests take a copy, see `calibrated`."""
     folder = tmp_path_factory.mktemp("finished")
@@ -79,3 +110,17 @@ def calibrated(
 def spec(tmp_path: Path) -> RunSpec:
     """A run that takes seconds: two layers of hidden size 32, two shards, one native and one emulated format."""
     return small_spec(tmp_path)
+
+
+@pytest.fixture
+def reloaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export is reloaded in this process: that a fresh one can is tests/mpq/export's to show."""
+    from mpq.export import check, reload
+
+    def reloaded(request: dict[str, Any], work: Path) -> tuple[np.ndarray, list[str]]:
+        asked, answer, out = (work / name for name in ("asked.json", "answer.json", "out.npy"))
+        asked.write_text(json.dumps({**request, "out": str(out), "answer": str(answer)}))
+        reload.main(asked)
+        return np.load(out), json.loads(answer.read_text())["differing"]
+
+    monkeypatch.setattr(check, "reloaded", reloaded)

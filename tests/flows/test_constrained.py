@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 from small import small_spec
 
 from mpq.errors import MpqError
 from mpq.flows.calibrate import calibrate
+from mpq.report.results import results_table
 from mpq.spec import RunSpec, parse_spec
-from mpq.tasks.stage import read, read_json
+from mpq.tasks.stage import read, read_json, read_together
 
 
 def constrained(folder: Path, **more: object) -> RunSpec:
@@ -21,9 +24,10 @@ def constrained(folder: Path, **more: object) -> RunSpec:
 
 
 def test_a_run_for_an_engine(tmp_path: Path) -> None:
-    """Nine configurations are timed; q, k, v are alike in every plan; the target's plan has its bits."""
+    """Nine configurations are timed, for answers of five tokens; q, k, v are alike in every plan; the target's plan has its bits."""
     spec = constrained(
         tmp_path,
+        workload={"prompt": 16, "output": 5, "batch": 2},
         constraints={"pin": {"model.layers.0.*.down_proj": "base"}},
         target={"effective_bits": 26},
     )
@@ -52,6 +56,16 @@ def test_a_run_for_an_engine(tmp_path: Path) -> None:
     assert set(read(result["tables"]["prices"][0])["strategy"]) == {"ip_et", "ip_loss"}
     solutions = read(result["tables"]["solutions"][0])
     assert set(solutions["effective_bits"]) == {p["effective_bits"] for p in plans}
+    tokens = pl.concat(timing)
+    parts = tokens["ttft_gain_s"] + 4 * tokens["tpot_gain_s"]
+    np.testing.assert_allclose(tokens["gain_s"], parts, atol=1e-12)
+    for plan in plans:  # base's time less the gain, but for what neighbours gain together
+        assert (plan["output"], plan["base_tpot_s"]) == (5, tokens["base_tpot_s"].median())
+        assert 0 < plan["predicted_tpot_s"] < 10 * plan["base_tpot_s"]
+    measured = results_table({k: read_together(refs) for k, refs in result["tables"].items()})
+    assert (measured["measured_tpot_s"] > 0).all()
+    page = Path(result["out"]["report"]).read_text()
+    assert "Each further token (ms)" in page
 
 
 @pytest.mark.parametrize(

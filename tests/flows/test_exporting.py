@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import fsspec
-import numpy as np
 import pytest
 from small import short, small_spec
 
 from mpq.errors import MpqError
-from mpq.export import check, reload
 from mpq.flows.calibrate import aimed_at, calibrate
 from mpq.program.plan import Plan
 from mpq.spec import RunSpec, parse_spec
 
-
-@pytest.fixture(autouse=True)
-def reloaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The export is reloaded in this process: that a fresh one can is tests/mpq/export's to show."""
-
-    def reloaded(request: dict[str, Any], work: Path) -> tuple[np.ndarray, list[str]]:
-        asked, answer, out = (work / name for name in ("asked.json", "answer.json", "out.npy"))
-        asked.write_text(json.dumps({**request, "out": str(out), "answer": str(answer)}))
-        reload.main(asked)
-        return np.load(out), json.loads(answer.read_text())["differing"]
-
-    monkeypatch.setattr(check, "reloaded", reloaded)
+pytestmark = pytest.mark.usefixtures("reloaded_here")
 
 
 def served(folder: Path, **export: object) -> RunSpec:

@@ -2,25 +2,67 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
-from small import small_spec, write_checkpoint
+import pytest
+from small import short, small_spec, write_checkpoint
 
+from mpq.errors import MpqError
 from mpq.flows.calibrate import calibrate
+from mpq.program.plan import Plan
 from mpq.report.runs import join_tables
-from mpq.spec import parse_spec
+from mpq.spec import RunSpec, parse_spec
 from mpq.tasks.stage import read, read_json
 
 
+def to_be_served(folder: Path, model_type: str, **more: object) -> RunSpec:
+    """The short run of a tiny mixture, by memory in INT8 under a bound that nothing breaks, which ends with a checkpoint."""
+    data: dict[str, Any] = short(small_spec(folder)).model_dump(mode="json")
+    data["model"]["path"] = str(write_checkpoint(folder / "mixture", model_type=model_type))
+    data["objectives"]["m"]["formats"] = ["int8"]
+    return parse_spec({**data, "engine": "vllm", "export": {}, "taus": [10.0], **more})
+
+
+@pytest.mark.usefixtures("reloaded_here")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_a_mixture_ends_with_a_checkpoint(tmp_path: Path, model_type: str) -> None:
+    """From the checkpoint to one that is reloaded in transformers: everything that vLLM takes is lowered, experts where the file
+    has names for them; the loss is that of mpq's run, its KL at least what was predicted of it."""
+    fused = {"constraints": {"pin": {"*.experts.*": "base"}}} if model_type == "gpt_oss" else {}
+    result = calibrate(to_be_served(tmp_path, model_type, **fused))
+    out = Path(result["out"]["checkpoint"])
+    check = json.loads((out / "export.json").read_text())["check"]
+    plan = Plan.from_json((out / "plan.json").read_text())
+    assert check["passed"], check
+    lowered = {op.rpartition(".")[2] for op in plan.lowered}
+    assert {"o_proj"} < lowered
+    assert ({"down_proj", "gate_up_proj"} < lowered) == (not fused)
+    assert plan.predicted_kl
+    assert min(check["kl_base_plan"], check["kl_base_reloaded"]) > 0.5 * plan.predicted_kl
+
+
+def test_experts_in_one_tensor_are_told_first(tmp_path: Path) -> None:
+    """A gpt-oss whose run could choose what its checkpoint has no names for ends before anything is measured."""
+    with pytest.raises(MpqError, match=r"in one tensor.* pin \*\.experts\.\* to base"):
+        calibrate(to_be_served(tmp_path, "gpt_oss"))
+
+
+@pytest.mark.usefixtures("reloaded_here")
 def test_a_run_of_a_mixture(tmp_path: Path) -> None:
-    """A Mixtral for vLLM, from its checkpoint to the report: experts are measured, timed, chosen alike in a layer, evaluated;
-    the router stays in base."""
+    """A Mixtral for vLLM, from its checkpoint to the report and a checkpoint: experts are measured, timed, chosen alike in a
+    layer, evaluated; the router stays in base."""
     data = small_spec(tmp_path).model_dump(mode="json")
     data["model"]["path"] = str(write_checkpoint(tmp_path / "mixture", model_type="mixtral"))
     int8 = {"formats": ["int8"], "strategies": ["ip", "uniform"]}
-    spec = parse_spec({**data, "objectives": {"et": int8, "m": int8}, "engine": "vllm"})
+    spec = parse_spec(
+        {**data, "objectives": {"et": int8, "m": int8}, "engine": "vllm", "export": {}}
+    )
     result = calibrate(spec)
+    record = json.loads(Path(result["out"]["checkpoint"], "export.json").read_text())
+    assert record["check"]["passed"]
     tables = join_tables(result["tables"])
     experts = tables["groups"].filter(pl.col("kind") == "experts")["op"].to_list()
     assert len(experts) == 4

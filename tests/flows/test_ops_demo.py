@@ -1,22 +1,30 @@
-"""What `make ops-demo` shows, with a smaller checkpoint and a faster clock; and what a person sees of it in Prefect's UI."""
+"""What `make ops-demo` shows, with a smaller checkpoint and a faster clock; what a person sees of it in Prefect's UI.
+
+Its server, worker and cluster then serve what prefect.yaml promises: a trigger, and deployments with their forms.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 from matplotlib.image import imread
 from rich.console import Console
-from small import small_spec, write_checkpoint
+from small import ROOT, small_spec, write_checkpoint
 from test_calibrate import change
 
 from deployments.browser import CHROMIUM
 from deployments.ops_demo import demonstrate
-from deployments.processes import Services
+from deployments.processes import POOL, Services, until
+from mpq.spec import RunSpec
+
+DEPLOYMENTS = {"calibrate", "watch", "retune", "campaign"}
 
 
 def left(home: Path, sessions: set[int]) -> list[str]:
@@ -33,6 +41,33 @@ def left(home: Path, sessions: set[int]) -> list[str]:
         except (psutil.Error, OSError):
             pass
     return found
+
+
+def triggered(services: Services, checkpoint: Path) -> dict[str, Any]:
+    """The calibration that an event starts for the checkpoint that its payload names, once it has ended."""
+    told = json.dumps({"checkpoint": str(checkpoint)})
+    services.prefect(
+        "event", "emit", "checkpoint.created", "--resource-id", "checkpoint.tiny", "--payload", told
+    )
+    run = services.ended("calibrate")
+    assert run["state_type"] == "COMPLETED", (run["state"], services.log("worker"))
+    body = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+    tasks = services.post("task_runs/filter", {**body, "limit": 200})
+    return {
+        "run": run,
+        "kinds": {a["key"] for a in services.post("artifacts/filter", body) if a["key"]},
+        "states": {t["name"]: t["state_name"] for t in tasks},
+    }
+
+
+def deployed(services: Services) -> dict[str, Any]:
+    """Deploy prefect.yaml as it is; what the server then has."""
+    services.prefect("--no-prompt", "deploy", "--all")
+    return {
+        "deployments": {d["name"]: d for d in services.post("deployments/filter", {})},
+        "automations": len(services.post("automations/filter", {})),
+        "scheduled": until("scheduled runs", lambda: services.runs("watch", "SCHEDULED")),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +91,12 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 seen["pictures"] = take(services, run, folder / "pictures")
             except TimeoutError as error:  # told by the test that is about it
                 seen["pictures"] = error
+        watch = services.get("deployments/name/watch/watch")
+        schedule = f"deployments/{watch['id']}/schedules/{watch['schedules'][0]['id']}"
+        services.ask("PATCH", schedule, {"active": False})  # all that it was to find is found
+        seen["triggered"] = triggered(services, folder / "model")
+        services.kill("worker")  # what is deployed next is not to be run
+        seen["deployed"] = [deployed(services) for _ in range(2)]
 
     few = {
         "et": {"formats": ["bf16"], "strategies": ["ip"]},
@@ -112,3 +153,48 @@ def test_the_ui_shows_it(night: dict[str, Any]) -> None:
         f"ui-{n}" for n in ("run", "tasks", "artifacts", "results", "frontier", "form")
     ]
     assert all(imread(path).shape[1] in (1280, 1024) for path in night["pictures"])
+
+
+def test_an_event_starts_a_calibration(night: dict[str, Any]) -> None:
+    """prefect.yaml's trigger starts calibrate for what the payload names, and it finds what watch has computed."""
+    run = night["triggered"]["run"]
+    assert run["parameters"]["checkpoint"].endswith("/model")
+    assert run["created_by"]["type"] == "AUTOMATION"
+    expected = {"results", "groups", "solutions", "evaluation", "frontier", "report", "plan"}
+    assert expected <= night["triggered"]["kinds"]
+    assert night["triggered"]["states"]["partition tiny-model"] == "Cached", (
+        "watch has partitioned this architecture before"
+    )
+
+
+def test_everything_deploys(night: dict[str, Any]) -> None:
+    """All four with their forms; watch gets scheduled runs; the trigger is there; deploying again changes nothing."""
+    for found in night["deployed"]:
+        assert set(found["deployments"]) == DEPLOYMENTS
+        assert found["automations"] == 1
+    forms = night["deployed"][-1]["deployments"]
+    assert {d["work_pool_name"] for d in forms.values()} == {POOL}
+    assert [s["schedule"]["cron"] for s in forms["watch"]["schedules"]] == ["*/15 * * * *"]
+    assert len(night["deployed"][-1]["scheduled"]) >= 3
+    form = forms["calibrate"]["parameter_openapi_schema"]
+    assert "timing" in form["definitions"]["RunSpec"]["properties"]
+    for name in DEPLOYMENTS:
+        form = forms[name]["parameter_openapi_schema"]
+        for part in (form, *form["definitions"].values()):
+            for field, shown in part["properties"].items():
+                assert shown.get("description"), f"{name}: {field}"
+                assert {"type", "anyOf", "allOf", "$ref", "enum"} & set(shown), f"{name}: {field}"
+        assert set(forms[name]["parameters"]) <= set(form["properties"]), (
+            "what prefect.yaml gives fits the form"
+        )
+
+
+def test_the_demos_spec_is_deployed() -> None:
+    """What prefect.yaml calibrates is examples/demo.yaml, word for word."""
+    (spec,) = (
+        d["parameters"]["spec"]
+        for d in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+        if d["name"] == "calibrate"
+    )
+    written = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
+    assert RunSpec.model_validate(spec) == RunSpec.model_validate(written)

@@ -41,7 +41,7 @@ def test_it_is_trained() -> None:
 
 
 def test_one_op_at_a_time_is_predicted() -> None:
-    """Rounding one op at a time to FP8-E4M3 moves the loss as the `ulp` model says, within 25 % on average over every second op."""
+    """Rounding one op at a time to FP8-E4M3 moves the loss as the `ulp` model says, within 25 % on average over every fourth op."""
     model = load_model(DEMO, "fp32")
     blocks = read_blocks(
         TextSpec(source=str(DEMO / "calibration.txt"), samples=16, length=128), DEMO, 2048
@@ -57,7 +57,7 @@ def test_one_op_at_a_time_is_predicted() -> None:
     predicted = dict(rows.select("op", "loss_mse").iter_rows())
     base = losses(model, blocks, 16)
     ratios = []
-    for op, _ in ops[::2]:
+    for op, _ in ops[::4]:
         measured = evaluate_loss(
             model, {op: "fp8_e4m3"}, blocks, base, base="fp32", seeds=range(2), batch=16
         )

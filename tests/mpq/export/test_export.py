@@ -182,7 +182,7 @@ def test_what_the_check_refuses(tmp_path: Path) -> None:
     found = compared(source, tmp_path / "out", plan)
     assert found.differing == ("the scales of model.layers.0.mlp.up_proj are others",)
     assert not found.passed
-    assert not replace(found, differing=(), kl_plan_reloaded=2 * found.kl_noise).passed
+    assert not replace(found, differing=(), kl_plan_reloaded=2 * found.kl_tolerance).passed
 
 
 def test_cut_off_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

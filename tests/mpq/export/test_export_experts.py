@@ -12,36 +12,41 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import write_checkpoint
+from small import MIXTURES, small_model, write_checkpoint
 from torch import nn
 
 from mpq.errors import MpqError
-from mpq.export.check import compare
+from mpq.export.check import Check, compare
 from mpq.export.exporting import export
-from mpq.export.reload import loaded_model, log_probabilities
+from mpq.export.expressible import lowered_linears, unread_experts
+from mpq.export.reload import loaded_model, log_probabilities, rounding_experts
+from mpq.export.skeleton import skeleton
 from mpq.formats.format import get_format
-from mpq.formats.quantize import quantize, scale_of
+from mpq.formats.quantize import fake_quantize
+from mpq.formats.scheme import get_scheme
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import fingerprint, load_model
+from mpq.models.checkpoint import fingerprint, load_config, load_model
 from mpq.models.experts import dispatched, products_of
 from mpq.program.plan import Plan
 
 BLOCKS = Blocks(np.random.default_rng(0).integers(0, 97, (4, 32)))
 
 
-def plan_of(source: Path, experts: Mapping[str, str], linears: str = "int8") -> Plan:
+def plan_of(
+    source: Path, experts: Mapping[str, str], linears: str = "int8", base: str = "fp32"
+) -> Plan:
     """Experts by the ends of their names, linears of the layers in one format."""
     formats: dict[str, str] = {}
-    for name, module in load_model(source, "fp32").named_modules():
+    for name, module in load_model(source, base).named_modules():
         if isinstance(module, nn.Linear) and ".layers." in name:
             formats[name] = linears
         if dispatched(module):
-            formats |= {f"{name}.{p}": experts.get(p, "fp32") for p in products_of(module)}
+            formats |= {f"{name}.{p}": experts.get(p, base) for p in products_of(module)}
     return Plan(
         strategy="ip_m",
         objective="m",
         tau=0.01,
-        base="fp32",
+        base=base,
         formats=formats,
         predicted_loss_mse=1e-4,
         budget=1e-3,
@@ -54,71 +59,89 @@ def plan_of(source: Path, experts: Mapping[str, str], linears: str = "int8") -> 
 BOTH = {"gate_up_proj": "fp8_e4m3", "down_proj": "fp8_e4m3"}
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3"])
-def test_experts_are_reloaded_in_transformers(tmp_path: Path, model_type: str) -> None:
-    """FP8 experts beside INT8 linears: each expert's codes are in the file under the name that it had, the weights that
-    transformers makes of them are the plan's, and so is its loss."""
-    source = write_checkpoint(tmp_path / "model", model_type=model_type)
-    plan = plan_of(source, BOTH)
-    out = tmp_path / "out"
-    made = export(plan, source, out)
-    assert made.formats["fp8_e4m3"] == sum(".experts." in op for op in plan.formats)
-    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
-    fmt, rounded = get_format("fp8_e4m3"), 0
-    targets = json.loads((out / "config.json").read_text())["quantization_config"]
-    patterns = [
-        t for g in targets["config_groups"].values() for t in g["targets"] if t[:3] == "re:"
-    ]
-    for name, weight in before.items():
-        if ".experts." in name and re.search(r"\.\d+\.\w+\.weight$", name):
-            scale = scale_of(weight, fmt, "row")
-            assert torch.equal(after[f"{name}_scale"], scale)
-            assert torch.equal(after[name].float(), quantize(weight, fmt, scale).float())
-            module = name.removesuffix(".weight")
-            assert sum(bool(re.match(p[3:], module)) for p in patterns) == 1
-            rounded += 1
-    assert rounded == 3 * 4 * (1 if model_type == "deepseek_v3" else 2)
-    assert any(name.endswith("mlp.gate") for name in targets["ignore"])
-    model = loaded_model(out, "fp32")
-    with torch.inference_mode():
-        found = log_probabilities(model, torch.from_numpy(BLOCKS.tokens)).numpy()
-    check = compare(load_model(source, "fp32"), plan.lowered, "fp32", BLOCKS, found)
+def reloaded(
+    source: Path, out: Path, lowered: Mapping[str, str], base: str, engine: str
+) -> tuple[nn.Module, Check]:
+    """The export as transformers loads it, and its loss beside that of mpq's run."""
+    model = skeleton(load_config(source))
+    formats = lowered_linears(lowered, base, model, engine)
+    found = loaded_model(out, base, decode_experts=bool(unread_experts(formats, base, model)))
+    with torch.inference_mode(), rounding_experts(found, formats):
+        log_p = log_probabilities(found, torch.from_numpy(BLOCKS.tokens)).numpy()
+    return found, compare(load_model(source, base), formats, base, BLOCKS, log_p)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scheme", "base", "engine"),
+    [
+        ("mixtral", "fp8_e4m3", "fp32", "vllm"),
+        ("qwen3_moe", "int8", "fp32", "vllm"),  # decoded for the check: transformers has no reader
+        ("deepseek_v3", "int8", "fp32", "transformers"),  # packed, for it reads no other integers
+        ("deepseek_v3", "mxfp8", "bf16", "vllm"),
+        ("mixtral", "w4a16_g32", "bf16", "transformers"),
+        ("qwen3_moe", "mxfp4", "bf16", "vllm"),
+    ],
+)
+def test_experts_are_reloaded_in_transformers(
+    tmp_path: Path, model_type: str, scheme: str, base: str, engine: str
+) -> None:
+    """Lowered experts beside INT8 linears: each has its codes and scales under the name that it had, found by one pattern; the
+    weights that transformers has of them are the plan's, and so is its loss."""
+    more = {**MIXTURES[model_type], "intermediate_size": 64}
+    more |= {"moe_intermediate_size": 32} if "moe_intermediate_size" in more else {}
+    dtype = getattr(torch, get_format(base).dtype)
+    source, out = tmp_path / "model", tmp_path / "out"
+    small_model(model_type, dtype=dtype, **more).save_pretrained(source)
+    plan = plan_of(source, dict.fromkeys(BOTH, scheme), base=base)
+    made = export(plan, source, out, engine=engine)
+    assert sum(made.formats.values()) == len(plan.lowered)
+    held = set(load_file(out / "model.safetensors"))
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    patterns = [t for g in said["config_groups"].values() for t in g["targets"] if t[:3] == "re:"]
+    each = [n for n in load_file(source / "model.safetensors") if re.search(r"experts\.\d+\.", n)]
+    assert len(each) == 3 * 4 * (1 if model_type == "deepseek_v3" else 2)
+    for name in each:
+        assert f"{name}_scale" in held
+        assert sum(bool(re.match(p[3:], name.removesuffix(".weight"))) for p in patterns) == 1
+    assert any(name.endswith("mlp.gate") for name in said["ignore"])
+    model, check = reloaded(source, out, plan.formats, base, engine)
     assert check.passed, check
-    for name, module in load_model(source, "fp32").named_modules():
+    for name, module in load_model(source, base).named_modules():
         if dispatched(module):
-            weight = module.down_proj
-            scale = scale_of(weight, fmt, "row")
-            lowered = quantize(weight, fmt, scale).float() * scale
-            assert torch.equal(model.get_parameter(f"{name}.down_proj"), lowered)
+            for product in products_of(module):
+                weights = getattr(module, product)
+                want = [fake_quantize(w, get_scheme(scheme).weights, "row") for w in weights]
+                assert torch.equal(model.get_parameter(f"{name}.{product}"), torch.stack(want))
 
 
 def test_a_checked_export_of_experts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The exporter's own check, by a fresh process, passes; that no engine has answered one is told."""
+    """The exporter's own check of INT8, by a fresh process, passes; that no engine has answered one is told."""
     source = write_checkpoint(tmp_path / "model", model_type="qwen3_moe")
     with caplog.at_level(logging.WARNING, "mpq"):
-        made = export(plan_of(source, BOTH), source, tmp_path / "out", check=BLOCKS)
+        made = export(
+            plan_of(source, dict.fromkeys(BOTH, "int8")), source, tmp_path / "out", check=BLOCKS
+        )
     assert made.check["passed"]
     assert "no engine was seen to answer such an export" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("model_type", "experts", "engine", "check", "told"),
+    ("model_type", "experts", "engine", "told"),
     [
-        ("qwen3_moe", dict.fromkeys(BOTH, "int8"), "vllm", True, "cannot be checked"),
-        ("qwen3_moe", dict.fromkeys(BOTH, "int8"), "transformers", False, "in fp8_e4m3 alone"),
-        ("qwen3_moe", {"down_proj": "fp8_e4m3"}, "vllm", False, "one format for all experts"),
-        ("qwen3_moe", dict.fromkeys(BOTH, "fp8_e5m2"), "vllm", False, "int8 or fp8_e4m3 alone"),
-        ("gpt_oss", BOTH, "vllm", False, "in one tensor"),
+        ("qwen3_moe", {"down_proj": "int8"}, "transformers", "all of a model in one of"),
+        ("qwen3_moe", dict.fromkeys(BOTH, "fp8_block"), "transformers", "experts for transformers"),
+        ("qwen3_moe", {"down_proj": "fp8_e4m3"}, "vllm", "one format for all experts"),
+        ("qwen3_moe", dict.fromkeys(BOTH, "nvfp4a16"), "vllm", "mpq writes experts for vllm in"),
+        ("gpt_oss", BOTH, "vllm", "in one tensor"),
     ],
 )
 def test_experts_that_cannot_be_exported(
-    tmp_path: Path, model_type: str, experts: dict[str, str], engine: str, check: bool, told: str
+    tmp_path: Path, model_type: str, experts: dict[str, str], engine: str, told: str
 ) -> None:
     """What a target cannot take is one sentence, and nothing is left behind."""
     source = write_checkpoint(tmp_path / "model", model_type=model_type)
-    how = {"engine": engine, "check": BLOCKS if check else None}
     with pytest.raises(MpqError, match=told):
-        export(plan_of(source, experts), source, tmp_path / "out", **how)
+        export(plan_of(source, experts), source, tmp_path / "out", engine=engine)
     assert not (tmp_path / "out").exists()
 
 
@@ -129,9 +152,6 @@ def test_experts_in_base_beside_lowered_linears(tmp_path: Path, model_type: str)
     plan = plan_of(source, {})
     out = tmp_path / "out"
     export(plan, source, out)
-    model = loaded_model(out, "fp32")
-    with torch.inference_mode():
-        found = log_probabilities(model, torch.from_numpy(BLOCKS.tokens)).numpy()
-    assert compare(load_model(source, "fp32"), plan.lowered, "fp32", BLOCKS, found).passed
+    assert reloaded(source, out, plan.formats, "fp32", "vllm")[1].passed
     ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     assert any("experts" in name for name in ignored)

@@ -21,6 +21,7 @@ from mpq.export.skeleton import Skeleton
 from mpq.formats.quantize import fake_quantize
 from mpq.formats.scheme import SCHEMES
 from mpq.models.blocks import Blocks
+from mpq.models.checkpoint import load_model
 from mpq.program.memory import bytes_of
 from mpq.serving.schemes import EXPORTED, stored_as
 
@@ -67,7 +68,8 @@ def test_memory_counts_what_the_file_holds(name: str) -> None:
 
 
 def test_all_schemes_in_one_checkpoint(tmp_path: Path) -> None:
-    """Each linear in another scheme, beside base BF16: transformers loads it, holds every code, and is mpq's run of the plan."""
+    """Each linear in another scheme, beside base BF16: transformers loads it, holds every code, and is mpq's run of the plan.
+    Read as a checkpoint to be calibrated, its weights are what the source's were rounded to."""
     source = checkpoint(tmp_path / "model", "llama", torch.bfloat16, **WIDE)
     names = iter(EXPORTED)
     ops = [op for op in linears(source, "bf16") if ".layers." in op]
@@ -78,6 +80,11 @@ def test_all_schemes_in_one_checkpoint(tmp_path: Path) -> None:
     assert made.check["passed"], made.check
     assert made.formats == dict.fromkeys(EXPORTED, 1)
     assert compared(source, tmp_path / "out", plan).passed
+    held, before = load_model(tmp_path / "out", "bf16"), load_model(source, "bf16")
+    for op, name in plan.lowered.items():
+        weight = before.get_parameter(f"{op}.weight")
+        want = fake_quantize(weight, SCHEMES[name].weights, "row")
+        assert torch.equal(held.get_parameter(f"{op}.weight"), want), name
 
 
 def test_four_bits_beside_what_cannot_read_them(tmp_path: Path) -> None:

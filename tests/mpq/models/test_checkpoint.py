@@ -61,10 +61,8 @@ def _change(folder: Path, change: Callable[[str, torch.Tensor], dict[str, torch.
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "torchao"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
         ({"quantization_config": {"bits": 4}}, "unnamed"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
     ],
@@ -90,14 +88,15 @@ def _fp8(name: str, weight: torch.Tensor, scale_name: str = "_scale") -> dict[st
 
 
 def test_weights_without_their_scales_are_refused(checkpoint: Path) -> None:
-    """E4M3 weights whose scales nobody would apply are refused: named in hf_quant_config.json, or nowhere."""
+    """E4M3 weights whose scales nobody would apply are refused; they are read once hf_quant_config.json says what they are."""
+    wanted = load_model(checkpoint, "fp32").get_parameter("model.layers.0.mlp.up_proj.weight")
     _change(checkpoint, _fp8)
     with pytest.raises(MpqError, match=r"quantized already, .* is stored as F8_E4M3"):
         load_model(checkpoint, "fp32")
     said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
     (checkpoint / "hf_quant_config.json").write_text(json.dumps(said))
-    with pytest.raises(MpqError, match="quantized already, by ModelOpt"):
-        load_model(checkpoint, "fp32")
+    found = load_model(checkpoint, "fp32").get_parameter("model.layers.0.mlp.up_proj.weight")
+    torch.testing.assert_close(found, wanted, rtol=2**-4, atol=1e-2)
 
 
 def test_scales_without_a_place_are_noticed(checkpoint: Path) -> None:
@@ -114,30 +113,6 @@ def test_other_tensors_without_a_place_are_a_warning(
     _change(checkpoint, lambda name, t: {name: t, f"tower.{name}": t.clone()})
     load_model(checkpoint, "fp32")
     assert "have no place in LlamaForCausalLM" in caplog.text
-
-
-@pytest.mark.parametrize("base", ["fp32", "bf16", "fp16"])
-def test_native_fp8_is_turned_back(base: str, checkpoint: Path) -> None:
-    """Weights of a native FP8 checkpoint are their codes times their scales, in whatever base format."""
-    expected: dict[str, torch.Tensor] = {}
-
-    def quantized(name: str, t: torch.Tensor) -> dict[str, torch.Tensor]:
-        made = _fp8(name, t, "_scale_inv")
-        expected[name] = made[name].float() * made.get(name + "_scale_inv", torch.ones(1))
-        return made
-
-    _change(checkpoint, quantized)
-    method = {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-    }
-    _configure(checkpoint, quantization_config=method)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[base]
-    for name, parameter in load_model(checkpoint, base).named_parameters():
-        assert parameter.dtype == dtype
-        # some of them through BF16 on the way
-        torch.testing.assert_close(parameter.float(), expected[name], rtol=2**-7, atol=1e-6)
 
 
 def test_classifiers_are_called_so(tmp_path: Path) -> None:

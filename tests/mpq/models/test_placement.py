@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small import write_checkpoint
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -74,6 +76,24 @@ def test_weights_from_disk_give_the_same_bit_for_bit(
     ops = _ops(folder)
     assert _measured(spread, ops, base) == _measured(whole, ops, base)
     assert not _weights(spread)
+
+
+def test_quantized_weights_are_decoded_to_disk(tmp_path: Path) -> None:
+    """A checkpoint in native FP8 that is spread is what it is in memory, its head tied to its embedding as well."""
+    folder, codes = write_checkpoint(tmp_path / "m"), {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        scale = weight.abs().max() / 448
+        linear = name.endswith("_proj.weight")
+        codes[name] = (weight / scale).to(torch.float8_e4m3fn) if linear else weight
+        codes |= {f"{name}_scale_inv": scale.reshape(1, 1)} if linear else {}
+    save_file(codes, folder / "model.safetensors", {"format": "pt"})
+    how = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
+    tokens = torch.arange(20)[None]
+    spread = load_model(folder, "bf16", memory=1000)
+    assert not _weights(spread)
+    assert torch.equal(spread(tokens).logits, load_model(folder, "bf16")(tokens).logits)
 
 
 def test_some_in_memory_and_some_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +206,7 @@ def test_weights_are_counted_in_the_base_format(tmp_path: Path) -> None:
     files = [folder / "model.safetensors"]
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         fits = elements * size * 2
-        assert placement.spread_of(files, dtype, "cpu", fits) is None
-        assert placement.spread_of(files, dtype, "cpu", fits - 1) is not None
+        needed = placement.bytes_of(files, dtype)
+        assert placement.spread_of(needed, "cpu", fits) is None
+        assert placement.spread_of(needed, "cpu", fits - 1) is not None
     shutil.rmtree(folder)

@@ -122,6 +122,24 @@ def test_page_parses_and_has_every_section(html: str) -> None:
     assert "examples/&lt;demo&gt; &amp; co" in html
 
 
+def test_the_price_of_each_constraint(html: str) -> None:
+    """A constrained run tells what each plan would gain without each constraint, dearest first; others tell nothing of it."""
+    assert "prices" not in _Page(html).rows
+    tau, both = TAUS[0], {"loss_mse": 1e-6, "loss_mse_without": 2e-6, "kl": 1e-3}
+    made = [
+        {"constraint": name, "gain": 0.01, "gain_without": gain, "kl_without": 2e-3, **both}
+        for name, gain in (("pin head", 0.011), ("tie q k v", 0.015))
+    ]
+    named = {"strategy": "ip_et", "objective": "et", "tau": tau}
+    run = {**ONE, "prices": pl.DataFrame([{**named, **row} for row in made])}
+    rows = _Page(write_report(run, "constrained", FACTS)).rows["prices"]
+    assert [row[3:7] for row in rows[1:]] == [
+        ["tie q k v", "10 ms", "15 ms", "+50.00 %"],
+        ["pin head", "10 ms", "11 ms", "+10.00 %"],
+    ]
+    assert rows[1][2] == f"τ = {tau:g}"
+
+
 def test_page_fetches_nothing(html: str) -> None:
     """No reference leaves the page, and each one inside it finds its id; ids of the figures do not collide."""
     page = _Page(html)

@@ -15,6 +15,7 @@ from mpq.timing.in_vllm import measure_each_in_vllm, runs_in_vllm
 
 CONFIG = small_config("llama", num_key_value_heads=2)
 SECONDS = {"": 0.10, "int8": 0.08, "fp8_e4m3": 0.11}
+TOKEN_S = {"": 0.01, "int8": 0.03, "fp8_e4m3": 0.02}
 HOW: dict[str, Any] = {"base": "fp32", "batch": 1, "length": 8, "repeats": 2}
 
 
@@ -35,7 +36,8 @@ class StandIn:
             if StandIn.deadly in formats:
                 self.dead = True
                 raise EngineDied("vLLM's process ended.")
-            return SECONDS[min(formats, default="")]
+            first = SECONDS[min(formats, default="")]
+            return [first + k * TOKEN_S[min(formats, default="")] for k in range(how["output"])]
         if what == "open":
             self.opened.append(how["name"])
             parent = "model.layers.0"
@@ -81,6 +83,19 @@ def test_gains_are_the_engines() -> None:
     assert StandIn.begun[0].opened == ["base", "fp8_e4m3", "int8"]
     times(("int8",))
     assert len(StandIn.begun) == 1
+
+
+def test_further_tokens_count() -> None:
+    """Of an answer of 33 tokens some are asked for; each of the 32 after the first is as much worth as the engine's took."""
+    groups = groups_of(CONFIG, batch=1, length=8)
+    signature = groups.filter(op="model.layers.0.mlp.down_proj")["signature"][0]
+    measured = measure_each_in_vllm(
+        CONFIG.to_dict(), groups, [(signature, [("int8",)])], **HOW, output=33
+    )
+    (row,) = (row.row(0, named=True) for _, row in measured)
+    assert row["ttft_gain_s"] == pytest.approx(0.01)  # two groups are switched
+    assert (row["base_tpot_s"], row["tpot_s"]) == pytest.approx((0.01, 0.03))
+    assert row["gain_s"] == pytest.approx(0.01 - 32 * 0.01)
 
 
 def test_a_death_costs_one_measurement() -> None:

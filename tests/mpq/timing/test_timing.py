@@ -284,13 +284,12 @@ def test_all_groups_of_a_signature_are_switched_and_the_gain_divided(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With forwards that gain 1 s for each lowered op, a signature of two groups of one op gains 1 s an instance, by either method."""
-    timing = import_module("mpq.timing.measure")  # the room's `measure` is the function
 
     class FakePrefill(Prefill):
         def ready(self, mixed: Mixed, formats: Mapping[str, str]) -> Timed:
             return lambda: 10.0 - len(formats)
 
-    monkeypatch.setattr(timing, "Prefill", FakePrefill)
+    monkeypatch.setattr("mpq.running.decode.Prefill", FakePrefill)
     for method, ttft in (("signature", 8.0), ("group", 9.0)):
         row = measure(
             timing_model(CONFIG, "fp32"),

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small
 import yaml
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from small import ROOT
 
 from deployments.processes import Services
 
-FILES = Path(__file__).parent.parent / "deployments"
+FILES = ROOT / "deployments"
 KINDS = ("docker", "kubernetes")
 
 
@@ -29,11 +30,10 @@ def template(kind: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    """A fresh server, asked by this process too."""
-    with Services(tmp_path_factory.mktemp("services")) as services:
-        services.server()
-        with temporary_settings({PREFECT_API_URL: services.api}):
-            yield services
+    """The tests' own server: no worker asks it for what is deployed here."""
+    with Services(tmp_path_factory.mktemp("services"), {"PREFECT_API_URL": small.API}) as services:
+        services.api = small.API
+        yield services
 
 
 def test_pools_are_created_with_them(services: Services, tmp_path: Path) -> None:

@@ -1,0 +1,286 @@
+"""A checkpoint's tensors as its model has them: what is stored quantized is read as the values that codes and scales stand for.
+
+What is read, by the checkpoint's own word for it, and where its layout is told:
+
+    fp8, mxfp8          weight, weight_scale_inv: a scale for the tensor or a block (arXiv 2412.19437, Sec. 3.3; OCP MX 1.0)
+    fbgemm_fp8          weight, weight_scale: a scale a row (transformers, integrations/fbgemm_fp8.py)
+    modelopt            FP8 as fbgemm_fp8, or one scale; NVFP4: weight, weight_scale, weight_scale_2 (vLLM, modelopt.py)
+    mxfp4               …_blocks, …_scales: gpt-oss's experts (transformers, integrations/mxfp4.py)
+    compressed-tensors  by compressed-tensors' own decompressors
+    gptq, awq           qweight, qzeros, scales, g_idx (AutoGPTQ's qlinear_cuda.py; AutoAWQ's packing_utils.py)
+
+Everything is computed in FP32 and rounded once, to the base format. Activations' scales are left out: the model in base rounds none.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mpq.errors import MpqError, first_line, require
+from mpq.models.layout import read_config, weight_files
+from mpq.models.quantized import already_quantized, is_narrow, method_of, section_of
+
+Parts: TypeAlias = Mapping[str, Tensor]  # a weight's tensors by the ends of their names
+Decode: TypeAlias = Callable[[Parts], Tensor]
+
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+# scales of what flows through the model, the KV cache's among them
+_OF_ACTIVATIONS = re.compile(
+    r"[._](input|output|activation|[qkv])(_proj)?_(scale|scale_inv|zero_point|global_scale)$"
+)
+# what its tensors add to a weight's name: the ends of codes, and those of which a quantized weight has some
+_ENDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "fp8": (("",), ("_scale_inv",)),
+    "mxfp8": (("",), ("_scale_inv",)),
+    "fbgemm_fp8": (("",), ("_scale",)),
+    "modelopt": (("",), ("_scale", "_scale_2")),
+    "mxfp4": (("_blocks",), ("_scales",)),
+    "compressed-tensors": (
+        ("_packed", ""),
+        ("_scale", "_global_scale", "_zero_point", "_shape", "_g_idx"),
+    ),
+    "gptq": (("qweight",), ("qzeros", "scales", "g_idx")),
+    "awq": (("qweight",), ("qzeros", "scales")),
+}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A weight that is read and decoded when it is asked for: `dense[...]`, as safetensors' slices are read."""
+
+    parts: Mapping[str, Any]
+    decode: Decode
+    stored: str  # how its codes are stored, in people's words
+    dtype: torch.dtype = torch.float32
+
+    def __getitem__(self, where: Any) -> Tensor:
+        values = self.decode({end: part[...] for end, part in self.parts.items()})
+        return values.to(self.dtype)[where]
+
+    def get_dtype(self) -> str:
+        """safetensors' word for a float's dtype."""
+        return {torch.float32: "F32", torch.float16: "F16"}.get(self.dtype, "BF16")
+
+
+def dense_tensors(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    only: Callable[[str], object] = lambda name: True,
+) -> dict[str, Any]:
+    """Name → what `[...]` reads as a tensor in the model's shape, for every tensor of a quantized checkpoint in `folder`: a
+    decoded one in `dtype`, and as they are stored those whose names are not `only` meant.
+
+    Raises MpqError for a layout that cannot be read, naming it.
+    """
+    config = read_config(folder)
+    method, section = method_of(config, folder), section_of(config, folder)
+    decoder = _decoders(folder, method, section)
+    codes, beside = _ENDS[method]
+    held: dict[str, Any] = {}
+    for file in weight_files(folder):
+        tensors = _opened(file)
+        held |= {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
+    weights: dict[str, dict[str, str]] = defaultdict(dict)
+    for key in filter(only, held):
+        end = max((e for e in (*codes, *beside, "") if key.endswith(e)), key=len)
+        weights[key.removesuffix(end)][end] = key
+    found: dict[str, Any] = {key: part for key, part in held.items() if not only(key)}
+    for weight, ends in weights.items():
+        if any(end in ends for end in codes) and any(end in ends for end in beside):
+            name = f"{weight}weight" if codes == ("qweight",) else weight
+            of_weight = decoder(name, {end: held[key] for end, key in ends.items()})
+            found[name] = replace(of_weight, dtype=dtype)
+        else:
+            found |= {k: held[k] for k in ends.values() if not _OF_ACTIVATIONS.search(k)}
+    for key, part in found.items():
+        if only(key) and not isinstance(part, Dense) and is_narrow(part):
+            raise already_quantized(folder, f"{key} is stored as {part.get_dtype()}")
+    return found
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except Exception as error:  # safetensors' own, and what the system says
+        raise MpqError(
+            f"{file} cannot be read as safetensors ({first_line(error)}): fetch the checkpoint again."
+        ) from None
+
+
+def _decoders(
+    folder: Path, method: str, section: Mapping[str, Any]
+) -> Callable[[str, Mapping[str, Any]], Dense]:
+    """What makes a weight of its name and its parts."""
+    if method == "compressed-tensors":
+        return _CompressedTensors(folder, section)
+    bits = int(section.get("bits") or 0)
+    if method in ("gptq", "awq") and bits not in ((2, 4, 8) if method == "gptq" else (4,)):
+        raise already_quantized(folder, f"by {method.upper()} with {bits} bits")
+    if method == "awq" and section.get("version", "gemm") != "gemm":
+        raise already_quantized(folder, f"by AWQ as {section['version']}")
+    first = 0 if section.get("checkpoint_format") == "gptq_v2" else 1
+    ways: dict[str, Decode] = {"mxfp4": _mxfp4, "awq": _awq}
+    ways["gptq"] = partial(_gptq, bits=bits, first=first)
+    decode = ways.get(method) or partial(_scaled, block=section.get("weight_block_size"))
+    stored = {"mxfp4": "mxfp4", "gptq": f"int{bits}", "awq": "int4"}
+
+    def made(name: str, parts: Mapping[str, Any]) -> Dense:
+        kind = str(parts[""].get_dtype()) if "" in parts else ""
+        if kind and kind != "F8_E4M3" and not ("_scale_2" in parts and kind == "U8"):
+            raise already_quantized(folder, f"{name} is stored as {kind}")
+        if kind and kind != "U8":
+            _check_scale(folder, name, parts, section.get("weight_block_size"))
+        return Dense(parts, decode, stored.get(method) or ("nvfp4" if kind == "U8" else "fp8_e4m3"))
+
+    return made
+
+
+def _check_scale(
+    folder: Path, name: str, parts: Mapping[str, Any], block: tuple[int, int] | None
+) -> None:
+    """Raise MpqError where a weight's scales are neither one, nor one a row, nor one a block."""
+    scale = parts["_scale_inv" if "_scale_inv" in parts else "_scale"].get_shape()
+    *lead, rows, columns = parts[""].get_shape()
+    blocks = [*lead, -(-rows // block[0]), -(-columns // block[1])] if block else []
+    of_rows = math.prod(scale) == math.prod(lead) * rows and block is None
+    if math.prod(scale) != 1 and scale != blocks and not of_rows:
+        raise already_quantized(folder, f"{name} {[*lead, rows, columns]} with scales {scale}")
+
+
+def _scaled(parts: Parts, block: tuple[int, int] | None = None) -> Tensor:
+    """Codes times their scale: one for the tensor, one a row, or one a block; NVFP4's blocks' scales times the tensor's."""
+    codes = parts[""]
+    scale = _values(parts["_scale_inv"] if "_scale_inv" in parts else parts["_scale"])
+    if "_scale_2" in parts and codes.dtype == torch.uint8:
+        values = _unpacked_e2m1(codes)
+        return values * scale.repeat_interleave(16, -1) * parts["_scale_2"].float()
+    values = codes.float()
+    rows, columns = values.shape[-2:]
+    if scale.numel() == 1:
+        return values * scale.reshape(())
+    if block is None:  # a scale a row
+        return values * scale.reshape(*values.shape[:-1], 1)
+    high, wide = block
+    of_rows = scale.repeat_interleave(high, -2)[..., :rows, :]
+    return values * of_rows.repeat_interleave(wide, -1)[..., :columns]
+
+
+def _values(scale: Tensor) -> Tensor:
+    """Scales in FP32: bytes are exponents, + 127 (OCP MX 1.0: E8M0)."""
+    return (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
+
+
+def _unpacked_e2m1(codes: Tensor) -> Tensor:
+    """Two values of each byte, the low half's first."""
+    both = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()
+    values: Tensor = _E2M1[both & 7] * (1 - 2 * (both >> 3)).float()
+    return values
+
+
+def _mxfp4(parts: Parts) -> Tensor:
+    """gpt-oss's experts: blocks (experts, C, K / 32, 16), scales (experts, C, K / 32), to (experts, K, C)."""
+    scale = _values(parts["_scales"])[..., None]
+    return (_unpacked_e2m1(parts["_blocks"]) * scale).flatten(-2).mT.contiguous()
+
+
+def _unpacked(words: Tensor, bits: int) -> Tensor:
+    """(R, W) words of 32 bits to (R, W · 32 / bits) codes, the lowest bits first."""
+    shifts = torch.arange(0, 32, bits)
+    codes: Tensor = (words[..., None] >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)
+
+
+def _gptq(parts: Parts, bits: int, first: int) -> Tensor:
+    """qweight (K · bits / 32, C), qzeros (groups, C · bits / 32), scales (groups, C); zeros are stored less `first`."""
+    codes = _unpacked(parts["qweight"].T, bits)  # (C, K)
+    scales = parts["scales"].float()
+    zeros = _unpacked(parts["qzeros"], bits) + first if "qzeros" in parts else 2 ** (bits - 1)
+    width = codes.shape[1]
+    groups = parts.get("g_idx", torch.arange(width) // (width // len(scales))).long()
+    less: Tensor = codes.T - (zeros[groups] if isinstance(zeros, Tensor) else zeros)
+    return (less * scales[groups]).T.contiguous()
+
+
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where a word's columns lie in it
+
+
+def _awq(parts: Parts) -> Tensor:
+    """qweight (K, C / 8), qzeros (groups, C / 8), scales (groups, C)."""
+
+    def columns(words: Tensor) -> Tensor:
+        ordered: Tensor = _unpacked(words, 4).unflatten(-1, (-1, 8))[..., _AWQ_ORDER]
+        return ordered.flatten(-2)
+
+    scales = parts["scales"].float()
+    each = len(parts["qweight"]) // len(scales)
+    zeros, scales = (t.repeat_interleave(each, 0) for t in (columns(parts["qzeros"]), scales))
+    values: Tensor = (columns(parts["qweight"]) - zeros) * scales
+    return values.T.contiguous()
+
+
+class _CompressedTensors:
+    """compressed-tensors' weights, each by the group that its module is a target of."""
+
+    def __init__(self, folder: Path, section: Mapping[str, Any]) -> None:
+        require("compressed_tensors", "a checkpoint in compressed-tensors' format")
+        from compressed_tensors.quantization import QuantizationConfig
+
+        self.folder = folder
+        sparse = (section.get("sparsity_config") or {}).get("format") or "dense"
+        if sparse != "dense" or section.get("transform_config"):
+            how = "with rotated weights" if sparse == "dense" else f"sparse as {sparse}"
+            raise already_quantized(folder, f"by compressed-tensors {how}")
+        try:
+            known = {k: v for k, v in section.items() if k in QuantizationConfig.model_fields}
+            config = QuantizationConfig.model_validate(known)
+        except Exception as error:  # pydantic's own
+            raise MpqError(
+                f"{folder / 'config.json'} has a quantization_config that compressed-tensors cannot read ({first_line(error)}): fetch the checkpoint again."
+            ) from None
+        self.schemes = list(config.config_groups.values())
+        for scheme in self.schemes:
+            scheme.format = scheme.format or config.format
+
+    def __call__(self, name: str, parts: Mapping[str, Any]) -> Dense:
+        from compressed_tensors.compressors import BaseCompressor
+
+        scheme = self._scheme(name.removesuffix(".weight"))
+        how = str(getattr(scheme.format, "value", scheme.format))
+        try:
+            compressor = BaseCompressor.get_value_from_registry(how)
+            compressor.compression_param_names(scheme)
+        except Exception:  # no such name, or one of its older kind
+            raise already_quantized(self.folder, f"by compressed-tensors as {how}") from None
+
+        def decode(parts: Parts) -> Tensor:
+            of = {f"weight{end}": tensor for end, tensor in parts.items()}
+            if of["weight_scale"].dtype in (torch.bfloat16, torch.float16):
+                of["weight_scale"] = of["weight_scale"].float()  # the product is rounded once
+            weight: Tensor = compressor.decompress(of, scheme)["weight"]
+            return weight
+
+        return Dense(parts, decode, f"{scheme.weights.type}{scheme.weights.num_bits}")
+
+    def _scheme(self, module: str) -> Any:
+        from compressed_tensors.utils.match import match_name
+
+        for scheme in self.schemes:
+            if any(match_name(module, target) for target in scheme.targets):
+                return scheme
+        classes = [s for s in self.schemes if any(t.isidentifier() for t in s.targets)]
+        if len(classes) == 1:
+            return classes[0]
+        raise already_quantized(
+            self.folder, f"by compressed-tensors, whose groups do not say how {module} is stored"
+        )
