@@ -16,6 +16,7 @@ from mpq.formats.format import get_format
 from mpq.formats.quantize import share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.blocks import Blocks
+from mpq.models.placement import device_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,7 +83,7 @@ def _largest_inputs(
 
     handles = [model.get_submodule(op).register_forward_pre_hook(see(op)) for op in ops]
     with torch.inference_mode():
-        for tokens in blocks.batches(BATCH, device):
+        for tokens in blocks.batches(BATCH, str(device_of(model))):
             model(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()
