@@ -11,11 +11,12 @@ import torch
 from mpq.errors import MpqError
 from mpq.export.codes import share_of_weight
 from mpq.export.engines import fused_together
-from mpq.export.shards import Shard, Shares, opened
+from mpq.export.shards import Shard, Shares
 from mpq.formats.format import get_format
 from mpq.formats.quantize import share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.blocks import Blocks
+from mpq.models.layout import opened
 from mpq.models.placement import device_of
 
 if TYPE_CHECKING:

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpq.errors import MpqError, first_line
+from mpq.errors import MpqError
 from mpq.export.codes import sizes_of, tensors_of
 from mpq.export.skeleton import Skeleton
 from mpq.formats.format import get_format
 from mpq.formats.scheme import get_scheme
-from mpq.models.layout import INDEX, weight_files
+from mpq.models.layout import INDEX, opened, weight_files
 
 SHARD_BYTES = 4 * 2**30
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
@@ -148,16 +147,6 @@ def _headers(file: Path, model: Skeleton) -> Iterator[tuple[str, tuple[str, str,
         for key in sorted(tensors.keys()):
             part = tensors.get_slice(key)
             yield model.name_of(key), (key, part.get_dtype(), tuple(part.get_shape()))
-
-
-def opened(file: Path) -> Any:
-    """A safetensors file, open. Raises MpqError where it is none."""
-    try:
-        return safe_open(file, "pt")
-    except Exception as error:  # safetensors' own, and what the system says
-        raise MpqError(
-            f"{file} cannot be read as safetensors ({first_line(error)}): fetch the checkpoint again."
-        ) from None
 
 
 def _source(op: str, model: Skeleton, names: set[str]) -> str:

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mpq.errors import MpqError, first_line, require
-from mpq.models.layout import read_config, weight_files
+from mpq.models.layout import opened, read_config, weight_files
 from mpq.models.quantized import already_quantized, is_narrow, method_of, section_of
 
 Parts: TypeAlias = Mapping[str, Tensor]  # a weight's tensors by the ends of their names
@@ -89,7 +88,7 @@ def dense_tensors(
     codes, beside = _ENDS[method]
     held: dict[str, Any] = {}
     for file in weight_files(folder):
-        tensors = _opened(file)
+        tensors = opened(file)
         held |= {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
     weights: dict[str, dict[str, str]] = defaultdict(dict)
     for key in filter(only, held):
@@ -107,15 +106,6 @@ def dense_tensors(
         if only(key) and not isinstance(part, Dense) and is_narrow(part):
             raise already_quantized(folder, f"{key} is stored as {part.get_dtype()}")
     return found
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, "pt")
-    except Exception as error:  # safetensors' own, and what the system says
-        raise MpqError(
-            f"{file} cannot be read as safetensors ({first_line(error)}): fetch the checkpoint again."
-        ) from None
 
 
 def _decoders(
