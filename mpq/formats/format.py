@@ -23,6 +23,7 @@ from mpq.errors import MpqError
 
 NoiseModel = Literal["paper", "ulp", "actual"]
 Scale = Literal["fp32", "bf16", "e8m0", "e4m3"]
+Fit = Literal["max", "mse"]
 SCALE_BITS: dict[Scale, int] = {"fp32": 32, "bf16": 16, "e8m0": 8, "e4m3": 8}
 NOISE_MODELS: tuple[NoiseModel, ...] = ("paper", "ulp", "actual")
 
@@ -41,6 +42,9 @@ class Format:
         fp32, bf16  the quotient, rounded to that
         e8m0        a power of two (OCP MX 1.0, 5.1; the next one where the largest would saturate)
         e4m3        a share of one scale of the whole tensor, a power of two under which the largest is 224 to 448 (NVFP4)
+
+    `fit` says what a scale is made for: max, that nothing is cut; mse, the least squared error of its
+    block, of some scales that cut its largest values (quantize.scale_of). It is for weights, which are rounded once.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Format:
     full_scale: float | None = None  # maximum, where it says nothing
     block: tuple[int, int] = (1, 0)
     scale: Scale = "fp32"
+    fit: Fit = "max"
 
     @property
     def bytes(self) -> float:

@@ -28,6 +28,9 @@ from mpq.formats.format import Format, NoiseModel
 Granularity = Literal["tensor", "row", "column"]
 _TINY = torch.finfo(torch.float32).tiny
 _E4M3_MAX = 448.0
+_PARTS = [
+    1 - k / 32 for k in range(1, 17)
+]  # of the largest magnitude, which fitted scales map onto the top
 _LEAST = 0.125  # what compressed-tensors 0.20 takes for a block scale that is 0 in E4M3
 
 
@@ -79,14 +82,37 @@ def scale_of(
 ) -> Tensor:
     """The FP32 scale of each neighbourhood of `x`, as it is stored, shaped to broadcast over it; 1 where all is zero.
 
+    A fitted one is, of those that map the neighbourhood's largest magnitude, or 31/32, 30/32 … 1/2 of it, onto the top
+    and cut what is above, that of the least squared error.
+
     Of a format with blocks, `x` is blocks_of the tensor, and `share` the tensor's share_of where `x` is a part of it.
     """
     largest = amax_of(x, granularity)
+    share = share_of(x, fmt) if share is None else share
+    scale = _stored(largest, fmt, share)
+    if fmt.fit == "max":
+        return scale
+    along = {"tensor": tuple(range(x.ndim)), "row": (-1,), "column": (-2,)}[granularity]
+    least = _squared_error(x, fmt, scale, along)
+    for part in _PARTS:
+        other = _stored(largest * part, fmt, share)
+        error = _squared_error(x, fmt, other, along)
+        scale = torch.where(error < least, other, scale)
+        least = torch.minimum(error, least)
+    return scale
+
+
+def _squared_error(x: Tensor, fmt: Format, scale: Tensor, along: tuple[int, ...]) -> Tensor:
+    error = dequantize(quantize(x, fmt, scale), fmt, scale) - x.float()
+    return error.square_().sum(along, keepdim=True)
+
+
+def _stored(largest: Tensor, fmt: Format, share: float) -> Tensor:
+    """The scale that maps `largest` onto the format's top, as it is stored."""
     if fmt.scale == "e8m0":
         return _power_of_two(largest, fmt)
     scale = largest / fmt.top
     if fmt.scale == "e4m3":
-        share = share_of(x, fmt) if share is None else share
         of_block = (scale * share).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).float()
         return torch.where(of_block > 0, of_block, _LEAST) / share
     if fmt.scale == "bf16":

@@ -6,7 +6,7 @@ operands are stored alike; attention's products, whose operands are all activati
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpq.formats.format import BLOCKED, FORMATS, Format, registered
 
@@ -56,7 +56,7 @@ _PLAIN = {"int8": "W8A8", "fp8_e4m3": "FP8_DYNAMIC"}
 _MXFP8, _MXFP4, _NVFP4 = BLOCKED["mxfp8"], BLOCKED["mxfp4"], BLOCKED["nvfp4"]
 _INT8, _INT4 = FORMATS["int8"], BLOCKED["int4_128"]
 
-SCHEMES: dict[str, Scheme] = {
+_MAX: dict[str, Scheme] = {
     s.name: s
     for s in (
         *(Scheme(f.name, f, f, _PLAIN.get(f.name, ""), f.source) for f in FORMATS.values()),
@@ -78,6 +78,24 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("mxfp4a16", _MXFP4, None, "MXFP4A16", _CT),
     )
 }
+
+
+def _fitted(scheme: Scheme) -> Scheme:
+    """The scheme with weights' scales of the least squared error: to an engine the same, since scales are in the file."""
+    own = replace(scheme.weights, name=f"{scheme.weights.name}_mse", fit="mse")
+    source = f"{scheme.name}, the scales of weights fitted"
+    return replace(scheme, name=f"{scheme.name}_mse", weights=own, source=source)
+
+
+SCHEMES: dict[str, Scheme] = {
+    **_MAX,
+    **{f"{s.name}_mse": _fitted(s) for s in _MAX.values() if s.weights.bits == 4},
+}
+
+
+def with_fitted(*names: str) -> tuple[str, ...]:
+    """The schemes, and those of them with fitted scales: what reads the former reads the latter."""
+    return (*names, *(f"{name}_mse" for name in names if f"{name}_mse" in SCHEMES))
 
 
 def get_scheme(name: str) -> Scheme:

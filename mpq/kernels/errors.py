@@ -95,7 +95,7 @@ class _Sweep:
 
 
 def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]) -> list[_Sweep]:
-    """One sweep for all formats of rows and of parts of them, and one for each whose blocks have several rows."""
+    """One sweep for all formats of rows and of parts of them, and one for each whose blocks have several rows, or fitted scales."""
     own = str(u.dtype).removeprefix("torch.")
     # those that round a tensor of this dtype at all
     rounding = [
@@ -103,13 +103,18 @@ def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]
         for i, f in enumerate(formats)
         if f and (f.needs_scale or (f.bits <= 16 and f.dtype != own))
     ]
-    rest = [(i, f) for i, f in rounding if f.block[0] == 1]
+    rest = [(i, f) for i, f in rounding if f.block[0] == 1 and f.fit == "max"]
     described_ = (GridFormat * len(rest))(*(described(f) for _, f in rest))
     of_rest = torch.tensor([shares[i] for i, _ in rest])
     sweeps = [_Sweep(u.contiguous(), described_, of_rest, [i for i, _ in rest])]
     for i, f in rounding:
-        if f.block[0] > 1:
-            error = (rounded(u, f, "row").float() - u.float()).contiguous()
+        if f.block[0] > 1 or f.fit != "max":
+            error = (
+                fake_quantize(u, f, "row", share=shares[i])
+                if f.block[0] == 1
+                else rounded(u, f, "row")
+            )
+            error = (error.float() - u.float()).contiguous()
             sweeps.append(_Sweep(error, None, torch.empty(0), [i]))
     return sweeps
 

@@ -87,6 +87,8 @@ def _covers(x: Tensor, fmt: Format, granularity: Granularity) -> bool:
         return False
     if fmt.by_blocks and granularity != "row":
         return False  # fake_quantize says why
+    if fmt.fit != "max":
+        return False
     return not (x.requires_grad and torch.is_grad_enabled())
 
 

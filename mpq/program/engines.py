@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpq.errors import MpqError
+from mpq.formats.scheme import with_fitted
 from mpq.serving.schemes import OF_EXPERTS
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _fusing(engine: str, source: str = _FUSED) -> tuple[Rule, ...]:
     )
 
 
-_COMPRESSED = (
+_COMPRESSED = with_fitted(
     *("int8", "fp8_e4m3", "fp8_block", "mxfp8", "mxfp4", "nvfp4"),
     *("w4a8", "w8a16", "w4a16", "w4a16_g32", "nvfp4a16", "mxfp4a16"),
 )
@@ -98,7 +99,7 @@ ENGINES: dict[str, Engine] = {
         Engine(
             "tensorrt-llm",
             _fusing("tensorrt-llm", "modelopt's MIXED_PRECISION refuses two formats in one layer"),
-            ("fp8_e4m3", "fp8_block", "mxfp8", "nvfp4", "nvfp4a16"),
+            with_fitted("fp8_e4m3", "fp8_block", "mxfp8", "nvfp4", "nvfp4a16"),
             "hf_quant_config.json has FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, MXFP8, NVFP4 and W4A16_NVFP4, "
             "and no INT8",
         ),

@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from mpq.errors import MpqError
 from mpq.formats.format import Format, get_format
 from mpq.formats.scheme import Scheme, get_scheme
-from mpq.kernels import Kind, check_native, cpu, emulated, int8_attention, native_kernels
+from mpq.kernels import (
+    Kind,
+    check_native,
+    cpu,
+    emulated,
+    int8_attention,
+    native_kernels,
+    weight_only,
+)
 from mpq.kernels.rounding import rounded
 from mpq.models import experts
 from mpq.models.attention import AttentionHandler, PlainAttention, intercept
@@ -195,7 +203,10 @@ class Mixed:
             scheme, noise = get_scheme(name), self._noise(op, get_scheme(name))
             if self.backend == "emulated":
                 self._kernels[op, name] = emulated.linear(weight, bias, scheme, **noise)
-            else:  # a device's formats are alike for both operands
+            elif scheme.activations is None:
+                perturb = noise["perturb_weight"]
+                self._kernels[op, name] = weight_only.linear(weight, bias, scheme.weights, perturb)
+            else:  # a device's other schemes are alike for both operands
                 make = native_kernels(self._device).linear
                 self._kernels[op, name] = make(weight, bias, scheme.weights, **noise)
         return self._kernels[op, name]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mpq.formats.format import Format
-from mpq.formats.scheme import SCHEMES, Scheme
+from mpq.formats.scheme import SCHEMES, Scheme, with_fitted
 
 # what a file can hold: schemes with a scale, but no E5M2, which has no preset there
 EXPORTED = tuple(
@@ -23,11 +23,13 @@ OF_EXPERTS = {
     "vllm": tuple(name for name in EXPORTED if "nvfp4" not in name),
     "sglang": ("int8", "fp8_e4m3"),
     "transformers": (
-        *("int8", "fp8_e4m3", "mxfp4", "w4a8", "w8a16", "w4a16", "w4a16_g32", "mxfp4a16"),
+        *with_fitted(
+            *("int8", "fp8_e4m3", "mxfp4", "w4a8", "w8a16", "w4a16", "w4a16_g32", "mxfp4a16")
+        ),
     ),
 }
 # of these, what vLLM 0.32 has a kernel for on any CPU (docs/engines.md: run)
-ON_CPU = ("int8", "fp8_e4m3", "w4a8")
+ON_CPU = with_fitted("int8", "fp8_e4m3", "w4a8")
 
 
 def stored_as(scheme: Scheme) -> str:

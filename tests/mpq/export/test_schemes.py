@@ -57,7 +57,7 @@ def test_compressed_tensors_reads_the_codes_back(name: str) -> None:
     assert torch.equal(found, want)
 
 
-@pytest.mark.parametrize("name", [n for n in EXPORTED if n != "w4a8"])
+@pytest.mark.parametrize("name", [n for n in EXPORTED if not n.startswith("w4a8")])
 def test_memory_counts_what_the_file_holds(name: str) -> None:
     """A plan's bytes of a weight are those of its tensors, but for the few that say its shape and its input's scale.
     (A 4-bit integer beside activations has a byte in the file: the engine packs it.)"""
@@ -70,7 +70,9 @@ def test_memory_counts_what_the_file_holds(name: str) -> None:
 def test_all_schemes_in_one_checkpoint(tmp_path: Path) -> None:
     """Each linear in another scheme, beside base BF16: transformers loads it, holds every code, and is mpq's run of the plan.
     Read as a checkpoint to be calibrated, its weights are what the source's were rounded to."""
-    source = checkpoint(tmp_path / "model", "llama", torch.bfloat16, **WIDE)
+    source = checkpoint(
+        tmp_path / "model", "llama", torch.bfloat16, **{**WIDE, "num_hidden_layers": 3}
+    )
     names = iter(EXPORTED)
     ops = [op for op in linears(source, "bf16") if ".layers." in op]
     formats = {op: next(names, "bf16") for op in ops}
