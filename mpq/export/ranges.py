@@ -16,7 +16,7 @@ from mpq.formats.format import get_format
 from mpq.formats.quantize import share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.blocks import Blocks
-from mpq.models.layout import opened
+from mpq.models.dense import Dense, tensors_by_file
 from mpq.models.placement import device_of
 
 if TYPE_CHECKING:
@@ -42,11 +42,13 @@ def shares_of(
         return {}
     dtype = getattr(torch, get_format(base).dtype)
     own: dict[str, float] = {}
-    for piece in (piece for shard in shards for piece in shard.pieces):
-        op = piece.name.removesuffix(".weight")
-        if op in sharing and piece.format:
-            with opened(source / piece.file) as file:
-                weight, of = file.get_slice(piece.tensor), get_scheme(piece.format).weights
+    pieces = [piece for shard in shards for piece in shard.pieces if piece.format]
+    for file, parts in tensors_by_file(source):
+        for piece in (piece for piece in pieces if piece.file == file):
+            op, part = piece.name.removesuffix(".weight"), parts[piece.tensor]
+            if op in sharing:
+                weight = part[...] if isinstance(part, Dense) else part
+                of = get_scheme(piece.format).weights
                 own[op] = share_of_weight(weight, of, dtype, piece.tensor)
     for together in fused_together(own, engine):
         own |= dict.fromkeys(together, min(own[op] for op in together))

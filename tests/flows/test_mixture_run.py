@@ -52,11 +52,12 @@ def test_experts_in_one_tensor_are_told_first(tmp_path: Path) -> None:
         calibrate(to_be_served(tmp_path, "gpt_oss"))
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_a_run_of_a_quantized_checkpoint(tmp_path: Path) -> None:
-    """Experts published in FP8 are planned for as values; plan and report say for how many ops base is no better than FP8."""
-    data = short(small_spec(tmp_path)).model_dump(mode="json")
-    source = write_checkpoint(tmp_path / "mixture", model_type="mixtral")
-    data["model"]["path"] = str(source)
+    """Experts published in FP8 are planned for, and exported, as values; plan and report say for how many ops base is no better
+    than FP8."""
+    spec = to_be_served(tmp_path, "mixtral")
+    source = Path(spec.model.path)
     tensors = load_file(source / "model.safetensors")
     for name in [name for name in tensors if ".experts." in name]:
         tensors[name] = (tensors[name] * 4).to(torch.float8_e4m3fn)
@@ -65,8 +66,10 @@ def test_a_run_of_a_quantized_checkpoint(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
     (source / "config.json").write_text(json.dumps(config))
-    result = calibrate(parse_spec(data))
+    result = calibrate(spec)
     plan = Plan.from_json(Path(result["out"]["plan"]).read_text())
+    record = json.loads(Path(result["out"]["checkpoint"], "export.json").read_text())
+    assert record["check"]["passed"]
     stored = plan.provenance["stored"]
     assert set(stored) == {op for op in plan.formats if ".experts." in op}
     assert set(stored.values()) == {"fp8_e4m3"}
