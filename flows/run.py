@@ -106,6 +106,16 @@ class Subject:
         key = architecture_key(load_config(self.folder, trusted))
         return Architecture(self._source, key, model.base, model.device, made, trusted)
 
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """Op → how the checkpoint stores its weight, of those that are stored quantized."""
+        from mpq.models.checkpoint import load_config
+        from mpq.models.stored import stored_formats
+
+        return stored_formats(
+            self.folder, load_config(self.folder, self.spec.model.trust_remote_code)
+        )
+
     @property
     def _source(self) -> str:
         model = self.spec.model

@@ -9,6 +9,7 @@ from typing import Any
 from mpq.devices import memory_limit
 from mpq.errors import MpqError, first_line
 from mpq.formats.format import get_format
+from mpq.formats.scheme import get_scheme
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _SPARE = 0.8  # of a memory, what a run may take: others live there too
@@ -133,8 +134,9 @@ def fit(shape: Shape, machine: Machine) -> Fit:
 
 
 def _timed(native: Iterable[str], base: str) -> tuple[str, ...]:
-    """The native formats that may be faster than base: narrower ones, FP16 only where it is nobody's rival."""
-    narrower = [f for f in native if get_format(f).bits < get_format(base).bits]
+    """The native formats that may be faster than base in a prefill: narrower ones, FP16 only where it is nobody's rival."""
+    alike = [f for f in native if get_scheme(f).alike]
+    narrower = [f for f in alike if get_format(f).bits < get_format(base).bits]
     rivals = {"fp16"} if "bf16" in narrower else set()
     return tuple(f for f in narrower if f not in {"fp8_e5m2", *rivals})
 

@@ -43,6 +43,7 @@ class Piece:
     format: str
     shape: tuple[int, ...]
     bytes: int
+    part: tuple[int, int, int] | None = None  # one expert, and from which of its columns to which
 
     @property
     def tensors(self) -> list[tuple[str, int]]:
@@ -98,6 +99,8 @@ def shards_of(
                 Piece(file.name, tensor, n, "", shape, _bytes(kind, shape, base))
                 for n in sorted(kept)
             ]
+            if lowered and model.taken_apart(name):
+                pieces = list(_apart(file.name, tensor, name, kind, shape, base))
             if op:
                 _check_width(op, lowered[op], shape)
                 coded = sum(sizes_of(get_scheme(lowered[op]), shape).values())
@@ -113,6 +116,21 @@ def shards_of(
         Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(pieces))
         for number, pieces in enumerate(groups, 1)
     )
+
+
+def _apart(
+    file: str, tensor: str, name: str, kind: str, shape: tuple[int, ...], base: str
+) -> Iterator[Piece]:
+    """Each expert's matrices of a tensor (experts, K, C), gate and up one after the other where it holds both."""
+    owner, _, product = name.rpartition(".")
+    experts, rows, columns = shape
+    parts = ["gate_proj", "up_proj"] if product == "gate_up_proj" else [product]
+    wide = columns // len(parts)
+    for expert in range(experts):
+        for number, part in enumerate(parts):
+            to, of = f"{owner}.{expert}.{part}.weight", (wide, rows)
+            place = (expert, number * wide, (number + 1) * wide)
+            yield Piece(file, tensor, to, "", of, _bytes(kind, of, base), place)
 
 
 def _check_width(op: str, name: str, shape: tuple[int, ...]) -> None:
@@ -189,9 +207,18 @@ def write_shard(
                 found = tensors_of(of, scheme, dtype, piece.tensor, *shares.get(op, (None, None)))
                 written |= {f"{op}.{end}": tensor for end, tensor in found.items()}
             else:
-                tensor = files[piece.file].get_tensor(piece.tensor)
+                tensor = _read(files[piece.file], piece)
                 written[piece.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         save_file(written, to, metadata={"format": "pt"})
+
+
+def _read(file: Any, piece: Piece) -> Tensor:
+    if piece.part is None:
+        whole: Tensor = file.get_tensor(piece.tensor)
+        return whole
+    expert, start, end = piece.part
+    part: Tensor = file.get_slice(piece.tensor)[expert : expert + 1, :, start:end]
+    return part[0].T.contiguous()
 
 
 def write_index(shards: tuple[Shard, ...], folder: Path) -> None:
@@ -209,8 +236,8 @@ def write_index(shards: tuple[Shard, ...], folder: Path) -> None:
 def in_base(shards: tuple[Shard, ...], base: str) -> int:
     """Bytes of the same tensors all in base; a tied weight that is lowered counts once, as the source has it."""
     size = get_format(base).bits // 8
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[object, ...], int] = {}
     for piece in (piece for shard in shards for piece in shard.pieces):
         in_full = math.prod(piece.shape) * size if piece.format else piece.bytes
-        seen[piece.file, piece.tensor] = in_full
+        seen[piece.file, piece.tensor, piece.part] = in_full
     return sum(seen.values())

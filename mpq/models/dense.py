@@ -229,6 +229,15 @@ def _awq(parts: Parts) -> Tensor:
     return values.T.contiguous()
 
 
+# what people call the floats that compressed-tensors has a name for
+_FLOATS = {
+    "float-quantized": "fp8_e4m3",
+    "mxfp8-quantized": "mxfp8",
+    "mxfp4-pack-quantized": "mxfp4",
+    "nvfp4-pack-quantized": "nvfp4",
+}
+
+
 class _CompressedTensors:
     """compressed-tensors' weights, each by the group that its module is a target of."""
 
@@ -270,7 +279,8 @@ class _CompressedTensors:
             weight: Tensor = compressor.decompress(of, scheme)["weight"]
             return weight
 
-        return Dense(parts, decode, f"{scheme.weights.type}{scheme.weights.num_bits}")
+        number = f"{scheme.weights.type}{scheme.weights.num_bits}"
+        return Dense(parts, decode, _FLOATS.get(how, number))
 
     def _scheme(self, module: str) -> Any:
         from compressed_tensors.utils.match import match_name

@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from mpq.errors import MpqError
 from mpq.formats.format import Format, get_format
 from mpq.formats.scheme import Scheme, get_scheme
-from mpq.kernels import Kind, check_native, cpu, emulated, int8_attention, native_kernels
+from mpq.kernels import (
+    Kind,
+    check_native,
+    cpu,
+    emulated,
+    int8_attention,
+    native_kernels,
+    weight_only,
+)
 from mpq.kernels.rounding import rounded
 from mpq.models import experts
 from mpq.models.attention import AttentionHandler, PlainAttention, intercept
@@ -193,13 +201,15 @@ class Mixed:
                 weight, bias = weight_of(module), cast("Tensor | None", module.bias)
                 if self.backend == "emulated":
                     return emulated.linear(weight, bias, scheme, **noise)
-                # a device's formats are alike for both operands
+                if scheme.activations is None:
+                    return weight_only.linear(weight, bias, scheme.weights, noise["perturb_weight"])
+                # a device's other schemes are alike for both operands
                 linear = native_kernels(self._device).linear
                 return cast(Forward, linear(weight, bias, scheme.weights, **noise))
 
             # weights that come and go are rounded each time: all of them would be a model in memory
             again = comes_and_goes(module)
-            self._kernels[op, name] = (lambda x: make()(x)) if again else make()
+            self._kernels[op, name] = (lambda *x: make()(*x)) if again else make()
         return self._kernels[op, name]
 
     def _expert_product(self, op: str, name: str) -> ExpertProduct:

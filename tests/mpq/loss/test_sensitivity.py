@@ -118,6 +118,16 @@ def granularity_of(op: str, operand: str) -> Granularity:
     return "column" if op.endswith("av_matmul") and operand == "rhs" else "row"
 
 
+def weighed(u: torch.Tensor, op: str, operand: str, name: str) -> float:
+    """Σ (∂g/∂u_n e_n)², e the error of rounding u; of attention's P to integers each query's errors, in all heads, as one."""
+    of = u.detach()
+    moved = fake_quantize(of, FORMATS[name], granularity_of(op, operand)) - of
+    effect = u.grad.double() * moved.double()
+    if op.endswith("av_matmul") and operand == "lhs" and FORMATS[name].kind == "int":
+        effect = torch.einsum("bhqk->bq", effect)
+    return float(effect.square().sum())
+
+
 def reference(
     model: torch.nn.Module, tokens: np.ndarray, base: str
 ) -> tuple[dict[tuple[str, str, str, str], float], float]:
@@ -135,6 +145,8 @@ def reference(
                     ).double()
                     noise = noise - noise_variance(u.detach(), FORMATS[base], noise_model).double()
                     d = float((u.grad.double() ** 2 * noise).sum())
+                    if noise_model == "actual":
+                        d = weighed(u, op, operand, name)
                     key = (op, operand, name, noise_model)
                     sums[key] = sums.get(key, 0.0) + d / len(tokens)
     return sums, squares / len(tokens)
@@ -172,9 +184,7 @@ def test_kl_equals_a_slow_reference(model_type: str) -> None:
     for _, kept in aliased(model, tokens, drawn=True):
         for (op, operand), u in kept.items():
             for name in FORMAT_NAMES:
-                of = u.detach()
-                moved = fake_quantize(of, FORMATS[name], granularity_of(op, operand)) - of
-                b = 15 / 2 * float((u.grad.double() * moved.double()).square().sum())
+                b = 15 / 2 * weighed(u, op, operand, name)
                 samples.setdefault((op, operand, name), []).append(b)
     rows = frame.filter(pl.col("noise_model") == "actual", pl.col("format") != "fp32")
     assert rows.height == len(samples)
