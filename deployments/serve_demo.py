@@ -102,31 +102,22 @@ def measured(folders: Mapping[str, Path], spec: RunSpec, repeats: int = REPEATS)
                 dummy=False,
             )
 
-        def seconds(name: str, output: int) -> float:
-            how = {"rows": part.batch, "prompt": part.length, "output": output, "clock": clock}
-            return float(engine.ask("time", name=name, linears={}, seed=0, **how))
+        def seconds(name: str) -> tuple[float, float]:
+            how = {"rows": part.batch, "prompt": part.length, "output": TOKENS, "clock": clock}
+            came = engine.ask("time", name=name, linears={}, seed=0, **how)
+            return came[0], came[-1] - came[0]
 
-        found = {}
-        for output in (1, TOKENS):
-            for name in NAMES:
-                seconds(name, output)
-            (found[output],) = compare(
-                lambda of=output: seconds("base", of),
-                [lambda of=output: seconds("plan", of)],
-                repeats,
-                waiting=clock == "wall",
-            )
+        for name in NAMES:
+            seconds(name)
+        (found,) = compare(
+            lambda: seconds("base"), [lambda: seconds("plan")], repeats, waiting=clock == "wall"
+        )
         for name in NAMES:
             engine.ask("close", name=name)
-    first, all_of = (
-        tuple(float(np.median(s)) for s in (found[n].base_s, found[n].config_s))
-        for n in (1, TOKENS)
-    )
-    _, low, high = gain_statistics(found[1].base_s, found[1].config_s)
-    further = [
-        (whole - to_first) / (TOKENS - 1) for whole, to_first in zip(all_of, first, strict=True)
-    ]
-    return Times((first[0], first[1]), (further[0], further[1]), (high - low) / 2)
+    first, further = (tuple(float(np.median(s)) for s in of) for of in found.parts)
+    _, low, high = gain_statistics(*found.parts[0])
+    token_s = further[0] / (TOKENS - 1), further[1] / (TOKENS - 1)
+    return Times((first[0], first[1]), token_s, (high - low) / 2)
 
 
 def table_of(plan: Plan, times: Times, prompt: str) -> Table:
@@ -144,6 +135,9 @@ def table_of(plan: Plan, times: Times, prompt: str) -> Table:
     taken = times.ttft_s[0] - times.ttft_s[1]
     half = f" ± {times.saved_half_s * 1e3:.1f}"
     table.add_row("measured", *map(ms, times.ttft_s), f"{taken * 1e3:.1f}{half} ms")
+    if plan.base_tpot_s is not None and plan.predicted_tpot_s is not None:
+        tokens = (plan.base_tpot_s, plan.predicted_tpot_s)
+        table.add_row("each further token, predicted", *map(ms, (*tokens, tokens[0] - tokens[1])))
     per_token = times.token_s[0] - times.token_s[1]
     table.add_row("each further token, measured", *map(ms, (*times.token_s, per_token)))
     return table

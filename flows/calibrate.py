@@ -22,6 +22,7 @@ from mpq.flows.recorded import flow
 from mpq.flows.run import Run, one_by_one, running
 from mpq.flows.times import allowed_of
 from mpq.program.bounds import check_possible
+from mpq.program.plan import stored_in_words
 from mpq.redaction import redact
 from mpq.spec import BoundsSpec, RunSpec
 from mpq.store.entries import TableRef
@@ -194,6 +195,7 @@ def facts_of(run: Run, drawn: TableRef) -> dict[str, str]:
     from mpq.evaluation.sampling import CHECKED_ON, in_words
 
     spec, words = run.spec, in_words(read(drawn))
+    stored = stored_in_words(run.subject.stored)
     bounds = spec.constraints.bounds
     if not any(map(spec.checks_kl, run.objectives)):
         words.pop(CHECKED_ON, None)
@@ -201,6 +203,7 @@ def facts_of(run: Run, drawn: TableRef) -> dict[str, str]:
         "model": spec.model.path,
         "fingerprint": run.weights.fingerprint[:16],
         "base": spec.model.base,
+        **({"stored quantized": stored} if stored else {}),
         "device": run.architecture.device_name,
         **words,
         "prefill": f"{spec.timing.batch} × {spec.timing.length} tokens",

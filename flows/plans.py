@@ -163,6 +163,7 @@ def solve(
     """Plans of each objective, for each strategy, τ and seed; `without` prices their rules."""
     spec, provenance = run.spec, {kind: ref.key for kind, ref in sums.items()}
     versions = {name: version(name) for name in MAKERS}
+    own = {"stored": run.subject.stored} if run.subject.stored else {}
     calls: dict[str, dict[str, Any]] = {}
     each = zip(objectives, built, without or [{}] * len(objectives), strict=True)
     for objective, found, loosened in each:
@@ -184,7 +185,7 @@ def solve(
             "target": spec.target,
             "without": loosened,
             "scales": scales.get(objective),
-            "provenance": {"gains": found["gains"].key, **provenance, "versions": versions},
+            "provenance": {"gains": found["gains"].key, **provenance, **own, "versions": versions},
         }
     solved = run.map(planning.solve, calls)
     return [{**found, "gains": of["gains"]} for found, of in zip(solved, built, strict=True)]

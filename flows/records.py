@@ -15,7 +15,7 @@ SETTLE_S = 1.0  # of two runs that claim at once, the last writer holds: both ha
 # a record is of content: how the run is called, where it runs, in which pieces and where its results go make no other plan
 _NOT_CONTENT: Any = {
     "name": True,
-    "model": {"path", "revision"},
+    "model": {"path", "revision", "check_weights", "memory_gb"},
     "store": True,
     "out": True,
     "runner": True,

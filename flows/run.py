@@ -79,7 +79,7 @@ class Subject:
         from mpq.models.checkpoint import check_unchanged, fingerprint, marks
 
         model, before = self.spec.model, marks(self.folder)
-        content = fingerprint(self.folder)
+        content = fingerprint(self.folder, model.check_weights)
         check_unchanged(self.folder, before)
         here = Path(self._source).is_dir()  # a copy elsewhere has marks of its own
         return Weights(
@@ -89,6 +89,7 @@ class Subject:
             model.device,
             before if here else (),
             model.trust_remote_code,
+            None if model.memory_gb is None else int(model.memory_gb * 1e9),
         )
 
     @cached_property
@@ -104,6 +105,16 @@ class Subject:
         trusted = model.trust_remote_code
         key = architecture_key(load_config(self.folder, trusted))
         return Architecture(self._source, key, model.base, model.device, made, trusted)
+
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """Op → how the checkpoint stores its weight, of those that are stored quantized."""
+        from mpq.models.checkpoint import load_config
+        from mpq.models.stored import stored_formats
+
+        return stored_formats(
+            self.folder, load_config(self.folder, self.spec.model.trust_remote_code)
+        )
 
     @property
     def _source(self) -> str:

@@ -1,10 +1,16 @@
-"""Which device a name means and whether it is there: asked before anything is loaded for it."""
+"""Which device a name means, whether it is there, and how much memory: asked before anything is loaded for it."""
 
 from __future__ import annotations
 
+import os
 import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
 
 from mpq.errors import MpqError
+
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def resolve(device: str) -> str:
@@ -46,3 +52,56 @@ def found_device(device: str) -> str:
     meant = resolve(device)
     check_device(meant)
     return meant
+
+
+def memory_limit() -> int:
+    """This machine's memory in bytes, or what a container or a limit of its own lets this process take of it."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *(limit for limit, _ in _limits())])
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: what the machine has free, within the limits that hold for it.
+
+    Pages of files do not count as taken: the system drops them when memory is short.
+    """
+    free = [max(0, limit - taken) for limit, taken in _limits()]
+    return min([_entry(Path("/proc/meminfo"), "MemAvailable:") * 1024 or memory_limit(), *free])
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """(limit, taken) in bytes of each memory limit on this process: its own, and those of its cgroups (version 1 or 2)."""
+    for what, field in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        limit = resource.getrlimit(what)[0]
+        if limit != resource.RLIM_INFINITY:
+            yield limit, _entry(Path("/proc/self/status"), field) * 1024
+    for folder in _cgroups():
+        for file, field in (("memory.max", "anon"), ("memory.limit_in_bytes", "total_rss")):
+            try:
+                said = (folder / file).read_text().strip()
+            except OSError:
+                continue
+            if said.isdigit():  # not `max`
+                yield int(said), _entry(folder / "memory.stat", field)
+
+
+def _cgroups() -> Iterator[Path]:
+    """The folders of this process's memory cgroup and of those above it."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if not controllers or "memory" in controllers.split(","):
+            root = _CGROUPS / ("memory" if controllers else "")
+            own = root / path.strip("/")
+            yield from (f for f in (own, *own.parents) if f == root or root in f.parents)
+
+
+def _entry(file: Path, field: str) -> int:
+    """The number after `field` in a file of the system's; 0 where there is none."""
+    try:
+        lines = (line.split() for line in file.read_text().splitlines())
+        return next(int(words[1]) for words in lines if words and words[0] == field)
+    except (OSError, StopIteration, ValueError):
+        return 0

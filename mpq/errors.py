@@ -37,7 +37,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator" in str(error)
+        or any(said in str(error) for said in ("DefaultCPUAllocator", "Cannot allocate memory"))
     )
 
 

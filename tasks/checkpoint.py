@@ -20,6 +20,7 @@ class Weights:
     device: str
     marks: tuple[tuple[str, int, int, int], ...] = ()  # of a local folder's files, when it was read
     trusted: bool = False  # whether code of its own may run
+    memory: int | None = None  # bytes that may be taken beside GPUs; what is free if left out
 
     @property
     def content(self) -> tuple[str, ...]:
@@ -91,7 +92,7 @@ def loaded(weights: Weights) -> Any:
     from mpq.models.checkpoint import check_unchanged, load_model
 
     folder = at_hand(weights.source, weights.fingerprint, weights.trusted)
-    model = load_model(folder, weights.base, weights.device, weights.trusted)
+    model = load_model(folder, weights.base, weights.device, weights.trusted, weights.memory)
     if weights.marks:
         check_unchanged(folder, weights.marks)
     return model

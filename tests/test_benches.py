@@ -72,3 +72,17 @@ def test_signature_against_group(
     assert result["measurements"] == {"by signature": 42, "by group": 42 + 32 + 2 + 4 + 2}
     assert len(result["plans"]) == 2 * len(campaign.BUDGETS)
     assert result["gains"]["gains"] == 2 * (31 + 1 + 3 + 1) + 1
+
+
+def test_pairs_put_the_wrong_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four plans, two of which vLLM does not tell apart, times that rank the best one last are wrong in three of five pairs."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import serving
+
+    try:
+        found = serving.wrong([1.0, 2.0, 3.0, 0.0], [1.0, 1.1, 3.0, 9.0], [0.1] * 4)
+    finally:
+        for module in ("serving", "record"):
+            sys.modules.pop(module, None)
+    assert (found["pairs"], found["wrong"], found["share"]) == (5, 3, 0.6)
+    assert found["lost_ms"] == pytest.approx(1e3 * (8 + 7.9 + 6) / 3)

@@ -58,6 +58,7 @@ def evaluate(
     from mpq.devices import found_device
     from mpq.method import evaluate_plan, read_text
     from mpq.models.checkpoint import fetch, fingerprint, load_config, load_model
+    from mpq.models.placement import is_spread
 
     device, folder = found_device(device), fetch(model, of.get("revision"), trusted)
     chosen.check_model(fingerprint(folder))
@@ -71,7 +72,7 @@ def evaluate(
     with bar("evaluation") as progress:
         frame = evaluate_plan(loaded, chosen, blocks, seeds, batch, progress)
     extra: dict[str, object] = {"predicted_loss_mse": chosen.predicted_loss_mse}
-    if ttft_repeats:
+    if ttft_repeats and not is_spread(loaded):
         rows, tokens = of.get("prefill") or (4, 256)
         frame, native = _with_ttft(
             frame, loaded, load_config(folder, trusted), chosen, device, rows, tokens, ttft_repeats

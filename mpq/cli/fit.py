@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from mpq.devices import memory_limit
 from mpq.errors import MpqError, first_line
 from mpq.formats.format import get_format
+from mpq.formats.scheme import get_scheme
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _SPARE = 0.8  # of a memory, what a run may take: others live there too
@@ -73,16 +73,8 @@ def machine_here(device: str) -> Machine:
     from mpq.kernels import native_formats
 
     if device == "cpu":
-        return Machine(device, _host_memory(), native_formats(device))
+        return Machine(device, memory_limit(), native_formats(device))
     return Machine(device, torch.cuda.mem_get_info(device)[1], native_formats(device))
-
-
-def _host_memory() -> int:
-    """This machine's memory in bytes, or what a container may take of it."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.is_file() else "max"
-    return min(memory, int(allowed)) if allowed.isdigit() else memory
 
 
 def shape_of(config: Any) -> Shape:
@@ -125,7 +117,7 @@ def fit(shape: Shape, machine: Machine) -> Fit:
     if free < 0:
         note = (
             f"the model's weights take {_size(shape.weight_bytes)} in {base} and {machine.device} has "
-            f"{_size(machine.memory)}: run this where there is more"
+            f"{_size(machine.memory)}: they are spread over what else there is and disk, and read again in every pass"
         )
     large = shape.parameters > 1e9 and not machine.is_gpu
     return Fit(
@@ -142,8 +134,9 @@ def fit(shape: Shape, machine: Machine) -> Fit:
 
 
 def _timed(native: Iterable[str], base: str) -> tuple[str, ...]:
-    """The native formats that may be faster than base: narrower ones, FP16 only where it is nobody's rival."""
-    narrower = [f for f in native if get_format(f).bits < get_format(base).bits]
+    """The native formats that may be faster than base in a prefill: narrower ones, FP16 only where it is nobody's rival."""
+    alike = [f for f in native if get_scheme(f).alike]
+    narrower = [f for f in alike if get_format(f).bits < get_format(base).bits]
     rivals = {"fp16"} if "bf16" in narrower else set()
     return tuple(f for f in narrower if f not in {"fp8_e5m2", *rivals})
 

@@ -179,12 +179,17 @@ def time(
     names, base = lowered_and_base(formats, base) if formats is not None else ([], the_base(base))
     from mpq.cli import shown
     from mpq.devices import found_device
+    from mpq.formats.scheme import get_scheme
     from mpq.kernels import check_native, native_formats
     from mpq.method import times_of
     from mpq.models.checkpoint import fetch, load_config
 
     device = found_device(device)
-    names = names or [f for f in native_formats(device) if f not in ("fp32", base)]
+    names = names or [
+        f
+        for f in native_formats(device)  # weights alone gain where tokens follow the first
+        if f not in ("fp32", base) and (output > 1 or get_scheme(f).activations)
+    ]
     check_native(names, device)
     config = load_config(fetch(model, revision, trusted), trusted)
     with bar("timing") as progress:

@@ -32,6 +32,12 @@ def run(
         ),
     ],
     store: Store = None,
+    check_weights: Annotated[
+        bool,
+        typer.Option(
+            "--check-weights", help="Read all weights to hash them, whatever is known of them."
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -43,6 +49,9 @@ def run(
 ) -> None:
     """Do it all: a checkpoint in; plans, their evaluation and a report out. A second run re-uses what is done."""
     checked = _checked(spec, store)
+    if check_weights:
+        model = checked.model.model_copy(update={"check_weights": True})
+        checked = checked.model_copy(update={"model": model})
     from mpq.flows.server import prefect_api
 
     with prefect_api(verbose) as ready:  # it starts while this imports torch

@@ -109,6 +109,8 @@ def _letters(plan: Plan) -> dict[str, str]:
 
 def _facts(plan: Plan) -> dict[str, Any]:
     """What is told of a plan, units in the names; None where it does not say."""
+    from mpq.program.plan import stored_in_words
+
     unit, factor = _UNITS.get(plan.objective, ("", 1.0))
     error = plan.predicted_gain_error
     return {
@@ -136,6 +138,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "ops lowered, %": 100 * plan.share_lowered,
         "effective bits": plan.effective_bits,
         "weight bytes": plan.weight_bytes,
+        "stored quantized": stored_in_words(plan.provenance.get("stored") or {}) or None,
     }
 
 

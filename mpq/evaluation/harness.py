@@ -19,6 +19,7 @@ from torch import nn
 
 from mpq.errors import MpqError
 from mpq.evaluation.task_data import Tasks, open_tasks, quiet
+from mpq.models.placement import device_of
 from mpq.running.apply import apply_plan
 
 SCHEMA = {
@@ -102,6 +103,7 @@ def score(
 
     with quiet():
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        lm._device = device_of(model)  # the harness asks the weights, which may be elsewhere
         wanted: Any = {"tasks": dict(tasks.loaded), "groups": {}, "group_map": {}}
         result: Any = evaluate(lm, wanted, limit=limit, bootstrap_iters=0)
     per_document: dict[tuple[str, str], list[Any]] = {}

@@ -15,6 +15,7 @@ from torch import nn
 from mpq.errors import MpqError
 from mpq.loss.cross_entropy import log_probabilities, sample_losses
 from mpq.models.blocks import Blocks
+from mpq.models.placement import device_of
 from mpq.models.positions import check_length
 from mpq.running.apply import Mixed, apply_plan
 
@@ -29,7 +30,7 @@ def losses(model: nn.Module, blocks: Blocks, batch: int = 8) -> np.ndarray:
     Raises MpqError where one is not finite, and for blocks longer than the model's learned positions.
     """
     check_length(model.config, blocks.tokens.shape[1])
-    device = str(next(model.parameters()).device)
+    device = str(device_of(model))
     with torch.inference_mode():
         all_losses: np.ndarray = torch.cat(
             [
@@ -55,7 +56,7 @@ def divergences(
     more than a batch of logits is kept. Raises MpqError where it is not finite.
     """
     check_length(model.config, blocks.tokens.shape[1])
-    device = str(next(model.parameters()).device)
+    device = str(device_of(model))
     mixed, found = Mixed(model, base=base, backend="emulated"), []
     try:
         with torch.inference_mode():

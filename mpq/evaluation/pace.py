@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mpq.loss.cross_entropy import sample_losses
+from mpq.models.placement import device_of
 from mpq.running.apply import apply_plan
 
 REPEATS = 3
@@ -22,7 +23,7 @@ def measure_pace(
 
     The shortest of three passes after one that is not counted. Rough on purpose: it serves to say minutes or hours.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     tokens = torch.randint(
         int(config.vocab_size), (batch, length), generator=torch.Generator().manual_seed(0)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from mpq.errors import MpqError
 from mpq.export.reload import log_probabilities
 from mpq.models.blocks import Blocks
+from mpq.models.placement import device_of
 from mpq.running.apply import Mixed
 
 BATCH = 2
@@ -104,7 +105,7 @@ def compare(
 ) -> Check:
     """mpq's own run of the plan on `model`, in its base format, beside the log-probabilities `found`, (N, T − 1, V)."""
     sums: dict[str, float] = {}
-    device = str(next(model.parameters()).device)
+    device = str(device_of(model))
     runs = {"plan": Mixed(model, base=base)} | {
         f"draw {seed}": Mixed(model, base=base, seed=seed) for seed in DRAWS
     }

@@ -38,6 +38,7 @@ log = logging.getLogger("mpq")
 
 Target: TypeAlias = Literal["compressed-tensors", "json"]
 TARGETS: tuple[Target, ...] = ("compressed-tensors", "json")
+_OF_SOURCE = ("dtype", "torch_dtype", "quantization_config")  # in config.json: said anew
 _VERSION = 1  # of what is written: shards of another are not taken over
 _NO_CHECK = {"done": False, "why": "it was not asked for (--no-check)"}
 
@@ -166,11 +167,8 @@ def _expressed(
 
     config = read_config(source)
     loaded = load_config(source, trust_remote_code)
-    if method := method_of(config, source):
-        raise MpqError(
-            f"The weights in {source} are quantized already, by {method}: mpq plans for such a checkpoint, and exports one in fp32, bf16 or fp16."
-        )
-    refuse_narrow(weight_files(source), source)
+    if not method_of(config, source):
+        refuse_narrow(weight_files(source), source)
     model = skeleton(loaded)
     lowered = lowered_linears(formats, base, model, engine)
     return (
@@ -276,7 +274,10 @@ class _Work:
         """The source's config.json in the plan's base dtype, a lowered head untied, with what is quantized."""
         from mpq.export.scheme import quantization_config
 
-        config = {k: v for k, v in self.config.items() if k not in ("dtype", "torch_dtype")}
+        config = {k: v for k, v in self.config.items() if k not in _OF_SOURCE}
+        if "quantization_config" in (config.get("text_config") or {}):
+            text = config["text_config"]
+            config["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
         config["dtype"] = get_format(self.plan.base).dtype
         head = f"{self.model.head}.weight"
         if self.model.head in self.lowered and len(self.model.sharing(head)) > 1:

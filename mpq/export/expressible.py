@@ -11,7 +11,7 @@ from mpq.formats.scheme import get_scheme
 from mpq.serving.schemes import EXPORTED, OF_EXPERTS, stored_as
 
 # experts for transformers, which rounds their weights alone and reads integers where they are packed
-_WEIGHTS_ALONE = {"int8": "w8a16", "w4a8": "w4a16"}
+_WEIGHTS_ALONE = {"int8": "w8a16", "w4a8": "w4a16", "w4a8_mse": "w4a16_mse"}
 # what compressed-tensors 0.20 decompresses to BF16 whatever the model is in (compressors/nvfp4, mx_utils)
 _BF16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 _PRODUCTS = ("qk_matmul", "av_matmul")

@@ -11,11 +11,13 @@ import torch
 from mpq.errors import MpqError
 from mpq.export.codes import share_of_weight
 from mpq.export.engines import fused_together
-from mpq.export.shards import Shard, Shares, opened
+from mpq.export.shards import Shard, Shares
 from mpq.formats.format import get_format
 from mpq.formats.quantize import share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.blocks import Blocks
+from mpq.models.dense import Dense, tensors_by_file
+from mpq.models.placement import device_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,11 +42,13 @@ def shares_of(
         return {}
     dtype = getattr(torch, get_format(base).dtype)
     own: dict[str, float] = {}
-    for piece in (piece for shard in shards for piece in shard.pieces):
-        op = piece.name.removesuffix(".weight")
-        if op in sharing and piece.format:
-            with opened(source / piece.file) as file:
-                weight, of = file.get_slice(piece.tensor), get_scheme(piece.format).weights
+    pieces = [piece for shard in shards for piece in shard.pieces if piece.format]
+    for file, parts in tensors_by_file(source):
+        for piece in (piece for piece in pieces if piece.file == file):
+            op, part = piece.name.removesuffix(".weight"), parts[piece.tensor]
+            if op in sharing:
+                weight = part[...] if isinstance(part, Dense) else part
+                of = get_scheme(piece.format).weights
                 own[op] = share_of_weight(weight, of, dtype, piece.tensor)
     for together in fused_together(own, engine):
         own |= dict.fromkeys(together, min(own[op] for op in together))
@@ -82,7 +86,7 @@ def _largest_inputs(
 
     handles = [model.get_submodule(op).register_forward_pre_hook(see(op)) for op in ops]
     with torch.inference_mode():
-        for tokens in blocks.batches(BATCH, device):
+        for tokens in blocks.batches(BATCH, str(device_of(model))):
             model(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()

@@ -11,13 +11,12 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from mpq.errors import first_line
@@ -27,10 +26,9 @@ from mpq.formats.format import get_format
 from mpq.formats.quantize import share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.architecture import auto_class
-from mpq.models.dense import dense_tensors
+from mpq.models.dense import dense_tensors, tensors_by_file
 from mpq.models.experts import ExpertProduct, dispatched, intercept_experts, products_of
 from mpq.models.graph import build_on_meta
-from mpq.models.layout import weight_files
 from mpq.running.experts import RoundedInput
 from mpq.serving.schemes import stored_as
 
@@ -101,24 +99,23 @@ def differing(
     rounds to, or that weight itself; `names` says where it lies in the source: (file, tensor).
     """
     dtype, wrong = getattr(torch, get_format(base).dtype), []
-    with ExitStack() as stack:
-        files = {f.name: stack.enter_context(safe_open(f, "pt")) for f in weight_files(source)}
-        for op, module in model.named_modules():
-            wrong += _of_scheme(op, module, formats.get(op), base)
-            if op not in names or wrong:
-                continue
-            file, tensor = names[op]
-            weight = files[file].get_tensor(tensor).to(dtype)
-            if op not in formats:
-                wrong += _other({"weight": weight}, module, op, base)
-                continue
-            share = getattr(module, "weight_global_scale", None)
-            scheme = get_scheme(formats[op])
-            share = None if share is None else float(share)
-            if share is not None and share > share_of(weight, scheme.weights) * (1 + 1e-6):
-                wrong.append(f"the weight of {op} overflows its blocks' scales")
-            want = tensors_of(weight, scheme, dtype, op, share)
-            wrong += _other(want, module, op, base)
+    files = dict(tensors_by_file(source))
+    for op, module in model.named_modules():
+        wrong += _of_scheme(op, module, formats.get(op), base)
+        if op not in names or wrong:
+            continue
+        file, tensor = names[op]
+        weight = files[file][tensor][...].to(dtype)
+        if op not in formats:
+            wrong += _other({"weight": weight}, module, op, base)
+            continue
+        share = getattr(module, "weight_global_scale", None)
+        scheme = get_scheme(formats[op])
+        share = None if share is None else float(share)
+        if share is not None and share > share_of(weight, scheme.weights) * (1 + 1e-6):
+            wrong.append(f"the weight of {op} overflows its blocks' scales")
+        want = tensors_of(weight, scheme, dtype, op, share)
+        wrong += _other(want, module, op, base)
     return wrong
 
 

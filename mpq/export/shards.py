@@ -9,22 +9,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpq.errors import MpqError, first_line
+from mpq.errors import MpqError
 from mpq.export.codes import sizes_of, tensors_of
 from mpq.export.skeleton import Skeleton
 from mpq.formats.format import get_format
 from mpq.formats.scheme import get_scheme
-from mpq.models.layout import INDEX, weight_files
+from mpq.models.dense import Dense, tensors_by_file
+from mpq.models.layout import INDEX
 
 SHARD_BYTES = 4 * 2**30
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
@@ -43,6 +42,7 @@ class Piece:
     format: str
     shape: tuple[int, ...]
     bytes: int
+    part: tuple[int, int, int] | None = None  # one expert, and from which of its columns to which
 
     @property
     def tensors(self) -> list[tuple[str, int]]:
@@ -79,7 +79,10 @@ def shards_of(
     A lowered weight that is tied becomes a tensor of its own; each expert's keeps its name. Raises MpqError where the
     checkpoint has no weight of a lowered op under its name, or all experts in one tensor.
     """
-    held = {file: dict(_headers(file, model)) for file in weight_files(folder)}
+    held = {
+        file: {model.name_of(key): (key, *_told(part)) for key, part in parts.items()}
+        for file, parts in tensors_by_file(folder)
+    }
     names = {name for tensors in held.values() for name in tensors}
     taken_from = {_source(op, model, names): op for op in lowered if op not in model.expert_ops}
     of_experts = _of_experts(set(lowered) & set(model.expert_ops), model, names)
@@ -95,13 +98,14 @@ def shards_of(
             elif op := of_experts.get(name):
                 into, kept = name, set()
             pieces = [
-                Piece(file.name, tensor, n, "", shape, _bytes(kind, shape, base))
-                for n in sorted(kept)
+                Piece(file, tensor, n, "", shape, _bytes(kind, shape, base)) for n in sorted(kept)
             ]
+            if lowered and model.taken_apart(name):
+                pieces = list(_apart(file, tensor, name, kind, shape, base))
             if op:
                 _check_width(op, lowered[op], shape)
                 coded = sum(sizes_of(get_scheme(lowered[op]), shape).values())
-                pieces.append(Piece(file.name, tensor, into, lowered[op], shape, coded))
+                pieces.append(Piece(file, tensor, into, lowered[op], shape, coded))
             for piece in pieces:
                 if groups[-1] and sum(p.bytes for p in groups[-1]) + piece.bytes > limit:
                     groups.append([])
@@ -115,6 +119,21 @@ def shards_of(
     )
 
 
+def _apart(
+    file: str, tensor: str, name: str, kind: str, shape: tuple[int, ...], base: str
+) -> Iterator[Piece]:
+    """Each expert's matrices of a tensor (experts, K, C), gate and up one after the other where it holds both."""
+    owner, _, product = name.rpartition(".")
+    experts, rows, columns = shape
+    parts = ["gate_proj", "up_proj"] if product == "gate_up_proj" else [product]
+    wide = columns // len(parts)
+    for expert in range(experts):
+        for number, part in enumerate(parts):
+            to, of = f"{owner}.{expert}.{part}.weight", (wide, rows)
+            place = (expert, number * wide, (number + 1) * wide)
+            yield Piece(file, tensor, to, "", of, _bytes(kind, of, base), place)
+
+
 def _check_width(op: str, name: str, shape: tuple[int, ...]) -> None:
     """Raise MpqError where rows are not whole blocks of the scheme's, which no file and no kernel holds."""
     for fmt in get_scheme(name).formats:
@@ -124,22 +143,8 @@ def _check_width(op: str, name: str, shape: tuple[int, ...]) -> None:
             )
 
 
-def _headers(file: Path, model: Skeleton) -> Iterator[tuple[str, tuple[str, str, tuple[int, ...]]]]:
-    """Of each tensor in the file: the model's name, and (the file's name, dtype, shape)."""
-    with opened(file) as tensors:
-        for key in sorted(tensors.keys()):
-            part = tensors.get_slice(key)
-            yield model.name_of(key), (key, part.get_dtype(), tuple(part.get_shape()))
-
-
-def opened(file: Path) -> Any:
-    """A safetensors file, open. Raises MpqError where it is none."""
-    try:
-        return safe_open(file, "pt")
-    except Exception as error:  # safetensors' own, and what the system says
-        raise MpqError(
-            f"{file} cannot be read as safetensors ({first_line(error)}): fetch the checkpoint again."
-        ) from None
+def _told(part: Any) -> tuple[str, tuple[int, ...]]:
+    return part.get_dtype(), tuple(part.get_shape())
 
 
 def _source(op: str, model: Skeleton, names: set[str]) -> str:
@@ -176,22 +181,28 @@ def write_shard(
     """Read, round and write one shard; `shares` are of ops whose blocks' scales are shares of a tensor's. Raises MpqError for values that are not finite where they have to be."""
     dtype = getattr(torch, get_format(base).dtype)
     written: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        files = {
-            name: stack.enter_context(opened(source / name))
-            for name in {piece.file for piece in shard.pieces}
-        }
-        for piece in shard.pieces:
-            if piece.format:
-                op = piece.name.removesuffix(".weight")
-                of = files[piece.file].get_slice(piece.tensor)
-                scheme = get_scheme(piece.format)
-                found = tensors_of(of, scheme, dtype, piece.tensor, *shares.get(op, (None, None)))
-                written |= {f"{op}.{end}": tensor for end, tensor in found.items()}
-            else:
-                tensor = files[piece.file].get_tensor(piece.tensor)
-                written[piece.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        save_file(written, to, metadata={"format": "pt"})
+    files = dict(tensors_by_file(source, {piece.file for piece in shard.pieces}))
+    for piece in shard.pieces:
+        part = files[piece.file][piece.tensor]
+        if piece.format:
+            op = piece.name.removesuffix(".weight")
+            of = part[...] if isinstance(part, Dense) else part  # decoded once, not in chunks
+            scheme = get_scheme(piece.format)
+            found = tensors_of(of, scheme, dtype, piece.tensor, *shares.get(op, (None, None)))
+            written |= {f"{op}.{end}": tensor for end, tensor in found.items()}
+        else:
+            tensor = _read(part, piece)
+            written[piece.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    save_file(written, to, metadata={"format": "pt"})
+
+
+def _read(part: Any, piece: Piece) -> Tensor:
+    if piece.part is None:
+        whole: Tensor = part[...]
+        return whole
+    expert, start, end = piece.part
+    of_expert: Tensor = part[expert : expert + 1, :, start:end]
+    return of_expert[0].T.contiguous()
 
 
 def write_index(shards: tuple[Shard, ...], folder: Path) -> None:
@@ -209,8 +220,8 @@ def write_index(shards: tuple[Shard, ...], folder: Path) -> None:
 def in_base(shards: tuple[Shard, ...], base: str) -> int:
     """Bytes of the same tensors all in base; a tied weight that is lowered counts once, as the source has it."""
     size = get_format(base).bits // 8
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[object, ...], int] = {}
     for piece in (piece for shard in shards for piece in shard.pieces):
         in_full = math.prod(piece.shape) * size if piece.format else piece.bytes
-        seen[piece.file, piece.tensor] = in_full
+        seen[piece.file, piece.tensor, piece.part] = in_full
     return sum(seen.values())

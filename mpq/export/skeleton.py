@@ -16,6 +16,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as _PATCHED
 
 from mpq.models.experts import dispatched, products_of
 from mpq.models.graph import build_on_meta
@@ -47,19 +48,32 @@ class Skeleton:
     conversions: tuple[
         Any, ...
     ] = ()  # how transformers makes its parameters of a checkpoint's tensors
+    apart: frozenset[str] = frozenset()  # modules of experts that compressed-tensors takes apart
 
     def name_of(self, tensor: str) -> str:
-        """What the model calls a tensor of the checkpoint: old checkpoints leave the base model's prefix out, or have it alone."""
-        for name in (tensor, f"{self.prefix}.{tensor}", tensor.removeprefix(f"{self.prefix}.")):
-            if name in self.parameters:
-                return name
+        """What the model calls a tensor of the checkpoint: old checkpoints leave the base model's prefix out, or have it alone,
+        and those of multimodal models have older names for their parts."""
+        renamed, _ = rename_source_key(tensor, self._renamings, [])
+        for at in (tensor, renamed):
+            for name in (at, f"{self.prefix}.{at}", at.removeprefix(f"{self.prefix}.")):
+                if name in self.parameters:
+                    return name
         return tensor
+
+    @property
+    def _renamings(self) -> list[WeightRenaming]:
+        return [c for c in self.conversions if isinstance(c, WeightRenaming)]
+
+    def taken_apart(self, tensor: str) -> str:
+        """The module whose experts lie together in this tensor, and which transformers makes of a linear for each in a
+        compressed-tensors checkpoint (Llama 4's); else ""."""
+        owner = tensor.rpartition(".")[0]
+        return owner if owner in self.apart else ""
 
     def expert_op(self, tensor: str) -> str:
         """The op of experts that transformers stacks this tensor of a checkpoint into, one expert's whole matrix; else ""."""
         converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
-        renamings = [c for c in self.conversions if isinstance(c, WeightRenaming)]
-        name, pattern = rename_source_key(tensor, renamings, converters)
+        name, pattern = rename_source_key(tensor, self._renamings, converters)
         stacks = any(
             pattern in c.source_patterns
             and all(isinstance(op, MergeModulelist | Concatenate) for op in c.operations)
@@ -105,4 +119,10 @@ def skeleton(config: Any) -> Skeleton:
             and getattr(m._parameters.get("weight"), "ndim", 0) == 2
         ),
         conversions=tuple(get_model_conversion_mapping(model)),
+        apart=frozenset(
+            n
+            for n, m in modules.items()
+            if (how := dict[str, Any](_PATCHED.get(type(m).__name__) or {}))
+            and "compressed-tensors" in how["quantization_methods"]
+        ),
     )

@@ -10,15 +10,17 @@ import torch
 
 from mpq.devices import check_device
 from mpq.errors import MpqError
+from mpq.formats.scheme import with_fitted
 from mpq.kernels import int8_attention, int8_linear, rows
 from mpq.kernels.compiler import features, generation
 
 Kind: TypeAlias = Literal["linear", "experts", "bgemm"]
 
+# weights alone in integers: kernels/weight_only.py
 # BF16 runs on every CPU, fast where there is AMX or AVX512-BF16; INT8 through oneDNN or a kernel of ours (kernels/cpu.py)
 # experts on a CPU are linears one after the other
 _CPU: dict[Kind, tuple[str, ...]] = {
-    "linear": ("fp32", "bf16", "int8"),
+    "linear": ("fp32", "bf16", "int8", *with_fitted("w8a16", "w4a16", "w4a16_g32")),
     "experts": ("fp32", "bf16", "int8"),
     "bgemm": ("fp32", "bf16"),
 }

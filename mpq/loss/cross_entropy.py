@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
+from mpq.models.placement import device_of
 
 
 def sample_losses(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -63,7 +64,7 @@ def check_causal(model: nn.Module) -> None:
     Told by the gradient of all logits but the last with respect to the last token, which is exactly zero in a causal
     model. Cross entropy of the next token would measure nothing there: the model has seen the answer.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     tokens = torch.arange(1, 5, device=device)[None]
     inputs: list[Tensor] = []
     with frozen(model), differentiable_input(model, inputs), torch.enable_grad():

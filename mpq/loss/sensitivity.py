@@ -36,6 +36,7 @@ from mpq.loss.cross_entropy import (
 from mpq.loss.taps import Tally, checkpointed, tapped
 from mpq.loss.unseen import tokens_of, warn_unseen, with_tokens
 from mpq.models.blocks import Blocks
+from mpq.models.placement import device_of, is_spread
 from mpq.models.positions import check_length
 from mpq.store.tables import table
 
@@ -71,14 +72,16 @@ def measure_sensitivity(
     if not len(blocks.tokens):
         raise MpqError("The calibration set is empty: give at least one block of tokens.")
     tally, losses = Tally(known[1:]), []
-    device = str(next(model.parameters()).device)
+    device = str(device_of(model))
     total = math.ceil(len(blocks.tokens) / batch)
     check_length(model.config, blocks.tokens.shape[1])
-    check_causal(model)
+    # a graph of all layers would hold the weights of all of them
+    with checkpointed(model, is_spread(model)):
+        check_causal(model)
     with (
         frozen(model),
         tapped(model, ops, tally),
-        checkpointed(model, checkpoint_activations),
+        checkpointed(model, checkpoint_activations or is_spread(model)),
         torch.enable_grad(),
     ):
         for done, tokens in enumerate(blocks.batches(batch, device)):

@@ -27,6 +27,7 @@ from mpq.loss.cross_entropy import differentiable_input
 from mpq.models.attention import AttentionHandler, intercept
 from mpq.models.experts import ExpertProduct, Routing, intercept_experts, with_bias
 from mpq.models.linears import weight_of
+from mpq.models.placement import is_spread, with_forward
 
 # elements of a weight whose gradients are formed together: on a CPU they stay in its cache
 _SLICE = {"cpu": 2**20}
@@ -197,15 +198,16 @@ class _TappedExperts(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, tally: Tally, op: str, of: ExpertProduct, routing: Routing
     ) -> Tensor:
-        ctx.save_for_backward(x)
+        weight = of.weight
+        ctx.save_for_backward(x, weight)
         ctx.where = (tally, op, of, routing)
-        return of.multiply(x, of.weight.mT, routing)
+        return of.multiply(x, weight.mT, routing)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         tally, op, of, routing = ctx.where
-        weight, gradient = of.weight, gradient.contiguous()
+        gradient = gradient.contiguous()
         sample = routing.order // (
             len(routing.order) // tally.samples
         )  # tokens come sample by sample
@@ -288,18 +290,14 @@ def tapped(model: nn.Module, ops: Sequence[tuple[str, str]], tally: Tally) -> It
 
 @contextmanager
 def _tapped_linear(module: nn.Module, tally: Tally, name: str) -> Iterator[None]:
-    weight, bias = weight_of(module), module.bias
-
     def forward(x: Tensor) -> Tensor:
         # rows alone: of more dimensions the output would be a view, which what follows may not write into
-        y: Tensor = _TappedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, tally, name)
+        rows, weight = x.reshape(-1, x.shape[-1]), weight_of(module)
+        y: Tensor = _TappedLinear.apply(rows, weight, module.bias, tally, name)
         return y.view(*x.shape[:-1], -1)
 
-    module.forward = forward
-    try:
+    with with_forward(module, forward):
         yield
-    finally:
-        del module.forward
 
 
 @contextmanager
@@ -313,9 +311,12 @@ def checkpointed(model: nn.Module, enabled: bool) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise MpqError(
-            "This architecture has no layers that transformers can checkpoint: set checkpoint_activations to false."
+            "This architecture has no layers that transformers can checkpoint: set checkpoint_activations to false; "
+            "a model larger than its memory needs them."
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    # a recomputation that is broken off early would not come to the hooks that let weights go
+    how = {"use_reentrant": False, "early_stop": not is_spread(model)}
+    model.gradient_checkpointing_enable(how)  # type: ignore[operator]
     for layer in layers:
         layer.training = True
     try:

@@ -27,6 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from mpq.errors import MpqError
+from mpq.models.placement import holding
 from mpq.models.seam import NAME, diverted
 
 SUPPORTED = ("eager", "sdpa")  # the implementations whose masks are understood here
@@ -219,9 +220,12 @@ def _attend(
     if not handler.recompute:
         return attend(query, key, value, attention_mask, *beside.values())
 
+    own = {n: p for n, p in module._parameters.items() if p is not None}  # sinks
+
     def alone(sample: int, *operands: Any) -> Tensor:
         handler.sample = sample
-        return attend(*operands)[0]
+        with holding(module, own):
+            return attend(*operands)[0]
 
     # one sample after the other, or the backward pass would hold several (B, H, T, S) tensors at once
     rows = []

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from mpq.models.dense import dense_tensors
 from mpq.models.fetching import cache_folder as cache_folder
 from mpq.models.fetching import fetch as fetch
 from mpq.models.graph import build_on_meta
+from mpq.models.hashes import content_hash
 from mpq.models.layout import read_config, weight_files
+from mpq.models.placement import bytes_of, cast_weights, check_accelerate, offload_folder, spread_of
 from mpq.models.quantized import method_of, refuse_left_over, refuse_narrow, refuse_quantized
 
 log = logging.getLogger("mpq")
@@ -35,10 +38,11 @@ log = logging.getLogger("mpq")
 Marks = tuple[tuple[str, int, int, int], ...]
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, check: bool = False) -> str:
     """SHA-256 over the checkpoint's architecture and weights; names and places left out, except the files' order.
 
-    Code that the configuration names is part of the architecture.
+    Code that the configuration names is part of the architecture. With `check` large files are read anew, whatever the
+    hub's cache says of them and is remembered (hashes.py).
     """
     config = read_config(folder)
     digest = hashlib.sha256(json.dumps(_architecture(config), sort_keys=True).encode())
@@ -46,13 +50,7 @@ def fingerprint(folder: Path) -> str:
         *weight_files(folder),
         *(sorted(folder.glob("*.py")) if _own_code(config) else ()),
     ):
-        try:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise MpqError(
-                f"{file} cannot be read ({error.strerror or first_line(error)}): check its permissions and its disk."
-            ) from None
+        digest.update(bytes.fromhex(content_hash(file, check)))
     return digest.hexdigest()
 
 
@@ -127,13 +125,18 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(
-    folder: Path, base: str, device: str = "cpu", trust_remote_code: bool = False
+    folder: Path,
+    base: str,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    memory: int | None = None,
 ) -> nn.Module:
     """The model in its base format, in evaluation mode, without gradients on its parameters.
 
-    Quantized weights are read as the values that they stand for (dense.py). Raises MpqError for a device that is not there,
-    weights that are quantized in a way that cannot be read, and weights that are damaged, missing or of the wrong shape:
-    transformers would fill those with random numbers.
+    Where the weights do not fit the device they are spread over what else there is (placement.py), which the log says;
+    `memory` bytes may be taken beside GPUs, by default what is free. Quantized weights are read as the values that they
+    stand for (dense.py). Raises MpqError for a device that is not there, weights that are quantized in a way that cannot be
+    read, and weights that are damaged, missing or of the wrong shape: transformers would fill those with random numbers.
     """
     from transformers.utils import logging as hf_logging
 
@@ -144,31 +147,49 @@ def load_model(
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
     build: Any = auto_class(config)
     if method_of(read_config(folder), folder):
-        source = {"pretrained_model_name_or_path": None, "state_dict": dense_tensors(folder)}
-        build = type(build_on_meta(config))  # an automatic class asks for a folder
+        empty: Any = build_on_meta(config)
+        tensors = dense_tensors(folder)
+        for tied, of in empty.all_tied_weights_keys.items():  # those on disk are found by name
+            tensors |= {tied: tensors[of]} if of in tensors else {}
+        source = {"pretrained_model_name_or_path": None, "state_dict": tensors}
+        build = type(empty)  # an automatic class asks for a folder
+        needed = sum(p.numel() for p in empty.parameters()) * dtype.itemsize
         config = config if isinstance(config, build.config_class) else config.get_text_config()
     else:
         refuse_narrow(files, folder)
+        needed = bytes_of(files, dtype)
+    spread = spread_of(needed, device, memory)
+    if spread:
+        check_accelerate(spread.why)
+        log.warning("%s does not fit %s: %s.", folder.name, device, spread.why)
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "local_files_only": True,
+        "output_loading_info": True,
+        "trust_remote_code": trust_remote_code,
+    }
     shown = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # what is spread has been told
     try:
-        loaded: Any = build.from_pretrained(
-            **source,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with offload_folder() if spread else nullcontext() as offloading:
+            if spread and offloading:
+                options |= {**spread.options, "offload_folder": offloading[0]}
+            loaded: Any = build.from_pretrained(**source, **options)
+            if offloading:
+                offloading[1](loaded[0])
     except Exception as error:  # safetensors, json and torch each raise their own
         raise _unloadable(folder, base, config, error) from None
     finally:
         hf_logging.set_verbosity(shown)
-    model, report = loaded
-    _check_loaded(folder, config, model, report)
+    model: nn.Module = loaded[0]
+    _check_loaded(folder, config, model, loaded[1])
+    model.eval().requires_grad_(False)
     try:
-        return model.eval().requires_grad_(False).to(device, dtype)  # type: ignore[no-any-return]
+        cast_weights(model, dtype)
+        return model if spread else model.to(device)
     except (RuntimeError, MemoryError) as error:
         raise _unloadable(folder, base, config, error) from None
 

@@ -17,18 +17,17 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mpq.errors import MpqError, first_line, require
-from mpq.models.layout import read_config, weight_files
+from mpq.models.layout import opened, read_config, weight_files
 from mpq.models.quantized import already_quantized, is_narrow, method_of, section_of
 
 Parts: TypeAlias = Mapping[str, Tensor]  # a weight's tensors by the ends of their names
@@ -62,15 +61,34 @@ class Dense:
     parts: Mapping[str, Any]
     decode: Decode
     stored: str  # how its codes are stored, in people's words
+    shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
 
     def __getitem__(self, where: Any) -> Tensor:
         values = self.decode({end: part[...] for end, part in self.parts.items()})
         return values.to(self.dtype)[where]
 
+    def get_shape(self) -> list[int]:
+        """The values' shape, as safetensors' slices say theirs."""
+        return list(self.shape)
+
     def get_dtype(self) -> str:
         """safetensors' word for a float's dtype."""
         return {torch.float32: "F32", torch.float16: "F16"}.get(self.dtype, "BF16")
+
+
+def tensors_by_file(
+    folder: Path, files: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each file of a checkpoint, and name → what `[...]` reads for its tensors, one file after the other; with `files` those alone.
+    Raises MpqError for files and layouts that cannot be read."""
+    wanted = [f for f in weight_files(folder) if not files or f.name in files]
+    if not method_of(read_config(folder), folder):
+        yield from ((file.name, _slices(file)) for file in wanted)
+        return
+    held = _dense(folder)  # a weight's scales may lie in another file
+    for file in wanted:
+        yield file.name, {name: part for name, (of, part) in held.items() if of == file.name}
 
 
 def dense_tensors(
@@ -83,39 +101,42 @@ def dense_tensors(
 
     Raises MpqError for a layout that cannot be read, naming it.
     """
+    return {name: part for name, (_, part) in _dense(folder, dtype, only).items()}
+
+
+def _dense(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    only: Callable[[str], object] = lambda name: True,
+) -> dict[str, tuple[str, Any]]:
+    """Name → the file that holds it, or its codes, and what reads it."""
     config = read_config(folder)
     method, section = method_of(config, folder), section_of(config, folder)
     decoder = _decoders(folder, method, section)
     codes, beside = _ENDS[method]
-    held: dict[str, Any] = {}
-    for file in weight_files(folder):
-        tensors = _opened(file)
-        held |= {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
+    held = {key: (f.name, part) for f in weight_files(folder) for key, part in _slices(f).items()}
     weights: dict[str, dict[str, str]] = defaultdict(dict)
     for key in filter(only, held):
         end = max((e for e in (*codes, *beside, "") if key.endswith(e)), key=len)
         weights[key.removesuffix(end)][end] = key
-    found: dict[str, Any] = {key: part for key, part in held.items() if not only(key)}
+    found: dict[str, tuple[str, Any]] = {key: of for key, of in held.items() if not only(key)}
     for weight, ends in weights.items():
-        if any(end in ends for end in codes) and any(end in ends for end in beside):
+        of_codes = next((ends[end] for end in codes if end in ends), "")
+        if of_codes and any(end in ends for end in beside):
             name = f"{weight}weight" if codes == ("qweight",) else weight
-            of_weight = decoder(name, {end: held[key] for end, key in ends.items()})
-            found[name] = replace(of_weight, dtype=dtype)
+            of_weight = decoder(name, {end: held[key][1] for end, key in ends.items()})
+            found[name] = (held[of_codes][0], replace(of_weight, dtype=dtype))
         else:
             found |= {k: held[k] for k in ends.values() if not _OF_ACTIVATIONS.search(k)}
-    for key, part in found.items():
+    for key, (_, part) in found.items():
         if only(key) and not isinstance(part, Dense) and is_narrow(part):
             raise already_quantized(folder, f"{key} is stored as {part.get_dtype()}")
     return found
 
 
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, "pt")
-    except Exception as error:  # safetensors' own, and what the system says
-        raise MpqError(
-            f"{file} cannot be read as safetensors ({first_line(error)}): fetch the checkpoint again."
-        ) from None
+def _slices(file: Path) -> dict[str, Any]:
+    tensors = opened(file)
+    return {key: tensors.get_slice(key) for key in sorted(tensors.keys())}
 
 
 def _decoders(
@@ -141,9 +162,25 @@ def _decoders(
             raise already_quantized(folder, f"{name} is stored as {kind}")
         if kind and kind != "U8":
             _check_scale(folder, name, parts, section.get("weight_block_size"))
-        return Dense(parts, decode, stored.get(method) or ("nvfp4" if kind == "U8" else "fp8_e4m3"))
+        how = stored.get(method) or ("nvfp4" if kind == "U8" else "fp8_e4m3")
+        return Dense(parts, decode, how, _shape(method, parts, bits))
 
     return made
+
+
+def _shape(method: str, parts: Mapping[str, Any], bits: int) -> tuple[int, ...]:
+    """That of the values; of packed ones there are several in an element."""
+    if method in ("gptq", "awq"):
+        inputs, outputs = parts["qweight"].get_shape()
+        return (outputs, inputs * 32 // bits) if method == "gptq" else (outputs * 8, inputs)
+    if method == "mxfp4":
+        experts, outputs, blocks, _ = parts["_blocks"].get_shape()
+        return experts, blocks * 32, outputs
+    if "_shape" in parts:
+        return tuple(parts["_shape"][...].tolist())
+    codes = parts["_packed"] if "_packed" in parts else parts[""]
+    *lead, columns = codes.get_shape()
+    return (*lead, 2 * columns if codes.get_dtype() == "U8" else columns)
 
 
 def _check_scale(
@@ -229,6 +266,15 @@ def _awq(parts: Parts) -> Tensor:
     return values.T.contiguous()
 
 
+# what people call the floats that compressed-tensors has a name for
+_FLOATS = {
+    "float-quantized": "fp8_e4m3",
+    "mxfp8-quantized": "mxfp8",
+    "mxfp4-pack-quantized": "mxfp4",
+    "nvfp4-pack-quantized": "nvfp4",
+}
+
+
 class _CompressedTensors:
     """compressed-tensors' weights, each by the group that its module is a target of."""
 
@@ -270,7 +316,8 @@ class _CompressedTensors:
             weight: Tensor = compressor.decompress(of, scheme)["weight"]
             return weight
 
-        return Dense(parts, decode, f"{scheme.weights.type}{scheme.weights.num_bits}")
+        number = f"{scheme.weights.type}{scheme.weights.num_bits}"
+        return Dense(parts, decode, _FLOATS.get(how, number), _shape("", parts, 0))
 
     def _scheme(self, module: str) -> Any:
         from compressed_tensors.utils.match import match_name

@@ -18,6 +18,7 @@ import fsspec
 
 from mpq.caches import private_folder
 from mpq.errors import MpqError, first_line
+from mpq.models.hashes import content_hash
 from mpq.models.layout import INDEX, OTHER_LAYOUTS, is_weight_name, listed_weights
 from mpq.store.transport import carry, open_filesystem
 
@@ -153,7 +154,7 @@ def _copy(
     take(name for name in files if not is_weight_name(name))
     index = listed_weights(to) if (to / INDEX).is_file() else None
     take(name for name in files if is_weight_name(name) and (index is None or name in index))
-    manifest = {f.name: [f.stat().st_size, _sha256(f)] for f in sorted(to.iterdir())}
+    manifest = {f.name: [f.stat().st_size, content_hash(f)] for f in sorted(to.iterdir())}
     (to / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -168,16 +169,11 @@ def _whole(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         return all(
-            (folder / name).stat().st_size == size and _sha256(folder / name) == digest
+            (folder / name).stat().st_size == size and content_hash(folder / name) == digest
             for name, (size, digest) in manifest.items()
         )
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, MpqError):
         return False
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from mpq.errors import MpqError, first_line
 
 INDEX = "model.safetensors.index.json"
@@ -131,3 +133,13 @@ def weight_files(folder: Path) -> list[Path]:
     raise MpqError(
         f"{folder} has no *.safetensors: expected a checkpoint in Hugging Face layout (convert .bin weights first)."
     )
+
+
+def opened(file: Path) -> Any:
+    """A safetensors file, open. Raises MpqError where it is none."""
+    try:
+        return safe_open(file, "pt")
+    except Exception as error:  # safetensors' own, and what the system says
+        raise MpqError(
+            f"{file} cannot be read as safetensors ({first_line(error)}): fetch the checkpoint again."
+        ) from None

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from mpq.errors import MpqError, first_line
+from mpq.errors import MpqError
+from mpq.models.layout import opened
 
 _NAMES = {
     "gptq": "GPTQ",
@@ -99,18 +98,11 @@ def refuse_narrow(files: Iterable[Path], folder: Path) -> None:
     Loaded as they are, without their scales, they would be another model's.
     """
     for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (no mapping)
-                    part = tensors.get_slice(key)
-                    if is_narrow(part):
-                        raise already_quantized(folder, f"{key} is stored as {part.get_dtype()}")
-        except MpqError:
-            raise
-        except Exception as error:  # safetensors' own, and what the system says
-            raise MpqError(
-                f"{file} cannot be read as safetensors ({first_line(error)}): fetch the checkpoint again."
-            ) from None
+        with opened(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                part = tensors.get_slice(key)
+                if is_narrow(part):
+                    raise already_quantized(folder, f"{key} is stored as {part.get_dtype()}")
 
 
 def refuse_left_over(keys: Iterable[str], folder: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,7 +37,8 @@ class Plan:
     of the whole answer, TTFT and (output - 1) × the time per output token, `predicted_tpot_s` of `base_tpot_s` (timing/answer.py).
     `weight_bytes` are those of the linears, scales counted, `effective_bits` the mean of a weight;
     `engine` is what shall serve the plan. `predicted_gain_error` is half its 95 % interval, None where that is unknown. `provenance`
-    holds content keys of the tables that led here, and versions of the software that made it.
+    holds content keys of the tables that led here, versions of the software that made it, and in
+    `stored` the ops that the checkpoint stores quantized, which in base have no less noise.
     """
 
     strategy: str
@@ -141,6 +144,12 @@ def _reader() -> TypeAdapter[Plan]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Plan)
+
+
+def stored_in_words(stored: Mapping[str, str]) -> str:
+    """How many ops a checkpoint stores in which format (`provenance["stored"]`, op → format), and what that means: "" for none."""
+    told = ", ".join(f"{count} ops in {name}" for name, count in Counter(stored.values()).items())
+    return f"{told}: base is no better than that for them" if told else ""
 
 
 def is_uniform(strategy: str) -> bool:

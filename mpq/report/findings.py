@@ -77,7 +77,7 @@ def additivity_of(tables: Tables) -> list[Additivity]:
     found.append(_additivity("KL", "all", plans, "measured_kl", "predicted_kl"))
     found.append(_additivity("TTFT", "et", timed, "carried_ttft_s", "predicted_ttft_s"))
     found.append(
-        _additivity("time per output token", "et", timed, "measured_tpot_s", "predicted_tpot_s")
+        _additivity("time per output token", "et", timed, "carried_tpot_s", "predicted_tpot_s")
     )
     found.append(_additivity("time gain", "et", timed, "carried_gain_s", "predicted_gain"))
     return [a for a in found if a]

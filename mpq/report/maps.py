@@ -27,6 +27,7 @@ from mpq.report.style import (
     new_figure,
 )
 
+_COLUMNS = 128  # layers that are drawn: more are too much for a page, and for an eye
 _KINDS = {
     "linear": ("linear", SKY),
     "experts": ("experts", PINK),
@@ -77,13 +78,21 @@ def draw_formats(
 ) -> Figure:
     """Maps of ops to formats as rows of panels, each with its title.
 
-    In a panel each role in a layer has a row, each layer a column. Panels that are too wide to
+    In a panel each role in a layer has a row, each layer a column; of more layers than _COLUMNS every second, third, …
+    Panels that are too wide to
     stand side by side stand below each other.
     """
     order = dict(groups.select("op", "order").iter_rows())
     found = dict.fromkeys(op for line in panels for _, of in line for op in of)
     places = {op: place_of(op) for op in sorted(found, key=lambda op: order.get(op, len(order)))}
-    layers = max((layer for layer, _ in places.values() if layer is not None), default=-1) + 1
+    deepest = max((layer for layer, _ in places.values() if layer is not None), default=-1) + 1
+    every = math.ceil(deepest / _COLUMNS) or 1
+    places = {
+        op: (layer if layer is None else layer // every, role)
+        for op, (layer, role) in places.items()
+        if layer is None or layer % every == 0
+    }
+    layers = math.ceil(deepest / every)
     outside = any(layer is None for layer, _ in places.values())
     # in the model's order, those outside the layers last
     by_place = sorted(places.values(), key=lambda place: place[0] is None)
@@ -113,10 +122,14 @@ def draw_formats(
             shown, last = range(0, layers, step), down == len(panels) - 1
             axes.set_xticks(
                 [*(i + 0.5 for i in shown), *([layers + 0.5] if outside else [])],
-                [*map(str, shown), *(["–"] if outside else [])] if last else [],
+                [*(str(i * every) for i in shown), *(["–"] if outside else [])] if last else [],
             )
     figure.supxlabel(
-        "Layer (number" + ("; –: outside the layers)" if outside else ")"), fontsize=9.5, color=INK
+        "Layer (number"
+        + (f"; one of {every} is drawn" if every > 1 else "")
+        + ("; –: outside the layers)" if outside else ")"),
+        fontsize=9.5,
+        color=INK,
     )
     used = sorted(
         {f for line in panels for _, of in line for f in of.values()}, key=lambda f: (f != base, f)
@@ -146,9 +159,10 @@ def _draw_map(
         cells = [
             _cell(places[op][0], roles.index(places[op][1]), layers)
             for op, f in of.items()
-            if f == name
+            if f == name and op in places
         ]
-        axes.add_patch(PathPatch(Path.make_compound_path(*cells), **_look(name, base)))
+        if cells:
+            axes.add_patch(PathPatch(Path.make_compound_path(*cells), **_look(name, base)))
     axes.set_ylim(len(roles), 0)
     axes.tick_params(length=0)
     axes.grid(False)

@@ -118,7 +118,7 @@ def results_table(tables: Tables) -> pl.DataFrame:
       what was measured, scaled to the machine's speed at that time (drift.py);
     - of answers of `output` tokens the times per token after the first, `…_tpot_s`; and of all the
       time to gain, TTFT or that of the whole answer: `predicted_time_s`, `measured_time_s`,
-      `base_time_s`, `solved_base_time_s`, `carried_time_s`.
+      `base_time_s`, `solved_base_time_s`, `carried_time_s` (and `carried_tpot_s`).
 
     What was not predicted or not measured is null.
     """
@@ -233,6 +233,7 @@ def _at_one_speed(rows: pl.DataFrame) -> pl.DataFrame:
     rows = rows.with_columns(**times)
     return carried(rows).with_columns(
         carried_time_s=pl.col("measured_time_s") * speed,
+        carried_tpot_s=pl.col("measured_tpot_s") * speed,
         carried_gain_s=pl.coalesce(pl.col("measured_gain_s") * speed, "carried_gain_s"),
         carried_gain_low_s=pl.col("measured_gain_low_s") * speed,
         carried_gain_high_s=pl.col("measured_gain_high_s") * speed,

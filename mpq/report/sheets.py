@@ -26,6 +26,7 @@ from mpq.report.summary import Summary
 from mpq.timing.answer import answers
 
 TOP_OPS = 40
+TOP_GROUPS = 1000
 Column = tuple[str, str, str]  # heading, key, style
 # of answers of several tokens: of plans, and of configurations
 _TPOT: list[Column] = [
@@ -316,9 +317,12 @@ def groups(tables: Tables) -> Sheet:
         .group_by("group", "signature", maintain_order=True)
         .agg(pl.col("op").str.join(", "), pl.col("macs").sum(), pl.col("parameters").sum())
     )
+    said = "Ops decided and timed together; groups of one signature do the same work."
+    if found.height > TOP_GROUPS:
+        said += f" The first {TOP_GROUPS} of {found.height}; the table `groups` has all."
     return Sheet(
         "groups",
-        "Ops decided and timed together; groups of one signature do the same work.",
+        said,
         [
             ("Group", "group", "count"),
             ("Ops", "op", ""),
@@ -326,7 +330,7 @@ def groups(tables: Tables) -> Sheet:
             ("MACs", "macs", "count"),
             ("Parameters", "parameters", "count"),
         ],
-        found.to_dicts(),
+        found.head(TOP_GROUPS).to_dicts(),
     )
 
 

@@ -29,13 +29,22 @@ from torch import Tensor, nn
 from mpq.errors import MpqError
 from mpq.formats.format import Format, get_format
 from mpq.formats.scheme import Scheme, get_scheme
-from mpq.kernels import Kind, check_native, cpu, emulated, int8_attention, native_kernels
+from mpq.kernels import (
+    Kind,
+    check_native,
+    cpu,
+    emulated,
+    int8_attention,
+    native_kernels,
+    weight_only,
+)
 from mpq.kernels.rounding import rounded
 from mpq.models import experts
 from mpq.models.attention import AttentionHandler, PlainAttention, intercept
 from mpq.models.experts import ExpertProduct, intercept_experts
 from mpq.models.graph import OpKind
 from mpq.models.linears import is_linear, weight_of
+from mpq.models.placement import comes_and_goes, device_of, is_spread, with_forward
 from mpq.running.experts import EmulatedExperts, NativeExperts
 
 Backend: TypeAlias = Literal["native", "emulated"]
@@ -71,7 +80,7 @@ class Mixed:
 
     `base` is the format of the ops that no plan lowers: they run untouched, in the dtype of the weights. Kernels are
     prepared once for each (op, format) and kept, so switching back and forth costs no quantization; the memory of the
-    rounded weights is the price. The native backend asks for weights in the base format's dtype. There an op in a 16-bit
+    rounded weights is the price. Weights that come and go (models/placement.py) are rounded at every call instead. The native backend asks for weights in the base format's dtype. There an op in a 16-bit
     format leaves its output in it where all that read it are lowered, which `feeds` tells (partition.feeds_of).
     """
 
@@ -90,16 +99,17 @@ class Mixed:
         self.seed = seed
         self._kernels: dict[tuple[str, str], Forward] = {}
         self._products: dict[tuple[str, str], ExpertProduct] = {}
-        self._linears: dict[
-            str, tuple[nn.Module, Forward | None]
-        ] = {}  # replaced now, with an instance forward of old
-        self._seams = ExitStack()  # what is in attention and experts now
+        self._seams = ExitStack()  # what is in linears, attention and experts now
         self._formats: dict[str, str] = {}
         weight = next(model.parameters())
-        self._device, self._dtype = weight.device.type, weight.dtype
+        self._device, self._dtype = device_of(model).type, weight.dtype
         self._feeds = (
             dict(feeds or {}) if backend == "native" and weight.dtype == torch.float32 else {}
         )
+        if backend == "native" and is_spread(model):
+            raise MpqError(
+                f"The model's weights are not all on {self._device}, which is too small for them: bringing them would be timed with it; time it where they fit."
+            )
         if backend == "native" and weight.dtype != getattr(torch, get_format(base).dtype):
             raise MpqError(
                 f"The model's weights are {weight.dtype}, the base format is {base}: load the model in {base}."
@@ -156,19 +166,13 @@ class Mixed:
         if products:
             self._seams.enter_context(intercept_experts(self.model, products))
         for op, kernel in kernels.items():
-            module = self.model.get_submodule(op)
-            self._linears[op] = (module, module.__dict__.get("forward"))
-            module.forward = kernel
+            self._seams.enter_context(with_forward(self.model.get_submodule(op), kernel))
         self._formats = lowered
 
     def clear(self) -> None:
         """Take every replacement off: the model runs as it did before."""
         self._seams.close()
-        for module, forward in self._linears.values():
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.forward = forward
-        self._linears, self._formats = {}, {}
+        self._formats = {}
 
     def _kept(self, lowered: Mapping[str, str]) -> dict[str, torch.dtype]:
         """The ops whose output stays in their 16-bit format: it is read as it is, and by lowered ops alone."""
@@ -191,13 +195,21 @@ class Mixed:
     def _linear(self, op: str, name: str) -> Forward:
         if (op, name) not in self._kernels:
             module = self.model.get_submodule(op)
-            weight, bias = weight_of(module), cast("Tensor | None", module.bias)
             scheme, noise = get_scheme(name), self._noise(op, get_scheme(name))
-            if self.backend == "emulated":
-                self._kernels[op, name] = emulated.linear(weight, bias, scheme, **noise)
-            else:  # a device's formats are alike for both operands
-                make = native_kernels(self._device).linear
-                self._kernels[op, name] = make(weight, bias, scheme.weights, **noise)
+
+            def make() -> Forward:
+                weight, bias = weight_of(module), cast("Tensor | None", module.bias)
+                if self.backend == "emulated":
+                    return emulated.linear(weight, bias, scheme, **noise)
+                if scheme.activations is None:
+                    return weight_only.linear(weight, bias, scheme.weights, noise["perturb_weight"])
+                # a device's other schemes are alike for both operands
+                linear = native_kernels(self._device).linear
+                return cast(Forward, linear(weight, bias, scheme.weights, **noise))
+
+            # weights that come and go are rounded each time: all of them would be a model in memory
+            again = comes_and_goes(module)
+            self._kernels[op, name] = (lambda *x: make()(*x)) if again else make()
         return self._kernels[op, name]
 
     def _expert_product(self, op: str, name: str) -> ExpertProduct:

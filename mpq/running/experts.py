@@ -12,6 +12,7 @@ from mpq.formats.scheme import Scheme
 from mpq.kernels import native_kernels
 from mpq.kernels.rounding import rounded
 from mpq.models.experts import ExpertProduct, Routing, with_bias
+from mpq.models.placement import comes_and_goes
 
 
 class RoundedInput(ExpertProduct):
@@ -28,7 +29,8 @@ class RoundedInput(ExpertProduct):
 
 
 class EmulatedExperts(RoundedInput):
-    """An experts' product with its operands rounded as `scheme` stores them, the weights once; the bias stays as it is.
+    """An experts' product with its operands rounded as `scheme` stores them, the weights once, or at every call where they
+    come and go; the bias stays as it is.
 
     `perturb_*` multiply the scales before rounding (quantize.fake_quantize).
     """
@@ -42,11 +44,19 @@ class EmulatedExperts(RoundedInput):
         perturb_weight: float = 1.0,
     ) -> None:
         super().__init__(module, name, scheme, perturb_input)
-        each = (rounded(w, scheme.weights, "row", perturb_weight) for w in self.weight.detach())
-        self._lowered = torch.stack(list(each))
+        self._weights, self._perturb_weight = scheme.weights, perturb_weight
+        self._kept = None if comes_and_goes(module) else self._rounded()
+
+    def _rounded(self) -> Tensor:
+        """(experts, C, K)."""
+        each = (
+            rounded(w, self._weights, "row", self._perturb_weight) for w in self.weight.detach()
+        )
+        return torch.stack(list(each))
 
     def product(self, x: Tensor, routing: Routing) -> Tensor:
-        return with_bias(self.multiply(x, self._lowered.mT, routing), self.bias, routing)
+        lowered = self._rounded() if self._kept is None else self._kept
+        return with_bias(self.multiply(x, lowered.mT, routing), self.bias, routing)
 
 
 class NativeExperts(ExpertProduct):

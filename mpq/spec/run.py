@@ -103,13 +103,24 @@ class ModelSpec(Strict):
     trust_remote_code: bool = Field(
         False, description="Run the Python code that a checkpoint brings along: read it first"
     )
+    check_weights: bool = Field(
+        False,
+        description="Read all weights to hash them, whatever is known of unchanged files (`mpq run --check-weights`)",
+    )
+    memory_gb: Number | None = Field(
+        None,
+        gt=0,
+        description="GB of memory that a run may take; a model that needs more is read from disk layer by layer "
+        "(docs/memory.md); null: what is free",
+    )
     base: FormatName = Field(
         "bf16", description="Format where nothing is lowered: fp32, bf16 or fp16"
     )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d{1,4})?)$",
-        description="Where it runs: cpu, cuda or cuda:N; auto: the first GPU where there is one, else cpu",
+        description="Where it runs: cpu, cuda or cuda:N; auto: the first GPU where there is one, else cpu. What does not fit is "
+        "spread over the other GPUs (not with cuda:1 and on), memory and disk",
     )
 
     @field_validator("base")

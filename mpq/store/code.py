@@ -27,6 +27,7 @@ NUMBERLESS = (
     "mpq.caches",
     "mpq.urls",
     "mpq.spec",
+    "mpq.models.hashes",
     "mpq.store.entries",
     "mpq.store.transport",
     "mpq.tasks.stage",

@@ -364,7 +364,10 @@ class Store:
         made = meta.get("provenance")
         times = (meta.get(_USED), made.get("written_unix_s") if isinstance(made, dict) else None)
         last = max((t for t in times if isinstance(t, int | float)), default=0.0)
-        if abs(time.time() - last) < _MARKED_AGAIN_S:
+        now = time.time()
+        if (
+            now - _MARKED_AGAIN_S < last < now + _MARKED_AGAIN_S
+        ):  # no difference: JSON has integers of any size
             return
         marked = json.dumps({**meta, _USED: time.time()}, indent=1).encode()
         try:

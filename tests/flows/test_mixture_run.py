@@ -8,6 +8,8 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from small import short, small_spec, write_checkpoint
 
 from mpq.errors import MpqError
@@ -48,6 +50,30 @@ def test_experts_in_one_tensor_are_told_first(tmp_path: Path) -> None:
     """A gpt-oss whose run could choose what its checkpoint has no names for ends before anything is measured."""
     with pytest.raises(MpqError, match=r"in one tensor.* pin \*\.experts\.\* to base"):
         calibrate(to_be_served(tmp_path, "gpt_oss"))
+
+
+@pytest.mark.usefixtures("reloaded_here")
+def test_a_run_of_a_quantized_checkpoint(tmp_path: Path) -> None:
+    """Experts published in FP8 are planned for, and exported, as values; plan and report say for how many ops base is no better
+    than FP8."""
+    spec = to_be_served(tmp_path, "mixtral")
+    source = Path(spec.model.path)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        tensors[name] = (tensors[name] * 4).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = torch.tensor(0.25)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    (source / "config.json").write_text(json.dumps(config))
+    result = calibrate(spec)
+    plan = Plan.from_json(Path(result["out"]["plan"]).read_text())
+    record = json.loads(Path(result["out"]["checkpoint"], "export.json").read_text())
+    assert record["check"]["passed"]
+    stored = plan.provenance["stored"]
+    assert set(stored) == {op for op in plan.formats if ".experts." in op}
+    assert set(stored.values()) == {"fp8_e4m3"}
+    assert "4 ops in fp8_e4m3: base is no better" in Path(result["out"]["report"]).read_text()
 
 
 @pytest.mark.usefixtures("reloaded_here")

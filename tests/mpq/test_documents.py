@@ -109,6 +109,18 @@ def test_metadata(draw: st.DataObject, tmp_path: Path) -> None:
     json.dumps([e.row() for e in entries(store)]).encode()
 
 
+@pytest.mark.parametrize("written", [10**400, -(10**400), True, float("inf"), float("nan")])
+def test_a_time_that_no_clock_has(written: float, tmp_path: Path) -> None:
+    """JSON has integers that no float holds: the entry is found, and marked as used."""
+    store = Store(tmp_path.as_uri())
+    store.write_table("gains", "k1", FRAME)
+    file = tmp_path / "gains" / "k1" / "meta.json"
+    made = {"stage": "gains", "written_unix_s": written}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "provenance": made}))
+    assert store.find("gains", "k1") is not None
+    assert json.loads(file.read_text())["used_unix_s"] > 1.7e9
+
+
 @QUICKLY
 @given(draw=st.data())
 def test_plans(draw: st.DataObject, tmp_path: Path) -> None:

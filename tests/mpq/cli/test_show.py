@@ -38,7 +38,7 @@ PLAN = Plan(
     effective_bits=12.25,
     weight_bytes=1e6,
     engine="vllm",
-    provenance={"prices": [PRICE]},
+    provenance={"prices": [PRICE], "stored": {"lm_head": "fp8_e4m3"}},
 )
 OTHER = replace(
     PLAN, formats={**PLAN.formats, "lm_head": "bf16"}, predicted_gain=1e-3, effective_bits=13.0
@@ -73,7 +73,14 @@ def test_show_is_one_screen(files: tuple[Path, Path]) -> None:
     lines = shown.splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 30
-    for words in ("·I·I·I·I·I·I", "I int8", "8 fp8_e4m3", "gain, ms: 1.5", "interval: 0.1"):
+    for words in (
+        "·I·I·I·I·I·I",
+        "I int8",
+        "8 fp8_e4m3",
+        "gain, ms: 1.5",
+        "interval: 0.1",
+        "1 ops in fp8_e4m3: base",
+    ):
         assert words in shown
     for words in ("tau: 0.01", "effective bits: 12.25", "engine: vllm", "tie q k v", "2.00e-06"):
         assert words in shown

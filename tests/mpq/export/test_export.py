@@ -304,12 +304,19 @@ def test_not_finite(tmp_path: Path) -> None:
 
 
 def test_quantized_source(tmp_path: Path) -> None:
-    """An export is no source for another."""
+    """A checkpoint that is quantized already is exported as the values that it stands for: what stays in base holds them."""
     source = checkpoint(tmp_path / "model")
-    plan = plan_of(source, {"model.layers.0.mlp.down_proj": "int8"})
-    export(plan, source, tmp_path / "out")
-    with pytest.raises(MpqError, match="quantized already"):
-        export(plan, tmp_path / "out", tmp_path / "twice")
+    first, other = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
+    export(plan_of(source, {first: "int8"}), source, tmp_path / "once")
+    plan = plan_of(tmp_path / "once", {other: "fp8_e4m3"})
+    export(plan, tmp_path / "once", tmp_path / "twice")
+    assert compared(tmp_path / "once", tmp_path / "twice", plan).passed
+    held = load_file(tmp_path / "twice" / "model.safetensors")
+    assert held[f"{other}.weight"].dtype == torch.float8_e4m3fn
+    assert f"{first}.weight_scale" not in held
+    values = load_model(tmp_path / "once", "fp32").get_parameter(f"{first}.weight")
+    assert torch.equal(held[f"{first}.weight"], values)
+    assert not torch.equal(values, load_model(source, "fp32").get_parameter(f"{first}.weight"))
 
 
 def test_json(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def reloaded(
         ("qwen3_moe", "int8", "fp32", "vllm"),  # decoded for the check: transformers has no reader
         ("deepseek_v3", "int8", "fp32", "transformers"),  # packed, for it reads no other integers
         ("deepseek_v3", "mxfp8", "bf16", "vllm"),
-        ("mixtral", "w4a16_g32", "bf16", "transformers"),
+        ("mixtral", "w4a16_g32_mse", "bf16", "transformers"),
         ("qwen3_moe", "mxfp4", "bf16", "vllm"),
     ],
 )

@@ -287,7 +287,10 @@ def test_int8_attention_of_a_token_that_sees_nothing_is_finite() -> None:
 
 def test_what_is_native_is_said_and_the_rest_refused() -> None:
     """check_native names the formats that the device can run, per kind of product, and the device when it has none."""
-    assert native_formats("cpu", "linear") == ("fp32", "bf16", "int8")
+    assert native_formats("cpu", "linear") == (
+        *("fp32", "bf16", "int8"),
+        *("w8a16", "w4a16", "w4a16_g32", "w4a16_mse", "w4a16_g32_mse"),
+    )
     assert native_formats("cpu", "bgemm")[:2] == ("fp32", "bf16")
     check_native(["int8", "bf16"], "cpu")
     with pytest.raises(MpqError, match=r"fp8_e4m3.*can run fp32, bf16, int8"):

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from mpq.errors import MpqError
 from mpq.models.checkpoint import load_config, load_model
+from mpq.models.graph import trace
+from mpq.models.stored import stored_formats
 
 # of a weight (C, K): the tensors that a method stores, by the ends of their names, and the values that they stand for
 Stored: TypeAlias = tuple[dict[str, Tensor], Tensor]
@@ -171,6 +173,15 @@ def test_codes_and_scales_are_values(
         loss = [m(tokens, labels=tokens).loss for m in (found, want)]
         assert torch.equal(*loss)
     assert not hasattr(load_config(quantized), "quantization_config")
+
+
+def test_what_is_stored_in_which_format(tmp_path: Path) -> None:
+    """Ops whose weights a checkpoint stores quantized, all experts of a layer one, are known by the model's names."""
+    quantized, dense = published(tmp_path, "deepseek_v3", _blocks, _FP8)
+    found = stored_formats(quantized, load_config(quantized))
+    ops = {op for op in trace(load_config(dense)).ops.values() if op.kind in ("linear", "experts")}
+    assert found == {op.name: "fp8_e4m3" for op in ops if op.name != "lm_head"}
+    assert stored_formats(dense, load_config(dense)) == {}
 
 
 @pytest.mark.parametrize(

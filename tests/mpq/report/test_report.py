@@ -44,6 +44,19 @@ ONE = {
 }
 
 
+def test_ten_thousand_groups_are_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of 2500 layers gives a page of less than 5 MB, which says what of it is left out."""
+    monkeypatch.setattr("synthetic.TAUS", TAUS[:1])
+    run = make_run(layers=2500, seeds=1)
+    text = write_report({**run, "sensitivity": run["sensitivity"].head(9000)}, "large", FACTS)
+    page = _Page(text)
+    assert run["groups"]["group"].n_unique() == 10_001
+    assert len(page.rows["groups"]) == 1 + 1000
+    assert "The first 1000 of 10001" in text
+    assert "one of 20 is drawn" in text
+    assert len(text.encode()) < 5e6
+
+
 @pytest.fixture(scope="module")
 def html() -> str:
     return write_report(RUN, "A <test> run", FACTS)
