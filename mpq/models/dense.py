@@ -38,6 +38,8 @@ _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _OF_ACTIVATIONS = re.compile(
     r"[._](input|output|activation|[qkv])(_proj)?_(scale|scale_inv|zero_point|global_scale)$"
 )
+# ModelOpt's AWQ: inputs are multiplied by it, its weights are divided by it (modelopt, pre_quant_scale)
+_OF_INPUTS = "pre_quant_scale"
 # what its tensors add to a weight's name: the ends of codes, and those of which a quantized weight has some
 _ENDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fp8": (("",), ("_scale_inv",)),
@@ -115,6 +117,8 @@ def _dense(
     decoder = _decoders(folder, method, section)
     codes, beside = _ENDS[method]
     held = {key: (f.name, part) for f in weight_files(folder) for key, part in _slices(f).items()}
+    if scaled := next((key for key in held if key.endswith(_OF_INPUTS)), ""):
+        raise already_quantized(folder, f"for inputs that are scaled, as {scaled} tells")
     weights: dict[str, dict[str, str]] = defaultdict(dict)
     for key in filter(only, held):
         end = max((e for e in (*codes, *beside, "") if key.endswith(e)), key=len)
@@ -190,7 +194,8 @@ def _check_scale(
     scale = parts["_scale_inv" if "_scale_inv" in parts else "_scale"].get_shape()
     *lead, rows, columns = parts[""].get_shape()
     blocks = [*lead, -(-rows // block[0]), -(-columns // block[1])] if block else []
-    of_rows = math.prod(scale) == math.prod(lead) * rows and block is None
+    # a shape, not a count: as many blocks as rows would fit, too
+    of_rows = block is None and scale in ([*lead, rows], [*lead, rows, 1])
     if math.prod(scale) != 1 and scale != blocks and not of_rows:
         raise already_quantized(folder, f"{name} {[*lead, rows, columns]} with scales {scale}")
 

@@ -200,3 +200,29 @@ def test_what_cannot_be_read_is_named(section: dict[str, Any], told: str, tmp_pa
     quantized, _ = published(tmp_path, "llama", _blocks, section)
     with pytest.raises(MpqError, match=f"quantized already.*{told}"):
         load_model(quantized, "fp32")
+
+
+def _scaled_inputs(weight: Tensor) -> Stored:
+    stored, dense = _nvfp4(weight)
+    return {**stored, "pre_quant_scale": torch.rand(weight.shape[1]) + 0.5}, dense
+
+
+def _as_many_blocks_as_rows(weight: Tensor) -> Stored:
+    codes, scale = weight.to(torch.float8_e4m3fn), torch.rand(len(weight) // 2, 2)
+    return {"weight": codes, "weight_scale": scale}, codes.float()
+
+
+@pytest.mark.parametrize(
+    ("write", "section", "told"),
+    [
+        (_scaled_inputs, {"quant_algo": "NVFP4_AWQ"}, "inputs that are scaled"),
+        (_as_many_blocks_as_rows, {"quant_method": "fbgemm_fp8"}, r"with scales \["),
+    ],
+)
+def test_other_values_are_refused(
+    write: Writer, section: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    """Weights that are divided by their inputs' scale, and scales of blocks that are as many as rows, are no values to read."""
+    quantized, _ = published(tmp_path, "llama", write, section)
+    with pytest.raises(MpqError, match=f"quantized already.*{told}"):
+        load_model(quantized, "fp32")
