@@ -16,7 +16,7 @@ from mpq.formats.format import Format
 from mpq.formats.quantize import blocks_of, quantize, scale_of
 from mpq.kernels.emulated import Linear
 
-FEW = 32  # rows; from as many on, decoding costs less than it saves (docs/log.md)
+FEW = 32  # rows: up to so many read packed weights, more are faster with decoded ones (docs/log.md)
 _LANES = 16  # output channels that the packed INT4 kernel takes at once
 Multiply = Callable[[Tensor], Tensor]
 
@@ -50,6 +50,8 @@ def _int8(weight: Tensor, fmt: Format, perturb: float) -> tuple[Multiply | None,
         return torch._weight_int8pack_mm(x, codes, ones).float() * scale
 
     def decoded(x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:  # sums of codes overflow it
+            return torch.nn.functional.linear(x, (codes * scale[:, None]).to(x.dtype))
         return torch.nn.functional.linear(x, codes.to(x.dtype)).float() * scale
 
     return few, decoded

@@ -32,6 +32,14 @@ def test_as_rounded(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> No
         assert found(x, torch.float32).dtype == torch.float32
 
 
+def test_fp16_holds_what_codes_would_not() -> None:
+    """In FP16 the product is finite where the sum of codes, before their scale, is larger than its largest value."""
+    scheme = get_scheme("w8a16")
+    weight, x = torch.full((16, 1024), 0.01).half(), torch.ones(1, 1024).half()
+    found = weight_only.linear(weight, None, scheme.weights)(x)
+    torch.testing.assert_close(found, torch.full((1, 16), 10.24).half(), rtol=1e-2, atol=0)
+
+
 def test_a_plan_runs_natively() -> None:
     """A model in them gives the logits of the emulated plan, and comes out as it went in."""
     model = small_model("llama", dtype=torch.bfloat16, hidden_size=128, intermediate_size=128)
