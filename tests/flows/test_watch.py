@@ -204,6 +204,10 @@ def test_records_are_of_content(spec: RunSpec) -> None:
     """Names and places make no other record, another τ does."""
     key = Records(spec).key("f")
     assert Records(spec.model_copy(update={"name": "other", "out": "/elsewhere"})).key("f") == key
+    part = spec.timing
+    same = {"prompt": part.length, "output": part.output, "batch": part.batch}
+    written_so = RunSpec.model_validate({**spec.model_dump(), "workload": same})
+    assert Records(written_so).key("f") == key
     assert Records(spec.model_copy(update={"taus": (0.5,)})).key("f") != key
     assert json.dumps(Records(spec).done("f")) == "null"
 
