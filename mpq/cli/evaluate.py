@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mpq.program.plan import Plan
+
+log = logging.getLogger("mpq")
 
 
 def evaluate(
@@ -72,7 +75,9 @@ def evaluate(
     with bar("evaluation") as progress:
         frame = evaluate_plan(loaded, chosen, blocks, seeds, batch, progress)
     extra: dict[str, object] = {"predicted_loss_mse": chosen.predicted_loss_mse}
-    if ttft_repeats and not is_spread(loaded):
+    if ttft_repeats and is_spread(loaded):
+        log.warning("TTFT is left out: bringing weights that do not fit %s would be timed.", device)
+    elif ttft_repeats:
         rows, tokens = of.get("prefill") or (4, 256)
         frame, native = _with_ttft(
             frame, loaded, load_config(folder, trusted), chosen, device, rows, tokens, ttft_repeats
