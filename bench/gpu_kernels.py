@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from mpq.formats.format import get_format
+from mpq.formats.scheme import get_scheme
 from mpq.kernels import native_formats, native_kernels
 
 INSIDE, REPLAYS = 4, 7
@@ -100,7 +101,7 @@ def linears(
     for name, (k, c) in shapes.items():
         x, weight = (torch.randn(n, k, device=device, dtype=base) for n in (tokens, c))
         ways: dict[str, Any] = {"base": lambda t, weight=weight: linear(t, weight)}
-        for fmt in native_formats(device):
+        for fmt in (f for f in native_formats(device) if get_scheme(f).alike):
             if getattr(torch, get_format(fmt).dtype) != base and fmt != "fp32":
                 ways[fmt] = make(weight, None, get_format(fmt))
         if "fp8_e4m3" in ways:

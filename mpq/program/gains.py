@@ -315,7 +315,8 @@ def _checked(gains: pl.DataFrame, costs: tuple[str, ...]) -> NDArray[np.int64]:
     if missing:
         raise MpqError(f"The gains table lacks {', '.join(missing)}: expected {', '.join(needed)}.")
     for name in ("group", "gain", *costs):
-        if not (kind := gains[name].dtype).is_numeric():
+        kind = gains[name].dtype
+        if not (kind.is_float() or kind.is_integer()) or kind in (pl.Int128, pl.UInt128):
             raise MpqError(f"The gains table has the column {name} as {kind}: expected numbers.")
         if not gains[name].is_finite().fill_null(False).all():
             raise MpqError(

@@ -103,8 +103,16 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "rows": _is_count,
     "suffix": lambda v: isinstance(v, str) and bool(re.fullmatch(r"\w{1,32}", v, re.ASCII)),
     "upstream": lambda v: isinstance(v, list | tuple) and all(map(_is_name, v)),
-    "store": lambda v: isinstance(v, str),
+    "store": lambda v: isinstance(v, str) and _is_text(v),
 }
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be a path: JSON's strings may hold halves of characters, which no encoding has."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _shown(value: Any) -> str:

@@ -121,6 +121,22 @@ def test_a_time_that_no_clock_has(written: float, tmp_path: Path) -> None:
     assert json.loads(file.read_text())["used_unix_s"] > 1.7e9
 
 
+@pytest.mark.parametrize("store", ["\ud800", "a\0b"])
+def test_a_store_that_is_no_path(store: str) -> None:
+    """JSON's strings may be no path: a reference to such a store is none."""
+    fields = {"kind": "gains", "key": "k", "sha256": "0" * 64, "bytes": 1, "rows": 1}
+    assert TableRef.of(fields).store == ""
+    with pytest.raises(ValueError, match="store is"):
+        TableRef.of(fields, store=store)
+
+
+def test_gains_of_128_bits() -> None:
+    """Integers that NumPy has not are no gains."""
+    rows = {"group": [0], "configuration": [["fp32"]], "gain": [-(2**63) - 1], "loss_mse": [0.0]}
+    with pytest.raises(MpqError, match="column gain as Int128: expected numbers"):
+        solve_table(pl.DataFrame(rows, schema_overrides={"gain": pl.Int128}), 0.1)
+
+
 @QUICKLY
 @given(draw=st.data())
 def test_plans(draw: st.DataObject, tmp_path: Path) -> None:
