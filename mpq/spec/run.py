@@ -110,6 +110,7 @@ class ModelSpec(Strict):
     memory_gb: Number | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         description="GB of memory that a run may take; a model that needs more is read from disk layer by layer "
         "(docs/memory.md); null: what is free",
     )

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from small import DEMO, ROOT
 
 from mpq.errors import MpqError
 from mpq.spec import check_early, load_spec, parse_spec, resolved
+from mpq.spec.run import ModelSpec
 
 
 def spec_with(folder: Path, text: str = "", **calibration: object) -> dict:
@@ -172,3 +174,10 @@ def test_the_page_of_keys_is_the_real_one() -> None:
     assert (ROOT / "docs" / "spec.md").read_text(encoding="utf-8") == page(), "run `make docs`"
     for key in ("`name`", "`model.device`", "`timing.bound`", "`objectives.<objective>.taus`"):
         assert f"| {key} |" in page()
+
+
+@pytest.mark.parametrize("memory", [float("inf"), "1e400", float("nan"), 0])
+def test_memory_is_a_number_of_gb(memory: object) -> None:
+    """What no number of bytes is made of is refused with the spec, not while weights are loaded."""
+    with pytest.raises(ValidationError, match="memory_gb"):
+        ModelSpec.model_validate({"path": "m", "memory_gb": memory})
