@@ -45,7 +45,7 @@ def check_export(run: Run, groups: TableRef) -> None:
     else:
         there = _fingerprint(local_path(out)) == of
         check_target(local_path(out), run.subject.folder, ours or there, asked)
-    if part.to == "compressed-tensors":
+    if part.to != "json":
         allowed = allowed_of(run, groups, objective)
         for place in range(1, max(map(len, allowed.formats.values()), default=0)):
             formats = {op: may[min(place, len(may) - 1)] for op, may in allowed.formats.items()}
@@ -55,6 +55,7 @@ def check_export(run: Run, groups: TableRef) -> None:
                 run.subject.folder,
                 run.spec.engine,
                 run.spec.model.trust_remote_code,
+                part.to,
             )
 
 

@@ -27,12 +27,14 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="compressed-tensors: a checkpoint for vLLM and transformers; json: ops and formats."
+            help="compressed-tensors: a checkpoint for vLLM and transformers; modelopt: one in NVIDIA's form; json: ops and formats."
         ),
     ] = "compressed-tensors",
     engine: Annotated[
         str,
-        typer.Option(help="Whose fused layers must be in one format: vllm, or transformers: none."),
+        typer.Option(
+            help="Whose fused layers must be in one format: vllm, sglang, tensorrt-llm, or transformers: none."
+        ),
     ] = "vllm",
     model: Annotated[
         str | None,
@@ -68,8 +70,8 @@ def export(
     model = model or of.get("model")
     if not model:
         raise MpqError("The plan does not say which model it belongs to: give --model.")
-    loads = to == "compressed-tensors"
-    if check and loads:
+    loads = to in ("compressed-tensors", "modelopt")
+    if check and to == "compressed-tensors":
         require("compressed_tensors", "the check of an export (or give --no-check)")
     from mpq.devices import found_device
     from mpq.export import export as exported

@@ -50,7 +50,7 @@ def model_card(
         rows += [
             (
                 "loss on held-out text",
-                f"{found['loss_reloaded']:.4f} nats a token reloaded in transformers, {found['loss_plan']:.4f} in mpq, base {found['loss_base']:.4f}",
+                f"{found['loss_reloaded']:.4f} nats a token reloaded, {found['loss_plan']:.4f} in mpq, base {found['loss_base']:.4f}",
             ),
             ("KL from base", f"{found['kl_base_reloaded']:.3g} nats a token"),
         ]
@@ -58,7 +58,7 @@ def model_card(
     made = {k: v for k, v in plan.provenance.items() if k not in ("model", "versions")}
     return f"""---
 library_name: transformers
-tags: [compressed-tensors, mpq]
+tags: [{record["to"]}, mpq]
 ---
 
 # {of.rstrip("/").rpartition("/")[2]}, in mixed precision

@@ -59,6 +59,8 @@ ENGINES: dict[str, Engine] = {
         Engine("vllm", _FUSED),
         # SGLang merges the same products, as vLLM names them (sglang/srt/models/llama.py: qkv_proj, gate_up_proj)
         Engine("sglang", _FUSED),
+        # TensorRT-LLM refuses two formats in one fused layer (docs/engines.md)
+        Engine("tensorrt-llm", _FUSED),
         # transformers runs each linear by itself
         Engine("transformers", ()),
     )

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mpq")
 
-Target: TypeAlias = Literal["compressed-tensors", "json"]
-TARGETS: tuple[Target, ...] = ("compressed-tensors", "json")
+Target: TypeAlias = Literal["compressed-tensors", "modelopt", "json"]
+TARGETS: tuple[Target, ...] = ("compressed-tensors", "modelopt", "json")
 _OF_SOURCE = ("dtype", "torch_dtype", "quantization_config")  # in config.json: said anew
 _VERSION = 1  # of what is written: shards of another are not taken over
 _NO_CHECK = {"done": False, "why": "it was not asked for (--no-check)"}
@@ -119,9 +119,9 @@ def export(
     check_target(out, source, overwrite, asked)
     if to == "json":
         return _export_json(plan, out, engine, key)
-    if check is not None:
+    if check is not None and to == "compressed-tensors":
         require("compressed_tensors", "the check of an export")
-    work = _Work(plan, source, out, engine, trust_remote_code, shard_bytes, key)
+    work = _Work(plan, source, out, engine, trust_remote_code, shard_bytes, key, to)
     with alone(out), told(out):
         return work.run(check, device, progress)
 
@@ -143,10 +143,12 @@ def check_exportable(
     source: Path,
     engine: str,
     trust_remote_code: bool = False,
+    to: str = "compressed-tensors",
 ) -> None:
     """Raise MpqError where a plan of these formats (op → format) could not be exported for the engine: nothing is written."""
-    require("compressed_tensors", "the check of an export")
-    _expressed(formats, base, source, engine, trust_remote_code)
+    if to == "compressed-tensors":
+        require("compressed_tensors", "the check of an export")
+    _expressed(formats, base, source, engine, trust_remote_code, to=to)
 
 
 def _expressed(
@@ -156,8 +158,10 @@ def _expressed(
     engine: str,
     trust_remote_code: bool,
     shard_bytes: int | None = None,
+    to: str = "compressed-tensors",
 ) -> tuple[dict[str, Any], Skeleton, dict[str, str], tuple[Shard, ...]]:
     """The source's config.json and names, its lowered linears, and the shards that they go to."""
+    from mpq.export import modelopt
     from mpq.export.expressible import lowered_linears
     from mpq.export.shards import SHARD_BYTES, shards_of
     from mpq.export.skeleton import skeleton
@@ -170,7 +174,16 @@ def _expressed(
     if not method_of(config, source):
         refuse_narrow(weight_files(source), source)
     model = skeleton(loaded)
+    if to == "modelopt":
+        modelopt.check_held(
+            {op: f for op, f in formats.items() if f != base and not op.endswith("_matmul")},
+            *(base, model, engine),
+        )
     lowered = lowered_linears(formats, base, model, engine)
+    if to == "compressed-tensors" and engine == "tensorrt-llm":
+        raise MpqError(
+            "tensorrt-llm does not read compressed-tensors: export to modelopt, or for another engine."
+        )
     return (
         config,
         model,
@@ -180,7 +193,7 @@ def _expressed(
 
 
 class _Work:
-    """One export to compressed-tensors: all that can be refused is refused while it is made."""
+    """One export to compressed-tensors or modelopt: all that can be refused is refused while it is made."""
 
     def __init__(
         self,
@@ -191,13 +204,14 @@ class _Work:
         trust_remote_code: bool,
         shard_bytes: int | None,
         key: str,
+        to: str,
     ):
         from mpq.models.checkpoint import fingerprint, marks
 
         self.plan, self.source, self.out, self.engine = plan, source, out, engine
-        self.trusted, self.key = trust_remote_code, key
+        self.trusted, self.key, self.to = trust_remote_code, key, to
         self.config, self.model, self.lowered, self.shards = _expressed(
-            plan.formats, plan.base, source, engine, trust_remote_code, shard_bytes
+            plan.formats, plan.base, source, engine, trust_remote_code, shard_bytes, to
         )
         self.marks = marks(source)
         self.fingerprint = fingerprint(source)
@@ -209,6 +223,7 @@ class _Work:
         device: str,
         progress: Callable[[int, int], None] | None,
     ) -> Exported:
+        from mpq.export import modelopt
         from mpq.export.ranges import shares_of
         from mpq.export.shards import write_index, write_shard
         from mpq.models.checkpoint import check_unchanged
@@ -225,7 +240,11 @@ class _Work:
             if progress:
                 progress(done + 1, len(self.shards))
         check_unchanged(self.source, self.marks)
-        write_index(self.shards, aside.folder)
+        renamed = {"name_of": modelopt.name_of} if self.to == "modelopt" else {}
+        write_index(self.shards, aside.folder, **renamed)
+        if self.to == "modelopt" and self.lowered:
+            beside = json.dumps(modelopt.quantization(self.lowered, self.model), indent=4)
+            (aside.folder / modelopt.CONFIG).write_text(beside, encoding="utf-8")
         config = json.dumps(self._config(), indent=2)
         (aside.folder / "config.json").write_text(config + "\n", encoding="utf-8")
         copy_beside(self.source, aside.folder, code=bool(self.config.get("auto_map")))
@@ -250,7 +269,7 @@ class _Work:
             [asdict(shard) for shard in self.shards],
             shares,
         ]
-        return _digest(content)
+        return _digest([*content, self.to] if self.to == "modelopt" else content)
 
     def _missing(self, aside: Aside) -> int:
         there = sum(f.stat().st_size for f in aside.folder.glob("*.safetensors"))
@@ -268,10 +287,14 @@ class _Work:
     def _writer(
         self, shard: Shard, write: Callable[..., None], shares: Mapping[str, Shares]
     ) -> Callable[[Path], None]:
-        return lambda to: write(shard, self.source, self.plan.base, to, shares)
+        from mpq.export.modelopt import laid_out
+
+        how = {"laid_out": laid_out} if self.to == "modelopt" else {}
+        return lambda to: write(shard, self.source, self.plan.base, to, shares, **how)
 
     def _config(self) -> dict[str, Any]:
         """The source's config.json in the plan's base dtype, a lowered head untied, with what is quantized."""
+        from mpq.export import modelopt
         from mpq.export.scheme import quantization_config
 
         config = {k: v for k, v in self.config.items() if k not in _OF_SOURCE}
@@ -284,7 +307,10 @@ class _Work:
             config["tie_word_embeddings"] = False
             if "tie_word_embeddings" in (config.get("text_config") or {}):
                 config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-        if self.lowered:
+        if self.lowered and self.to == "modelopt":
+            told = modelopt.quantization(self.lowered, self.model)
+            config["quantization_config"] = modelopt.quantization_config(told)
+        elif self.lowered:
             config["quantization_config"] = quantization_config(self.lowered, self.model)
         return config
 
@@ -301,7 +327,7 @@ class _Work:
         }
         decode = bool(unread_experts(self.lowered, self.plan.base, self.model))
         of = (folder, self.source, names, self.lowered, self.plan.base, blocks)
-        found = check_export(*of, device, self.trusted, decode)
+        found = check_export(*of, device, self.trusted, decode, self.to == "modelopt")
         return found.as_json()
 
     def _exported(self, found: Mapping[str, Any], files: Mapping[str, str]) -> Exported:
@@ -322,7 +348,7 @@ class _Work:
             log.warning("%s.", note)
         return Exported(
             folder=str(self.out),
-            to="compressed-tensors",
+            to=self.to,
             engine=self.engine,
             base=self.plan.base,
             formats=dict(Counter(self.lowered.values())),
@@ -361,7 +387,7 @@ def _wrong(found: Mapping[str, Any], folder: Path) -> MpqError:
     else:
         why = f"loss {found['loss_reloaded']:.5f} against {found['loss_plan']:.5f} of mpq's own run, ± {found['loss_tolerance']:.2g} allowed; KL {found['kl_plan_reloaded']:.2g}, {found['kl_tolerance']:.2g} allowed"
     return MpqError(
-        f"The export is not the plan once transformers has reloaded it ({why}): it is left in {folder}; please report it."
+        f"The export is not the plan once it is reloaded ({why}): it is left in {folder}; please report it."
     )
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from mpq.errors import first_line
 from mpq.export.codes import tensors_of
 from mpq.export.scheme import without_experts
-from mpq.formats.format import get_format
-from mpq.formats.quantize import share_of
+from mpq.formats.format import Format, get_format
+from mpq.formats.quantize import fake_quantize, share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.architecture import auto_class
+from mpq.models.checkpoint import load_model
 from mpq.models.dense import dense_tensors, tensors_by_file
 from mpq.models.experts import ExpertProduct, dispatched, intercept_experts, products_of
 from mpq.models.graph import build_on_meta
@@ -119,6 +120,45 @@ def differing(
     return wrong
 
 
+def differing_values(
+    model: nn.Module,
+    source: Path,
+    names: Mapping[str, tuple[str, str]],
+    formats: Mapping[str, str],
+    base: str,
+) -> list[str]:
+    """What of a model whose weights were read as values is not as the plan has it: each must be the source's, after its round
+    trip through the op's format, bit for bit."""
+    dtype, files = getattr(torch, get_format(base).dtype), dict(tensors_by_file(source))
+    wrong = [f"the file holds no {op}" for op in formats if op not in names]
+    for op, (file, tensor) in names.items():
+        want = files[file][tensor][...].to(dtype)
+        if op in formats:
+            want = fake_quantize(want, get_scheme(formats[op]).weights, "row")
+        if not torch.equal(model.get_submodule(op).get_parameter("weight").cpu(), want):
+            wrong.append(f"the weight of {op} is another")
+    return wrong
+
+
+@contextmanager
+def rounding_inputs(model: nn.Module, formats: Mapping[str, str]) -> Iterator[None]:
+    """Within, what goes into each lowered linear is rounded as its scheme rounds activations."""
+
+    def rounds(fmt: Format) -> Callable[..., Tensor]:
+        return lambda module, inputs: fake_quantize(inputs[0], fmt, "row")
+
+    handles = [
+        model.get_submodule(op).register_forward_pre_hook(rounds(fmt))
+        for op, name in formats.items()
+        if (fmt := get_scheme(name).activations) is not None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _of_scheme(op: str, module: nn.Module, name: str | None, base: str) -> list[str]:
     """What is wrong about how a module is quantized, which should be `name`, or nothing in base."""
     scheme = getattr(module, "quantization_scheme", None)
@@ -159,13 +199,19 @@ def main(request: Path) -> None:
     answer: dict[str, Any] = {}
     try:
         how = {name: asked[name] for name in ("trust_remote_code", "decode_experts")}
-        model = loaded_model(Path(asked["folder"]), asked["base"], **how)
+        folder, compared, rounding = Path(asked["folder"]), differing, rounding_experts
+        if asked.get("as_values"):
+            trusted = asked["trust_remote_code"]
+            model = load_model(folder, asked["base"], trust_remote_code=trusted)
+            compared, rounding = differing_values, rounding_inputs
+        else:
+            model = loaded_model(folder, asked["base"], **how)
         tokens = torch.from_numpy(np.load(asked["tokens"]))
-        answer["differing"] = differing(
+        answer["differing"] = compared(
             model, Path(asked["source"]), asked["names"], asked["formats"], asked["base"]
         )
         held = None
-        with torch.inference_mode(), rounding_experts(model, asked["formats"]):
+        with torch.inference_mode(), rounding(model, asked["formats"]):
             for at in range(0, len(tokens), asked["batch"]):
                 found = log_probabilities(model, tokens[at : at + asked["batch"]]).numpy()
                 if held is None:

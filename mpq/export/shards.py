@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -176,9 +176,15 @@ def _bytes(kind: str, shape: tuple[int, ...], base: str) -> int:
 
 
 def write_shard(
-    shard: Shard, source: Path, base: str, to: Path, shares: Mapping[str, Shares]
+    shard: Shard,
+    source: Path,
+    base: str,
+    to: Path,
+    shares: Mapping[str, Shares],
+    laid_out: Callable[[dict[str, Tensor], str], dict[str, Tensor]] = lambda found, scheme: found,
 ) -> None:
-    """Read, round and write one shard; `shares` are of ops whose blocks' scales are shares of a tensor's. Raises MpqError for values that are not finite where they have to be."""
+    """Read, round and write one shard; `shares` are of ops whose blocks' scales are shares of a tensor's, `laid_out` makes of a
+    weight's tensors and its scheme those of another target. Raises MpqError for values that are not finite where they have to be."""
     dtype = getattr(torch, get_format(base).dtype)
     written: dict[str, Tensor] = {}
     files = dict(tensors_by_file(source, {piece.file for piece in shard.pieces}))
@@ -189,6 +195,7 @@ def write_shard(
             of = part[...] if isinstance(part, Dense) else part  # decoded once, not in chunks
             scheme = get_scheme(piece.format)
             found = tensors_of(of, scheme, dtype, piece.tensor, *shares.get(op, (None, None)))
+            found = laid_out(found, piece.format)
             written |= {f"{op}.{end}": tensor for end, tensor in found.items()}
         else:
             tensor = _read(part, piece)
@@ -205,16 +212,28 @@ def _read(part: Any, piece: Piece) -> Tensor:
     return of_expert[0].T.contiguous()
 
 
-def write_index(shards: tuple[Shard, ...], folder: Path) -> None:
-    """The index of several shards: which tensor lies in which file."""
+def write_index(
+    shards: tuple[Shard, ...], folder: Path, name_of: Callable[[str], str] = lambda end: end
+) -> None:
+    """The index of several shards: which tensor lies in which file; `name_of` is what a target calls the ends of names."""
     if len(shards) == 1:
         return
-    placed = [(s.file, *t) for s in shards for piece in s.pieces for t in piece.tensors]
+    placed = [
+        (s.file, _renamed(name, name_of), size)
+        for s in shards
+        for piece in s.pieces
+        for name, size in piece.tensors
+    ]
     index = {
         "metadata": {"total_size": sum(size for _, _, size in placed)},
         "weight_map": {name: file for file, name, _ in sorted(placed, key=lambda p: p[1])},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _renamed(name: str, name_of: Callable[[str], str]) -> str:
+    op, dot, end = name.rpartition(".")
+    return f"{op}{dot}{name_of(end)}"
 
 
 def in_base(shards: tuple[Shard, ...], base: str) -> int:

@@ -4,7 +4,7 @@ What is read, by the checkpoint's own word for it, and where its layout is told:
 
     fp8, mxfp8          weight, weight_scale_inv: a scale for the tensor or a block (arXiv 2412.19437, Sec. 3.3; OCP MX 1.0)
     fbgemm_fp8          weight, weight_scale: a scale a row (transformers, integrations/fbgemm_fp8.py)
-    modelopt            FP8 as fbgemm_fp8, or one scale; NVFP4: weight, weight_scale, weight_scale_2 (vLLM, modelopt.py)
+    modelopt            FP8 as fbgemm_fp8, one scale, or one a block of 128 × 128 (4-D); MXFP8: E8M0 in bytes; NVFP4: weight, weight_scale, weight_scale_2 (vLLM, modelopt.py)
     mxfp4               …_blocks, …_scales: gpt-oss's experts (transformers, integrations/mxfp4.py)
     compressed-tensors  by compressed-tensors' own decompressors
     gptq, awq           qweight, qzeros, scales, g_idx (AutoGPTQ's qlinear_cuda.py; AutoAWQ's packing_utils.py)
@@ -165,7 +165,7 @@ def _decoders(
         if kind and kind != "F8_E4M3" and not ("_scale_2" in parts and kind == "U8"):
             raise already_quantized(folder, f"{name} is stored as {kind}")
         if kind and kind != "U8":
-            _check_scale(folder, name, parts, section.get("weight_block_size"))
+            _check_scale(folder, name, parts, _block_of(parts, section.get("weight_block_size")))
         how = stored.get(method) or ("nvfp4" if kind == "U8" else "fp8_e4m3")
         return Dense(parts, decode, how, _shape(method, parts, bits))
 
@@ -192,12 +192,32 @@ def _check_scale(
 ) -> None:
     """Raise MpqError where a weight's scales are neither one, nor one a row, nor one a block."""
     scale = parts["_scale_inv" if "_scale_inv" in parts else "_scale"].get_shape()
+    scale = [scale[0], scale[2]] if _of_squares(scale) else scale
     *lead, rows, columns = parts[""].get_shape()
     blocks = [*lead, -(-rows // block[0]), -(-columns // block[1])] if block else []
     # a shape, not a count: as many blocks as rows would fit, too
     of_rows = block is None and scale in ([*lead, rows], [*lead, rows, 1])
     if math.prod(scale) != 1 and scale != blocks and not of_rows:
         raise already_quantized(folder, f"{name} {[*lead, rows, columns]} with scales {scale}")
+
+
+def _of_squares(shape: Collection[int]) -> bool:
+    """Whether scales are ModelOpt's of blocks of 128 × 128: (C / 128, 1, K / 128, 1)."""
+    return len(shape) == 4 and list(shape)[1::2] == [1, 1]
+
+
+def _block_of(parts: Mapping[str, Any], block: tuple[int, int] | None) -> tuple[int, int] | None:
+    """What shares a scale, where the checkpoint's own word or ModelOpt's layout tells it."""
+    scale = parts.get("_scale")
+    if block or scale is None:
+        return block
+    shape = list(scale.get_shape() if hasattr(scale, "get_shape") else scale.shape)
+    if _of_squares(shape):
+        return 128, 128
+    narrow = (
+        scale.get_dtype() == "U8" if hasattr(scale, "get_dtype") else scale.dtype == torch.uint8
+    )
+    return (1, 32) if narrow and len(shape) > 1 and shape[-1] > 1 else None
 
 
 def _scaled(parts: Parts, block: tuple[int, int] | None = None) -> Tensor:
@@ -209,6 +229,8 @@ def _scaled(parts: Parts, block: tuple[int, int] | None = None) -> Tensor:
         return values * scale.repeat_interleave(16, -1) * parts["_scale_2"].float()
     values = codes.float()
     rows, columns = values.shape[-2:]
+    block = _block_of(parts, block)
+    scale = scale[:, 0, :, 0] if _of_squares(scale.shape) else scale
     if scale.numel() == 1:
         return values * scale.reshape(())
     if block is None:  # a scale a row

@@ -9,14 +9,15 @@ from pydantic import Field
 from mpq.spec.fields import Strict, Url
 
 SERVED = ("vllm", "sglang", "transformers")  # engines that read compressed-tensors
+SERVED_MODELOPT = ("vllm", "sglang", "tensorrt-llm")  # engines that read ModelOpt's checkpoints
 
 
 class ExportSpec(Strict):
     """A plan as a checkpoint that an engine serves, reloaded in transformers and compared; see docs/engines.md."""
 
-    to: Literal["compressed-tensors", "json"] = Field(
+    to: Literal["compressed-tensors", "modelopt", "json"] = Field(
         "compressed-tensors",
-        description="compressed-tensors: a checkpoint for the engine; json: ops and formats",
+        description="compressed-tensors: a checkpoint for the engine; modelopt: one in NVIDIA's form, for vllm, sglang or tensorrt-llm; json: ops and formats",
     )
     out: Url | None = Field(
         None,
