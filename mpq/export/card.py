@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpq import __version__
+from mpq.formats.scheme import get_scheme
 from mpq.program.plan import Plan
 
 _UNITS = {"et": "s per prefill", "tt": "BF16 MACs", "m": "bytes"}
@@ -55,6 +56,8 @@ def model_card(
             ("KL from base", f"{found['kl_base_reloaded']:.3g} nats a token"),
         ]
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    schemes = "\n".join(f"- `{name}`: {get_scheme(name).in_words}" for name in counts)
+    served = f"\n```console\n$ vllm serve FOLDER --dtype {_DTYPES[plan.base]}\n```\n"
     made = {k: v for k, v in plan.provenance.items() if k not in ("model", "versions")}
     return f"""---
 library_name: transformers
@@ -70,13 +73,12 @@ plan `{plan.name}`, strategy {plan.strategy} for objective {plan.objective}.
 |---|---|
 {table}
 
-Weights have a scale for each output channel, activations one for each token, computed as the model runs. The checkpoint
-keeps to the fused layers of {engine}. `export.json` has the check's numbers and the files' SHA-256.
+Elements and what shares a scale, a row being an output channel of a weight or a token of activations:
 
-```console
-$ vllm serve FOLDER --dtype {_DTYPES[plan.base]}
-```
+{schemes or "- nothing is lowered"}
 
+The checkpoint keeps to the fused layers of {engine}. `export.json` has the check's numbers and the files' SHA-256.
+{served if engine == "vllm" else ""}
 ## How it was made
 
 {_lines({**made, "versions": plan.provenance.get("versions", {})}) or "The plan does not say."}

@@ -47,6 +47,12 @@ class Scheme:
         return self.weights is self.activations and not self.weights.by_blocks
 
     @property
+    def in_words(self) -> str:
+        """`weights E2M1, 1 x 16; activations E2M1, 1 x 16`: elements, and what shares a scale."""
+        activations = "in base" if self.activations is None else _operand(self.activations)
+        return f"weights {_operand(self.weights)}; activations {activations}"
+
+    @property
     def formats(self) -> tuple[Format, ...]:
         """The formats of its operands."""
         return (self.weights,) if self.activations is None else (self.weights, self.activations)
