@@ -164,6 +164,7 @@ def test_shards_and_what_lies_beside(tmp_path: Path) -> None:
     assert compare(load_model(source, "fp32"), plan.lowered, "fp32", BLOCKS, found).passed
     card = (tmp_path / "out" / "README.md").read_text()
     assert "8 of 15 linears in int8" in card
+    assert "- `int8`: weights INT8, row; activations INT8, row" in card
     assert "0.0001 nats²" in card
 
 
