@@ -187,8 +187,11 @@ def time(
     device = found_device(device)
     names = names or [
         f
-        for f in native_formats(device)  # weights alone gain where tokens follow the first
-        if f not in ("fp32", base) and (output > 1 or get_scheme(f).activations)
+        for f in native_formats(
+            device
+        )  # weights alone gain where tokens follow the first, beside BF16
+        if f not in ("fp32", base)
+        and (get_scheme(f).activations or (output > 1 and base == "bf16"))
     ]
     check_native(names, device)
     config = load_config(fetch(model, revision, trusted), trusted)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mpq.errors import MpqError
 from mpq.formats.scheme import with_fitted
+from mpq.serving.fused import FUSED, Fused
 from mpq.serving.schemes import OF_EXPERTS
 
 if TYPE_CHECKING:
@@ -45,27 +46,28 @@ class Engine:
     source: str = ""
 
 
-_FUSED = "multiplies them in one product (vLLM 0.32 run: q, v in INT8 and k in FP8 answers wrongly)"
 _HEAD = "its quantized layers are linears of the blocks; the head is listed in `ignore`"
-_LATENT = "multiplies them in one product (vLLM, deepseek_v2.py: fused_qkv_a_proj)"
 _EXPERTS = "one scheme for all experts of a layer"
 _ATTENTION = "has no scheme for one product of attention: FP8 there comes with the KV cache"
 _HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out")
 
 
-def _fusing(engine: str, source: str = _FUSED) -> tuple[Rule, ...]:
-    """The rules of an engine that merges q, k, v and gate, up, and runs attention as one kernel."""
+def _fusing(engine: str, source: str = "") -> tuple[Rule, ...]:
+    """The rules of an engine that merges q, k, v and gate, up, and runs attention as one kernel; `source` where it says so, if
+    not as vLLM does."""
 
-    def tie(label: str, *patterns: str, why: str = source) -> Rule:
+    def tie(label: str, *patterns: str, why: str) -> Rule:
         return Rule(f"{engine}: tie {label}", patterns, source=why)
+
+    def fused(layer: Fused) -> Rule:
+        why = source or f"multiplies them in one product ({layer.source})"
+        return tie(layer.label, *(f"*.{part}" for part in layer.parts), why=why)
 
     def base(label: str, *patterns: str, kinds: tuple[str, ...], why: str) -> Rule:
         return Rule(f"{engine}: {label} in base", patterns, ("base",), kinds, why)
 
     return (
-        tie("q k v", "*.q_proj", "*.k_proj", "*.v_proj"),
-        tie("gate up", "*.gate_proj", "*.up_proj"),
-        tie("q_a kv_a", "*.q_a_proj", "*.kv_a_proj_with_mqa", why=_LATENT),
+        *map(fused, FUSED),
         tie("experts", "*.experts.*", why=_EXPERTS),
         Rule(
             f"{engine}: experts in base or what is written of them",

@@ -7,7 +7,6 @@ Ours are what people run today: everything in one format.
 from __future__ import annotations
 
 import math
-import random
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,24 +14,19 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from mpq.errors import MpqError
-from mpq.formats.scheme import get_scheme, mac_time
 from mpq.program.anchors import Scale, scaled
-from mpq.program.bounds import bound_rows, missed, target_rows
-from mpq.program.certainty import ERRORS, HALF, held_at, risk
-from mpq.program.gains import NAMES, least_cost, solve_table
-from mpq.program.memory import effective_bits, weight_bytes
-from mpq.program.plan import LEAST_LOSS, Plan, has_tau
-from mpq.program.solver import Solution, SolverName, no_plan
+from mpq.program.bounds import bound_rows, target_rows
+from mpq.program.certainty import held_at
+from mpq.program.choice import Program, chosen_of, options_of
+from mpq.program.gains import least_cost, solve_table
+from mpq.program.plan import LEAST_LOSS, Plan
+from mpq.program.solver import Solution, SolverName
+from mpq.program.walks import walk
 from mpq.timing.answer import Further
-from mpq.timing.design import half_widths, members, neighbours
-from mpq.timing.plausible import implausible
+from mpq.timing.design import half_widths
 
 if TYPE_CHECKING:
     from mpq.spec import BoundsSpec, EngineName, TargetSpec
-
-Rows = dict[tuple[str, ...], Mapping[str, Any]]  # configuration → its row of the gains table
-Chosen = dict[int, tuple[str, ...]]  # group → its configuration
-HEURISTIC = {"bound": None, "status": "heuristic", "solver": "none", "seconds": 0.0, "note": ""}
 
 
 def choose(
@@ -73,7 +67,7 @@ def choose(
         tau = budgets["kl"] / math.sqrt(mean_square_loss)  # as the loss moves, if it moves by κ
     gains = scaled(gains, scale)
     held = held_at(gains, robust, budgets) if robust else gains
-    program = _Program(
+    program = Program(
         objective,
         groups,
         gains,
@@ -86,11 +80,11 @@ def choose(
         further,
     )
     if strategy in ("random", "prefix"):
-        chosen = _walk(strategy, _options(held), base, budgets, seed)
+        chosen = walk(strategy, options_of(held), base, budgets, seed)
         return program.plan(strategy, tau, budgets, chosen, seed, scale=scale)
     bounding = bound_rows(gains, groups, bounds, base) if bounds else []
     rows, solution = solve_table(held, budgets, solver, bounding)
-    return program.plan(strategy, tau, budgets, _chosen(rows), seed, _facts(solution), scale)
+    return program.plan(strategy, tau, budgets, chosen_of(rows), seed, _facts(solution), scale)
 
 
 def plan_of(
@@ -109,10 +103,10 @@ def plan_of(
 ) -> Plan:
     """The plan of chosen rows of a gains table, one of each group, its KL under `scale` already; `budgets` is what bounds it
     (by column, loss_mse or kl)."""
-    program = _Program(
+    program = Program(
         objective, groups, gains, mean_square_loss, base, base_ttft_s, 0.0, None, engine, further
     )
-    chosen = _chosen(gains[list(rows)])
+    chosen = chosen_of(gains[list(rows)])
     if "loss_mse" in budgets:
         tau = math.sqrt(max(0.0, budgets["loss_mse"]) / mean_square_loss)
     else:
@@ -169,7 +163,7 @@ def least_loss_plan(
     Raises NoPlan where no plan keeps the bounds, MpqError for a time without measured ones.
     """
     gains = scaled(gains, scale)
-    program = _Program(
+    program = Program(
         objective,
         groups,
         gains,
@@ -184,15 +178,11 @@ def least_loss_plan(
     bounding = target_rows(gains, groups, target, base, base_ttft_s)
     bounding += bound_rows(gains, groups, bounds, base) if bounds else []
     rows, solution = least_cost(gains, bounding, solver)
-    chosen = _chosen(rows)
+    chosen = chosen_of(rows)
     loss = program.sure(chosen, "loss_mse")
     tau = math.sqrt(max(0.0, loss) / mean_square_loss)
     solved = _facts(solution) | {"bound": None}
     return program.plan(LEAST_LOSS, tau, {"loss_mse": loss}, chosen, solved=solved, scale=scale)
-
-
-def _chosen(rows: pl.DataFrame) -> Chosen:
-    return {g: tuple(c) for g, c in rows.select("group", "configuration").iter_rows()}
 
 
 def _facts(solution: Solution) -> dict[str, Any]:
@@ -221,7 +211,7 @@ def uniform_plans(
     predicted loss MSE d just meets, √(d / E[g²]), and `budget` is d.
     """
     gains = scaled(gains, scale)
-    program = _Program(
+    program = Program(
         objective,
         groups,
         gains,
@@ -256,142 +246,6 @@ def _head(groups: pl.DataFrame) -> str | None:
     return next((op for op in last if not re.search(r"(^|\.)\d+\.", op)), None)
 
 
-class _Program:
-    """One objective's options, and how a choice among them becomes a plan."""
-
-    def __init__(
-        self,
-        objective: str,
-        groups: pl.DataFrame,
-        gains: pl.DataFrame,
-        mean_square_loss: float,
-        base: str,
-        base_ttft_s: float | None,
-        interaction: float,
-        bounds: BoundsSpec | None,
-        engine: EngineName,
-        further: Further | None,
-    ):
-        self.further = further
-        self.bounds, self.engine = bounds, engine
-        self.objective, self.groups, self.base = objective, groups, base
-        self.mean_square_loss, self.base_ttft_s = mean_square_loss, base_ttft_s
-        self.interaction = interaction
-        self.members, self.options = members(groups, gains), _options(gains)
-
-    def total(self, chosen: Chosen, column: str) -> float | None:
-        """The sum of a column over the chosen configurations; None where one of them has none."""
-        values = [self.options[g][c].get(column) for g, c in chosen.items()]
-        return None if None in values else math.fsum(v for v in values if v is not None)
-
-    def sure(self, chosen: Chosen, column: str) -> float:
-        """The sum of a column that every row has."""
-        return _sum(self.options, chosen, column)
-
-    def in_one_format(self, f: str, kept: str | None = None) -> Chosen:
-        """Each group with as many ops in `f` as it can have; the others, and `kept`, in base where they may be."""
-
-        def uniform(group: int, c: tuple[str, ...]) -> tuple[bool, bool, int]:
-            named = zip(self.members[group], c, strict=True)
-            as_kept = all(name == self.base for op, name in named if op == kept)
-            return as_kept, set(c) <= {f, self.base}, c.count(f)
-
-        return {
-            group: max(options, key=lambda c: uniform(group, c))
-            for group, options in self.options.items()
-        }
-
-    def times(
-        self, chosen: Chosen, gain: float, formats: Mapping[str, str]
-    ) -> tuple[float | None, float | None]:
-        """The predicted TTFT and, where whole answers are gained, the time per output token (s); None of what was not timed."""
-        if self.objective != "et" or self.base_ttft_s is None:
-            return None, None
-        near, after = neighbours(self.groups, formats, self.base), self.further
-        if after is None:
-            return self.base_ttft_s - gain - self.interaction * near, None
-        first = self.interaction - after.tokens * after.interaction_s
-        return (
-            self.base_ttft_s - self.sure(chosen, "ttft_gain") - first * near,
-            after.base_tpot_s - self.sure(chosen, "tpot_gain") - after.interaction_s * near,
-        )
-
-    def plan(
-        self,
-        strategy: str,
-        tau: float,
-        budgets: Mapping[str, float],
-        chosen: Chosen,
-        seed: int = 0,
-        solved: Mapping[str, Any] = HEURISTIC,
-        scale: Scale = Scale(),
-    ) -> tuple[Plan, dict[str, Any]]:
-        """The plan that puts each group in its chosen configuration, and its solutions row."""
-        formats = {
-            op: f
-            for group, configuration in chosen.items()
-            for op, f in zip(self.members[group], configuration, strict=True)
-        }
-        gain = self.sure(chosen, "gain")
-        ttft, tpot = self.times(chosen, gain, formats)
-        costs = {c: (self.total(chosen, c), self.total(chosen, e)) for c, e in ERRORS.items()}
-        kl, loss_error, kl_error = costs["kl"][0], *(e and HALF * e for _, e in costs.values())
-        doubt = implausible(ttft, self.base_ttft_s, formats.values(), self.base)
-        over = missed(self.groups, formats, self.bounds, self.base) if self.bounds else []
-        misses = f"Misses {', '.join(over)}." if over else ""
-        note = " ".join(part for part in (solved["note"], doubt, misses) if part)
-        plan = Plan(
-            strategy=strategy,
-            objective=self.objective,
-            tau=tau,
-            base=self.base,
-            formats=formats,
-            predicted_loss_mse=self.sure(chosen, "loss_mse"),
-            budget=budgets.get("loss_mse"),
-            predicted_gain=gain,
-            mean_square_loss=self.mean_square_loss,
-            seed=seed,
-            base_ttft_s=self.base_ttft_s,
-            predicted_ttft_s=ttft,
-            output=self.further.output if self.further else 1,
-            base_tpot_s=self.further.base_tpot_s if self.further else None,
-            predicted_tpot_s=tpot,
-            effective_bits=effective_bits(self.groups, formats, self.base),
-            weight_bytes=weight_bytes(self.groups, formats, self.base),
-            engine=self.engine,
-            predicted_kl=kl,
-            predicted_kl_error=kl_error,
-            predicted_loss_change=kl,
-            predicted_loss_mse_error=loss_error,
-            kl_bound=budgets.get("kl"),
-            kl_scale=scale.value,
-            kl_scale_error=scale.error,
-            risk=risk(costs, budgets) if has_tau(strategy) else None,
-        )
-        of_plan = (
-            *(("output", "base_tpot_s", "predicted_tpot_s") if self.further else ()),
-            "strategy",
-            "objective",
-            "tau",
-            "seed",
-            "predicted_loss_mse",
-            "budget",
-            "predicted_gain",
-            "share_lowered",
-            "predicted_ttft_s",
-            "base_ttft_s",
-            "effective_bits",
-            "weight_bytes",
-            "predicted_kl",
-            "predicted_kl_error",
-            "kl_bound",
-            "kl_scale",
-            "predicted_loss_mse_error",
-            "risk",
-        )
-        return plan, {**{k: getattr(plan, k) for k in of_plan}, **solved, "note": note}
-
-
 def gain_errors(
     groups: pl.DataFrame, timing: pl.DataFrame, plans: Sequence[Plan]
 ) -> list[float | None]:
@@ -407,75 +261,3 @@ def _gain_error(groups: pl.DataFrame, timing: pl.DataFrame, plan: Plan) -> float
         return half_widths(groups, timing, [plan.formats], plan.base)[0]
     except KeyError:
         return None
-
-
-def _decisions(options: Rows) -> list[tuple[int, ...]]:
-    """The places of a group that take one format in all its configurations: one op, or tied ones."""
-    together: dict[tuple[str, ...], list[int]] = {}
-    for i, taken in enumerate(zip(*options, strict=True)):
-        together.setdefault(taken, []).append(i)
-    return [tuple(places) for places in together.values()]
-
-
-def _options(gains: pl.DataFrame) -> dict[int, Rows]:
-    """Each group's rows of the gains table, by configuration."""
-    options: dict[int, Rows] = {}
-    for row in gains.iter_rows(named=True):
-        options.setdefault(row["group"], {})[tuple(row["configuration"])] = row
-    return options
-
-
-def _sum(options: Mapping[int, Rows], chosen: Chosen, column: str) -> float:
-    return math.fsum(options[g][c][column] for g, c in chosen.items())
-
-
-def _walk(
-    strategy: str,
-    options: Mapping[int, Rows],
-    base: str,
-    budgets: Mapping[str, float],
-    seed: int,
-) -> Chosen:
-    # base, or where that is ruled out what costs the least
-    chosen = {
-        group: min(
-            of, key=lambda c: (c.count(base) < len(c), *(of[c][column] for column in budgets))
-        )
-        for group, of in options.items()
-    }
-    for column, budget in budgets.items():
-        if (least := _sum(options, chosen, column)) > budget:
-            name, unit = NAMES[column]
-            raise no_plan(budget, least, f"{unit} of {name}")
-    places = [(group, of) for group in options for of in _decisions(options[group])]
-    if strategy == "random":
-        random.Random(seed).shuffle(places)
-    for group, of in places:
-        candidates = [
-            c
-            for f in _by_speed(options[group], of[0], base)
-            if (c := tuple(f if i in of else g for i, g in enumerate(chosen[group])))
-            in options[group]
-        ]
-        if not candidates:
-            continue  # an op that cannot be lowered stands in nobody's way
-        others = {g: c for g, c in chosen.items() if g != group}
-        left = {column: b - _sum(options, others, column) for column, b in budgets.items()}
-        row = options[group]
-        fitting = next(
-            (c for c in candidates if all(row[c][column] <= b for column, b in left.items())), None
-        )
-        if fitting is None:
-            break
-        chosen[group] = fitting
-    return chosen
-
-
-def _by_speed(options: Rows, i: int, base: str) -> list[str]:
-    names = {c[i] for c in options} - {base}
-
-    def order(name: str) -> tuple[float, float, int, str]:
-        scheme = get_scheme(name)
-        return mac_time(name, base), scheme.bits, -scheme.weights.mantissa_bits, name
-
-    return sorted(names, key=order)

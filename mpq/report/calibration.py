@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpq.program.anchors import scaled
-from mpq.program.stability import ALIKE, KNOWN, Stability, advised, stability
+from mpq.program.stability import ALIKE, FACTORS, KNOWN, Stability, advised, stability
 from mpq.report.results import OBJECTIVES, Tables, bound_of, results_table, scale_of, table_of
 from mpq.report.sheets import Sheet
 
@@ -23,7 +23,7 @@ class Calibration:
     @property
     def own(self) -> Stability:
         """What is said of as many samples as there are."""
-        return next(at for at in self.curve if at.samples == self.samples)
+        return self.curve[FACTORS.index(1.0)]
 
 
 def calibration_of(tables: Tables, base: str) -> Calibration | None:

@@ -164,7 +164,7 @@ def test_what_vllm_answers_wrongly_is_refused(tmp_path: Path, engine: EngineProc
     """q and v in INT8, k in FP8: the exporter refuses that for vLLM, which loads it, answers, and is wrong by far.
 
     Where this fails because vLLM agrees with transformers or refuses the folder, vLLM compares the parts of a fused layer now:
-    then take its ties out of mpq/export/engines.py and mpq/program/engines.py.
+    then take its layers out of mpq/serving/fused.py.
     """
     text = read_text(DEMO, str(DEMO / "heldout.txt"), samples=3, length=256)
     tokens = np.ascontiguousarray(text.tokens, np.int64)

@@ -344,3 +344,12 @@ def test_a_record_is_read_from_any_folder(
     monkeypatch.chdir("/")
     _, tables = read_run(Path(outcome["out"]["report"]).parent)
     assert tables["evaluation"].height
+
+
+def test_what_is_uncertain_is_asked_once(spec: RunSpec) -> None:
+    """Gains known to ± target are looked for by a stage of its own; what it found is found again, not fitted anew."""
+    timing = {"limit": 8, "target": 0.5, "cap": 4, "more": 2, "rounds": 1}
+    asked = change(spec, timing=timing, taus=[0.01])
+    assert "what is uncertain" in computed(calibrate(asked))
+    assert computed(calibrate(asked)) == set()
+    assert "what is uncertain" in computed(calibrate(change(asked, timing={"more": 3})))

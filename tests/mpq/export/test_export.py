@@ -19,14 +19,16 @@ from small_export import MORE, checkpoint, linears, mixed, plan_of
 from mpq.errors import MpqError
 from mpq.export import exporting, folder, shards
 from mpq.export.check import Check, compare
-from mpq.export.engines import ENGINES, split_ties
+from mpq.export.engines import fused_together, split_ties
 from mpq.export.exporting import Exported, export
 from mpq.export.reload import differing, loaded_model, log_probabilities
 from mpq.formats.format import get_format
 from mpq.formats.quantize import fake_quantize
 from mpq.models.blocks import Blocks
 from mpq.models.checkpoint import load_model
+from mpq.program.engines import ENGINES as PLANNED
 from mpq.program.plan import Plan
+from mpq.serving.fused import FUSED
 
 BLOCKS = Blocks(np.random.default_rng(0).integers(0, 97, (4, 48)))
 
@@ -342,9 +344,17 @@ def test_checked_by_a_fresh_process(tmp_path: Path) -> None:
 
 
 def test_ties_are_a_table() -> None:
-    """Every fused layer says where the engine has it, and parts that a model lacks do not count."""
-    for engine in ENGINES.values():
-        assert all(layer.source and len(layer.parts) > 1 for layer in engine.fused)
+    """Every fused layer says where the engine has it, the program ties what the export compares, and parts that a model
+    lacks do not count; w1 and w3 are gate and up of three, w2 and w1 of two."""
+    assert all(layer.source and len(layer.parts) > 1 for layer in FUSED)
+    tied = {rule.patterns for rule in PLANNED["vllm"].rules if rule.formats is None}
+    assert {tuple(f"*.{part}" for part in layer.parts) for layer in FUSED} <= tied
+    three = ["m.w1", "m.w2", "m.w3"]
+    assert fused_together(three, "vllm") == [["m.w1", "m.w3"]]
+    assert not list(split_ties({"m.w2": "int8"}, three, "bf16", "vllm"))
+    assert list(split_ties({"m.w1": "int8"}, three, "bf16", "vllm"))
+    assert list(split_ties({"m.w1": "int8"}, three[:2], "bf16", "vllm"))
+    assert fused_together(three, "transformers") == []
     ops = ["a.q_proj", "a.k_proj", "b.gate_proj"]
     assert not list(split_ties({"b.gate_proj": "int8"}, ops, "bf16", "vllm"))
     ((layer, chosen),) = split_ties({"a.q_proj": "int8"}, ops, "bf16", "vllm")

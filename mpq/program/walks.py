@@ -1,0 +1,76 @@
+"""The paper's baselines: ops lowered in random or in model order until the bound is met (Sec. 3)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from mpq.formats.scheme import get_scheme, mac_time
+from mpq.program.choice import Chosen, Rows, total_of
+from mpq.program.gains import NAMES
+from mpq.program.solver import no_plan
+
+
+def _decisions(options: Rows) -> list[tuple[int, ...]]:
+    """The places of a group that take one format in all its configurations: one op, or tied ones."""
+    together: dict[tuple[str, ...], list[int]] = {}
+    for i, taken in enumerate(zip(*options, strict=True)):
+        together.setdefault(taken, []).append(i)
+    return [tuple(places) for places in together.values()]
+
+
+def walk(
+    strategy: str,
+    options: Mapping[int, Rows],
+    base: str,
+    budgets: Mapping[str, float],
+    seed: int,
+) -> Chosen:
+    """Lower op after op, in `random` order or the model's (`prefix`), each to the format that is fastest in theory and keeps
+    the sums of the columns of `budgets` below them, until one fits in none (Sec. 3).
+
+    Raises NoPlan where what costs the least is over a budget.
+    """
+    # base, or where that is ruled out what costs the least
+    chosen = {
+        group: min(
+            of, key=lambda c: (c.count(base) < len(c), *(of[c][column] for column in budgets))
+        )
+        for group, of in options.items()
+    }
+    for column, budget in budgets.items():
+        if (least := total_of(options, chosen, column)) > budget:
+            name, unit = NAMES[column]
+            raise no_plan(budget, least, f"{unit} of {name}")
+    places = [(group, of) for group in options for of in _decisions(options[group])]
+    if strategy == "random":
+        random.Random(seed).shuffle(places)
+    for group, of in places:
+        candidates = [
+            c
+            for f in _by_speed(options[group], of[0], base)
+            if (c := tuple(f if i in of else g for i, g in enumerate(chosen[group])))
+            in options[group]
+        ]
+        if not candidates:
+            continue  # an op that cannot be lowered stands in nobody's way
+        others = {g: c for g, c in chosen.items() if g != group}
+        left = {column: b - total_of(options, others, column) for column, b in budgets.items()}
+        row = options[group]
+        fitting = next(
+            (c for c in candidates if all(row[c][column] <= b for column, b in left.items())), None
+        )
+        if fitting is None:
+            break
+        chosen[group] = fitting
+    return chosen
+
+
+def _by_speed(options: Rows, i: int, base: str) -> list[str]:
+    names = {c[i] for c in options} - {base}
+
+    def order(name: str) -> tuple[float, float, int, str]:
+        scheme = get_scheme(name)
+        return mac_time(name, base), scheme.bits, -scheme.weights.mantissa_bits, name
+
+    return sorted(names, key=order)
