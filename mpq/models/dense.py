@@ -4,7 +4,8 @@ What is read, by the checkpoint's own word for it, and where its layout is told:
 
     fp8, mxfp8          weight, weight_scale_inv: a scale for the tensor or a block (arXiv 2412.19437, Sec. 3.3; OCP MX 1.0)
     fbgemm_fp8          weight, weight_scale: a scale a row (transformers, integrations/fbgemm_fp8.py)
-    modelopt            FP8 as fbgemm_fp8, one scale, or one a block of 128 × 128 (4-D); MXFP8: E8M0 in bytes; NVFP4: weight, weight_scale, weight_scale_2 (vLLM, modelopt.py)
+    modelopt            FP8 as fbgemm_fp8, one scale, or one a block of 128 × 128 (4-D); MXFP8: E8M0 in bytes;
+                        NVFP4: weight, weight_scale, weight_scale_2 (vLLM, modelopt.py)
     mxfp4               …_blocks, …_scales: gpt-oss's experts (transformers, integrations/mxfp4.py)
     compressed-tensors  by compressed-tensors' own decompressors
     gptq, awq           qweight, qzeros, scales, g_idx (AutoGPTQ's qlinear_cuda.py; AutoAWQ's packing_utils.py)

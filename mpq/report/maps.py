@@ -79,8 +79,7 @@ def draw_formats(
     """Maps of ops to formats as rows of panels, each with its title.
 
     In a panel each role in a layer has a row, each layer a column; of more layers than _COLUMNS every second, third, …
-    Panels that are too wide to
-    stand side by side stand below each other.
+    Panels that are too wide to stand side by side stand below each other.
     """
     order = dict(groups.select("op", "order").iter_rows())
     found = dict.fromkeys(op for line in panels for _, of in line for op in of)

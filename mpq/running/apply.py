@@ -80,8 +80,9 @@ class Mixed:
 
     `base` is the format of the ops that no plan lowers: they run untouched, in the dtype of the weights. Kernels are
     prepared once for each (op, format) and kept, so switching back and forth costs no quantization; the memory of the
-    rounded weights is the price. Weights that come and go (models/placement.py) are rounded at every call instead. The native backend asks for weights in the base format's dtype. There an op in a 16-bit
-    format leaves its output in it where all that read it are lowered, which `feeds` tells (partition.feeds_of).
+    rounded weights is the price. Weights that come and go (models/placement.py) are rounded at every call instead.
+    The native backend asks for weights in the base format's dtype. There an op in a 16-bit format leaves its output in it
+    where all that read it are lowered, which `feeds` tells (partition.feeds_of).
     """
 
     def __init__(

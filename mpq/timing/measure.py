@@ -147,7 +147,8 @@ def measure_ttft(
 
     The table `groups` tells who reads whose output: neighbours in BF16 then run without casts in between, as in measure.
     Columns: ttft_s, base_ttft_s (medians), gain_s, gain_ci_low_s, gain_ci_high_s, repeats, device, batch, length, clock, threads,
-    load_average, steal_share, disturbed, mode, waited_share, clock_mhz; with several `output` tokens those of answer.SCHEMA. Raises MpqError where the model lacks an op or the device a kernel.
+    load_average, steal_share, disturbed, mode, waited_share, clock_mhz; with several `output` tokens those of answer.SCHEMA.
+    Raises MpqError where the model lacks an op or the device a kernel.
     """
     device = next(model.parameters()).device.type
     prompt = {"batch": batch, "length": length, "output": output}
