@@ -37,6 +37,13 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "kl": pl.Float64,
         "kl_stderr": pl.Float64,
     },
+    # one row a calibration sample, op and format: what rounding the op's weight does to the sample's loss, first order, nats
+    "effects": {
+        "sample": pl.Int64,
+        "op": pl.String,
+        "format": pl.String,
+        "effect": pl.Float64,
+    },
     # one row a block of text or document of a task that was drawn; part is calibration, evaluation (of the loss) or tasks (scored)
     "drawn": {
         "part": pl.String,
