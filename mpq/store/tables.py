@@ -120,6 +120,7 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "kl_scale": pl.Float64,
         "checked_kl": pl.Float64,
         "predicted_loss_mse_error": pl.Float64,
+        "predicted_signed_mse": pl.Float64,
         "risk": pl.Float64,
     },
     # metric: loss_mse, ttft_s, perplexity, ...; task is `loss` for the held-out text itself
@@ -147,6 +148,7 @@ LATER = {
         "kl_scale",
         "checked_kl",
         "predicted_loss_mse_error",
+        "predicted_signed_mse",
         "risk",
     ),
 }
