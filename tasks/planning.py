@@ -89,6 +89,8 @@ def solve(
     target: TargetSpec | None = None,
     without: dict[str, TableRef] | None = None,
     scales: list[Scale] | None = None,
+    sensitivity: TableRef | None = None,
+    effects: TableRef | None = None,
 ) -> Output:
     """A plan for each strategy, limit and seed of one objective, its uniform plans once, and that of the smallest cost for
     a target.
@@ -96,9 +98,10 @@ def solve(
     `limits` are what KL or τ bounds; one under which no plan keeps the `bounds` is left out with a
     warning; where none has a plan, that is a mistake. `without` are the gains tables in which one rule does not hold, by its name:
     what each constraint costs goes into a table and each plan's provenance. `scales` are what measured
-    plans say of the predicted KL, one for each limit. `anchor` is the measured TTFT of the plans of design.anchors.
+    plans say of the predicted KL, one for each limit. `sensitivity` and `effects` tell the loss MSE with rounding's signs. `anchor` is the measured TTFT of the plans of design.anchors.
     """
     from mpq.program.prices import SCHEMA, prices
+    from mpq.program.signed import signed_loss
     from mpq.program.strategies import choose, gain_errors, least_loss_plan, uniform_plans
     from mpq.timing.answer import answers, further_of
     from mpq.timing.design import anchors, interaction, neighbours, sums
@@ -177,10 +180,14 @@ def solve(
         else []
         for plan, _ in solved
     ]
+    signed = (
+        signed_loss(read(sensitivity), read(effects), base) if sensitivity and effects else None
+    )
     plans = [
         replace(
             plan,
             predicted_gain_error=e,
+            predicted_signed_mse=signed.of(plan.formats) if signed else None,
             fingerprint=fingerprint,
             provenance={**provenance, **({"prices": own} if own else {})},
         )
@@ -191,6 +198,7 @@ def solve(
         "plans": _ops_of(plans),
         "solutions": solutions.with_columns(
             pl.Series("predicted_gain_error", errors, dtype=pl.Float64),
+            pl.Series("predicted_signed_mse", [p.predicted_signed_mse for p in plans], pl.Float64),
             *(
                 pl.Series(name, [row[name] for _, row in solved], dtype=pl.Float64)
                 for name in ("effective_bits", "weight_bytes", *_OF_ANSWERS)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
+import pytest
 from prefect.logging import disable_run_logger
 from synthetic import BASE, make_groups
 
@@ -17,7 +18,8 @@ from mpq.tasks.stage import read, read_json
 
 
 def test_uniform_plans_are_made_once(tmp_path: Path) -> None:
-    """Two τ, one uniform plan with the head and one without; a gain of memory has no error."""
+    """Two τ, one uniform plan with the head and one without; a gain of memory has no error. Each plan and its row tell
+    the loss MSE with signs: here of n weights that move one sample up and one down by 1 m nats, n² · 1e-6 nats²."""
     store, groups = Store(tmp_path.as_uri()), make_groups(1)
     linears = groups.filter(pl.col("kind") == "linear").select("order", "parameters")
     gains = [
@@ -31,6 +33,18 @@ def test_uniform_plans_are_made_once(tmp_path: Path) -> None:
         for order, parameters in linears.iter_rows()
         for f in (BASE, "int8")
     ]
+    ops = groups.filter(pl.col("kind") == "linear")["op"].to_list()
+    zeros = {"noise_model": "actual", "n_samples": 2, "loss_mse": 0.0, "kl": 0.0}
+    sensitivity = [
+        {"op": op, "operand": operand, "format": "int8", **zeros}
+        for op in ops
+        for operand in ("input", "weight")
+    ]
+    effects = [
+        {"sample": i, "op": op, "format": "int8", "effect": effect}
+        for op in ops
+        for i, effect in enumerate((1e-3, -1e-3))
+    ]
     loss = [{"n_samples": 1, "mean_square_loss": 4.0, "mean_loss": 2.0}]
     inputs = {
         "objective": "m",
@@ -38,6 +52,8 @@ def test_uniform_plans_are_made_once(tmp_path: Path) -> None:
         "groups": store.write_table("groups", "g", groups),
         "gains": store.write_table("gains", "g", table("gains", gains)),
         "loss": store.write_table("loss", "g", table("loss", loss)),
+        "sensitivity": store.write_table("sensitivity", "g", table("sensitivity", sensitivity)),
+        "effects": store.write_table("effects", "g", table("effects", effects)),
         "timing": [],
         "limits": [Bound(tau=1e-4), Bound(tau=1.0)],
         "base": BASE,
@@ -57,7 +73,11 @@ def test_uniform_plans_are_made_once(tmp_path: Path) -> None:
         ("uniform_int8_but_head", 1),
     ]
     assert solutions["predicted_gain_error"].null_count() == solutions.height
-    assert {p["predicted_gain_error"] for p in read_json(found["plan_files"])} == {None}
+    plans = read_json(found["plan_files"])
+    assert {p["predicted_gain_error"] for p in plans} == {None}
+    expected = [1e-6 * sum(f == "int8" for f in p["formats"].values()) ** 2 for p in plans]
+    assert [p["predicted_signed_mse"] for p in plans] == pytest.approx(expected)
+    assert solutions["predicted_signed_mse"].to_list() == pytest.approx(expected)
 
 
 def test_a_measured_gain_keeps_its_interval(tmp_path: Path) -> None:
