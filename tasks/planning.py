@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 
+from mpq.errors import MpqError
 from mpq.program.anchors import Measured, Scale
 from mpq.program.constraints import Allowed
 from mpq.program.plan import Plan
@@ -107,6 +108,12 @@ def solve(
     from mpq.timing.design import anchors, interaction, neighbours, sums
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
+    signed = (
+        signed_loss(read(sensitivity), read(effects), base) if sensitivity and effects else None
+    )
+    asked = any(limit.signed for limit in limits)
+    if asked and not signed:
+        raise MpqError("A bound with signs needs the tables sensitivity and effects: give both.")
     measured = read_together(timing) if timing else table("timing", [])
     base_ttft: Any = measured["base_ttft_s"].median()
     term, of_tokens = 0.0, 0.0
@@ -126,6 +133,7 @@ def solve(
         "further": further_of(measured, of_tokens),
         "bounds": bounds,
         "engine": engine,
+        "signed": signed if asked else None,
     }
     under = list(zip(limits, scales or [Scale()] * len(limits), strict=True))
     robust = limits[0].robust if limits else None
@@ -175,14 +183,12 @@ def solve(
             solver=solver,
             robust=robust,
             scale=Scale(plan.kl_scale, plan.kl_scale_error),
+            signed=how["signed"],
         )
         if plan.strategy.startswith("ip_")
         else []
         for plan, _ in solved
     ]
-    signed = (
-        signed_loss(read(sensitivity), read(effects), base) if sensitivity and effects else None
-    )
     plans = [
         replace(
             plan,

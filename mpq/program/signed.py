@@ -1,11 +1,13 @@
 """A plan's loss MSE with the signs that rounding has, in place of a sum over operands.
 
-Rounding a weight is one fixed change, so its first-order effects on a sample, a_il, add over ops with their signs, and so does
-the drift D = Σ_l b_l, the KL, by which the mean loss rises. Only what activations' rounding does is fresh for each sample:
+Rounding a weight is one fixed change, so its first-order effects on a sample, a_il, add over ops
+with their signs, and so does the drift D = Σ_l b_l, the KL, by which the mean loss rises. Only what
+activations' rounding does is fresh for each sample:
 
     MSE = (1/N) Σ_i (Σ_l a_il + D)² + Σ_l d_l, d of the operands other than weights,
 
-all of the rounding that happens (noise model `actual`). Over plans it is a convex quadratic, not a sum over ops.
+all of the rounding that happens (noise model `actual`). Over plans it is a convex quadratic, not a
+sum over ops.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ import polars as pl
 from mpq.errors import MpqError
 from mpq.program.costs import Losses, by_op
 from mpq.program.presolve import Floats, Ints
+from mpq.timing.design import members
 
 Op = tuple[str, str]  # its name and format
 
 
 class Terms(NamedTuple):
-    """What choices add to the loss MSE, each a row: `effects` (rows, samples) and `drift` (rows,) nats, `activations` (rows,)
-    nats² with their standard error, NaN where that is not known."""
+    """What choices add to the loss MSE, each a row: `effects` (rows, samples) and `drift`
+    (rows,) nats, `activations` (rows,) nats² with their standard error, NaN where that is not
+    known."""
 
     effects: Floats
     drift: Floats
@@ -35,7 +39,8 @@ class Terms(NamedTuple):
     errors: Floats
 
     def moved(self, plan: Ints) -> Floats:
-        """By how much (nats) the loss of each sample moves under the rows of a plan, each sum rounded once."""
+        """By how much (nats) the loss of each sample moves under the rows of a plan, each sum
+        rounded once."""
         drift = math.fsum(self.drift[plan].tolist())
         return np.array([math.fsum(column) + drift for column in self.effects[plan].T.tolist()])
 
@@ -46,7 +51,8 @@ class Terms(NamedTuple):
         return squares + math.fsum(self.activations[plan].tolist())
 
     def error(self, plan: Ints) -> float | None:
-        """The standard error of `mse` over samples; None of one sample, and where the activations' is not known."""
+        """The standard error of `mse` over samples; None of one sample, and where the
+        activations' is not known."""
         squares, of_activations = np.square(self.moved(plan)), float(self.errors[plan].sum())
         if len(squares) < 2 or math.isnan(of_activations):
             return None
@@ -55,7 +61,8 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class SignedLoss:
-    """What each op in each format adds: effects on `samples` samples, drift, activations' loss MSE and its standard error."""
+    """What each op in each format adds: effects on `samples` samples, drift, activations' loss
+    MSE and its standard error."""
 
     base: str
     samples: int
@@ -66,7 +73,8 @@ class SignedLoss:
     weighted: frozenset[Op]  # those whose weight is rounded, so that they have effects
 
     def terms(self, choices: Sequence[Mapping[str, str]]) -> Terms:
-        """The terms of choices, op → format each. Raises MpqError where something of an op was not measured."""
+        """The terms of choices, op → format each. Raises MpqError where something of an op was
+        not measured."""
         effects = np.zeros((len(choices), self.samples))
         others = np.zeros((3, len(choices)))
         for at, formats in enumerate(choices):
@@ -86,6 +94,13 @@ class SignedLoss:
     def of(self, formats: Mapping[str, str]) -> float:
         """The loss MSE (nats²) of a plan, op → format."""
         return self.terms([formats]).mse(np.zeros(1, np.int64))
+
+
+def choices_of(groups: pl.DataFrame, gains: pl.DataFrame) -> list[dict[str, str]]:
+    """What each row of a gains table chooses, op → format."""
+    of = members(groups, gains)
+    rows = gains.select("group", "configuration").iter_rows()
+    return [dict(zip(of[group], formats, strict=True)) for group, formats in rows]
 
 
 def signed_loss(sensitivity: pl.DataFrame, effects: pl.DataFrame, base: str) -> SignedLoss:

@@ -1,4 +1,5 @@
-"""Signed effects of weights' rounding against autograd of the parameters themselves, one sample at a time."""
+"""Signed effects of weights' rounding against autograd of the parameters themselves, one sample
+at a time."""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ def gradients(
 def test_equals_the_parameters_gradients(
     model_type: str, sizes: dict, swept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every sample's effect of every op and format is the product of the parameter's own gradient and rounding error,
-    with its sign, in C++ and in torch; shards joined are the whole."""
+    """Every sample's effect of every op and format is the product of the parameter's own
+    gradient and rounding error, with its sign, in C++ and in torch; shards joined are the whole."""
     if not swept:
         monkeypatch.setattr(errors, "_library", lambda: None)
     model = small_model(model_type, **sizes)
@@ -85,7 +86,8 @@ def test_equals_the_parameters_gradients(
 
 
 def test_sum_over_ops_is_how_the_loss_moves() -> None:
-    """All weights rounded to BF16, activations left alone: each sample's loss moves by the sum of its effects, up or down."""
+    """All weights rounded to BF16, activations left alone: each sample's loss moves by the sum
+    of its effects, up or down."""
     model = small_model("llama", **DENSE)
     weights = weights_of(model)
     blocks = Blocks(np.random.default_rng(2).integers(0, 97, (6, 16)))

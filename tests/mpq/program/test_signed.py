@@ -1,4 +1,5 @@
-"""The loss MSE with rounding's signs: against its definition, and against what rounding really does to a model."""
+"""The loss MSE with rounding's signs: against its definition, and against what rounding really
+does to a model."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ OPS = [f"model.layers.{i}.mlp.{p}" for i in (0, 1) for p in ("gate_proj", "up_pr
 
 
 def tables(seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """A sensitivity and an effects table of drawn numbers: two linears and a product of attention, two formats."""
+    """A sensitivity and an effects table of drawn numbers: two linears and a product of
+    attention, two formats."""
     rng, rows, effects = np.random.default_rng(seed), [], []
     for op, operands in {"a": "input weight", "b": "input weight", "qk": "lhs rhs"}.items():
         for f in ("int8", "fp8_e4m3"):
@@ -49,8 +51,9 @@ def tables(seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def test_is_its_definition() -> None:
-    """(1/N) Σ_i (Σ_l a_il + D)² + Σ d of the operands that are no weights, each term picked from the tables by hand; its
-    standard error is that of the squares over samples, and the activations' own."""
+    """(1/N) Σ_i (Σ_l a_il + D)² + Σ d of the operands that are no weights, each term picked from
+    the tables by hand; its standard error is that of the squares over samples, and the
+    activations' own."""
     sensitivity, effects = tables(1)
     plan = {"a": "int8", "b": "fp8_e4m3", "qk": "int8", "c": BASE}
     rows = [r for r in sensitivity.iter_rows(named=True) if plan[r["op"]] == r["format"]]
@@ -77,7 +80,8 @@ def test_what_was_not_measured_is_told() -> None:
 
 
 def measured(plan: dict[str, str], blocks: Blocks) -> tuple[float, SignedLoss, Costs]:
-    """The mean square change of the samples' losses when the plan runs, and what is predicted on the same samples."""
+    """The mean square change of the samples' losses when the plan runs, and what is predicted on
+    the same samples."""
     model = small_model("llama", num_key_value_heads=2, intermediate_size=64)
     model.lm_head.weight.mul_(20)  # predictions that are sure of something, as a trained model's
     ops = [(op, "linear") for op in OPS]
@@ -100,8 +104,8 @@ def measured(plan: dict[str, str], blocks: Blocks) -> tuple[float, SignedLoss, C
 
 @pytest.mark.parametrize("name", ["w8a16", "int8"])
 def test_is_nearer_than_a_sum_over_operands(name: str) -> None:
-    """Where weights are rounded, and where activations are too, the loss of real text moves as predicted with signs: within
-    a tenth, and nearer than the sum over operands comes."""
+    """Where weights are rounded, and where activations are too, the loss of real text moves as
+    predicted with signs: within a tenth, and nearer than the sum over operands comes."""
     blocks = Blocks(np.random.default_rng(3).integers(0, 97, (96, 24)))
     plan = dict.fromkeys(OPS, name)
     mse, signed, costs = measured(plan, blocks)
