@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# what is imported stays: looking for garbage among it takes a tenth of the tests' time
-gc.set_threshold(50_000, 20, 50)
 # as specs time, one thread; read when torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # tables here are tiny: a second thread only waits for work; read when Polars is imported
@@ -28,6 +26,8 @@ from small import ROOT
 
 from deployments import processes
 
+# what is imported stays: looking for garbage among it takes a tenth of the tests' time
+gc.set_threshold(50_000, 20, 50)
 # kept between test runs: C++ takes long to compile
 os.environ["MPQ_CACHE"] = str(Path(tempfile.gettempdir()) / f"mpq-tests-{os.getuid()}")
 

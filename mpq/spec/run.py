@@ -331,6 +331,10 @@ class RunSpec(Strict):
                 f"noise_model: {self.noise_model} knows no variance of {blocked[0]}, whose scales are of "
                 "blocks or whose activations stay in base: expected actual"
             )
+        if self.bound and self.bound.signed and self.noise_model != "actual":
+            raise ValueError(
+                f"bound.signed is of the rounding that happens, noise_model is {self.noise_model}: set it to actual"
+            )
         if self.target and self.target.ttft_ms and "et" not in self.objectives:
             raise ValueError(
                 "target.ttft_ms needs measured times: add the objective et, or set a target of "
@@ -372,7 +376,8 @@ class RunSpec(Strict):
         own = self.objectives[objective].taus if objective in self.objectives else None
         if own is None and self.bound:
             return self.bound.limits
-        return tuple(Bound(tau) for tau in own or self.taus)
+        signed = self.bound is not None and self.bound.signed
+        return tuple(Bound(tau, signed=signed) for tau in own or self.taus)
 
     def checks_kl(self, objective: Objective) -> bool:
         """Whether plans of an objective are measured before they are delivered: those under a bound on KL."""
