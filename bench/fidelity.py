@@ -4,8 +4,8 @@ For each checkpoint and length one calibration, and plans that put a share of th
 mixtures. Each is predicted, and measured on held-out text; at the middle length also on text of another kind (`--other`),
 under the calibration of before. Predicted over measured, quantiles over plans: KL; KL with the scale that everything in each
 format gives (anchors: measured on the same text, and left out of the count); the change of the mean loss, which KL predicts;
-the loss MSE under each noise model, and d + KL² of the actual errors, which has the drift as well. Where formats have blocks,
-the actual error alone is known. All plans: fidelity.parquet beside the result.
+the loss MSE under each noise model, d + KL² of the actual errors, which has the drift as well, and the form with the signs of
+weights' rounding (program/signed.py). Where formats have blocks, the actual error alone is known. All plans: fidelity.parquet beside the result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from record import folder_of, record
 
 from mpq.formats.format import NOISE_MODELS
 from mpq.formats.scheme import get_scheme
-from mpq.loss.sensitivity import measure_sensitivity
+from mpq.loss.sensitivity import measure
 from mpq.models.blocks import Blocks
 from mpq.models.checkpoint import load_config, load_model
 from mpq.models.graph import trace
@@ -33,6 +33,7 @@ from mpq.models.partition import partition
 from mpq.models.text import read_blocks
 from mpq.program.anchors import Measured, fitted
 from mpq.program.costs import Costs
+from mpq.program.signed import SignedLoss, signed_loss
 from mpq.spec import TextSpec
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +76,7 @@ def quantiles(ratios: pl.Series) -> dict[str, float]:
     return {"plans": len(values), **quantile, **within}
 
 
-def predictions(costs: dict[str, Costs], plan: Plan) -> dict[str, float | None]:
+def predictions(costs: dict[str, Costs], signed: SignedLoss, plan: Plan) -> dict[str, float | None]:
     """KL, and the loss MSE by noise model; none of a model that knows nothing of one of the plan's formats."""
     ops, formats = list(plan), list(plan.values())
     alike = all(get_scheme(f).alike for f in formats)
@@ -83,7 +84,8 @@ def predictions(costs: dict[str, Costs], plan: Plan) -> dict[str, float | None]:
     mse = {m: of.of(ops, formats)[0] if alike or m == "actual" else None for m, of in costs.items()}
     drift = (mse["actual"] or 0.0) + kl**2
     named = {f"predicted_mse_{m}": value for m, value in mse.items()}
-    return {"predicted_kl": kl, **named, "predicted_mse_with_drift": drift}
+    more = {"predicted_mse_with_drift": drift, "predicted_mse_signed": signed.of(plan)}
+    return {"predicted_kl": kl, **named, **more}
 
 
 def measured(
@@ -101,11 +103,12 @@ def measured(
     groups = partition(trace(load_config(checkpoint)))
     ops = [(op.name, op.kind) for group in groups for op in group.ops]
     calibration = text(checkpoint / "calibration.txt")
-    sensitivity, _ = measure_sensitivity(
+    sensitivity, _, effects = measure(
         model, ops, calibration, formats=options.formats, base=BASE, batch=max(1, 2048 // length)
     )
     del model
     costs = {name: Costs(sensitivity, name, BASE) for name in NOISE_MODELS}
+    signed = signed_loss(sensitivity, effects, BASE)
     texts = {"held-out": checkpoint / "heldout.txt"}
     if length == sorted(options.lengths)[len(options.lengths) // 2]:
         texts["other"] = options.other
@@ -123,7 +126,7 @@ def measured(
         for f, share, plan in plans:
             effect = {k: v for k, v in asdict(evaluator.effect(plan)).items() if k != "perplexity"}
             rows.append(
-                {**where, "format": f, "share": share, **effect, **predictions(costs, plan)}
+                {**where, "format": f, "share": share, **effect, **predictions(costs, signed, plan)}
             )
     return rows
 

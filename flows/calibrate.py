@@ -115,6 +115,7 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
         "drawn": [loaded["drawn"]],
         "sensitivity": [sums["sensitivity"]],
         "loss": [sums["loss"]],
+        "effects": [sums["effects"]],
         "timing": timed,
         "plans": [found["plans"] for found in solved],
         "solutions": [found["solutions"] for found in solved],
@@ -165,7 +166,7 @@ def partition(run: Run) -> TableRef:
 
 
 def sensitivity(run: Run, groups: TableRef, blocks: TableRef) -> References:
-    """Sensitivity and loss tables: a task a shard of the calibration blocks, and their sum."""
+    """Sensitivity, loss and effects tables: a task a shard of the calibration blocks, and their sum."""
     part = run.spec.calibration
     shards = len(calibration.blocks_of(blocks).shards(part.shards))
     calls = {
@@ -187,6 +188,7 @@ def sensitivity(run: Run, groups: TableRef, blocks: TableRef) -> References:
         calibration.merge_shards,
         sensitivities=[shard["sensitivity"] for shard in found],
         losses=[shard["loss"] for shard in found],
+        effects=[shard["effects"] for shard in found],
     )
 
 

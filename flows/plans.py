@@ -174,6 +174,8 @@ def solve(
             "groups": groups,
             "gains": found["gains"],
             "loss": sums["loss"],
+            "sensitivity": sums["sensitivity"],
+            "effects": sums["effects"],
             "timing": list(timed) if et else [],
             "limits": list(spec.limits(objective)),
             "base": spec.model.base,

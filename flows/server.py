@@ -9,6 +9,7 @@ still importing.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -175,6 +176,7 @@ def main(listening: int) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_the_run, daemon=True).start()
+    gc.set_threshold(50_000, 20, 50)  # as mpq.cli.main has it
     import uvicorn
     from prefect.server.api.server import create_app
 

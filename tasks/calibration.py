@@ -119,7 +119,9 @@ def _shard_alone(
     return weights, groups, blocks_of(blocks).shards(shards)[shard].key, formats, base_term
 
 
-@stage("sensitivity", "loss", name="sensitivity", on="workers", key=_shard_alone, retries=1)
+@stage(
+    "sensitivity", "loss", "effects", name="sensitivity", on="workers", key=_shard_alone, retries=1
+)
 def sensitivity_shard(
     weights: Weights,
     groups: TableRef,
@@ -132,12 +134,12 @@ def sensitivity_shard(
     checkpoint_activations: bool,
 ) -> Output:
     """Sensitivity of every op over one shard of the calibration blocks."""
-    from mpq.loss.sensitivity import measure_sensitivity
+    from mpq.loss.sensitivity import measure
 
     part = blocks_of(blocks).shards(shards)[shard]
     label = f"sensitivity {shard + 1}/{shards}"
     with exclusive(weights.device, alone=False), tracked(label) as progress:
-        sensitivity, loss = measure_sensitivity(
+        found = measure(
             loaded(weights),
             measured_ops(groups),
             part,
@@ -148,7 +150,7 @@ def sensitivity_shard(
             checkpoint_activations=checkpoint_activations,
             progress=progress,
         )
-    return {"sensitivity": sensitivity, "loss": loss}
+    return found._asdict()
 
 
 def measured_ops(groups: TableRef) -> list[tuple[str, str]]:
@@ -157,10 +159,15 @@ def measured_ops(groups: TableRef) -> list[tuple[str, str]]:
     return [(op, kind) for op, kind in rows if kind != "other"]
 
 
-@stage("sensitivity", "loss", name="merge shards")
-def merge_shards(sensitivities: list[TableRef], losses: list[TableRef]) -> Output:
-    """The shards' sums as one table."""
+@stage("sensitivity", "loss", "effects", name="merge shards")
+def merge_shards(
+    sensitivities: list[TableRef], losses: list[TableRef], effects: list[TableRef]
+) -> Output:
+    """The shards' sums as one table, and their samples in one."""
+    from mpq.loss.effects import joined
     from mpq.loss.sensitivity import merge
 
-    sensitivity, loss = merge([read(s) for s in sensitivities], [read(x) for x in losses])
-    return {"sensitivity": sensitivity, "loss": loss}
+    of_losses = [read(x) for x in losses]
+    sensitivity, loss = merge([read(s) for s in sensitivities], of_losses)
+    joint = joined([read(e) for e in effects], of_losses)
+    return {"sensitivity": sensitivity, "loss": loss, "effects": joint}

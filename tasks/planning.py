@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 
+from mpq.errors import MpqError
 from mpq.program.anchors import Measured, Scale
 from mpq.program.constraints import Allowed
 from mpq.program.plan import Plan
@@ -89,6 +90,8 @@ def solve(
     target: TargetSpec | None = None,
     without: dict[str, TableRef] | None = None,
     scales: list[Scale] | None = None,
+    sensitivity: TableRef | None = None,
+    effects: TableRef | None = None,
 ) -> Output:
     """A plan for each strategy, limit and seed of one objective, its uniform plans once, and that of the smallest cost for
     a target.
@@ -96,14 +99,21 @@ def solve(
     `limits` are what KL or τ bounds; one under which no plan keeps the `bounds` is left out with a
     warning; where none has a plan, that is a mistake. `without` are the gains tables in which one rule does not hold, by its name:
     what each constraint costs goes into a table and each plan's provenance. `scales` are what measured
-    plans say of the predicted KL, one for each limit. `anchor` is the measured TTFT of the plans of design.anchors.
+    plans say of the predicted KL, one for each limit. `sensitivity` and `effects` tell the loss MSE with rounding's signs. `anchor` is the measured TTFT of the plans of design.anchors.
     """
     from mpq.program.prices import SCHEMA, prices
+    from mpq.program.signed import signed_loss
     from mpq.program.strategies import choose, gain_errors, least_loss_plan, uniform_plans
     from mpq.timing.answer import answers, further_of
     from mpq.timing.design import anchors, interaction, neighbours, sums
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
+    signed = (
+        signed_loss(read(sensitivity), read(effects), base) if sensitivity and effects else None
+    )
+    asked = any(limit.signed for limit in limits)
+    if asked and not signed:
+        raise MpqError("A bound with signs needs the tables sensitivity and effects: give both.")
     measured = read_together(timing) if timing else table("timing", [])
     base_ttft: Any = measured["base_ttft_s"].median()
     term, of_tokens = 0.0, 0.0
@@ -123,6 +133,7 @@ def solve(
         "further": further_of(measured, of_tokens),
         "bounds": bounds,
         "engine": engine,
+        "signed": signed if asked else None,
     }
     under = list(zip(limits, scales or [Scale()] * len(limits), strict=True))
     robust = limits[0].robust if limits else None
@@ -172,6 +183,7 @@ def solve(
             solver=solver,
             robust=robust,
             scale=Scale(plan.kl_scale, plan.kl_scale_error),
+            signed=how["signed"],
         )
         if plan.strategy.startswith("ip_")
         else []
@@ -181,6 +193,7 @@ def solve(
         replace(
             plan,
             predicted_gain_error=e,
+            predicted_signed_mse=signed.of(plan.formats) if signed else None,
             fingerprint=fingerprint,
             provenance={**provenance, **({"prices": own} if own else {})},
         )
@@ -191,6 +204,7 @@ def solve(
         "plans": _ops_of(plans),
         "solutions": solutions.with_columns(
             pl.Series("predicted_gain_error", errors, dtype=pl.Float64),
+            pl.Series("predicted_signed_mse", [p.predicted_signed_mse for p in plans], pl.Float64),
             *(
                 pl.Series(name, [row[name] for _, row in solved], dtype=pl.Float64)
                 for name in ("effective_bits", "weight_bytes", *_OF_ANSWERS)

@@ -5,6 +5,7 @@ Kernels run on the GPU where there is one, and on Triton's interpreter where the
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -25,6 +26,8 @@ from small import ROOT
 
 from deployments import processes
 
+# what is imported stays: looking for garbage among it takes a tenth of the tests' time
+gc.set_threshold(50_000, 20, 50)
 # kept between test runs: C++ takes long to compile
 os.environ["MPQ_CACHE"] = str(Path(tempfile.gettempdir()) / f"mpq-tests-{os.getuid()}")
 

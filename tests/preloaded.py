@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -102,6 +103,7 @@ def _without_a_home(folder: Path) -> Iterator[None]:
 
 
 def _become(command: list[str], cwd: str, environment: dict[str, str], log: str) -> None:
+    gc.freeze()  # what was imported stays
     os.setsid()
     os.chdir(cwd)
     sink = os.open(log, os.O_WRONLY | os.O_APPEND)

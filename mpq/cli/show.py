@@ -128,6 +128,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "predicted loss change over many texts, nats": plan.predicted_loss_change,
         "predicted loss MSE, nats²": plan.predicted_loss_mse,
         "± of loss MSE": plan.predicted_loss_mse_error,
+        "predicted loss MSE with signs and drift, nats²": plan.predicted_signed_mse,
+        "what τ bounds": "loss MSE with signs and drift" if plan.signed else None,
         "budget, nats²": plan.budget,
         "chance that a bound is broken": plan.risk,
         "predicted TTFT, ms": _ms(plan.predicted_ttft_s),

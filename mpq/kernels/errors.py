@@ -37,15 +37,18 @@ def weighted_sums(
     granularity: Granularity,
     *,
     often: bool = False,
+    signed: bool = False,
     shares: Sequence[float] | None = None,
 ) -> Sums:
-    """A function of a gradient g of u's shape (…, T, K): Σ g² times each squared magnitude of u.
+    """A function of a gradient g of u's shape (…, T, K): Σ (g m)² of each magnitude m of u.
 
     It returns (3 + formats,) float64: the magnitudes are u, 2^floor(log2|u|), the largest |u| of
     the element's row or column, and Q_f(u) − u for each format; for None, which leaves u as it is, 0.
-    `often` says that several gradients come: then torch keeps the magnitudes between them. `shares`
-    are quantize.share_of the tensor in each format, where u is a part of it; u's own if left out. Of
-    a format whose blocks have several rows, u has whole blocks of the tensor.
+    With `signed`, (2, 3 + formats): behind the squares, Σ g (Q_f(u) − u) of each format, where
+    magnitudes have no use for a sign. `often` says that several gradients come: then torch keeps
+    the magnitudes between them. `shares` are quantize.share_of the tensor in each format, where u is
+    a part of it; u's own if left out. Of a format whose blocks have several rows, u has whole blocks
+    of the tensor.
     """
     column = granularity == "column"
     # a column's neighbourhood is a row of the transpose
@@ -53,13 +56,29 @@ def weighted_sums(
     shares = shares or shares_of(u, formats)
     if u.device.type == "cpu" and u.dtype in _SUFFIX and u.numel() and _library():
         sweeps = _sweeps(u, formats, shares)
-        return lambda g: _swept(g.transpose(-1, -2) if column else g, sweeps, len(formats))
+
+        def swept(g: Tensor) -> Tensor:
+            both = _swept(g.transpose(-1, -2) if column else g, sweeps, len(formats))
+            return both if signed else both[0]
+
+        return swept
     kept = list(_magnitudes(u, formats, shares)) if often else None
 
     def sums(g: Tensor) -> Tensor:
-        squared = (g.transpose(-1, -2) if column else g).float().square()
-        found = kept if kept is not None else _magnitudes(u, formats, shares)
-        return torch.stack([(squared * magnitude).sum() for magnitude in found]).double()
+        g = (g.transpose(-1, -2) if column else g).float()
+        squares, with_sign = [], [torch.zeros((), device=u.device)] * MAGNITUDES
+        for i, magnitude in enumerate(
+            kept if kept is not None else _magnitudes(u, formats, shares)
+        ):
+            moved = g * magnitude
+            if signed and i >= MAGNITUDES:
+                with_sign.append(moved.sum())
+            squares.append(moved.square_().sum())
+        return (
+            torch.stack([*squares, *with_sign]).double().view(2, -1)
+            if signed
+            else torch.stack(squares).double()
+        )
 
     return sums
 
@@ -72,30 +91,30 @@ def shares_of(u: Tensor, formats: Sequence[Format | None]) -> list[float]:
 def _magnitudes(
     u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]
 ) -> Iterator[Tensor]:
-    yield u.float().square()
-    yield binade(u).square_()
-    yield amax_of(u, "row").square()
+    yield u.float()
+    yield binade(u)
+    yield amax_of(u, "row")
     for fmt, share in zip(formats, shares, strict=True):
         if fmt is None:
             yield torch.zeros(1, device=u.device)
         elif fmt.by_blocks:
-            yield (fake_quantize(u, fmt, "row", share=share).float() - u.float()).square_()
+            yield fake_quantize(u, fmt, "row", share=share).float() - u.float()
         else:
-            yield (rounded(u, fmt, "row").float() - u.float()).square_()
+            yield rounded(u, fmt, "row").float() - u.float()
 
 
 @dataclass(frozen=True)
 class _Sweep:
-    """Formats, at `places` among all, whose errors one sweep over `rows` sums; without `formats`, `rows` are the error."""
+    """Formats, at `places` among all, whose errors one sweep over `u` (…, T, K) sums; without any, `u` is an error itself."""
 
-    rows: Tensor
+    u: Tensor
     formats: object
     shares: Tensor
     places: list[int]
 
 
 def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]) -> list[_Sweep]:
-    """One sweep for all formats of rows and of parts of them, and one for each whose blocks have several rows, or fitted scales."""
+    """One sweep for all formats, and one more for each whose scales are fitted."""
     own = str(u.dtype).removeprefix("torch.")
     # those that round a tensor of this dtype at all
     rounding = [
@@ -103,46 +122,42 @@ def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]
         for i, f in enumerate(formats)
         if f and (f.needs_scale or (f.bits <= 16 and f.dtype != own))
     ]
-    rest = [(i, f) for i, f in rounding if f.block[0] == 1 and f.fit == "max"]
+    rest = [(i, f) for i, f in rounding if f.fit == "max"]
     described_ = (GridFormat * len(rest))(*(described(f) for _, f in rest))
     of_rest = torch.tensor([shares[i] for i, _ in rest])
     sweeps = [_Sweep(u.contiguous(), described_, of_rest, [i for i, _ in rest])]
     for i, f in rounding:
-        if f.block[0] > 1 or f.fit != "max":
-            error = (
-                fake_quantize(u, f, "row", share=shares[i])
-                if f.block[0] == 1
-                else rounded(u, f, "row")
-            )
-            error = (error.float() - u.float()).contiguous()
-            sweeps.append(_Sweep(error, None, torch.empty(0), [i]))
+        if f.fit != "max":
+            error = fake_quantize(u, f, "row", share=shares[i]).float() - u.float()
+            sweeps.append(_Sweep(error.contiguous(), None, torch.empty(0), [i]))
     return sweeps
 
 
 def _swept(g: Tensor, sweeps: Sequence[_Sweep], count: int) -> Tensor:
-    sums = torch.zeros(MAGNITUDES + count, dtype=torch.float64)
+    sums = torch.zeros(2, MAGNITUDES + count, dtype=torch.float64)
     for sweep in sweeps:
         found = _summed(g, sweep)
         if sweep.formats is None:
-            sums[MAGNITUDES + sweep.places[0]] = found[0]
+            sums[:, MAGNITUDES + sweep.places[0]] = found[:, 0]
         else:
-            sums[:MAGNITUDES] = found[:MAGNITUDES]
-            sums[[MAGNITUDES + i for i in sweep.places]] = found[MAGNITUDES:]
+            sums[0, :MAGNITUDES] = found[0, :MAGNITUDES]
+            sums[:, [MAGNITUDES + i for i in sweep.places]] = found[:, MAGNITUDES:]
     return sums
 
 
 def _summed(g: Tensor, sweep: _Sweep) -> Tensor:
-    u = sweep.rows
-    g, k = g.to(u.dtype).contiguous(), u.shape[-1]
+    u = sweep.u
+    g, (rows, k) = g.to(u.dtype).contiguous(), u.shape[-2:]
     count = len(sweep.places) if sweep.formats is not None else 0
     library = _library()
     assert library is not None  # the caller has seen to it
     # a row's sums each to itself, and not one for all: threads add in no order of their own
-    by_row = torch.empty(u.numel() // k, MAGNITUDES + count)
+    by_row = torch.empty(u.numel() // k, 2, MAGNITUDES + count)
     formats = None if sweep.formats is None else ctypes.byref(sweep.formats)  # type: ignore[arg-type]
-    shares = sweep.shares.data_ptr()
     run = getattr(library, f"sums_{_SUFFIX[u.dtype]}")
-    run(g.data_ptr(), u.data_ptr(), len(by_row), k, formats, shares, count, by_row.data_ptr())
+    sizes = (len(by_row) // rows, rows, k)
+    how = (formats, sweep.shares.data_ptr(), count)
+    run(g.data_ptr(), u.data_ptr(), *sizes, *how, by_row.data_ptr())
     return by_row.sum(0, dtype=torch.float64)
 
 
@@ -159,5 +174,6 @@ def _library() -> ctypes.CDLL | None:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     for suffix in _SUFFIX.values():
         entry = getattr(library, f"sums_{suffix}")
-        entry.argtypes = [pointer, pointer, size, size, pointer, pointer, ctypes.c_int32, pointer]
+        formats = [pointer, pointer, ctypes.c_int32]
+        entry.argtypes = [pointer, pointer, size, size, size, *formats, pointer]
     return library

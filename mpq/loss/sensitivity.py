@@ -8,6 +8,8 @@ at once (Sec. 2.2; method.md "Loss-MSE sensitivity"):
     Σ (∂g_i/∂u_n)² amax_n²             integers, whose Δ is amax / maximum of the element's neighbourhood
     Σ (∂g_i/∂u_n)² (Q_f(u_n) − u_n)²   the rounding that happens, for each format f
 
+With them comes Σ ∂g_i/∂w_n (Q_f(w_n) − w_n) of each sample and weight, with its sign (effects.py).
+
 The last sum once more, with labels drawn from the model's own predictions in place of the text's, gives the KL divergence
 from base (method.md "KL and the rounding that happens"): a second backward pass through the same forward pass.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
 import torch
@@ -33,6 +35,7 @@ from mpq.loss.cross_entropy import (
     log_probabilities,
     of_labels,
 )
+from mpq.loss.effects import effects_table
 from mpq.loss.taps import Tally, checkpointed, tapped
 from mpq.loss.unseen import tokens_of, warn_unseen, with_tokens
 from mpq.models.blocks import Blocks
@@ -44,7 +47,23 @@ Progress = Callable[[int, int], None]
 Measure = Literal["loss", "kl"]
 
 
+class Measured(NamedTuple):
+    """The tables of one measurement; `effects` is empty where the loss was not among the measures."""
+
+    sensitivity: pl.DataFrame
+    loss: pl.DataFrame
+    effects: pl.DataFrame
+
+
 def measure_sensitivity(
+    model: nn.Module, ops: Sequence[tuple[str, str]], blocks: Blocks, **how: Any
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The `sensitivity` and `loss` tables of `measure`, which says what `how` may be."""
+    found = measure(model, ops, blocks, **how)
+    return found.sensitivity, found.loss
+
+
+def measure(
     model: nn.Module,
     ops: Sequence[tuple[str, str]],
     blocks: Blocks,
@@ -57,10 +76,10 @@ def measure_sensitivity(
     measures: Collection[Measure] = ("loss", "kl"),
     label_seed: int = 0,
     progress: Progress | None = None,
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The `sensitivity` and `loss` tables of (name, kind) ops over calibration blocks, in one pass.
+) -> Measured:
+    """The `sensitivity`, `loss` and `effects` tables of (name, kind) ops over calibration blocks, in one pass.
 
-    `loss_mse` in nats² (method.md 22, 24; per operand, all formats and noise models), `sensitivity` in nats² (21, 23);
+    `effects` in nats; `loss_mse` in nats² (method.md 22, 24; per operand, all formats and noise models), `sensitivity` in nats² (21, 23);
     `kl` in nats per predicted token, of noise model `actual`, with `kl_stderr`, its standard error over samples. Each of
     the `measures` costs a backward pass; what is not measured is null. `label_seed` draws the labels of `kl`.
     With `base_term` false, the base format's own noise is not subtracted: the paper's form.
@@ -106,7 +125,8 @@ def measure_sensitivity(
         tally, torch.cat(losses), blocks.tokens.shape[1] - 1, known[0], base_term
     )
     got = next(iter(tally.tokens.values()), {})  # the same of every loss
-    return with_tokens(sensitivity, {op: counts.tolist() for op, counts in got.items()}), of_loss
+    sensitivity = with_tokens(sensitivity, {op: counts.tolist() for op, counts in got.items()})
+    return Measured(sensitivity, of_loss, effects_table(tally.effects["loss"], tally.schemes))
 
 
 def _tables(

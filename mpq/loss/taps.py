@@ -38,7 +38,8 @@ class Tally:
     """Sums over samples, by loss and (op, operand), of what kernels.errors.weighted_sums gives for each sample.
 
     `sums[loss][op, operand]` is (2, 3 + schemes) float64: Σ_i v_i and Σ_i v_i². `tokens[loss][op]` (experts,) int64 says how
-    many tokens each expert of an op got.
+    many tokens each expert of an op got. `effects[loss][op]` has for each batch (samples, schemes) float64: Σ_n ∂g_i/∂w_n
+    (Q(w_n) − w_n), what rounding the op's weight does to each sample's loss in first order.
     """
 
     def __init__(self, schemes: Sequence[Scheme]) -> None:
@@ -50,29 +51,29 @@ class Tally:
         self._block = max((w.block[0] for w in self._weights), default=1)
         self.sums: dict[str, dict[tuple[str, str], Tensor]] = defaultdict(dict)
         self.tokens: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        self.effects: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
         self.samples = 0  # of the batch in flight
         self._batch: dict[tuple[str, str], Tensor] = {}
+        self._effects: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
 
     @contextmanager
     def of(self, loss: str, samples: int) -> Iterator[None]:
         """Within, a backward pass of the losses of a batch of `samples`, called `loss`."""
-        self.samples, self._batch, self._tokens = samples, {}, self.tokens[loss]
+        self.samples, self._batch, self._effects = samples, {}, {}
+        self._tokens = self.tokens[loss]
         yield
         of_loss = self.sums[loss]
         for where, values in self._batch.items():
             both = torch.stack([values.sum(0), values.square().sum(0)]).cpu()
             of_loss[where] = of_loss[where] + both if where in of_loss else both
+        for op, effects in self._effects.items():
+            self.effects[loss].setdefault(op, []).append(effects.cpu())
 
     def add(self, op: str, operand: str, sample: int, sums: Tensor) -> None:
         """Add what a gradient of sample number `sample` of the batch gives."""
         if (op, operand) not in self._batch:
-            self._batch[op, operand] = torch.zeros(
-                self.samples,
-                MAGNITUDES + len(self.schemes),
-                dtype=torch.float64,
-                device=sums.device,
-            )
+            self._batch[op, operand] = sums.new_zeros(self.samples, len(sums))
         self._batch[op, operand][sample] += sums
 
     def add_each(
@@ -99,14 +100,16 @@ class Tally:
         """Add what ∂g_i/∂W of a weight (C, K) gives, of `each` sample (i, output's gradient (T, C), input (T, K))."""
         rows = max(1, _SLICE.get(weight.device.type, _SLICE_ELSEWHERE) // weight.shape[1])
         rows += -rows % self._block  # whole blocks
-        shares = shares_of(weight, self._weights)
+        how: dict[str, Any] = {"often": len(each) > 1, "shares": shares_of(weight, self._weights)}
         for start in range(0, len(weight), rows):
             some = slice(start, start + rows)
-            sums = weighted_sums(
-                weight[some], self._weights, "row", often=len(each) > 1, shares=shares
-            )
+            sums = weighted_sums(weight[some], self._weights, "row", signed=True, **how)
             for i, g, u in each:
-                self.add(op, "weight", i, sums(g[:, some].T @ u))  # [c, T] @ [T, K] -> [c, K]
+                squares, signed = sums(g[:, some].T @ u)  # [c, T] @ [T, K] -> [c, K]
+                self.add(op, "weight", i, squares)
+                if op not in self._effects:
+                    self._effects[op] = signed.new_zeros(self.samples, len(self.schemes))
+                self._effects[op][i] += signed[MAGNITUDES:]
 
     def add_tokens(self, op: str, counts: Tensor) -> None:
         """Count the tokens (experts,) that the experts of `op` got."""

@@ -9,6 +9,7 @@ import importlib
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -51,14 +52,25 @@ class Answer:
     finished: bool
 
 
+Ask = Callable[[Program, float], Answer]
+Further = Callable[[Any, Any, list[Any]], None]  # gurobipy, the model, its binaries
+
+
 class Unavailable(Exception):
     """Why Gurobi cannot be used, in words for the note."""
 
 
 def ask(
-    solver: str, program: Program, seconds: float
+    solver: str,
+    program: Program,
+    seconds: float,
+    in_gurobi: Further | None = None,
+    in_highs: Ask | None = None,
 ) -> tuple[Literal["highs", "gurobi"], Answer, list[str]]:
-    """The answer of the solver asked for, or of HiGHS where Gurobi cannot answer, with notes on why."""
+    """The answer of the solver asked for, or of HiGHS where Gurobi cannot answer, with notes on why.
+
+    What is more than linear comes from elsewhere (quadratic.py): `in_gurobi` adds it to Gurobi's model, `in_highs` asks HiGHS.
+    """
     notes: list[str] = []
     if solver in ("auto", "gurobi"):
         try:
@@ -69,15 +81,15 @@ def ask(
                 raise Unavailable(
                     f"{program.rows} variables are more than the {SIZE_LIMITED} of its free licence"
                 )
-            return "gurobi", _gurobi(program, seconds), notes
+            return "gurobi", _gurobi(program, seconds, in_gurobi), notes
         except Unavailable as why:
             notes.append(f"HiGHS instead of Gurobi: {why}")
             if solver == "gurobi":
                 log.warning("Gurobi was asked for, but %s: HiGHS solves instead.", why)
-    return "highs", _highs(program, seconds), notes
+    return "highs", (in_highs or _highs)(program, seconds), notes
 
 
-def _model(program: Program) -> Any:
+def highs_model(program: Program) -> Any:
     """The program in HiGHS, silent and with its tightest tolerances."""
     import highspy
     from highspy._core import _Highs
@@ -122,7 +134,7 @@ def least_violation(program: Program, seconds: float) -> Ints | None:
     """The plan that exceeds the rows of costs least, summed over rows, whatever it gains; None where time is up."""
     import highspy
 
-    h, n = _model(program), program.rows
+    h, n = highs_model(program), program.rows
     h.setOptionValue("time_limit", seconds)
     h.changeColsCost(n, np.arange(n, dtype=np.int32), np.zeros(n))
     for i in range(len(program.costs)):  # what a row is exceeded by
@@ -137,7 +149,7 @@ def least_violation(program: Program, seconds: float) -> Ints | None:
 def _highs(program: Program, seconds: float) -> Answer:
     import highspy
 
-    h, groups = _model(program), program.groups
+    h, groups = highs_model(program), program.groups
     deadline, bound = time.perf_counter() + seconds, math.inf
     for _ in range(MAX_CUTS):
         h.setOptionValue("time_limit", h.getRunTime() + max(deadline - time.perf_counter(), 0.1))
@@ -156,7 +168,7 @@ def _highs(program: Program, seconds: float) -> Answer:
     return Answer(None, bound, False)
 
 
-def _gurobi(program: Program, seconds: float) -> Answer:
+def _gurobi(program: Program, seconds: float, further: Further | None) -> Answer:
     try:
         gp = importlib.import_module("gurobipy")
     except ImportError:
@@ -166,12 +178,14 @@ def _gurobi(program: Program, seconds: float) -> Answer:
             env.setParam("OutputFlag", 0)
             env.start()
             with gp.Model(env=env) as model:
-                return _gurobi_model(gp, model, program, seconds)
+                return _gurobi_model(gp, model, program, seconds, further)
     except gp.GurobiError as error:  # no licence, an expired one, or one for smaller programs
         raise Unavailable(f"it says: {str(error).strip().rstrip('.')}") from None
 
 
-def _gurobi_model(gp: Any, model: Any, program: Program, seconds: float) -> Answer:
+def _gurobi_model(
+    gp: Any, model: Any, program: Program, seconds: float, further: Further | None
+) -> Answer:
     for name, value in {
         "MIPGap": 0,
         "MIPGapAbs": 0,
@@ -189,6 +203,8 @@ def _gurobi_model(gp: Any, model: Any, program: Program, seconds: float) -> Answ
         model.addConstr(gp.LinExpr([1.0] * (end - start), x[start:end]) == 1)
     for row in program.costs.tolist():
         model.addConstr(gp.LinExpr(row, x) <= 1)
+    if further:
+        further(gp, model, x)
     deadline, bound = time.perf_counter() + seconds, math.inf
     for _ in range(MAX_CUTS):
         model.setParam("TimeLimit", max(deadline - time.perf_counter(), 0.1))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import polars as pl
 
 from mpq.program.anchors import Scale
@@ -13,6 +14,7 @@ from mpq.program.bounds import missed
 from mpq.program.certainty import ERRORS, HALF, risk
 from mpq.program.memory import effective_bits, weight_bytes
 from mpq.program.plan import Plan, has_tau
+from mpq.program.signed import SignedLoss
 from mpq.timing.answer import Further
 from mpq.timing.design import members, neighbours
 from mpq.timing.plausible import implausible
@@ -42,7 +44,9 @@ class Program:
         bounds: BoundsSpec | None,
         engine: EngineName,
         further: Further | None,
+        signed: SignedLoss | None,
     ):
+        self.signed = signed
         self.further = further
         self.bounds, self.engine = bounds, engine
         self.objective, self.groups, self.base = objective, groups, base
@@ -58,6 +62,21 @@ class Program:
     def sure(self, chosen: Chosen, column: str) -> float:
         """The sum of a column that every row has."""
         return total_of(self.options, chosen, column)
+
+    def choices(self, chosen: Chosen) -> list[dict[str, str]]:
+        """Of each group its ops' formats."""
+        return [dict(zip(self.members[g], c, strict=True)) for g, c in chosen.items()]
+
+    def loss(self, chosen: Chosen) -> float:
+        """The predicted loss MSE (nats²): the sum of the column, or that with signs where that is bounded."""
+        return self._loss(chosen)[0]
+
+    def _loss(self, chosen: Chosen) -> tuple[float, float | None]:
+        """With its standard error."""
+        if self.signed is None:
+            return self.sure(chosen, "loss_mse"), self.total(chosen, ERRORS["loss_mse"])
+        terms, rows = self.signed.terms(self.choices(chosen)), np.arange(len(chosen))
+        return terms.mse(rows), terms.error(rows)
 
     def in_one_format(self, f: str, kept: str | None = None) -> Chosen:
         """Each group with as many ops in `f` as it can have; the others, and `kept`, in base where they may be."""
@@ -105,7 +124,10 @@ class Program:
         }
         gain = self.sure(chosen, "gain")
         ttft, tpot = self.times(chosen, gain, formats)
-        costs = {c: (self.total(chosen, c), self.total(chosen, e)) for c, e in ERRORS.items()}
+        costs: dict[str, tuple[float | None, float | None]] = {
+            c: (self.total(chosen, c), self.total(chosen, e)) for c, e in ERRORS.items()
+        }
+        loss, _ = costs["loss_mse"] = self._loss(chosen)
         kl, loss_error, kl_error = costs["kl"][0], *(e and HALF * e for _, e in costs.values())
         doubt = implausible(ttft, self.base_ttft_s, formats.values(), self.base)
         over = missed(self.groups, formats, self.bounds, self.base) if self.bounds else []
@@ -117,7 +139,8 @@ class Program:
             tau=tau,
             base=self.base,
             formats=formats,
-            predicted_loss_mse=self.sure(chosen, "loss_mse"),
+            predicted_loss_mse=loss,
+            signed=self.signed is not None,
             budget=budgets.get("loss_mse"),
             predicted_gain=gain,
             mean_square_loss=self.mean_square_loss,

@@ -25,7 +25,7 @@ class Costs:
             sensitivity.filter(pl.col("noise_model") == model) for model in (noise_model, "actual")
         )
         self.columns = [
-            _by_op(rows, c) if c in rows.columns else {}
+            by_op(rows, c) if c in rows.columns else {}
             for c, rows in zip(COSTS[1:], (of_loss, of_kl, of_kl), strict=True)
         ]
 
@@ -80,7 +80,7 @@ def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:
             f"The sensitivity table has nothing of the noise model {noise_model}, but of {others}: "
             "choose one of these, or measure sensitivity again."
         )
-    losses = _by_op(of_model, "loss_mse")
+    losses = by_op(of_model, "loss_mse")
     for (op, name), loss in losses.items():
         if math.isnan(loss):
             raise MpqError(
@@ -89,7 +89,7 @@ def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:
     return losses
 
 
-def _by_op(rows: pl.DataFrame, column: str) -> Losses:
+def by_op(rows: pl.DataFrame, column: str) -> Losses:
     """The column summed over an op's operands; ops of which an operand was not measured are left out."""
     known = pl.when(pl.col(column).null_count() == 0).then(pl.col(column).sum())
     summed = rows.group_by("op", "format").agg(known.alias(column)).drop_nulls(column)

@@ -20,7 +20,9 @@ from mpq.formats.scheme import get_scheme, mac_time
 from mpq.program.constraints import Allowed
 from mpq.program.costs import COSTS, Cost, Costs, added
 from mpq.program.memory import STORED, bytes_of
+from mpq.program.quadratic import solve_signed
 from mpq.program.rows import Row, solve_within
+from mpq.program.signed import Terms
 from mpq.program.solver import Solution, SolverName, solve
 from mpq.store.tables import table
 from mpq.timing.answer import answers
@@ -266,16 +268,21 @@ def solve_table(
     budget: float | Mapping[str, float],
     solver: SolverName = "auto",
     bounds: Sequence[Row] = (),
+    terms: Terms | None = None,
 ) -> tuple[pl.DataFrame, Solution]:
     """The chosen row of each group of a gains table, and the solution.
 
     `budget` bounds the summed loss MSE (nats²), or each of the columns that it names (loss_mse, kl); `bounds` hold beside it.
-    Raises MpqError for a table that is no program, NoPlan where no plan keeps the bounds.
+    With the rows' `terms` the loss MSE is that with signs (signed.py), in place of the sum. Raises MpqError for a table that is no program, NoPlan where no plan keeps the bounds.
     """
     budgets = budget if isinstance(budget, Mapping) else {"loss_mse": budget}
     group = _checked(gains, tuple(budgets))
     gain = gains["gain"].to_numpy()
-    rows = [*(cost_row(gains, column, limit) for column, limit in budgets.items()), *bounds]
+    summed = {c: limit for c, limit in budgets.items() if terms is None or c != "loss_mse"}
+    rows = [*(cost_row(gains, column, limit) for column, limit in summed.items()), *bounds]
+    if terms is not None and "loss_mse" in budgets:
+        solution = solve_signed(group, gain, terms, budgets["loss_mse"], rows, solver=solver)
+        return gains[list(solution.chosen)], solution
     if len(rows) == 1 and "loss_mse" in budgets:
         solution = solve(group, gain, rows[0].values, rows[0].limit, solver=solver)
     else:

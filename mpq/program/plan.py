@@ -32,6 +32,8 @@ class Plan:
     `kl_scale_error` (one standard error); `risk` the probability that
     the plan breaks its bounds, by what was measured, else by what was predicted, within their
     errors, and `checked_kl` what the plan's KL was when measured before it was delivered.
+    `predicted_signed_mse` (nats²) is the loss MSE with rounding's signs and the drift (program/signed.py),
+    which is the `predicted_loss_mse` that the budget bounds where the plan is `signed`.
     `tau` is κ / √E[g²] where KL alone is bounded, by κ. Times are in seconds,
     `predicted_gain` in the objective's unit (et: s, tt: BF16 MACs, m: bytes). With more than one `output` token et gains the time
     of the whole answer, TTFT and (output - 1) × the time per output token, `predicted_tpot_s` of `base_tpot_s` (timing/answer.py).
@@ -64,6 +66,8 @@ class Plan:
     predicted_kl_error: float | None = None
     predicted_loss_change: float | None = None
     predicted_loss_mse_error: float | None = None
+    predicted_signed_mse: float | None = None
+    signed: bool = False
     kl_bound: float | None = None
     kl_scale: float = 1.0
     kl_scale_error: float = 0.0

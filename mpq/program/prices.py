@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from mpq.program.anchors import Scale, scaled
@@ -13,6 +14,7 @@ from mpq.program.bounds import bound_rows, target_rows
 from mpq.program.certainty import held_at
 from mpq.program.gains import cost_known, least_cost, solve_table
 from mpq.program.plan import LEAST_LOSS, Plan
+from mpq.program.signed import SignedLoss, choices_of
 from mpq.program.solver import SolverName
 from mpq.spec import BoundsSpec, TargetSpec
 
@@ -41,10 +43,11 @@ def prices(
     solver: SolverName = "auto",
     robust: float | None = None,
     scale: Scale = Scale(),
+    signed: SignedLoss | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each constraint of a plan that the program made: gain, loss MSE and KL (null where not measured) with it, and without it.
 
-    `robust` and `scale` are those under which the plan was chosen (strategies.choose). `without` is, for each rule, the gains table in which it does not hold; for et these hold
+    `robust`, `scale` and `signed` are those under which the plan was chosen (strategies.choose). `without` is, for each rule, the gains table in which it does not hold; for et these hold
     predicted times where the constraints kept configurations from being measured.
     """
     rows = []
@@ -56,7 +59,9 @@ def prices(
             chosen, _ = least_cost(table, [*aim, *further], solver)
         else:
             held = held_at(table, robust, plan.budgets) if robust else table
-            rows_chosen, _ = solve_table(held.with_row_index(), plan.budgets, solver, further)
+            held = held.with_row_index()
+            terms = signed.terms(choices_of(groups, table)) if signed else None
+            rows_chosen, _ = solve_table(held, plan.budgets, solver, further, terms)
             chosen = table[rows_chosen["index"].to_list()]
         rows.append(
             {
@@ -67,12 +72,18 @@ def prices(
                 "gain": plan.predicted_gain,
                 "gain_without": math.fsum(chosen["gain"]),
                 "loss_mse": plan.predicted_loss_mse,
-                "loss_mse_without": math.fsum(chosen["loss_mse"]),
+                "loss_mse_without": _loss(groups, chosen, signed),
                 "kl": plan.predicted_kl,
                 "kl_without": math.fsum(chosen["kl"]) if cost_known(chosen) == "kl" else None,
             }
         )
     return rows
+
+
+def _loss(groups: pl.DataFrame, chosen: pl.DataFrame, signed: SignedLoss | None) -> float:
+    if signed is None:
+        return math.fsum(chosen["loss_mse"])
+    return signed.terms(choices_of(groups, chosen)).mse(np.arange(chosen.height))
 
 
 def _loosened(

@@ -76,21 +76,21 @@ def solve_within(
         try:
             return solve(group, gain, rows[0].values, rows[0].limit, solver=solver)
         except NoPlan:
-            raise _clash(number, rows) from None
-    program = _Program(number, gain, rows)
+            raise clash(number, rows) from None
+    program = Linear(number, gain, rows)
     if not program.possible:
-        raise _clash(number, rows)
+        raise clash(number, rows)
     if len(program.live) <= 1:
         try:
             found = _settled(program, solver, time_limit_s)
         except NoPlan:  # what the other rows leave is over this one
-            raise _clash(number, rows) from None
+            raise clash(number, rows) from None
         if not any(row.over(np.array(found.chosen)) > 0 for row in rows):
             return replace(found, seconds=time.perf_counter() - start)
     used, answer, notes = ask(solver, program, time_limit_s)
     if answer.plan is None:
         if answer.finished:
-            raise _clash(number, rows)
+            raise clash(number, rows)
         raise NoPlan(f"{used} found no plan within the bounds in {time_limit_s:g} s: loosen one.")
     best = total(gain, answer.plan)
     bound = max(answer.bound, best)
@@ -107,7 +107,7 @@ def solve_within(
     )
 
 
-class _Program:
+class Linear:
     """The choices that fit by themselves, as a solver sees them: rows counted from their cheapest choices, over what is left."""
 
     def __init__(self, group: Ints, gain: Floats, rows: Sequence[Row]) -> None:
@@ -168,11 +168,11 @@ def _most(values: Floats, group: Ints) -> float:
     return math.fsum(most.tolist())
 
 
-def _settled(program: _Program, solver: SolverName, time_limit_s: float) -> Solution:
+def _settled(program: Linear, solver: SolverName, time_limit_s: float) -> Solution:
     """The exact answer where at most one bound matters."""
     gain, none = program.whole[program.row], np.zeros(program.rows)
     cost, room = (program.above[0], program.left[0]) if program.live else (none, 1.0)
-    if room <= 0:  # nothing but the cheapest fits, and _Program kept nothing else
+    if room <= 0:  # nothing but the cheapest fits, and Linear kept nothing else
         cost, room = none, 1.0
     room += ROUNDING * (
         float(np.abs(cost).max()) + room
@@ -183,12 +183,12 @@ def _settled(program: _Program, solver: SolverName, time_limit_s: float) -> Solu
     return replace(found, chosen=tuple(int(r) for r in chosen), cost=spent)
 
 
-def _clash(group: Ints, rows: Sequence[Row]) -> NoPlan:
+def clash(group: Ints, rows: Sequence[Row]) -> NoPlan:
     """The fewest rows that no plan keeps together, and what the plan that misses them least makes of each."""
     clashing = list(rows)
     for row in rows:
         others = [r for r in clashing if r is not row]
-        if others and not _keeps(group, others):
+        if others and not keeps(group, others):
             clashing = others
     plan = _nearest(group, clashing)
     bounds = " and ".join(row.bound for row in clashing)
@@ -207,7 +207,8 @@ def _clash(group: Ints, rows: Sequence[Row]) -> NoPlan:
     )
 
 
-def _keeps(group: Ints, rows: Sequence[Row]) -> bool:
+def keeps(group: Ints, rows: Sequence[Row]) -> bool:
+    """Whether some plan keeps all rows, or none was found in time that tells."""
     plan = _nearest(group, rows)
     return plan is None or all(row.over(plan) <= 0 for row in rows)
 
@@ -217,7 +218,7 @@ def _nearest(group: Ints, rows: Sequence[Row], seconds: float = 20.0) -> Ints | 
     return least_violation(_Elastic(group, rows), seconds)
 
 
-class _Elastic(_Program):
+class _Elastic(Linear):
     """All choices, however far over; each row over its range, moved so that its bound is 1."""
 
     def __init__(self, group: Ints, rows: Sequence[Row]) -> None:

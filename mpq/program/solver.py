@@ -75,7 +75,7 @@ def solve(
         np.asarray(gain, np.float64),
         np.asarray(cost, np.float64),
     )
-    _check(group, gain, cost, budget, solver, time_limit_s)
+    check(group, gain, cost, budget, solver, time_limit_s)
     number = np.unique(group, return_inverse=True)[1].astype(np.int64).ravel()
     core = undominated(number, gain, cost, budget)
     best = core.row[core.starts]  # the cheapest rows at first; always within the budget
@@ -164,9 +164,10 @@ def no_plan(budget: float, least: float, of: str = "") -> NoPlan:
     )
 
 
-def _check(
+def check(
     group: NDArray[Any], gain: Floats, cost: Floats, budget: float, solver: str, time_limit_s: float
 ) -> None:
+    """Raise MpqError for arrays that are no program, and what is not finite or not above zero."""
     if group.ndim != 1 or not group.shape == gain.shape == cost.shape:
         raise MpqError(
             f"group, gain and cost must be of one length, got the shapes {group.shape}, {gain.shape}, {cost.shape}."

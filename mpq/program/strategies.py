@@ -17,9 +17,10 @@ from mpq.errors import MpqError
 from mpq.program.anchors import Scale, scaled
 from mpq.program.bounds import bound_rows, target_rows
 from mpq.program.certainty import held_at
-from mpq.program.choice import Program, chosen_of, options_of
+from mpq.program.choice import Chosen, Program, chosen_of, options_of
 from mpq.program.gains import least_cost, solve_table
 from mpq.program.plan import LEAST_LOSS, Plan
+from mpq.program.signed import SignedLoss, choices_of
 from mpq.program.solver import Solution, SolverName
 from mpq.program.walks import walk
 from mpq.timing.answer import Further
@@ -48,6 +49,7 @@ def choose(
     engine: EngineName = "none",
     robust: float | None = None,
     scale: Scale = Scale(),
+    signed: SignedLoss | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of one strategy under τ, or a bound on KL (nats per token), or both; and its row of
     the `solutions` table.
@@ -57,7 +59,8 @@ def choose(
     corrects the predicted TTFT for lowered neighbours (design.interaction); where whole answers were timed, their time, and
     `further` tells of the tokens after the first. The program's plan
     keeps `bounds` too; of the others' plans the row notes which they miss. `scale` is what
-    measured plans say of the predicted KL; with `robust` the bound is kept at that probability
+    measured plans say of the predicted KL; with `signed` the loss MSE is that with rounding's signs
+    (signed.py); with `robust` the bound is kept at that probability
     (certainty.held_at). Raises MpqError for a
     bound that is not above zero, for none, and where KL is bounded and was not measured; NoPlan
     where no plan keeps the bounds.
@@ -78,12 +81,19 @@ def choose(
         bounds,
         engine,
         further,
+        signed,
     )
     if strategy in ("random", "prefix"):
-        chosen = walk(strategy, options_of(held), base, budgets, seed)
+        summed = {c: b for c, b in budgets.items() if not signed or c != "loss_mse"}
+
+        def keeps(chosen: Chosen) -> bool:
+            return program.loss(chosen) <= budgets.get("loss_mse", math.inf)
+
+        chosen = walk(strategy, options_of(held), base, summed, seed, keeps if signed else None)
         return program.plan(strategy, tau, budgets, chosen, seed, scale=scale)
     bounding = bound_rows(gains, groups, bounds, base) if bounds else []
-    rows, solution = solve_table(held, budgets, solver, bounding)
+    terms = signed.terms(choices_of(groups, gains)) if signed else None
+    rows, solution = solve_table(held, budgets, solver, bounding, terms)
     return program.plan(strategy, tau, budgets, chosen_of(rows), seed, _facts(solution), scale)
 
 
@@ -100,11 +110,22 @@ def plan_of(
     further: Further | None = None,
     engine: EngineName = "none",
     scale: Scale = Scale(),
+    signed: SignedLoss | None = None,
 ) -> Plan:
     """The plan of chosen rows of a gains table, one of each group, its KL under `scale` already; `budgets` is what bounds it
     (by column, loss_mse or kl)."""
     program = Program(
-        objective, groups, gains, mean_square_loss, base, base_ttft_s, 0.0, None, engine, further
+        objective,
+        groups,
+        gains,
+        mean_square_loss,
+        base,
+        base_ttft_s,
+        0.0,
+        None,
+        engine,
+        further,
+        signed,
     )
     chosen = chosen_of(gains[list(rows)])
     if "loss_mse" in budgets:
@@ -154,6 +175,7 @@ def least_loss_plan(
     bounds: BoundsSpec | None = None,
     engine: EngineName = "none",
     scale: Scale = Scale(),
+    signed: SignedLoss | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of the smallest predicted KL that meets a target and keeps `bounds`: `ip_loss`. Where
     KL was not measured, that of the smallest loss MSE.
@@ -174,12 +196,13 @@ def least_loss_plan(
         bounds,
         engine,
         further,
+        signed,
     )
     bounding = target_rows(gains, groups, target, base, base_ttft_s)
     bounding += bound_rows(gains, groups, bounds, base) if bounds else []
     rows, solution = least_cost(gains, bounding, solver)
     chosen = chosen_of(rows)
-    loss = program.sure(chosen, "loss_mse")
+    loss = program.loss(chosen)
     tau = math.sqrt(max(0.0, loss) / mean_square_loss)
     solved = _facts(solution) | {"bound": None}
     return program.plan(LEAST_LOSS, tau, {"loss_mse": loss}, chosen, solved=solved, scale=scale)
@@ -202,6 +225,7 @@ def uniform_plans(
     bounds: BoundsSpec | None = None,
     engine: EngineName = "none",
     scale: Scale = Scale(),
+    signed: SignedLoss | None = None,
 ) -> list[tuple[Plan, dict[str, Any]]]:
     """What people run today: everything in one format, and everything but the model's head.
 
@@ -222,6 +246,7 @@ def uniform_plans(
         bounds,
         engine,
         further,
+        signed,
     )
     head = _head(groups)
     formats = sorted({f for of in program.options.values() for c in of for f in c} - {base})
@@ -234,7 +259,7 @@ def uniform_plans(
             plans.append((f"uniform_{f}_but_head", but_head))
     made = []
     for name, chosen in plans:
-        loss = program.sure(chosen, "loss_mse")
+        loss = program.loss(chosen)
         tau = math.sqrt(max(0.0, loss) / mean_square_loss)
         made.append(program.plan(name, tau, {"loss_mse": loss}, chosen, scale=scale))
     return made

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from mpq.formats.scheme import get_scheme, mac_time
 from mpq.program.choice import Chosen, Rows, total_of
 from mpq.program.gains import NAMES
-from mpq.program.solver import no_plan
+from mpq.program.solver import NoPlan, no_plan
 
 
 def _decisions(options: Rows) -> list[tuple[int, ...]]:
@@ -25,9 +25,10 @@ def walk(
     base: str,
     budgets: Mapping[str, float],
     seed: int,
+    keeps: Callable[[Chosen], bool] | None = None,
 ) -> Chosen:
     """Lower op after op, in `random` order or the model's (`prefix`), each to the format that is fastest in theory and keeps
-    the sums of the columns of `budgets` below them, until one fits in none (Sec. 3).
+    the sums of the columns of `budgets` below them, and what `keeps` tells of the whole, until one fits in none (Sec. 3).
 
     Raises NoPlan where what costs the least is over a budget.
     """
@@ -42,6 +43,10 @@ def walk(
         if (least := total_of(options, chosen, column)) > budget:
             name, unit = NAMES[column]
             raise no_plan(budget, least, f"{unit} of {name}")
+    if keeps and not keeps(chosen):
+        raise NoPlan(
+            "The least costly configuration of every group is over the bound on the loss MSE: raise it."
+        )
     places = [(group, of) for group in options for of in _decisions(options[group])]
     if strategy == "random":
         random.Random(seed).shuffle(places)
@@ -58,7 +63,13 @@ def walk(
         left = {column: b - total_of(options, others, column) for column, b in budgets.items()}
         row = options[group]
         fitting = next(
-            (c for c in candidates if all(row[c][column] <= b for column, b in left.items())), None
+            (
+                c
+                for c in candidates
+                if all(row[c][column] <= b for column, b in left.items())
+                and (keeps is None or keeps({**others, group: c}))
+            ),
+            None,
         )
         if fitting is None:
             break

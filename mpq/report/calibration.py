@@ -43,6 +43,8 @@ def calibration_of(tables: Tables, base: str) -> Calibration | None:
         bound = row["kl_bound"] if column == "kl" else row["budget"]
         if bound is None or bound <= 0:
             continue
+        if column == "loss_mse" and row["predicted_loss_mse"] == row["predicted_signed_mse"]:
+            continue  # a loss MSE with signs is no sum over ops, which this is of
         of = scaled(of, scale_of(tables, objective)) if column == "kl" else of
         curve = stability(of, column, bound, samples, base)
         return (

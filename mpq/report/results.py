@@ -51,6 +51,7 @@ _FURTHER = (
     "kl_scale",
     "checked_kl",
     "predicted_loss_mse_error",
+    "predicted_signed_mse",
     "risk",
     "measured_kl",
     "measured_kl_std",
@@ -110,7 +111,8 @@ def results_table(tables: Tables) -> pl.DataFrame:
     - `predicted_gain`, in the objective's unit, and half its 95 % interval `predicted_gain_error`;
     - `predicted_kl` with half its 95 % interval, `measured_kl`, `checked_kl` (measured before the
       plan was delivered) and their bound `kl_bound`, all in nats per predicted token; `kl_scale`;
-    - `predicted_loss_mse_error`, half its 95 % interval; `risk`, the chance that a bound is broken;
+    - `predicted_loss_mse_error`, half its 95 % interval; `predicted_signed_mse`, the loss MSE with
+      rounding's signs and the drift (nats²); `risk`, the chance that a bound is broken;
     - `measured_gain_s`, the median over pairs of base and plan, with its 95 % interval;
     - `weight_bytes` of the linears' weights, and `base_weight_bytes`;
     - `base_ttft_s` was measured beside the plan, `solved_base_ttft_s` while configurations were
@@ -154,6 +156,7 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
         "kl_scale",
         "checked_kl",
         "predicted_loss_mse_error",
+        "predicted_signed_mse",
         "risk",
         "predicted_tpot_s",
         "solved_base_tpot_s",

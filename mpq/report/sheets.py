@@ -223,6 +223,7 @@ def results(tables: Tables) -> Sheet:
             ("predicted", "predicted_loss_mse", "sci"),
             ("± half its 95 % interval", "predicted_loss_mse_error", "sci"),
             ("measured / predicted", "ratio", "number"),
+            ("predicted with signs and drift", "predicted_signed_mse", "sci"),
             ("KL (nats per token)", "measured_kl", "sci"),
             ("its bound", "kl_bound", "sci"),
             ("predicted", "predicted_kl", "sci"),

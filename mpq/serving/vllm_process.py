@@ -76,8 +76,13 @@ class Engines:
 
     def close(self, name: str) -> None:
         """Let an engine go."""
-        for kept in (self._engines, self._own, self._changed):
-            kept.pop(name, None)
+        # while an engine ends vLLM looks for garbage itself, seconds each time: once is enough
+        collect, gc.collect = gc.collect, lambda generation=2: 0
+        try:
+            for kept in (self._engines, self._own, self._changed):
+                kept.pop(name, None)
+        finally:
+            gc.collect = collect
         gc.collect()
 
     def exchange(self, name: str, linears: dict[str, str]) -> None:

@@ -17,16 +17,19 @@ class Bound:
     """τ on the normalised RMSE of the loss, `kl` in nats per predicted token; None where not bounded.
 
     `robust` is the probability at which the bound shall hold; None: the prediction itself keeps it.
+    With `signed` τ bounds the loss MSE with rounding's signs and the drift.
     """
 
     tau: float | None = None
     kl: float | None = None
     robust: float | None = None
+    signed: bool = False
 
     def __str__(self) -> str:
         """`τ = 0.002 and KL ≤ 0.01`."""
-        told = [f"τ = {self.tau:g}"] * (self.tau is not None)
-        return " and ".join([*told, *[f"KL ≤ {self.kl:.4g}"] * (self.kl is not None)])
+        signs = " with signs" * self.signed
+        told = [] if self.tau is None else [f"τ = {self.tau:g}{signs}"]
+        return " and ".join(told if self.kl is None else [*told, f"KL ≤ {self.kl:.4g}"])
 
 
 def _share(value: Any) -> Any:
@@ -93,6 +96,11 @@ class BoundSpec(Strict):
         None, description="τ on the normalised RMSE of the loss: 0.002 allows it to move by 0.2 %"
     )
 
+    signed: bool = Field(
+        False,
+        description="τ bounds the loss MSE in which the effects of weights' rounding keep their signs, and the drift counts "
+        "(docs/method.md); false: the sum over operands",
+    )
     robust: Number | None = Field(
         None,
         ge=0.5,
@@ -112,6 +120,12 @@ class BoundSpec(Strict):
         given = {k: v for k in ("kl", "perplexity", "tau") if (v := getattr(self, k)) is not None}
         if not given:
             raise ValueError("bounds nothing: give kl, perplexity or tau")
+        if self.signed and self.tau is None:
+            raise ValueError("signed is of the loss MSE: give tau, which bounds it")
+        if self.signed and self.robust is not None:
+            raise ValueError(
+                "signed and robust together are not known: errors of a loss MSE with signs do not add; leave one out"
+            )
         if len({len(v) for v in given.values()}) > 1:
             counts = ", ".join(f"{k} has {len(v)}" for k, v in given.items())
             raise ValueError(
@@ -129,6 +143,6 @@ class BoundSpec(Strict):
         rises = [math.log1p(x) for x in self.perplexity or (math.inf,) * count]
         kls = [min(pair) for pair in zip(self.kl or (math.inf,) * count, rises, strict=True)]
         return tuple(
-            Bound(tau, kl if kl < math.inf else None, self.robust)
+            Bound(tau, kl if kl < math.inf else None, self.robust, self.signed)
             for tau, kl in zip(self.tau or (None,) * count, kls, strict=True)
         )

@@ -19,7 +19,7 @@ from mpq.formats.format import NoiseModel
 from mpq.formats.scheme import get_scheme
 from mpq.spec.bound import Bound, BoundSpec
 from mpq.spec.constraints import ConstraintSpec, EngineName, TargetSpec
-from mpq.spec.export import SERVED, SERVED_MODELOPT, ExportSpec
+from mpq.spec.export import READERS, ExportSpec
 from mpq.spec.fields import Count, FormatName, LocalFolder, Number, Strict, Url, Whole
 from mpq.spec.timing import TimingSpec, WorkloadSpec
 
@@ -331,6 +331,10 @@ class RunSpec(Strict):
                 f"noise_model: {self.noise_model} knows no variance of {blocked[0]}, whose scales are of "
                 "blocks or whose activations stay in base: expected actual"
             )
+        if self.bound and self.bound.signed and self.noise_model != "actual":
+            raise ValueError(
+                f"bound.signed is of the rounding that happens, noise_model is {self.noise_model}: set it to actual"
+            )
         if self.target and self.target.ttft_ms and "et" not in self.objectives:
             raise ValueError(
                 "target.ttft_ms needs measured times: add the objective et, or set a target of "
@@ -349,8 +353,8 @@ class RunSpec(Strict):
     @model_validator(mode="after")
     def _servable(self) -> RunSpec:
         to = self.export.to if self.export else "json"
-        served = SERVED_MODELOPT if to == "modelopt" else SERVED
-        if to != "json" and self.engine not in served:
+        served = READERS[to]
+        if served and self.engine not in served:
             raise ValueError(
                 f"export.to {to} needs plans that keep to an engine's rules: set engine to {' or '.join(served)}, not {self.engine}"
             )
@@ -372,7 +376,8 @@ class RunSpec(Strict):
         own = self.objectives[objective].taus if objective in self.objectives else None
         if own is None and self.bound:
             return self.bound.limits
-        return tuple(Bound(tau) for tau in own or self.taus)
+        signed = self.bound is not None and self.bound.signed
+        return tuple(Bound(tau, signed=signed) for tau in own or self.taus)
 
     def checks_kl(self, objective: Objective) -> bool:
         """Whether plans of an objective are measured before they are delivered: those under a bound on KL."""

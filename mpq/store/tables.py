@@ -37,6 +37,13 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "kl": pl.Float64,
         "kl_stderr": pl.Float64,
     },
+    # one row a calibration sample, op and format: what rounding the op's weight does to the sample's loss, first order, nats
+    "effects": {
+        "sample": pl.Int64,
+        "op": pl.String,
+        "format": pl.String,
+        "effect": pl.Float64,
+    },
     # one row a block of text or document of a task that was drawn; part is calibration, evaluation (of the loss) or tasks (scored)
     "drawn": {
         "part": pl.String,
@@ -113,6 +120,7 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "kl_scale": pl.Float64,
         "checked_kl": pl.Float64,
         "predicted_loss_mse_error": pl.Float64,
+        "predicted_signed_mse": pl.Float64,
         "risk": pl.Float64,
     },
     # metric: loss_mse, ttft_s, perplexity, ...; task is `loss` for the held-out text itself
@@ -140,6 +148,7 @@ LATER = {
         "kl_scale",
         "checked_kl",
         "predicted_loss_mse_error",
+        "predicted_signed_mse",
         "risk",
     ),
 }

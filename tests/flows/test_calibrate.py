@@ -274,7 +274,7 @@ def test_a_failing_shard_leaves_the_others(spec: RunSpec, caplog: pytest.LogCapt
 
 def test_what_is_tried_again(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard whose device fails once is measured again; a mistake of the user's is told at once."""
-    measure, tried = sensitivity.measure_sensitivity, []
+    measure, tried = sensitivity.measure, []
 
     def once(*args: Any, **options: Any) -> Any:
         tried.append(len(args[2].tokens))
@@ -282,7 +282,7 @@ def test_what_is_tried_again(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> 
             raise RuntimeError("the device went away")
         return measure(*args, **options)
 
-    monkeypatch.setattr(sensitivity, "measure_sensitivity", once)
+    monkeypatch.setattr(sensitivity, "measure", once)
     outcome = calibrate(short(spec))
     assert tried == [4, 4, 4]
     assert ("sensitivity", 2, 0) in [stage[:3] for stage in outcome["stages"]]
@@ -292,7 +292,7 @@ def test_what_is_tried_again(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> 
         tried.append(0)
         raise MpqError("No.")
 
-    monkeypatch.setattr(sensitivity, "measure_sensitivity", mistaken)
+    monkeypatch.setattr(sensitivity, "measure", mistaken)
     with pytest.raises(MpqError, match="No"):
         calibrate(change(short(spec), calibration={"seed": 3}))
     assert len(tried) == 2, "once for each shard"

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from small import write_checkpoint
 from test_calibrate import change, computed
@@ -19,7 +20,7 @@ from mpq.spec import BoundSpec, ModelSpec, RunSpec
 
 
 def test_a_new_bound_only_solves(calibrated: tuple[RunSpec, dict[str, Any]]) -> None:
-    """Nothing is measured for another τ or objective; with `evaluate` the plans are run; the first run's files stay."""
+    """Nothing is measured for another τ, one with signs, or objective; with `evaluate` the plans are run; the first run's files stay."""
     spec, _ = calibrated
     tuned = retune(spec, taus=[0.5, 1.0])
     assert computed(tuned) <= {"gains", "solve", "report"}
@@ -28,6 +29,11 @@ def test_a_new_bound_only_solves(calibrated: tuple[RunSpec, dict[str, Any]]) -> 
     assert set(tables["solutions"]["tau"]) == {0.5, 1.0}
     assert "evaluation" not in tables
     assert tuned["out"]["plans"] != str(Path(spec.out) / spec.name / "plans")
+    signed = retune(spec, bound=BoundSpec.model_validate({"tau": 0.5, "signed": True}))
+    assert computed(signed) <= {"gains", "solve", "report"}
+    solved = join_tables(signed["tables"])["solutions"]
+    assert solved["predicted_loss_mse"].equals(solved["predicted_signed_mse"])
+    assert solved.filter(pl.col("predicted_loss_mse") > pl.col("budget")).is_empty()
     one = retune(spec, objective="tt", formats=["fp8_e4m3"])
     assert computed(one) == {"gains", "solve", "report"}
     assert set(join_tables(one["tables"])["solutions"]["objective"]) == {"tt"}

@@ -41,6 +41,16 @@ def test_bounds() -> None:
     assert again.bound == spec.bound
     several = parse_spec({**GOOD, "bound": {"perplexity": [0.005, "1 %"], "kl": [0.001, 0.1]}})
     assert several.limits("et") == (Bound(kl=0.001), Bound(kl=math.log1p(0.01)))
+    signed = parse_spec({**GOOD, "bound": {"tau": 0.002, "signed": True}})
+    assert signed.limits("et") == (Bound(0.002, signed=True),)
+    assert str(signed.limits("et")[0]) == "τ = 0.002 with signs"
+    for bound, more, why in (
+        ({"kl": 0.1, "signed": True}, {}, "give tau"),
+        ({"tau": 0.1, "signed": True, "robust": 0.9}, {}, "leave one out"),
+        ({"tau": 0.1, "signed": True}, {"noise_model": "ulp"}, "set it to actual"),
+    ):
+        with pytest.raises(MpqError, match=why):
+            parse_spec({**GOOD, "bound": bound, **more})
     assert parse_spec(GOOD).limits("et") == (Bound(0.003), Bound(0.01), Bound(0.03))
 
 

@@ -24,7 +24,7 @@ def defined(g: Tensor, u: Tensor, granularity: Granularity, formats: list[Format
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("granularity", ["row", "column"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (2, 3, 17, 64), (70, 129)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (2, 3, 17, 64), (2, 130, 33), (70, 129)])
 def test_sums_are_those_of_the_definition(
     shape: tuple[int, ...], granularity: Granularity, dtype: torch.dtype
 ) -> None:
@@ -54,3 +54,24 @@ def test_torch_sums_where_no_cpp_is(monkeypatch: pytest.MonkeyPatch) -> None:
         for granularity, sums in zip(("row", "column"), want, strict=True):
             got = weighted_sums(u, ALL[granularity], granularity, often=often)(g)  # type: ignore[arg-type]
             torch.testing.assert_close(got, sums, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("swept", [True, False], ids=["cpp", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_signed_sums_are_those_of_the_definition(
+    dtype: torch.dtype, swept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the squares, which stay as they are, Σ g (Q(u) − u) in FP64 for each format; magnitudes have none."""
+    draw = torch.Generator().manual_seed(4)
+    u, g = (torch.randn(70, 129, generator=draw).to(dtype) for _ in range(2))
+    formats = ALL["row"]
+    moved = [(fake_quantize(u, f, "row").double() - u.double()) * g.double() for f in formats]
+    if not swept:
+        monkeypatch.setattr(errors, "_library", lambda: None)
+    for often in (False, True):
+        squares, signed = weighted_sums(u, [*formats, None], "row", signed=True, often=often)(g)
+        torch.testing.assert_close(squares, weighted_sums(u, [*formats, None], "row")(g))
+        got, nothing = signed[errors.MAGNITUDES : -1], signed[-1]
+        assert nothing == 0
+        for of, value in zip(moved, got, strict=True):
+            assert float(value) == pytest.approx(float(of.sum()), abs=1e-4 * float(of.norm()))
