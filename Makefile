@@ -68,8 +68,13 @@ $(ENGINE)/.installed: requirements-engine.lock
 	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' $$version > vllm-$$version.dist-info/METADATA
 	touch $@
 
-# the tools that bench/peers/compare.py runs beside mpq: 2.5 GB, two minutes, once
-peers: $(PEERS)/modelopt/.installed $(PEERS)/auto-round/.installed
+# the tools that bench/peers/compare.py runs beside mpq, 2.5 GB, two minutes, once; and those that tests of exports ask
+peers: $(PEERS)/modelopt/.installed $(PEERS)/auto-round/.installed $(PEERS)/torchao/.installed $(PEERS)/neural-compressor/.installed
+
+# these run on mpq's own torch and transformers: a folder to be put on their path, no environment
+$(PEERS)/torchao/.installed $(PEERS)/neural-compressor/.installed: $(PEERS)/%/.installed: bench/peers/requirements-%.txt $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(PEERS)/$* -r $<
+	touch $@
 
 $(PEERS)/%/.installed: bench/peers/requirements-%.txt
 	test -x $(PEERS)/$*/bin/python || $(PYTHON) -m venv $(PEERS)/$*

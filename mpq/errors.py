@@ -18,6 +18,7 @@ EXTRAS = {
     "prefect_dask": "dask",
     "prefect_ray": "ray",
     "compressed_tensors": "export",
+    "torchao": "torchao",
 }
 
 

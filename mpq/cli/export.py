@@ -27,15 +27,16 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="compressed-tensors: a checkpoint for vLLM and transformers; modelopt: one in NVIDIA's form; json: ops and formats."
+            help="compressed-tensors: a checkpoint for vLLM and transformers; modelopt: one in NVIDIA's form; torchao: one for transformers; neural-compressor: its settings for Gaudi, no weights; json: ops and formats."
         ),
     ] = "compressed-tensors",
     engine: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Whose fused layers must be in one format: vllm, sglang, tensorrt-llm, or transformers: none."
+            help="Whose fused layers must be in one format: vllm, sglang, tensorrt-llm; transformers, gaudi: none. The first reader of --to if left out.",
+            show_default=False,
         ),
-    ] = "vllm",
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="The checkpoint; the one that the plan was made for if left out."),
@@ -64,19 +65,21 @@ def export(
     Cut off, the same command goes on where it was.
     """
     from mpq.cli.inventory import read_plan
+    from mpq.spec.export import NEEDS
 
     chosen = read_plan(plan)
     of = chosen.provenance
     model = model or of.get("model")
     if not model:
         raise MpqError("The plan does not say which model it belongs to: give --model.")
-    loads = to in ("compressed-tensors", "modelopt")
-    if check and to == "compressed-tensors":
-        require("compressed_tensors", "the check of an export (or give --no-check)")
+    if check and to in NEEDS:
+        require(NEEDS[to], "the check of an export (or give --no-check)")
     from mpq.devices import found_device
+    from mpq.export import WITHOUT_WEIGHTS
     from mpq.export import export as exported
     from mpq.models.checkpoint import fetch
 
+    loads = to not in WITHOUT_WEIGHTS
     device, folder = found_device(device), fetch(model, of.get("revision"), trusted)
     blocks = _blocks(chosen, folder, text, samples, length, trusted) if check and loads else None
     with bar("export") as progress:

@@ -3,7 +3,9 @@ from .elsewhere import is_elsewhere as is_elsewhere
 from .elsewhere import local_path as local_path
 from .engines import ENGINES as ENGINES
 from .exporting import TARGETS as TARGETS
-from .exporting import Exported as Exported
+from .exporting import WITHOUT_WEIGHTS as WITHOUT_WEIGHTS
 from .exporting import check_exportable as check_exportable
 from .exporting import export as export
+from .exporting import reader_of as reader_of
 from .folder import holds as holds
+from .record import Exported as Exported

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
+from mpq.export.layout import Reading
 from mpq.export.reload import log_probabilities
 from mpq.models.blocks import Blocks
 from mpq.models.placement import device_of
@@ -170,12 +171,13 @@ def check_export(
     device: str = "cpu",
     trust_remote_code: bool = False,
     decode_experts: bool = False,
-    as_values: bool = False,
+    reading: Reading = "codes",
 ) -> Check:
     """Reload the export in a fresh process, then run the plan here, and compare.
 
     One after the other: two models are never in memory at once. With `decode_experts` transformers gets experts as values, for
-    it does not read what engines do (reload.py); `as_values` it gets all weights so, for it does not read ModelOpt's checkpoints. Raises MpqError where the export cannot be loaded.
+    it does not read what engines do (reload.py); `reading` says as what all weights are read. Raises MpqError where the export
+    cannot be loaded.
     """
     from mpq.models.checkpoint import load_model
 
@@ -192,7 +194,7 @@ def check_export(
             "batch": BATCH,
             "trust_remote_code": trust_remote_code,
             "decode_experts": decode_experts,
-            "as_values": as_values,
+            "reading": reading,
         }
         found, differing = reloaded(request, work)
         model = load_model(source, base, device, trust_remote_code)

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
+from mpq.errors import MpqError
 from mpq.serving.fused import Fused, layers_of
 
 # whether it fuses layers. SGLang merges the same products as vLLM, by vLLM's names (sglang/srt/models/llama.py: qkv_proj,
-# gate_up_proj); TensorRT-LLM refuses two formats in one of them (docs/engines.md); transformers runs each linear by itself
-ENGINES = {"vllm": True, "sglang": True, "tensorrt-llm": True, "transformers": False}
+# gate_up_proj); TensorRT-LLM refuses two formats in one of them (docs/engines.md); transformers runs each linear by itself, on
+# Gaudi too
+ENGINES = {
+    "vllm": True,
+    "sglang": True,
+    "tensorrt-llm": True,
+    "transformers": False,
+    "gaudi": False,
+}
+
+
+def check_engine(engine: str) -> None:
+    """Raise MpqError for an engine that is not known."""
+    if engine not in ENGINES:
+        raise MpqError(f"Unknown engine {engine!r}: expected one of {', '.join(ENGINES)}.")
 
 
 def split_ties(

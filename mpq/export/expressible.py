@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mpq.errors import MpqError
-from mpq.export.engines import ENGINES, split_ties
+from mpq.export.engines import check_engine, split_ties
 from mpq.export.skeleton import Skeleton
 from mpq.formats.scheme import get_scheme
 from mpq.serving.schemes import EXPORTED, OF_EXPERTS, stored_as
@@ -30,7 +30,7 @@ def lowered_linears(
     lowered = {op: f for op, f in formats.items() if f != base}
     if products := [op for op in lowered if op.rpartition(".")[2] in _PRODUCTS]:
         raise MpqError(
-            f"The plan lowers {len(products)} of attention's products ({products[0]} among them), which a compressed-tensors checkpoint cannot express: pin them to base (*.qk_matmul, *.av_matmul), solve again, and export that plan."
+            f"The plan lowers {len(products)} of attention's products ({products[0]} among them), which a checkpoint cannot express: pin them to base (*.qk_matmul, *.av_matmul), solve again, and export that plan."
         )
     for op, name in lowered.items():
         if op in model.transposed:
@@ -102,12 +102,6 @@ def _check_experts(op: str, formats: Mapping[str, str], engine: str) -> None:
         raise MpqError(
             f"{engine} has one format for all experts of a layer, but the plan has {op} in {name} and {min(others)} in {min(others.values())}: it would answer wrongly; tie them and solve again, or export with --engine transformers."
         )
-
-
-def check_engine(engine: str) -> None:
-    """Raise MpqError for an engine that is not known."""
-    if engine not in ENGINES:
-        raise MpqError(f"Unknown engine {engine!r}: expected one of {', '.join(ENGINES)}.")
 
 
 def check_ties(formats: Mapping[str, str], base: str, model: Skeleton, engine: str) -> None:

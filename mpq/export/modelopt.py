@@ -11,16 +11,17 @@ dequantization the tests read them back with:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from mpq.errors import MpqError
+from mpq.export.layout import Layout
 from mpq.export.skeleton import Skeleton
 from mpq.formats.scheme import get_scheme, with_fitted
 
-ENGINES = ("vllm", "sglang", "tensorrt-llm")  # what reads such a checkpoint
 CONFIG = "hf_quant_config.json"
 # the version whose form is written, and which other tools look for in `producer`
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -40,13 +41,8 @@ _NAMES = {
 }
 
 
-def check_held(lowered: Mapping[str, str], base: str, model: Skeleton, engine: str) -> None:
-    """Raise MpqError for an engine that does not read the file, a base that none of them runs beside it, experts, and formats that
-    it has no name for."""
-    if engine not in ENGINES:
-        raise MpqError(
-            f"{engine} does not read ModelOpt's checkpoints: export for {', '.join(ENGINES)}, or to compressed-tensors."
-        )
+def check_held(lowered: Mapping[str, str], base: str, model: Skeleton) -> None:
+    """Raise MpqError for a base that no engine runs beside it, experts, and formats that it has no name for."""
     if lowered and base == "fp32":
         raise MpqError(
             "Engines run ModelOpt's checkpoints in 16 bits, but the plan's base is fp32: make the plan with base bf16."
@@ -62,15 +58,10 @@ def check_held(lowered: Mapping[str, str], base: str, model: Skeleton, engine: s
             )
 
 
-def name_of(end: str) -> str:
-    """What ModelOpt calls a tensor beside a weight that compressed-tensors calls `end`."""
-    return _NAMES.get(end, end)
-
-
 def laid_out(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
     """The tensors of a weight (codes.py) as ModelOpt names and lays them out. Scales of a tensor are the inverse of shares, exactly:
     those are powers of two."""
-    found = {name_of(end): tensor for end, tensor in tensors.items()}
+    found = {_NAMES.get(end, end): tensor for end, tensor in tensors.items()}
     for end in ("weight_scale_2", "input_scale"):
         if end in found:
             found[end] = found[end].reshape(()).reciprocal()
@@ -98,8 +89,9 @@ def quantization(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
     return {"producer": _PRODUCER, "quantization": said}
 
 
-def quantization_config(beside: Mapping[str, Any]) -> dict[str, Any]:
+def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
     """The section of config.json that says what hf_quant_config.json does."""
+    beside = quantization(lowered, model)
     of = beside["quantization"]
     layers: dict[str, dict[str, Any]] = of.get("quantized_layers", {})
     targets: dict[str, list[str]] = {}
@@ -124,6 +116,10 @@ def quantization_config(beside: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _beside(lowered: Mapping[str, str], model: Skeleton) -> Iterator[tuple[str, str]]:
+    yield CONFIG, json.dumps(quantization(lowered, model), indent=4)
+
+
 def _algorithm(name: str) -> dict[str, Any]:
     return _ALGORITHMS[name.removesuffix("_mse")]
 
@@ -139,3 +135,12 @@ def _operands(algorithm: str) -> dict[str, Any]:
     if not scheme.weights.by_blocks:
         told["strategy"] = "channel"
     return {**found, "weights": told}
+
+
+LAYOUT = Layout(
+    section=quantization_config,
+    reading="values",  # transformers does not read it
+    check_held=check_held,
+    laid_out=laid_out,
+    beside=_beside,
+)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.errors import first_line
+from mpq.export import torchao
 from mpq.export.codes import tensors_of
 from mpq.export.scheme import without_experts
 from mpq.formats.format import Format, get_format
@@ -200,12 +201,14 @@ def main(request: Path) -> None:
     try:
         how = {name: asked[name] for name in ("trust_remote_code", "decode_experts")}
         folder, compared, rounding = Path(asked["folder"]), differing, rounding_experts
-        if asked.get("as_values"):
+        if asked["reading"] == "values":
             trusted = asked["trust_remote_code"]
             model = load_model(folder, asked["base"], trust_remote_code=trusted)
             compared, rounding = differing_values, rounding_inputs
         else:
             model = loaded_model(folder, asked["base"], **how)
+        if asked["reading"] == "torchao":
+            compared = torchao.differing
         tokens = torch.from_numpy(np.load(asked["tokens"]))
         answer["differing"] = compared(
             model, Path(asked["source"]), asked["names"], asked["formats"], asked["base"]

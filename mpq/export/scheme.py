@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mpq.export.layout import Layout
 from mpq.export.skeleton import Skeleton
 from mpq.serving.schemes import EXPORTED, scheme_group
 
@@ -82,3 +83,6 @@ def expert_pattern(op: str) -> str:
     owner, _, product = op.rpartition(".")
     layer = re.escape(place[0]) if place else ""
     return f"re:{layer}.*{owner.rpartition('.')[2]}[.]\\d+[.]({_PARTS.get(product, 'gate_proj|up_proj|w1|w3')})$"
+
+
+LAYOUT = Layout(quantization_config, "codes")

@@ -21,9 +21,9 @@ from mpq.errors import MpqError
 from mpq.export.codes import sizes_of, tensors_of
 from mpq.export.skeleton import Skeleton
 from mpq.formats.format import get_format
-from mpq.formats.scheme import get_scheme
+from mpq.formats.scheme import Scheme, get_scheme
 from mpq.models.dense import Dense, tensors_by_file
-from mpq.models.layout import INDEX
+from mpq.models.layout import INDEX, opened
 
 SHARD_BYTES = 4 * 2**30
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
@@ -43,15 +43,6 @@ class Piece:
     shape: tuple[int, ...]
     bytes: int
     part: tuple[int, int, int] | None = None  # one expert, and from which of its columns to which
-
-    @property
-    def tensors(self) -> list[tuple[str, int]]:
-        """Names and bytes of what is written."""
-        if not self.format:
-            return [(self.name, self.bytes)]
-        op = self.name.removesuffix("weight")
-        sizes = sizes_of(get_scheme(self.format), self.shape)
-        return [(f"{op}{end}", size) for end, size in sizes.items()]
 
 
 @dataclass(frozen=True)
@@ -73,8 +64,10 @@ def shards_of(
     lowered: Mapping[str, str],
     base: str,
     limit: int = SHARD_BYTES,
+    sizes: Callable[[Scheme, tuple[int, ...]], dict[str, int]] = sizes_of,
 ) -> tuple[Shard, ...]:
-    """How the checkpoint in `folder` is written anew; only the files' headers are read.
+    """How the checkpoint in `folder` is written anew; only the files' headers are read. `sizes` tells the bytes of a weight's
+    tensors.
 
     A lowered weight that is tied becomes a tensor of its own; each expert's keeps its name. Raises MpqError where the
     checkpoint has no weight of a lowered op under its name, or all experts in one tensor.
@@ -104,7 +97,7 @@ def shards_of(
                 pieces = list(_apart(file, tensor, name, kind, shape, base))
             if op:
                 _check_width(op, lowered[op], shape)
-                coded = sum(sizes_of(get_scheme(lowered[op]), shape).values())
+                coded = sum(sizes(get_scheme(lowered[op]), shape).values())
                 pieces.append(Piece(file, tensor, into, lowered[op], shape, coded))
             for piece in pieces:
                 if groups[-1] and sum(p.bytes for p in groups[-1]) + piece.bytes > limit:
@@ -181,10 +174,12 @@ def write_shard(
     base: str,
     to: Path,
     shares: Mapping[str, Shares],
-    laid_out: Callable[[dict[str, Tensor], str], dict[str, Tensor]] = lambda found, scheme: found,
+    laid_out: Callable[[dict[str, Tensor], str], dict[str, Tensor]],
+    metadata: Mapping[str, str],
 ) -> None:
     """Read, round and write one shard; `shares` are of ops whose blocks' scales are shares of a tensor's, `laid_out` makes of a
-    weight's tensors and its scheme those of another target. Raises MpqError for values that are not finite where they have to be."""
+    weight's tensors and its scheme those that are written (layout.py). Raises MpqError for values that are not finite where they
+    have to be."""
     dtype = getattr(torch, get_format(base).dtype)
     written: dict[str, Tensor] = {}
     files = dict(tensors_by_file(source, {piece.file for piece in shard.pieces}))
@@ -200,7 +195,7 @@ def write_shard(
         else:
             tensor = _read(part, piece)
             written[piece.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    save_file(written, to, metadata={"format": "pt"})
+    save_file(written, to, metadata=dict(metadata))
 
 
 def _read(part: Any, piece: Piece) -> Tensor:
@@ -212,28 +207,16 @@ def _read(part: Any, piece: Piece) -> Tensor:
     return of_expert[0].T.contiguous()
 
 
-def write_index(
-    shards: tuple[Shard, ...], folder: Path, name_of: Callable[[str], str] = lambda end: end
-) -> None:
-    """The index of several shards: which tensor lies in which file; `name_of` is what a target calls the ends of names."""
+def write_index(shards: tuple[Shard, ...], folder: Path) -> None:
+    """The index of several shards that were written: which tensor lies in which file."""
     if len(shards) == 1:
         return
-    placed = [
-        (s.file, _renamed(name, name_of), size)
-        for s in shards
-        for piece in s.pieces
-        for name, size in piece.tensors
-    ]
+    placed = {name: s.file for s in shards for name in opened(folder / s.file).keys()}  # noqa: SIM118 (no mapping)
     index = {
-        "metadata": {"total_size": sum(size for _, _, size in placed)},
-        "weight_map": {name: file for file, name, _ in sorted(placed, key=lambda p: p[1])},
+        "metadata": {"total_size": sum(shard.bytes for shard in shards)},
+        "weight_map": dict(sorted(placed.items())),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _renamed(name: str, name_of: Callable[[str], str]) -> str:
-    op, dot, end = name.rpartition(".")
-    return f"{op}{dot}{name_of(end)}"
 
 
 def in_base(shards: tuple[Shard, ...], base: str) -> int:

@@ -70,7 +70,13 @@ def share_of(x: Tensor, fmt: Format) -> float:
     """
     if fmt.scale != "e4m3":
         return 1.0
-    largest = max(map(abs, map(float, x.aminmax()))) if x.numel() else 0.0  # no copy of |x|
+    return share_under(
+        max(map(abs, map(float, x.aminmax()))) if x.numel() else 0.0, fmt
+    )  # no copy of |x|
+
+
+def share_under(largest: float, fmt: Format) -> float:
+    """share_of a tensor whose largest magnitude is given, in a format whose scales are stored in E4M3."""
     if not _TINY < largest < math.inf:
         return 1.0
     _, exponent = math.frexp(_E4M3_MAX * fmt.top / largest)

@@ -46,9 +46,9 @@ def weighted_sums(
     the element's row or column, and Q_f(u) − u for each format; for None, which leaves u as it is, 0.
     With `signed`, (2, 3 + formats): behind the squares, Σ g (Q_f(u) − u) of each format, where
     magnitudes have no use for a sign. `often` says that several gradients come: then torch keeps
-    the magnitudes between them. `shares`
-    are quantize.share_of the tensor in each format, where u is a part of it; u's own if left out. Of
-    a format whose blocks have several rows, u has whole blocks of the tensor.
+    the magnitudes between them. `shares` are quantize.share_of the tensor in each format, where u is
+    a part of it; u's own if left out. Of a format whose blocks have several rows, u has whole blocks
+    of the tensor.
     """
     column = granularity == "column"
     # a column's neighbourhood is a row of the transpose
@@ -105,16 +105,16 @@ def _magnitudes(
 
 @dataclass(frozen=True)
 class _Sweep:
-    """Formats, at `places` among all, whose errors one sweep over `rows` sums; without `formats`, `rows` are the error."""
+    """Formats, at `places` among all, whose errors one sweep over `u` (…, T, K) sums; without any, `u` is an error itself."""
 
-    rows: Tensor
+    u: Tensor
     formats: object
     shares: Tensor
     places: list[int]
 
 
 def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]) -> list[_Sweep]:
-    """One sweep for all formats of rows and of parts of them, and one for each whose blocks have several rows, or fitted scales."""
+    """One sweep for all formats, and one more for each whose scales are fitted."""
     own = str(u.dtype).removeprefix("torch.")
     # those that round a tensor of this dtype at all
     rounding = [
@@ -122,19 +122,14 @@ def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]
         for i, f in enumerate(formats)
         if f and (f.needs_scale or (f.bits <= 16 and f.dtype != own))
     ]
-    rest = [(i, f) for i, f in rounding if f.block[0] == 1 and f.fit == "max"]
+    rest = [(i, f) for i, f in rounding if f.fit == "max"]
     described_ = (GridFormat * len(rest))(*(described(f) for _, f in rest))
     of_rest = torch.tensor([shares[i] for i, _ in rest])
     sweeps = [_Sweep(u.contiguous(), described_, of_rest, [i for i, _ in rest])]
     for i, f in rounding:
-        if f.block[0] > 1 or f.fit != "max":
-            error = (
-                fake_quantize(u, f, "row", share=shares[i])
-                if f.block[0] == 1
-                else rounded(u, f, "row")
-            )
-            error = (error.float() - u.float()).contiguous()
-            sweeps.append(_Sweep(error, None, torch.empty(0), [i]))
+        if f.fit != "max":
+            error = fake_quantize(u, f, "row", share=shares[i]).float() - u.float()
+            sweeps.append(_Sweep(error.contiguous(), None, torch.empty(0), [i]))
     return sweeps
 
 
@@ -151,17 +146,18 @@ def _swept(g: Tensor, sweeps: Sequence[_Sweep], count: int) -> Tensor:
 
 
 def _summed(g: Tensor, sweep: _Sweep) -> Tensor:
-    u = sweep.rows
-    g, k = g.to(u.dtype).contiguous(), u.shape[-1]
+    u = sweep.u
+    g, (rows, k) = g.to(u.dtype).contiguous(), u.shape[-2:]
     count = len(sweep.places) if sweep.formats is not None else 0
     library = _library()
     assert library is not None  # the caller has seen to it
     # a row's sums each to itself, and not one for all: threads add in no order of their own
     by_row = torch.empty(u.numel() // k, 2, MAGNITUDES + count)
     formats = None if sweep.formats is None else ctypes.byref(sweep.formats)  # type: ignore[arg-type]
-    shares = sweep.shares.data_ptr()
     run = getattr(library, f"sums_{_SUFFIX[u.dtype]}")
-    run(g.data_ptr(), u.data_ptr(), len(by_row), k, formats, shares, count, by_row.data_ptr())
+    sizes = (len(by_row) // rows, rows, k)
+    how = (formats, sweep.shares.data_ptr(), count)
+    run(g.data_ptr(), u.data_ptr(), *sizes, *how, by_row.data_ptr())
     return by_row.sum(0, dtype=torch.float64)
 
 
@@ -178,5 +174,6 @@ def _library() -> ctypes.CDLL | None:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     for suffix in _SUFFIX.values():
         entry = getattr(library, f"sums_{suffix}")
-        entry.argtypes = [pointer, pointer, size, size, pointer, pointer, ctypes.c_int32, pointer]
+        formats = [pointer, pointer, ctypes.c_int32]
+        entry.argtypes = [pointer, pointer, size, size, size, *formats, pointer]
     return library

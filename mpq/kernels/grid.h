@@ -25,7 +25,7 @@ enum Scale : int32_t { kFp32Scale, kBf16Scale, kPowerOfTwo, kE4m3Scale };
 struct Format {  // as grid.py writes it
   int32_t kind, mantissa_bits, min_exponent, scale;
   float maximum, minimum, top;
-  int64_t block;  // columns that share a scale; 0: the row
+  int64_t rows, columns;  // of the block that shares a scale; 0: all of them
 };
 
 template <bool kInteger>
@@ -62,33 +62,45 @@ struct Grid {
     const float rounded = nearest(clamped(v, 2 * maximum));
     return size_bits(rounded) > bits_of(maximum) && v == v ? from_bits(kExponent | (bits_of(v) & kSign)) : rounded;
   }
-  // of a neighbourhood whose largest magnitude has these bits; `share` is quantize.share_of its tensor
-  inline float scale(uint32_t largest, float share, float perturb) const {
+  // of blocks whose largest magnitudes have these bits; `share` is quantize.share_of their tensor
+  inline void scales(const uint32_t* largest, float* scale, int64_t count, float share, float perturb) const {
+    switch (stored) {
+      case kPowerOfTwo:
+        return each_scale<kPowerOfTwo>(largest, scale, count, share, perturb);
+      case kE4m3Scale:
+        return each_scale<kE4m3Scale>(largest, scale, count, share, perturb);
+      case kBf16Scale:
+        return each_scale<kBf16Scale>(largest, scale, count, share, perturb);
+      default:
+        return each_scale<kFp32Scale>(largest, scale, count, share, perturb);
+    }
+  }
+
+ private:
+  template <Scale kStored>
+  inline void each_scale(const uint32_t* __restrict largest, float* __restrict scale, int64_t count, float share,
+                         float perturb) const {
+    const Grid grid = *this;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) scale[i] = grid.template as_stored<kStored>(largest[i], share) * perturb;
+  }
+  template <Scale kStored>
+  inline float as_stored(uint32_t largest, float share) const {
     const float size = from_bits(largest);
     float scale = size / top;
-    if (stored == kPowerOfTwo) {
-      const int32_t power = static_cast<int32_t>((largest + 0x00200000u) >> 23) - (static_cast<int32_t>(bits_of(maximum) >> 23) - 127);
+    if constexpr (kStored == kPowerOfTwo) {
+      const int32_t of_maximum = static_cast<int32_t>(bits_of(maximum) >> 23) - 127;
+      const int32_t power = static_cast<int32_t>((largest + 0x00200000u) >> 23) - of_maximum;
       const int32_t kept = power < 1 ? 1 : power > 254 ? 254 : power;
-      return (size > kTiny ? from_bits(static_cast<uint32_t>(kept) << 23) : 1.0f) * perturb;
+      return size > kTiny ? from_bits(static_cast<uint32_t>(kept) << 23) : 1.0f;
     }
-    if (stored == kE4m3Scale) {
+    if constexpr (kStored == kE4m3Scale) {
       const float of_block = Grid<false>(3, -6, 448.0f).saturated(scale * share);
-      return (of_block > 0.0f ? of_block : 0.125f) / share * perturb;
+      return (of_block > 0.0f ? of_block : 0.125f) / share;
     }
-    if (stored == kBf16Scale) scale = to_float(static_cast<uint16_t>(to_bf16(scale)));
-    return (scale > kTiny ? scale : 1.0f) * perturb;
+    if constexpr (kStored == kBf16Scale) scale = to_float(static_cast<uint16_t>(to_bf16(scale)));
+    return scale > kTiny ? scale : 1.0f;
   }
 };
-
-template <typename T>
-inline uint32_t largest_bits(const T* x, int64_t k) {  // the bits of the largest magnitude
-  uint32_t largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < k; ++i) {
-    const uint32_t size = size_bits(to_float(x[i]));
-    largest = size > largest ? size : largest;
-  }
-  return largest;
-}
 
 }  // namespace

@@ -1,50 +1,52 @@
 // Round trips of numbers through a format, in one sweep over rows that stay in cache: what quantize.fake_quantize does in a
 // dozen, bit for bit. Called through ctypes (rounding.py).
+#include <algorithm>
 #include <vector>
 
-#include "grid.h"
+#include "blocks.h"
 
 namespace {
 
 constexpr int64_t kFew = 16384;  // elements that one thread rounds sooner than two
 
+// x (n, rows, k), a scale for each block of f's rows and columns; those at the ends may have fewer
 template <typename T, bool kInteger>
-inline void round_row(const T* __restrict x, T* __restrict y, int64_t k, const Grid<kInteger> grid, float share,
-                      float perturb) {
-  const float scale = grid.scale(largest_bits(x, k), share, perturb);
+void by_block(const T* x, T* y, int64_t n, int64_t rows, int64_t k, const Format& f, float share, float perturb) {
+  const Grid<kInteger> grid(f);
+  const int64_t high = f.rows > 0 ? f.rows : rows, wide = f.columns > 0 ? f.columns : k;
+  const int64_t strips = up(rows, high) / high, across = up(k, wide) / wide;
+#pragma omp parallel if (n * rows * k > kFew)
+  {
+    std::vector<uint32_t> largest(across);
+    std::vector<float> scale(across);
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < n * strips; ++s) {
+      const int64_t above = s % strips * high, count = rows - above < high ? rows - above : high;
+      const int64_t first = (s / strips * rows + above) * k, end = first + count * k;
+      std::fill(largest.begin(), largest.end(), 0u);
+      for (int64_t at = first; at < end; at += k) raise_largest(x + at, k, wide, largest.data());
+      grid.scales(largest.data(), scale.data(), across, share, perturb);
+      for (int64_t at = first; at < end; at += k) {
+        by_piece(scale.data(), k, wide, [=](int64_t begin, int64_t length, auto scale_of) {
+          const T* __restrict from = x + at + begin;
+          T* __restrict to = y + at + begin;
 #pragma omp simd
-  for (int64_t i = 0; i < k; ++i) store(y + i, grid.saturated(to_float(x[i]) / scale) * scale);
-}
-
-// x (rows, k), a scale for each row; a block is a row here
-template <typename T, bool kInteger>
-void by_row(const T* x, T* y, int64_t rows, int64_t k, const Grid<kInteger> grid, float share, float perturb) {
-#pragma omp parallel for if (rows * k > kFew) schedule(static)
-  for (int64_t r = 0; r < rows; ++r) round_row(x + r * k, y + r * k, k, grid, share, perturb);
-}
-
-// x (n, rows, k), a scale for each column of each matrix
-template <typename T, bool kInteger>
-void by_column(const T* x, T* y, int64_t n, int64_t rows, int64_t k, const Grid<kInteger> grid, float perturb) {
-#pragma omp parallel for if (n * rows * k > kFew) schedule(static)
-  for (int64_t m = 0; m < n; ++m) {
-    const T* from = x + m * rows * k;
-    T* to = y + m * rows * k;
-    std::vector<uint32_t> largest(k, 0);
-    std::vector<float> scale(k);
-    for (int64_t r = 0; r < rows; ++r) {
-#pragma omp simd
-      for (int64_t i = 0; i < k; ++i) {
-        const uint32_t size = size_bits(to_float(from[r * k + i]));
-        largest[i] = size > largest[i] ? size : largest[i];
+          for (int64_t i = 0; i < length; ++i) store(to + i, grid.saturated(to_float(from[i]) / scale_of(i)) * scale_of(i));
+        });
       }
     }
-    for (int64_t i = 0; i < k; ++i) scale[i] = grid.scale(largest[i], 1.0f, perturb);
-    for (int64_t r = 0; r < rows; ++r) {
-#pragma omp simd
-      for (int64_t i = 0; i < k; ++i) store(to + r * k + i, grid.saturated(to_float(from[r * k + i]) / scale[i]) * scale[i]);
-    }
   }
+}
+
+template <typename T>
+float largest(const T* x, int64_t count) {
+  uint32_t bits = 0;
+#pragma omp parallel for simd if (parallel : count > kFew) schedule(static) reduction(max : bits)
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t size = size_bits(to_float(x[i]));
+    bits = size > bits ? size : bits;
+  }
+  return from_bits(bits);
 }
 
 // formats of 16 bits take no scale, and overflow to infinity
@@ -56,23 +58,19 @@ void unscaled(const T* x, T* y, int64_t count, const Grid<false> grid) {
 
 }  // namespace
 
-#define MPQ_ENTRIES(name, T, kInteger)                                                                                     \
-  void row_##name(const T* x, T* y, int64_t rows, int64_t k, const Format* f, float share, float perturb) {                \
-    by_row(x, y, rows, k, Grid<kInteger>(*f), share, perturb);                                                             \
+#define MPQ_ENTRIES(name, T)                                                                                                \
+  void float_##name(const T* x, T* y, int64_t n, int64_t rows, int64_t k, const Format* f, float share, float perturb) {   \
+    by_block<T, false>(x, y, n, rows, k, *f, share, perturb);                                                              \
   }                                                                                                                        \
-  void column_##name(const T* x, T* y, int64_t n, int64_t rows, int64_t k, const Format* f, float perturb) {               \
-    by_column(x, y, n, rows, k, Grid<kInteger>(*f), perturb);                                                              \
-  }
-#define MPQ_UNSCALED(name, T) \
-  void unscaled_##name(const T* x, T* y, int64_t count, const Format* f) { unscaled(x, y, count, Grid<false>(*f)); }
+  void int_##name(const T* x, T* y, int64_t n, int64_t rows, int64_t k, const Format* f, float share, float perturb) {     \
+    by_block<T, true>(x, y, n, rows, k, *f, share, perturb);                                                               \
+  }                                                                                                                        \
+  void unscaled_##name(const T* x, T* y, int64_t count, const Format* f) { unscaled(x, y, count, Grid<false>(*f)); }       \
+  float largest_##name(const T* x, int64_t count) { return largest(x, count); }
 
 extern "C" {
-MPQ_ENTRIES(float_f32, float, false)
-MPQ_ENTRIES(float_bf16, uint16_t, false)
-MPQ_ENTRIES(int_f32, float, true)
-MPQ_ENTRIES(int_bf16, uint16_t, true)
-MPQ_UNSCALED(float_f32, float)
-MPQ_UNSCALED(float_bf16, uint16_t)
+MPQ_ENTRIES(f32, float)
+MPQ_ENTRIES(bf16, uint16_t)
 void bf16_f32(const float* x, float* y, int64_t count) {  // BF16 ends where FP32 does: no room above for the trick
 #pragma omp parallel for simd if (parallel : count > kFew) schedule(static)
   for (int64_t i = 0; i < count; ++i) y[i] = to_float(static_cast<uint16_t>(to_bf16(x[i])));

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import logging
 import subprocess
 from pathlib import Path
@@ -18,20 +17,13 @@ import torch
 from torch import Tensor
 
 from mpq.formats.format import Format
-from mpq.formats.quantize import Granularity, blocks_of, fake_quantize, from_blocks, share_of
+from mpq.formats.quantize import Granularity, fake_quantize, share_under
 from mpq.kernels.compiler import compiled
 from mpq.kernels.grid import GridFormat, described
 
 log = logging.getLogger(__name__)
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_POINTERS, _SIZE, _FLOAT = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int64, ctypes.c_float
-_FORMAT = ctypes.POINTER(GridFormat)
-_ARGUMENTS = {
-    "row": [*_POINTERS, _SIZE, _SIZE, _FORMAT, _FLOAT, _FLOAT],
-    "column": [*_POINTERS, _SIZE, _SIZE, _SIZE, _FORMAT, _FLOAT],
-    "unscaled": [*_POINTERS, _SIZE, _FORMAT],
-}
 
 
 def rounded(x: Tensor, fmt: Format, granularity: Granularity, perturb: float = 1.0) -> Tensor:
@@ -41,43 +33,29 @@ def rounded(x: Tensor, fmt: Format, granularity: Granularity, perturb: float = 1
     library = _library() if _covers(x, fmt, granularity) else None
     if library is None:
         return fake_quantize(x, fmt, granularity, perturb)
-    if fmt.by_blocks:
-        blocks = _by_row(library, _as_blocks(x, fmt), fmt, share_of(x, fmt), perturb)
-        return from_blocks(blocks, fmt, x.shape)
-    column = fmt.needs_scale and granularity == "column"
-    if column or not _rows_lie_densely(x):
+    of = described(fmt, granularity)
+    if of.rows != 1 or not _rows_lie_densely(x):
         x = x.contiguous()
-    if fmt.needs_scale and not column:
-        return _by_row(library, x, fmt, 1.0, perturb)
-    out, pointer = torch.empty_like(x), ctypes.byref(described(fmt))
-    suffix = f"{fmt.kind}_{_SUFFIX[x.dtype]}"
+    out, suffix = torch.empty_like(x), _SUFFIX[x.dtype]
     if fmt.name == "bf16":
         library.bf16_f32(x.data_ptr(), out.data_ptr(), x.numel())
     elif not fmt.needs_scale:
-        getattr(library, f"unscaled_{suffix}")(x.data_ptr(), out.data_ptr(), x.numel(), pointer)
+        getattr(library, f"unscaled_{suffix}")(x.data_ptr(), out.data_ptr(), x.numel(), of)
     else:
-        rows, k = x.shape[-2:]
-        getattr(library, f"column_{suffix}")(
-            x.data_ptr(), out.data_ptr(), x.numel() // (rows * k), rows, k, pointer, perturb
-        )
+        # rows that share nothing are of one matrix, in whatever order they lie
+        rows, k = x.numel() // x.shape[-1] if of.rows == 1 else x.shape[-2], x.shape[-1]
+        run = getattr(library, f"{fmt.kind}_{suffix}")
+        sizes = (x.numel() // (rows * k), rows, k)
+        run(x.data_ptr(), out.data_ptr(), *sizes, of, _share_of(x, fmt, library), perturb)
     return out
 
 
-def _as_blocks(x: Tensor, fmt: Format) -> Tensor:
-    """Each block a row, densely: `x` itself where its rows are whole blocks."""
-    rows, columns = fmt.block
-    if rows == 1 and x.shape[-1] % columns == 0:
-        return x.contiguous().view(*x.shape[:-1], -1, columns)
-    return blocks_of(x, fmt).contiguous()
-
-
-def _by_row(library: Any, x: Tensor, fmt: Format, share: float, perturb: float) -> Tensor:
-    """Rows of a dense `x`, each with a scale."""
-    out, k = torch.empty_like(x), x.shape[-1]
-    sweep = getattr(library, f"row_{fmt.kind}_{_SUFFIX[x.dtype]}")
-    pointers = x.data_ptr(), out.data_ptr()
-    sweep(*pointers, x.numel() // k, k, ctypes.byref(described(fmt)), share, perturb)
-    return out
+def _share_of(x: Tensor, fmt: Format, library: Any) -> float:
+    """quantize.share_of a dense tensor."""
+    if fmt.scale != "e4m3":
+        return 1.0
+    largest = getattr(library, f"largest_{_SUFFIX[x.dtype]}")
+    return share_under(largest(x.data_ptr(), x.numel()), fmt)
 
 
 def _covers(x: Tensor, fmt: Format, granularity: Granularity) -> bool:
@@ -109,8 +87,14 @@ def _library() -> ctypes.CDLL | None:
             error,
         )
         return None
-    for entry, kind, suffix in itertools.product(_ARGUMENTS, ("float", "int"), _SUFFIX.values()):
-        if entry != "unscaled" or kind == "float":
-            getattr(library, f"{entry}_{kind}_{suffix}").argtypes = _ARGUMENTS[entry]
-    library.bf16_f32.argtypes = [*_POINTERS, _SIZE]
+    numbers, format_ = [ctypes.c_void_p] * 2, ctypes.POINTER(GridFormat)
+    size, scalar = ctypes.c_int64, ctypes.c_float
+    for suffix in _SUFFIX.values():
+        for kind in ("float", "int"):
+            entry = getattr(library, f"{kind}_{suffix}")
+            entry.argtypes = [*numbers, size, size, size, format_, scalar, scalar]
+        getattr(library, f"unscaled_{suffix}").argtypes = [*numbers, size, format_]
+        largest = getattr(library, f"largest_{suffix}")
+        largest.argtypes, largest.restype = [ctypes.c_void_p, size], scalar
+    library.bf16_f32.argtypes = [*numbers, size]
     return library

@@ -14,6 +14,7 @@ import numpy as np
 
 from mpq import devices
 from mpq.errors import MpqError, require
+from mpq.spec.export import NEEDS
 from mpq.spec.run import FROM_TASKS, RunSpec, TextSpec
 
 _PLAIN = (".txt", ".md", ".jsonl", ".json")
@@ -70,8 +71,8 @@ def _check_installed(spec: RunSpec) -> None:
         require("gurobipy", "solver: gurobi")
     if spec.evaluation and spec.evaluation.tasks:
         require("lm_eval", "evaluation.tasks")
-    if spec.export and spec.export.to == "compressed-tensors":
-        require("compressed_tensors", "export")
+    if spec.export and spec.export.to in NEEDS:
+        require(NEEDS[spec.export.to], "export")
     if spec.runner.kind != "local":
         require(f"prefect_{spec.runner.kind}", f"runner.kind: {spec.runner.kind}")
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 
 from mpq.spec.fields import Strict, Url
 
-SERVED = ("vllm", "sglang", "transformers")  # engines that read compressed-tensors
-SERVED_MODELOPT = ("vllm", "sglang", "tensorrt-llm")  # engines that read ModelOpt's checkpoints
+Target: TypeAlias = Literal[
+    "compressed-tensors", "modelopt", "torchao", "neural-compressor", "json"
+]
+# who reads what is written, the one that is meant where none is named first; JSON is for anybody
+READERS: dict[Target, tuple[str, ...]] = {
+    "compressed-tensors": ("vllm", "sglang", "transformers"),
+    "modelopt": ("vllm", "sglang", "tensorrt-llm"),
+    "torchao": ("transformers",),
+    "neural-compressor": ("gaudi",),
+    "json": (),
+}
+# what the check of a checkpoint reads it with, where that is installed by an extra alone (errors.py)
+NEEDS = {"compressed-tensors": "compressed_tensors", "torchao": "torchao"}
 
 
 class ExportSpec(Strict):
     """A plan as a checkpoint that an engine serves, reloaded in transformers and compared; see docs/engines.md."""
 
-    to: Literal["compressed-tensors", "modelopt", "json"] = Field(
+    to: Target = Field(
         "compressed-tensors",
-        description="compressed-tensors: a checkpoint for the engine; modelopt: one in NVIDIA's form, for vllm, sglang or tensorrt-llm; json: ops and formats",
+        description="compressed-tensors: a checkpoint for the engine; modelopt: one in NVIDIA's form, for vllm, sglang or tensorrt-llm; "
+        "torchao: one for transformers; neural-compressor: its settings for Gaudi, no weights; json: ops and formats",
     )
     out: Url | None = Field(
         None,

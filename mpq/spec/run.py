@@ -19,7 +19,7 @@ from mpq.formats.format import NoiseModel
 from mpq.formats.scheme import get_scheme
 from mpq.spec.bound import Bound, BoundSpec
 from mpq.spec.constraints import ConstraintSpec, EngineName, TargetSpec
-from mpq.spec.export import SERVED, SERVED_MODELOPT, ExportSpec
+from mpq.spec.export import READERS, ExportSpec
 from mpq.spec.fields import Count, FormatName, LocalFolder, Number, Strict, Url, Whole
 from mpq.spec.timing import TimingSpec, WorkloadSpec
 
@@ -358,8 +358,8 @@ class RunSpec(Strict):
     @model_validator(mode="after")
     def _servable(self) -> RunSpec:
         to = self.export.to if self.export else "json"
-        served = SERVED_MODELOPT if to == "modelopt" else SERVED
-        if to != "json" and self.engine not in served:
+        served = READERS[to]
+        if served and self.engine not in served:
             raise ValueError(
                 f"export.to {to} needs plans that keep to an engine's rules: set engine to {' or '.join(served)}, not {self.engine}"
             )

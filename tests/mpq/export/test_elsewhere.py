@@ -10,7 +10,7 @@ import pytest
 from small_export import checkpoint, linears, mixed, plan_of
 
 from mpq.errors import MpqError
-from mpq.export import exporting
+from mpq.export import writing
 from mpq.export.elsewhere import Elsewhere
 from mpq.export.exporting import export
 from mpq.program.plan import Plan
@@ -82,7 +82,7 @@ def test_cut_off_and_sent_again(asked: tuple[Plan, Path], monkeypatch: pytest.Mo
     assert "model.safetensors" in names()
     assert "config.json" not in names()
     assert Elsewhere(URL).record() == {}
-    monkeypatch.setattr(exporting, "_Work", None)  # would fail, were it made again
+    monkeypatch.setattr(writing, "Writing", None)  # would fail, were it made again
     made = export(*asked, URL)
     assert made.formats == {"int8": 8, "fp8_e4m3": 6}
     assert "config.json" in names()

@@ -17,7 +17,7 @@ from small import small_model
 from small_export import MORE, checkpoint, linears, mixed, plan_of
 
 from mpq.errors import MpqError
-from mpq.export import exporting, folder, shards
+from mpq.export import folder, shards, writing
 from mpq.export.check import Check, compare
 from mpq.export.engines import fused_together, split_ties
 from mpq.export.exporting import Exported, export
@@ -222,7 +222,7 @@ def test_other_work_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.Monk
     """What another plan's export left behind is written anew."""
     source, out = checkpoint(tmp_path / "model"), tmp_path / "out"
     ops = linears(source)
-    monkeypatch.setattr(exporting, "check_room", lambda *_: None)
+    monkeypatch.setattr(writing, "check_room", lambda *_: None)
     monkeypatch.setattr(folder.Aside, "finish", lambda self: None)
     export(plan_of(source, dict.fromkeys(ops, "int8")), source, out)
     monkeypatch.undo()

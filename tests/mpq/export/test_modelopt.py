@@ -99,7 +99,12 @@ def test_what_modelopt_has_no_name_for(tmp_path: Path) -> None:
     for formats, base, engine, said in (
         ({op: "int8"}, "bf16", "vllm", "runs in int8 .*it can hold fp8_e4m3, fp8_block"),
         ({op: "fp8_e4m3"}, "fp32", "vllm", "base is fp32: make the plan with base bf16"),
-        ({op: "fp8_e4m3"}, "bf16", "transformers", "transformers does not read ModelOpt"),
+        (
+            {op: "fp8_e4m3"},
+            "bf16",
+            "transformers",
+            "transformers does not read what is exported to modelopt",
+        ),
     ):
         with pytest.raises(MpqError, match=said):
             export(

@@ -24,7 +24,7 @@ def defined(g: Tensor, u: Tensor, granularity: Granularity, formats: list[Format
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("granularity", ["row", "column"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (2, 3, 17, 64), (70, 129)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (2, 3, 17, 64), (2, 130, 33), (70, 129)])
 def test_sums_are_those_of_the_definition(
     shape: tuple[int, ...], granularity: Granularity, dtype: torch.dtype
 ) -> None:
