@@ -7,9 +7,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from mpq.program.stability import ALIKE, KNOWN
 from mpq.report.calibration import Calibration
-from mpq.report.style import INK, SMALL, legend, new_figure
-
-_ALIKE, _KNOWN = "#0072b2", "#d55e00"
+from mpq.report.style import BLUE, INK, RED, SMALL, legend, new_figure
 
 
 def enough_calibration(found: Calibration) -> Figure:
@@ -20,8 +18,8 @@ def enough_calibration(found: Calibration) -> Figure:
     figure, (axes,) = new_figure(4.8, 3.4)
     samples = [at.samples for at in found.curve]
     lines = (
-        ("lowered alike", [at.alike for at in found.curve], ALIKE, _ALIKE, "o"),
-        (f"{found.cost} known to ±", [at.known for at in found.curve], KNOWN, _KNOWN, "s"),
+        ("lowered alike", [at.alike for at in found.curve], ALIKE, BLUE, "o"),
+        (f"{found.cost} known to ±", [at.known for at in found.curve], KNOWN, RED, "s"),
     )
     for name, values, limit, color, marker in lines:
         axes.plot(samples, values, color=color, marker=marker, markersize=4, label=name)
