@@ -51,6 +51,24 @@ def test_a_run_ends_with_a_checkpoint(tmp_path: Path) -> None:
     assert weights.read_bytes() == whole
 
 
+def test_other_targets(tmp_path: Path) -> None:
+    """The same run ends with ModelOpt's form, checked, or with settings for Gaudi that have attention's products, which its
+    engine lets plans lower; each engine's rules are the program's."""
+    plain = served(tmp_path).model_dump(mode="json")
+    plain["model"]["base"] = "bf16"
+    plain["objectives"]["m"]["formats"] = ["fp8_e4m3"]
+    spec = parse_spec({**plain, "export": {"to": "modelopt"}})
+    out = Path(calibrate(spec)["out"]["checkpoint"])
+    record = json.loads((out / "export.json").read_text())
+    assert (record["to"], record["check"]["passed"]) == ("modelopt", True)
+    assert json.loads((out / "hf_quant_config.json").read_text())["quantization"]["quant_algo"]
+    tt = {"formats": ["fp8_e4m3"], "strategies": ["ip"]}
+    gaudi = {"engine": "gaudi", "objectives": {"tt": tt}, "export": {"to": "neural-compressor"}}
+    out = Path(calibrate(parse_spec({**plain, **gaudi}))["out"]["checkpoint"])
+    named = json.loads((out / "maxabs_quant.json").read_text())["allowlist"]["names"]
+    assert any(name.endswith("matmul_qk$") for name in named)
+
+
 def test_another_plan_by_name(tmp_path: Path) -> None:
     """A plan that is named is exported; one in a given folder is not written over unless the spec says so."""
     out = str(tmp_path / "here")
@@ -144,6 +162,10 @@ def test_four_bits_to_a_target(tmp_path: Path) -> None:
     plan, out = Plan.from_json(Path(result["out"]["plan"]).read_text()), result["out"]["checkpoint"]
     assert set(plan.lowered.values()) == {"nvfp4", "fp8_e4m3"}
     assert (plan.name, plan.base, plan.engine) == ("m-ip_loss", "bf16", "transformers")
+    assert plan.effective_bits
+    assert plan.weight_bytes
+    assert plan.predicted_kl
+    assert spec.evaluation
     tensors = load_file(Path(out) / "model.safetensors")
     held = {name: t for name, t in tensors.items() if "_proj" in name or "lm_head" in name}
     weights = re.compile(r"weight(_packed|_scale)?$")
