@@ -162,6 +162,10 @@ def test_four_bits_to_a_target(tmp_path: Path) -> None:
     plan, out = Plan.from_json(Path(result["out"]["plan"]).read_text()), result["out"]["checkpoint"]
     assert set(plan.lowered.values()) == {"nvfp4", "fp8_e4m3"}
     assert (plan.name, plan.base, plan.engine) == ("m-ip_loss", "bf16", "transformers")
+    assert plan.effective_bits
+    assert plan.weight_bytes
+    assert plan.predicted_kl
+    assert spec.evaluation
     tensors = load_file(Path(out) / "model.safetensors")
     held = {name: t for name, t in tensors.items() if "_proj" in name or "lm_head" in name}
     weights = re.compile(r"weight(_packed|_scale)?$")
