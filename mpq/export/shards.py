@@ -44,6 +44,7 @@ class Piece:
     shape: tuple[int, ...]
     bytes: int
     part: tuple[int, int, int] | None = None  # one expert, and from which of its columns to which
+    op: str = ""  # the lowered op whose weight it is, or one expert's of it
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def shards_of(
             if op:
                 _check_width(op, lowered[op], shape)
                 coded = sum(sizes(get_scheme(lowered[op]), shape).values())
-                pieces.append(Piece(file, tensor, into, lowered[op], shape, coded))
+                pieces.append(Piece(file, tensor, into, lowered[op], shape, coded, op=op))
             for piece in pieces:
                 if groups[-1] and sum(p.bytes for p in groups[-1]) + piece.bytes > limit:
                     groups.append([])
@@ -203,7 +204,9 @@ def write_shard(
             scheme = get_scheme(piece.format)
             how = (scheme, dtype, piece.tensor, *shares.get(op, (None, None)))
             if len(piece.shape) == 3:  # all experts', (experts, K, C), of no module of their own
-                each = [laid_out(tensors_of(w.T.contiguous(), *how), piece.format) for w in _experts(of)]
+                each = [
+                    laid_out(tensors_of(w.T.contiguous(), *how), piece.format) for w in _experts(of)
+                ]
                 found = {f"{op}_{end}": torch.stack([e[end] for e in each]) for end in each[0]}
             else:
                 coded = laid_out(tensors_of(of, *how), piece.format)

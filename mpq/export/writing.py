@@ -90,7 +90,7 @@ class Writing:
         before, of = marks(self.source), fingerprint(self.source)
         plan.check_model(of)
         how = (check, device, self.trusted)
-        shares = shares_of(self.shards, self.source, self.lowered, self.base, self.engine, *how)
+        shares = shares_of(self.shards, self.source, self.base, self.engine, *how)
         aside = Aside(out, self._key(of, shares))
         check_room(out, self._missing(aside) + self._room_of(check))
         aside.begin()
