@@ -27,7 +27,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="compressed-tensors: a checkpoint for vLLM and transformers; modelopt: one in NVIDIA's form; torchao: one for transformers; neural-compressor: its settings for Gaudi, no weights; json: ops and formats."
+            help="compressed-tensors: a checkpoint for vLLM and transformers; modelopt: one in NVIDIA's form; torchao: one for transformers; mxfp4: gpt-oss's own form, experts in MXFP4; neural-compressor: its settings for Gaudi, no weights; json: ops and formats."
         ),
     ] = "compressed-tensors",
     engine: Annotated[

@@ -59,6 +59,10 @@ def loaded_model(
     config: Any = AutoConfig.from_pretrained(folder, **how)
     build: Any = auto_class(config)
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    section = getattr(config, "quantization_config", None) or {}
+    if section.get("quant_method") == "mxfp4":  # as values, also where its kernels are installed
+        source["config"] = config
+        config.quantization_config = {**section, "dequantize": True}
     if decode_experts:
         source = {"pretrained_model_name_or_path": None}
         source["state_dict"] = dense_tensors(folder, dtype, _EXPERT.search)

@@ -44,6 +44,7 @@ class Piece:
     shape: tuple[int, ...]
     bytes: int
     part: tuple[int, int, int] | None = None  # one expert, and from which of its columns to which
+    op: str = ""  # the lowered op whose weight it is, or one expert's of it
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ def shards_of(
     base: str,
     limit: int = SHARD_BYTES,
     sizes: Callable[[Scheme, tuple[int, ...]], dict[str, int]] = sizes_of,
+    stacked: bool = False,
 ) -> tuple[Shard, ...]:
     """How the checkpoint in `folder` is written anew; only the files' headers are read. `sizes` tells the bytes of a weight's
-    tensors.
+    tensors; `stacked`, that a layer's lowered experts stay in one (layout.py).
 
     A lowered weight that is tied becomes a tensor of its own; each expert's keeps its name. Raises MpqError where the
     checkpoint has no weight of a lowered op under its name, or all experts in one tensor.
@@ -79,7 +81,7 @@ def shards_of(
     }
     names = {name for tensors in held.values() for name in tensors}
     taken_from = {_source(op, model, names): op for op in lowered if op not in model.expert_ops}
-    of_experts = _of_experts(set(lowered) & set(model.expert_ops), model, names)
+    of_experts = _of_experts(set(lowered) & set(model.expert_ops), model, names, stacked)
     groups: list[list[Piece]] = []
     for file, tensors in held.items():
         groups.append([])
@@ -99,7 +101,7 @@ def shards_of(
             if op:
                 _check_width(op, lowered[op], shape)
                 coded = sum(sizes(get_scheme(lowered[op]), shape).values())
-                pieces.append(Piece(file, tensor, into, lowered[op], shape, coded))
+                pieces.append(Piece(file, tensor, into, lowered[op], shape, coded, op=op))
             for piece in pieces:
                 if groups[-1] and sum(p.bytes for p in groups[-1]) + piece.bytes > limit:
                     groups.append([])
@@ -160,14 +162,16 @@ def _source(op: str, model: Skeleton, names: set[str]) -> str:
     )
 
 
-def _of_experts(ops: set[str], model: Skeleton, names: set[str]) -> dict[str, str]:
-    """Each tensor that holds one expert's matrix of one of `ops`, and the op."""
+def _of_experts(ops: set[str], model: Skeleton, names: set[str], stacked: bool) -> dict[str, str]:
+    """Each tensor that holds one expert's matrix of one of `ops`, or those of all where they are `stacked`, and the op."""
     if not ops:
         return {}
     found = {name: op for name in names if (op := model.expert_op(name)) in ops}
+    if stacked:
+        return {op: op for op in ops & names}
     if missing := sorted(ops - set(found.values())):
         raise MpqError(
-            f"The checkpoint keeps all experts of {missing[0]} in one tensor, which compressed-tensors has no names for: pin *.experts.* to base and solve again."
+            f"The checkpoint keeps all experts of {missing[0]} in one tensor, which compressed-tensors has no names for: pin *.experts.* to base and solve again (gpt-oss's can be in mxfp4a16: export --to mxfp4)."
         )
     return found
 
@@ -198,13 +202,26 @@ def write_shard(
             op = piece.name.removesuffix(".weight")
             of = part[...] if isinstance(part, Dense) else part  # decoded once, not in chunks
             scheme = get_scheme(piece.format)
-            found = tensors_of(of, scheme, dtype, piece.tensor, *shares.get(op, (None, None)))
-            found = laid_out(found, piece.format)
-            written |= {f"{op}.{end}": tensor for end, tensor in found.items()}
+            how = (scheme, dtype, piece.tensor, *shares.get(op, (None, None)))
+            if len(piece.shape) == 3:  # all experts', (experts, K, C), of no module of their own
+                each = [
+                    laid_out(tensors_of(w.T.contiguous(), *how), piece.format) for w in _experts(of)
+                ]
+                found = {f"{op}_{end}": torch.stack([e[end] for e in each]) for end in each[0]}
+            else:
+                coded = laid_out(tensors_of(of, *how), piece.format)
+                found = {f"{op}.{end}": tensor for end, tensor in coded.items()}
+            written |= found
         else:
             tensor = _read(part, piece)
             written[piece.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     save_file(written, to, metadata=dict(metadata))
+
+
+def _experts(of: Any) -> Iterator[Tensor]:
+    """One expert's matrix of a tensor, or of safetensors' slice of one, after the other."""
+    for expert in range(len(of) if isinstance(of, Tensor) else of.get_shape()[0]):
+        yield of[expert : expert + 1][0]
 
 
 def _read(part: Any, piece: Piece) -> Tensor:

@@ -49,6 +49,7 @@ class Skeleton:
         Any, ...
     ] = ()  # how transformers makes its parameters of a checkpoint's tensors
     apart: frozenset[str] = frozenset()  # modules of experts that compressed-tensors takes apart
+    model_type: str = ""
 
     def name_of(self, tensor: str) -> str:
         """What the model calls a tensor of the checkpoint: old checkpoints leave the base model's prefix out, or have it alone,
@@ -125,4 +126,5 @@ def skeleton(config: Any) -> Skeleton:
             if (how := dict[str, Any](_PATCHED.get(type(m).__name__) or {}))
             and "compressed-tensors" in how["quantization_methods"]
         ),
+        model_type=config.model_type,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq.errors import MpqError
-from mpq.export import modelopt, scheme, shards, torchao
+from mpq.export import modelopt, mxfp4, scheme, shards, torchao
 from mpq.export.card import model_card
 from mpq.export.expressible import lowered_linears, unread_experts
 from mpq.export.folder import Aside, check_room, copy_beside
@@ -34,6 +34,7 @@ LAYOUTS: dict[str, Layout] = {
     "compressed-tensors": scheme.LAYOUT,
     "modelopt": modelopt.LAYOUT,
     "torchao": torchao.LAYOUT,
+    "mxfp4": mxfp4.LAYOUT,
 }
 _OF_SOURCE = ("dtype", "torch_dtype", "quantization_config")  # in config.json: said anew
 _VERSION = 1  # of what is written: shards of another are not taken over
@@ -73,7 +74,8 @@ class Writing:
         self.layout.check_held(linears, base, self.model)
         self.lowered = lowered_linears(formats, base, self.model, engine)
         limit, sizes = shard_bytes or SHARD_BYTES, self.layout.sizes
-        self.shards = shards_of(source, self.model, self.lowered, base, limit, sizes)
+        how = (limit, sizes, self.layout.stacked)
+        self.shards = shards_of(source, self.model, self.lowered, base, *how)
 
     def run(
         self,
@@ -88,7 +90,7 @@ class Writing:
         before, of = marks(self.source), fingerprint(self.source)
         plan.check_model(of)
         how = (check, device, self.trusted)
-        shares = shares_of(self.shards, self.source, self.lowered, self.base, self.engine, *how)
+        shares = shares_of(self.shards, self.source, self.base, self.engine, *how)
         aside = Aside(out, self._key(of, shares))
         check_room(out, self._missing(aside) + self._room_of(check))
         aside.begin()

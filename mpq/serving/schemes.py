@@ -16,11 +16,11 @@ from mpq.formats.scheme import SCHEMES, Scheme, with_fitted
 EXPORTED = tuple(
     s.name for s in SCHEMES.values() if s.weights.needs_scale and s.weights.exponent_bits != 5
 )
-# of these, what an engine reads a layer's experts in. vLLM 0.32, compressed_tensors_moe.py: get_moe_method; NVFP4, whose gate and
-# up would have to share each expert's scale, is not written. transformers reads weights alone, integers where they are packed
+# of these, what an engine reads a layer's experts in. vLLM 0.32, compressed_tensors_moe.py: get_moe_method. transformers reads
+# weights alone, integers where they are packed
 # (integrations/compressed_tensors.py, 5.23), and leaves out the tensor's scale of NVFP4.
 OF_EXPERTS = {
-    "vllm": tuple(name for name in EXPORTED if "nvfp4" not in name),
+    "vllm": EXPORTED,
     "sglang": ("int8", "fp8_e4m3"),
     "transformers": (
         *with_fitted(

@@ -9,13 +9,14 @@ from pydantic import Field
 from mpq.spec.fields import Strict, Url
 
 Target: TypeAlias = Literal[
-    "compressed-tensors", "modelopt", "torchao", "neural-compressor", "json"
+    "compressed-tensors", "modelopt", "torchao", "mxfp4", "neural-compressor", "json"
 ]
 # who reads what is written, the one that is meant where none is named first; JSON is for anybody
 READERS: dict[Target, tuple[str, ...]] = {
     "compressed-tensors": ("vllm", "sglang", "transformers"),
     "modelopt": ("vllm", "sglang", "tensorrt-llm"),
     "torchao": ("transformers",),
+    "mxfp4": ("vllm", "transformers"),
     "neural-compressor": ("gaudi",),
     "json": (),
 }
@@ -29,7 +30,7 @@ class ExportSpec(Strict):
     to: Target = Field(
         "compressed-tensors",
         description="compressed-tensors: a checkpoint for the engine; modelopt: one in NVIDIA's form, for vllm, sglang or tensorrt-llm; "
-        "torchao: one for transformers; neural-compressor: its settings for Gaudi, no weights; json: ops and formats",
+        "torchao: one for transformers; mxfp4: gpt-oss's own form, experts in MXFP4; neural-compressor: its settings for Gaudi, no weights; json: ops and formats",
     )
     out: Url | None = Field(
         None,

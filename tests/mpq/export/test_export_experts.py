@@ -22,7 +22,7 @@ from mpq.export.expressible import lowered_linears, unread_experts
 from mpq.export.reload import loaded_model, log_probabilities, rounding_experts
 from mpq.export.skeleton import skeleton
 from mpq.formats.format import get_format
-from mpq.formats.quantize import fake_quantize
+from mpq.formats.quantize import fake_quantize, share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.blocks import Blocks
 from mpq.models.checkpoint import fingerprint, load_config, load_model
@@ -80,6 +80,7 @@ def reloaded(
         ("deepseek_v3", "mxfp8", "bf16", "vllm"),
         ("mixtral", "w4a16_g32_mse", "bf16", "transformers"),
         ("qwen3_moe", "mxfp4", "bf16", "vllm"),
+        ("mixtral", "nvfp4a16", "bf16", "vllm"),  # gate and up share a scale, an expert at a time
     ],
 )
 def test_experts_are_reloaded_in_transformers(
@@ -117,14 +118,36 @@ def test_experts_are_reloaded_in_transformers(
 
 
 def test_a_checked_export_of_experts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The exporter's own check of INT8, by a fresh process, passes; which engine has answered one is told."""
-    source = write_checkpoint(tmp_path / "model", model_type="qwen3_moe")
+    """The exporter's own check of NVFP4, by a fresh process, passes; gate and up of an expert share a scale, all experts that of
+    their input, the largest of what the text makes; which engine has answered one is told."""
+    more = {**MIXTURES["qwen3_moe"], "moe_intermediate_size": 32}
+    source, out = tmp_path / "model", tmp_path / "out"
+    small_model("qwen3_moe", dtype=torch.bfloat16, **more).save_pretrained(source)
+    plan = plan_of(source, dict.fromkeys(BOTH, "nvfp4"), base="bf16")
+    with pytest.raises(MpqError, match="measured on text"):
+        export(plan, source, out)
     with caplog.at_level(logging.WARNING, "mpq"):
-        made = export(
-            plan_of(source, dict.fromkeys(BOTH, "int8")), source, tmp_path / "out", check=BLOCKS
-        )
+        made = export(plan, source, out, check=BLOCKS)
     assert made.check["passed"]
     assert "of engines vLLM alone was seen to answer" in caplog.text
+    held = load_file(out / "model.safetensors")
+    experts = [f"model.layers.0.mlp.experts.{e}" for e in range(4)]
+    for expert in experts:
+        gate, up = (held[f"{expert}.{p}_proj.weight_global_scale"] for p in ("gate", "up"))
+        assert gate == up
+    inputs: list[torch.Tensor] = []
+    model = load_model(source, "bf16")
+    module = model.get_submodule("model.layers.0.mlp.experts")
+    module.register_forward_pre_hook(lambda _, given: inputs.append(given[0].abs().amax()))
+    with torch.inference_mode():
+        model(torch.from_numpy(BLOCKS.tokens))
+    activations = get_scheme("nvfp4").activations
+    assert activations is not None
+    want = share_of(torch.stack(inputs).amax().float(), activations)
+    found = {
+        float(held[f"{e}.{p}_proj.input_global_scale"]) for e in experts for p in ("gate", "up")
+    }
+    assert found == {want}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +156,7 @@ def test_a_checked_export_of_experts(tmp_path: Path, caplog: pytest.LogCaptureFi
         ("qwen3_moe", {"down_proj": "int8"}, "transformers", "all of a model in one of"),
         ("qwen3_moe", dict.fromkeys(BOTH, "fp8_block"), "transformers", "experts for transformers"),
         ("qwen3_moe", {"down_proj": "fp8_e4m3"}, "vllm", "one format for all experts"),
-        ("qwen3_moe", dict.fromkeys(BOTH, "nvfp4a16"), "vllm", "mpq writes experts for vllm in"),
+        ("qwen3_moe", dict.fromkeys(BOTH, "mxfp4"), "sglang", "mpq writes experts for sglang in"),
         ("gpt_oss", BOTH, "vllm", "in one tensor"),
     ],
 )
