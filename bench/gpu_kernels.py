@@ -101,9 +101,9 @@ def linears(
     for name, (k, c) in shapes.items():
         x, weight = (torch.randn(n, k, device=device, dtype=base) for n in (tokens, c))
         ways: dict[str, Any] = {"base": lambda t, weight=weight: linear(t, weight)}
-        for fmt in (f for f in native_formats(device) if get_scheme(f).alike):
-            if getattr(torch, get_format(fmt).dtype) != base and fmt != "fp32":
-                ways[fmt] = make(weight, None, get_format(fmt))
+        for scheme in (s for f in native_formats(device) if (s := get_scheme(f)).activations):
+            if getattr(torch, scheme.weights.dtype) != base and scheme.name != "fp32":
+                ways[scheme.name] = make(weight, None, scheme.weights)
         if "fp8_e4m3" in ways:
             e4m3 = get_format("fp8_e4m3")
             ways["fp8_e4m3 without fast accumulation"] = make(weight, None, e4m3, fast=False)

@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,20 @@ def begin(
         )
 
 
+@contextlib.contextmanager
+def to_the_end() -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM are not heard: a second one would leave half of what the first one ends."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    before = {kind: signal.signal(kind, signal.SIG_IGN) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
 class Services:
     """Processes under one folder, each with its log there. Used with `with`: at the end none of them is left."""
 
@@ -92,6 +107,10 @@ class Services:
 
     def __exit__(self, *exc: object) -> None:
         """Stop everything, the last started first: politely, then for good, children included."""
+        with to_the_end():
+            self._stop()
+
+    def _stop(self) -> None:
         for process in reversed(self.processes.values()):
             everyone = [process.pid]
             if psutil.pid_exists(process.pid):

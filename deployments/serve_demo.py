@@ -143,18 +143,13 @@ def table_of(plan: Plan, times: Times, prompt: str) -> Table:
     return table
 
 
-def demonstrate(
-    spec: RunSpec, checkpoint: Path, home: Path, console: Console, repeats: int = REPEATS
-) -> tuple[str, Times]:
-    """Serve the checkpoint that a run of `spec` ended with, ask it, and time it beside its base: the answer, and the times."""
+def answered(spec: RunSpec, checkpoint: Path, home: Path, console: Console) -> str:
+    """What the checkpoint says when it is served and asked; the server is stopped, also where that is interrupted."""
     environment = find_environment()
-    plan = Plan.from_json((checkpoint / "plan.json").read_text(encoding="utf-8"))
-    record = json.loads((checkpoint / "export.json").read_text(encoding="utf-8"))
-    console.print(f"[bold]•[/] {plan.name}: {record['formats']} of {record['linears']} linears")
     with Services(home) as services:
         services.environment = environment.variables(spec.timing.threads_on(spec.model.device))
         start = time.perf_counter()
-        address = serve(services, environment, checkpoint, plan.base)
+        address = serve(services, environment, checkpoint, spec.model.base)
         console.print(
             f"[bold]•[/] vllm serve {checkpoint}: ready after {time.perf_counter() - start:.0f} s at {address}"
         )
@@ -162,6 +157,17 @@ def demonstrate(
         console.print(
             f"[bold]•[/] asked {QUESTION!r}, answered {answer!r}", highlight=False, markup=True
         )
+    return answer
+
+
+def demonstrate(
+    spec: RunSpec, checkpoint: Path, home: Path, console: Console, repeats: int = REPEATS
+) -> tuple[str, Times]:
+    """Serve the checkpoint that a run of `spec` ended with, ask it, and time it beside its base: the answer, and the times."""
+    plan = Plan.from_json((checkpoint / "plan.json").read_text(encoding="utf-8"))
+    record = json.loads((checkpoint / "export.json").read_text(encoding="utf-8"))
+    console.print(f"[bold]•[/] {plan.name}: {record['formats']} of {record['linears']} linears")
+    answer = answered(spec, checkpoint, home, console)
     console.print("[bold]•[/] stopped the server; base and the plan in one process, side by side:")
     times = measured({"base": ROOT / spec.model.path, "plan": checkpoint}, spec, repeats)
     prompt = f"{spec.timing.batch} × {spec.timing.length} tokens, {TOKENS} answered"

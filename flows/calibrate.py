@@ -180,6 +180,7 @@ def sensitivity(run: Run, groups: TableRef, blocks: TableRef) -> References:
             "batch": part.batch,
             "base_term": run.spec.base_term,
             "checkpoint_activations": part.checkpoint_activations,
+            "labels": part.labels,
         }
         for shard in range(shards)
     }

@@ -45,6 +45,7 @@ def _loaded_from(
         "batch",
         "shards",
         "checkpoint_activations",
+        "labels",
         "seeds",
         "ttft_repeats",
     }
@@ -113,10 +114,11 @@ def _shard_alone(
     shards: int,
     formats: list[str],
     base_term: bool,
+    labels: int,
     **_: Any,
 ) -> Any:
     """The shard's own tokens, not their place among others: a new shard adds to the old ones."""
-    return weights, groups, blocks_of(blocks).shards(shards)[shard].key, formats, base_term
+    return weights, groups, blocks_of(blocks).shards(shards)[shard].key, formats, base_term, labels
 
 
 @stage(
@@ -132,6 +134,7 @@ def sensitivity_shard(
     batch: int,
     base_term: bool,
     checkpoint_activations: bool,
+    labels: int,
 ) -> Output:
     """Sensitivity of every op over one shard of the calibration blocks."""
     from mpq.loss.sensitivity import measure
@@ -148,6 +151,7 @@ def sensitivity_shard(
             batch=batch,
             base_term=base_term,
             checkpoint_activations=checkpoint_activations,
+            labels=labels,
             progress=progress,
         )
     return found._asdict()

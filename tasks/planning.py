@@ -114,6 +114,14 @@ def solve(
     asked = any(limit.signed for limit in limits)
     if asked and not signed:
         raise MpqError("A bound with signs needs the tables sensitivity and effects: give both.")
+    decided = tables[1]["group"].n_unique()
+    if asked and signed and signed.samples < decided:
+        log.warning(
+            "τ bounds the loss MSE with signs of %d calibration samples for %d decisions: effects that cancel on so few need "
+            "not cancel on other text (docs/log.md), so calibrate with more samples, or leave bound.signed out.",
+            signed.samples,
+            decided,
+        )
     measured = read_together(timing) if timing else table("timing", [])
     base_ttft: Any = measured["base_ttft_s"].median()
     term, of_tokens = 0.0, 0.0

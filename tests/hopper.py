@@ -1,7 +1,7 @@
 """What mpq's Triton kernels compile to for Hopper, on a machine without a GPU: `TRITON_INTERPRET=0 python tests/hopper.py`.
 
 The kernels' own Python runs as it would there, with its specialisations, down to the launch, which compiles for compute
-capability 9.0 and stops. Prints one JSON object a line: kernel, formats, matrix instructions, registers and stack (spills)
+capability 9.0, or 10.0 (Blackwell) where a format asks for it, and stops. Prints one JSON object a line: kernel, formats, matrix instructions, registers and stack (spills)
 of a thread, shared memory of a block.
 """
 
@@ -29,8 +29,10 @@ SHARED = (
 class Hopper:
     """Triton's idea of a GPU of which only the name is needed."""
 
+    capability = 90
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -72,8 +74,8 @@ def told(kernel: Any) -> dict[str, Any]:
 def main() -> None:
     driver.set_active(Hopper())
     JITFunction.run = _compile_only
-    from mpq.formats.format import get_format
-    from mpq.kernels import bgemm, flash, fp8
+    from mpq.formats.format import BLOCKED, get_format
+    from mpq.kernels import bgemm, block_codes, flash, fp8
 
     e4m3 = get_format("fp8_e4m3")
 
@@ -96,6 +98,18 @@ def main() -> None:
         tell(head_dim=dim, qk=qk and qk.name, av=av and av.name)
     bgemm.matmul(q, k.mT, e4m3)
     tell()
+    one = torch.empty(1024, dtype=torch.float32)
+    for dtype, blocks in ((torch.int8, False), (torch.float8_e4m3fn, True)):
+        a, b = (torch.empty(n, 2048, dtype=dtype) for n in (512, 1024))
+        bgemm.linear((a, one), (b, one), torch.bfloat16, blocks)
+        tell(of=str(dtype))
+    x = torch.empty(512, 2048, dtype=torch.bfloat16)
+    fp8.quantize_rows(x, get_format("int8"))
+    tell(of="int8")
+    for name in ("fp8_e4m3_128", "mxfp8", "mxfp4", "nvfp4"):
+        Hopper.capability = 90 if name.startswith("fp8") else 100
+        block_codes.quantize_blocks(x, BLOCKED[name])
+        tell(of=name)
 
 
 if __name__ == "__main__":

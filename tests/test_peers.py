@@ -148,3 +148,25 @@ def test_costs_of_searches_by_hand(compare: ModuleType) -> None:
     }
     assert told["peak_mb"]["largest"] == pytest.approx(1.2)
     assert {of["tool"]: of["peak_mb"] for of in told["tools"]}["auto-round"] == 500.0
+
+
+def test_the_picture_has_a_panel_a_case(compare: ModuleType) -> None:
+    """A line for each tool, over mpq's KL at the same target; a plan over its target is in none."""
+    from picture import panels
+
+    kls = {"mpq": (2.0, 3.0), "higgs": (4.0, 3.0), "random": (8.0, 9.0)}
+    rows = [
+        {"checkpoint": "c", "case": case, "target": target, "tool": tool, "kl": of[target]}
+        for case in ("free", "tied")
+        for tool, of in kls.items()
+        for target in (0, 1)
+    ]
+    plans = pl.DataFrame(rows).with_columns(over=(pl.col("tool") == "random") & (pl.col("kl") > 8))
+    figure = panels(plans)
+    assert [axes.get_title() for axes in figure.axes] == ["c, free", "c, tied"]
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[1].get_lines()}
+    assert {tool: list(lines[tool]) for tool in kls} == {
+        "mpq": [1, 1],
+        "higgs": [2, 1],
+        "random": [4],
+    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def shards_of(
         groups.append([])
         for name, (tensor, kind, shape) in tensors.items():
             op, into = taken_from.get(name), ""
-            kept = {name}
+            kept = {_kept(name, tensor, model)}
             if op:  # what is tied to it stays in base, under names of its own
                 into = f"{op}.weight"
                 kept = (kept | model.sharing(name) - names) - {into}
@@ -110,6 +111,14 @@ def shards_of(
         Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(pieces))
         for number, pieces in enumerate(groups, 1)
     )
+
+
+def _kept(name: str, tensor: str, model: Skeleton) -> str:
+    """What a tensor in base is called: as in the model, as linears are; but the rest of a layer as in the checkpoint, the one
+    name that engines know (Mixtral's routers lie in `block_sparse_moe`, beside its experts, transformers' in `mlp`)."""
+    layer = re.match(r".*?[.]\d+[.]", name)
+    same = layer is not None and tensor.startswith(layer[0])
+    return tensor if same and name.removesuffix(".weight") not in model.linears else name
 
 
 def _apart(

@@ -25,7 +25,7 @@ _CPU: dict[Kind, tuple[str, ...]] = {
     "bgemm": ("fp32", "bf16"),
 }
 # the compute capability from which a GPU has matrix instructions for a format (CUDA programming guide, arithmetic throughput);
-# E5M2 stands for activations beside E4M3 weights, which attention has none of (kernels/cuda.py)
+# E5M2 stands for activations beside E4M3 weights, which attention has none of (kernels/cuda.py); blocks: kernels/scaled.py
 _CUDA: dict[Kind, dict[str, tuple[int, int]]] = {
     "linear": {
         "fp32": (0, 0),
@@ -33,10 +33,15 @@ _CUDA: dict[Kind, dict[str, tuple[int, int]]] = {
         "bf16": (8, 0),
         "fp8_e4m3": (8, 9),
         "fp8_e5m2": (8, 9),
+        "int8": (8, 0),
+        "fp8_block": (8, 9),
+        "mxfp8": (10, 0),
+        **dict.fromkeys(with_fitted("mxfp4", "nvfp4"), (10, 0)),
     },
     "experts": {},  # how many tokens an expert gets is known on the device alone: they need a grouped product
     "bgemm": {"fp32": (0, 0), "fp16": (7, 0), "bf16": (8, 0), "fp8_e4m3": (8, 9)},
 }
+_B200_ALONE = with_fitted("mxfp4")  # torch's product of them asks for compute capability 10
 # the CPU features that decide how fast BF16 and INT8 are, by torch's names
 _FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_ne_convert", "avx_vnni")
 
@@ -50,7 +55,12 @@ def native_formats(device: str = "cpu", kind: Kind = "linear") -> tuple[str, ...
     if device.split(":")[0] != "cuda" or not torch.cuda.is_available():
         return ()
     capability = torch.cuda.get_device_capability(device)
-    return tuple(name for name, since in _CUDA[kind].items() if capability >= since)
+    here = capability[0] == 10
+    return tuple(
+        name
+        for name, since in _CUDA[kind].items()
+        if capability >= since and (here or name not in _B200_ALONE)
+    )
 
 
 def check_native(formats: Iterable[str], device: str = "cpu", kind: Kind = "linear") -> None:

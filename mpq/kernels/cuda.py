@@ -1,5 +1,7 @@
 """Native kernels of an NVIDIA GPU: 16-bit formats by casting, FP8 linears by torch._scaled_mm, FP8 attention in Triton.
 
+Linears in INT8 and in blocks are in scaled.py.
+
 A linear in FP8 is two launches, the second cuBLAS's (Hopper) or CUTLASS's:
 
     rows (T, K) -> codes (T, K padded), scale (T)              amax, divide, round in one pass (fp8.py)
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 
 from mpq.formats.format import Format, get_format
 from mpq.formats.quantize import Granularity, quantize, scale_of
-from mpq.kernels import bgemm, cpu, flash
+from mpq.kernels import bgemm, cpu, flash, scaled
 from mpq.kernels.emulated import Linear
 from mpq.kernels.fp8 import quantize_rows
 from mpq.models.attention import AttentionHandler, PlainAttention
@@ -61,10 +63,12 @@ def linear(
 
     `granularity` is that of the scales of FP8: `row` (each token, each output channel) or `tensor`. `input_scale` fixes the
     scale of the activations beforehand (what it does not cover is clipped); else each call measures its own. `fast`: above.
-    `perturb_*` multiply the scales of FP8.
+    `perturb_*` multiply the scales of FP8, INT8 and blocks, of which the other arguments say nothing.
     """
     if not fmt.needs_scale:
         return cpu.linear(weight, bias, fmt)
+    if fmt.kind == "int" or fmt.by_blocks:
+        return scaled.linear(weight, bias, fmt, perturb_input, perturb_weight)
     stored = get_format("fp8_e4m3")
     channels, k = weight.shape
     padded = nn.functional.pad(weight.detach(), (0, -k % MULTIPLE, 0, -channels % MULTIPLE))

@@ -1,4 +1,4 @@
-"""Quantization to FP8 in one pass, in Triton: rows for what is summed along them, columns for V of attention.
+"""Quantization to FP8 and INT8 in one pass, in Triton: rows for what is summed along them, columns for V of attention.
 
     rows      x (..., K)      -> codes (..., K padded), scale (...)              amax, divide, round: x is read once
     columns   x (B, H, S, D)  -> codes (B, H, D, S padded), scale (B, H, D)      transposed on the way
@@ -31,6 +31,7 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float8_e4m3fn: tl.float8e4nv,
     torch.float8_e5m2: tl.float8e5,
+    torch.int8: tl.int8,
 }
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -38,7 +39,9 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """FP32 `x` in `dtype`, to nearest, ties to even; |x| is at most the format's maximum."""
-    if INTERPRETED and dtype != tl.float32:
+    if dtype == tl.int8:  # a cast to integers cuts: FP32's own addition rounds first
+        x = (x + 12582912.0) - 12582912.0
+    elif INTERPRETED and dtype != tl.float32:
         # adding and subtracting 1.5 · 2^(23 - m) binades leaves m mantissa bits; no binade is smaller than that of subnormals
         binade = (x.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         binade = tl.maximum(binade, 2.0 ** (1 - dtype.exponent_bias))

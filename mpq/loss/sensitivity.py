@@ -75,19 +75,23 @@ def measure(
     checkpoint_activations: bool = False,
     measures: Collection[Measure] = ("loss", "kl"),
     label_seed: int = 0,
+    labels: int = 1,
     progress: Progress | None = None,
 ) -> Measured:
     """The `sensitivity`, `loss` and `effects` tables of (name, kind) ops over calibration blocks, in one pass.
 
     `effects` in nats; `loss_mse` in nats² (method.md 22, 24; per operand, all formats and noise models), `sensitivity` in nats² (21, 23);
     `kl` in nats per predicted token, of noise model `actual`, with `kl_stderr`, its standard error over samples. Each of
-    the `measures` costs a backward pass; what is not measured is null. `label_seed` draws the labels of `kl`.
+    the `measures` costs a backward pass; what is not measured is null. `label_seed` draws the labels of `kl`,
+    `labels` times, each a backward pass more: `kl` is the mean over draws, and its error is smaller.
     With `base_term` false, the base format's own noise is not subtracted: the paper's form.
     Where the model has experts, `expert_tokens` says how many tokens each of an op's got (unseen.py).
     The model comes back as it was. Raises MpqError for a loss or a gradient that is not finite, for a format that is
     unknown, for a model whose tokens see the ones after them, and for blocks longer than its learned positions.
     """
     known = [get_scheme(name) for name in dict.fromkeys((base, *formats))]
+    if labels < 1:
+        raise MpqError(f"KL needs labels: expected one draw or more, got {labels}.")
     if not len(blocks.tokens):
         raise MpqError("The calibration set is empty: give at least one block of tokens.")
     tally, losses = Tally(known[1:]), []
@@ -116,9 +120,11 @@ def measure(
                 with tally.of("loss", len(tokens)):
                     loss.sum().backward(retain_graph="kl" in measures)
             if "kl" in measures:
-                labels = drawn_labels(predicted, tokens, label_seed)
-                with tally.of("kl", len(tokens)):
-                    (-of_labels(predicted, labels)).mean(dim=1).sum().backward()
+                with tally.of("kl", len(tokens), labels):
+                    for draw in range(labels):
+                        drawn = drawn_labels(predicted, tokens, label_seed + draw)
+                        drawn_loss = -of_labels(predicted, drawn).mean(dim=1)
+                        drawn_loss.sum().backward(retain_graph=draw + 1 < labels)
             if progress:
                 progress(done + 1, total)
     sensitivity, of_loss = _tables(

@@ -58,17 +58,21 @@ class Tally:
         self._tokens: dict[str, Tensor] = {}
 
     @contextmanager
-    def of(self, loss: str, samples: int) -> Iterator[None]:
-        """Within, a backward pass of the losses of a batch of `samples`, called `loss`."""
-        self.samples, self._batch, self._effects = samples, {}, {}
-        self._tokens = self.tokens[loss]
+    def of(self, loss: str, samples: int, passes: int = 1) -> Iterator[None]:
+        """Within, a backward pass of the losses of a batch of `samples`, called `loss`; of several
+        `passes` each sample's values are the means."""
+        self.samples, self._batch, self._effects, self._tokens = samples, {}, {}, {}
         yield
-        of_loss = self.sums[loss]
+        of_loss, of_tokens = self.sums[loss], self.tokens[loss]
+        for op, counts in self._tokens.items():
+            once = counts // passes  # every pass counts the same ones
+            of_tokens[op] = of_tokens[op] + once if op in of_tokens else once
         for where, values in self._batch.items():
+            values /= passes
             both = torch.stack([values.sum(0), values.square().sum(0)]).cpu()
             of_loss[where] = of_loss[where] + both if where in of_loss else both
         for op, effects in self._effects.items():
-            self.effects[loss].setdefault(op, []).append(effects.cpu())
+            self.effects[loss].setdefault(op, []).append(effects.cpu() / passes)
 
     def add(self, op: str, operand: str, sample: int, sums: Tensor) -> None:
         """Add what a gradient of sample number `sample` of the batch gives."""

@@ -6,8 +6,10 @@ import copy
 import logging
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import networkx as nx
 import torch
@@ -18,9 +20,11 @@ from mpq.models import experts
 from mpq.models.architecture import auto_class
 from mpq.models.attention import dispatched
 from mpq.models.linears import holders, is_linear
+from mpq.models.repeats import UnlikeLayersError, each_kind_once, unrolled
 
 log = logging.getLogger(__name__)
 OpKind = Literal["linear", "experts", "bgemm", "other"]
+_Layers: TypeAlias = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,7 @@ def trace(config: Any, *, batch: int = 2, length: int = 64) -> Graph:
             if config.model_type in _ENCODERS
             else {"input_ids": ids, "use_cache": False}
         )
-        program = _program(model, arguments)
-        graph, lost = _graph(program, model, length)
-        if lost:
-            # written in place, their results seem to lead nowhere: in the functional form they do; it takes twice the time
-            graph, lost = _graph(program.run_decompositions({}), model, length)
+        graph, lost = _traced(model, arguments, length)
     except Exception as error:  # whatever the architecture's own code and torch.export raise
         if is_out_of_memory(error):
             raise MpqError(
@@ -152,19 +152,42 @@ def trace(config: Any, *, batch: int = 2, length: int = 64) -> Graph:
     return graph
 
 
-def _program(model: nn.Module, arguments: dict[str, Any]) -> Any:
+def _traced(
+    model: nn.Module, arguments: dict[str, Any], length: int, layers: _Layers = each_kind_once
+) -> tuple[Graph, list[str]]:
+    """As `_graph`. Where layers that seem alike are not, each is traced."""
     try:
-        return torch.export.export(model, (), arguments, strict=False)
+        program = _program(model, arguments, layers)
+        if _graph(program, list(program.graph.nodes), model, length)[1]:
+            # written in place, their results seem to lead nowhere: in the functional form they do; it takes twice the time
+            program = program.run_decompositions({})
+        return _graph(program, unrolled(program), model, length)
+    except (
+        Exception
+    ) as error:  # whatever an architecture's own code makes of calls that are one node
+        if layers is nullcontext or is_out_of_memory(error):
+            raise
+        log.info("Each layer is traced by itself: %s.", first_line(error))
+    return _traced(model, arguments, length, nullcontext)
+
+
+def _program(model: nn.Module, arguments: dict[str, Any], layers: _Layers) -> Any:
+    try:
+        with layers(model):
+            return torch.export.export(model, (), arguments, strict=False)
+    except UnlikeLayersError:
+        raise
     except Exception:  # what torch.export raises over a loop as long as the data says
-        with experts.each_weight_once(model) as any_experts:
+        with layers(model), experts.each_weight_once(model) as any_experts:
             if not any_experts:
                 raise
             return torch.export.export(model, (), arguments, strict=False)
 
 
-def _graph(program: Any, model: nn.Module, length: int) -> tuple[Graph, list[str]]:
-    """The graph, and the names of the products whose results do not reach the sink."""
-    nodes = list(program.graph.nodes)
+def _graph(
+    program: Any, nodes: list[Any], model: nn.Module, length: int
+) -> tuple[Graph, list[str]]:
+    """The graph of a program's nodes, and the names of the products whose results do not reach the sink."""
     number = {node: i for i, node in enumerate(nodes)}
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     embedding_name = next(name for name, m in model.named_modules() if m is embedding)

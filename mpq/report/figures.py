@@ -16,6 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from mpq.report.accuracy import AVERAGE, averages, by_tau, differences
 from mpq.report.accuracy_figures import accuracy_against, accuracy_per_task, no_x
+from mpq.report.calibration import Calibration
+from mpq.report.calibration_figure import enough_calibration
 from mpq.report.maps import format_map, layer_groups
 from mpq.report.results import (
     OBJECTIVES,
@@ -183,10 +185,12 @@ def _draw_diagonal(axes: Axes, both: pl.Series, what: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(6))  # as on the x axis
 
 
-SECTIONS = ("frontier", "map", "predicted", "groups", "accuracy")
+SECTIONS = ("frontier", "map", "predicted", "groups", "accuracy", "calibration")
 
 
-def report_figures(tables: Tables, base: str) -> dict[str, Pictures]:
+def report_figures(
+    tables: Tables, base: str, calibration: Calibration | None
+) -> dict[str, Pictures]:
     """The report's pictures as inline SVG, by section; a section without data has none."""
     results, plans = results_table(tables), plan_results(tables)
     groups, chosen = table_of(tables, "groups"), table_of(tables, "plans")
@@ -218,6 +222,8 @@ def report_figures(tables: Tables, base: str) -> dict[str, Pictures]:
         add("groups", "The groups of one layer", layer_groups(groups))
     for caption, figure in _on_tasks(tables, results):
         add("accuracy", caption, figure)
+    if calibration:
+        add("calibration", "How much calibration is enough", enough_calibration(calibration))
     return found
 
 

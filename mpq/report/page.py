@@ -76,7 +76,7 @@ def write_report(
         answer=in_words(summary.best),
         sentences=[*summary.sentences, *found.sentences, *enough],
         warnings=[*summary.warnings, *found.warnings, *too_few],
-        figures=report_figures(tables, base),
+        figures=report_figures(tables, base, calibration),
         choice=sheets.choice(tables, summary),
         numbers=[
             sheets.standings(summary),

@@ -91,6 +91,11 @@ class CalibrationSpec(TextSpec):
     checkpoint_activations: bool = Field(
         False, description="Recompute activations in the backward pass to save memory"
     )
+    labels: Count = Field(
+        1,
+        description="Draws of labels that predicted KL is the mean over, a backward pass each: more where its error is large "
+        "and text is scarce",
+    )
 
 
 class ModelSpec(Strict):

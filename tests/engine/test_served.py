@@ -17,6 +17,8 @@ from mpq.export.exporting import export
 from mpq.export.reload import loaded_model, log_probabilities
 from mpq.method import read_text
 from mpq.models.checkpoint import load_model
+from mpq.models.experts import dispatched, products_of
+from mpq.running.apply import apply_plan
 from mpq.serving import EngineProcess
 
 SHAPE = {
@@ -72,9 +74,11 @@ def of_next(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
     return np.take_along_axis(every, tokens[:, 1:, None], -1)[..., 0]
 
 
-def of_vllm(engine: EngineProcess, folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """The same from vLLM, in FP32."""
-    how = {"dtype": "float32", "tokens": tokens.shape[1] + 2, "rows": len(tokens), "dummy": False}
+def of_vllm(
+    engine: EngineProcess, folder: Path, tokens: np.ndarray, dtype: str = "float32"
+) -> np.ndarray:
+    """The same from vLLM."""
+    how = {"dtype": dtype, "tokens": tokens.shape[1] + 2, "rows": len(tokens), "dummy": False}
     engine.ask("open", name="one", folder=str(folder), **how)
     try:
         return np.array(engine.ask("log_probabilities", name="one", tokens=tokens.tolist()))
@@ -133,22 +137,53 @@ def test_vllm_answers_with_four_bits(tmp_path: Path, engine: EngineProcess) -> N
     assert found.means_apart <= 4 * found.rounding / np.sqrt(found.vllm.size)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
-def test_vllm_finds_the_scheme_of_experts(tmp_path: Path, engine: EngineProcess, kind: str) -> None:
-    """Experts under the checkpoint's names, named by a pattern: vLLM takes their format for the layer's, and on a CPU has no kernel
-    for it.
-
-    Where this fails because vLLM opens the folder, compare its answers.
-    """
-    source = checkpoint(tmp_path / "model", "qwen3_moe", **SHAPE, **ARCHITECTURES["qwen3_moe"])
-    experts = [
-        f"model.layers.{i}.mlp.experts.{p}" for i in range(2) for p in ("gate_up_proj", "down_proj")
-    ]
-    formats = formats_of(kind, linears(source)) | dict.fromkeys(experts, kind)
-    export(plan_of(source, formats), source, tmp_path / "out")
-    lacks = "No Int8 MoE backend" if kind == "int8" else "Unsupported FP8 MoE backend"
-    with pytest.raises(MpqError, match=lacks):
-        of_vllm(engine, tmp_path / "out", TOKENS)
+@pytest.mark.parametrize(
+    ("architecture", "kind", "lacks", "share"),
+    [
+        (
+            "qwen3_moe",
+            "int8",
+            "No Int8 MoE backend",
+            4,
+        ),  # BF16's own rounding does as much, or more
+        ("qwen3_moe", "fp8_e4m3", "Unsupported FP8 MoE backend", 4),
+        ("qwen3_moe", "w4a16_g32", "No WNA16 MoE backend", 0.5),
+        ("mixtral", "w4a16_g32", "No WNA16 MoE backend", 0.5),
+    ],
+)
+def test_vllm_answers_with_lowered_experts(
+    tmp_path: Path,
+    engine: EngineProcess,
+    architecture: str,
+    kind: str,
+    lacks: str,
+    share: float,
+) -> None:
+    """Experts under the checkpoint's names, named by a pattern: vLLM takes their format for the layer's, and answers as mpq's run
+    of the plan does where it has a kernel for them, which on a CPU asks for AMX, or AMD Zen with zentorch; else it says so."""
+    shape = {**SHAPE, **ARCHITECTURES["qwen3_moe"], "num_local_experts": 4}
+    source = checkpoint(tmp_path / "model", architecture, dtype=torch.bfloat16, **shape)
+    model = load_model(source, "bf16")
+    formats = {
+        f"{name}.{product}": kind
+        for name, module in model.named_modules()
+        if dispatched(module)
+        for product in products_of(module)
+    }
+    assert len(formats) == 4
+    export(plan_of(source, formats, "bf16"), source, tmp_path / "out")
+    try:
+        found = of_vllm(engine, tmp_path / "out", TOKENS, "bfloat16")
+    except MpqError as why:
+        if lacks not in str(why):
+            raise
+        pytest.skip(f"{why}")
+    base = of_next(model, TOKENS)
+    with apply_plan(model, formats, base="bf16"):
+        plan = of_next(model, TOKENS)
+    answered = Answers(base, plan, found)
+    assert answered.apart <= share * answered.rounding
+    assert answered.means_apart <= 4 * answered.rounding / np.sqrt(found.size)
 
 
 def test_a_trained_model_keeps_its_loss(tmp_path: Path, engine: EngineProcess) -> None:

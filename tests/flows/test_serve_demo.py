@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,32 @@ import pytest
 from rich.console import Console
 from small import ROOT
 
-from deployments.serve_demo import demonstrate
+from deployments import serve_demo
+from deployments.serve_demo import ask
 from mpq.errors import MpqError
 from mpq.flows.calibrate import calibrate
 from mpq.serving import find_environment
 from mpq.spec import RunSpec, load_spec, parse_spec
 from mpq.tasks.stage import read
+
+
+class Impatient(Console):
+    """Somebody who presses Ctrl-C once the answer is there, and again while the server is being stopped."""
+
+    def print(self, *said: Any, **how: Any) -> None:
+        """Show it, and press."""
+        super().print(*said, **how)
+        if "answered" in str(said):
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    """A process's command and its arguments, nothing where it is over."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +64,24 @@ def served(prefect: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
     data["export"]["plan"] = "et-uniform_int8"
     spec = parse_spec(data)
     outcome = calibrate(spec)
-    console = Console(file=io.StringIO(), width=120)
-    outcome["answer"], outcome["times"] = demonstrate(
-        spec, Path(outcome["out"]["checkpoint"]), folder / "demo", console, repeats=2
-    )
-    assert isinstance(console.file, io.StringIO)
-    return spec, outcome, console.file.getvalue()
+    printed, checkpoint = io.StringIO(), Path(outcome["out"]["checkpoint"])
+
+    def heard(address: str, prompt: str) -> str:
+        servers = [p for p in psutil.process_iter() if str(checkpoint) in cmdline(p)]
+        outcome["servers"] = [each for p in servers for each in (p, *p.children(recursive=True))]
+        outcome["answer"] = ask(address, prompt)
+        return str(outcome["answer"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve_demo, "ask", heard)
+        how = (spec, checkpoint, folder / "demo")
+        with pytest.raises(KeyboardInterrupt):
+            serve_demo.demonstrate(*how, Impatient(file=printed, width=120))
+        outcome["left"] = psutil.wait_procs(outcome["servers"], timeout=30)[1]
+        patch.setattr(serve_demo, "answered", lambda *_: outcome["answer"])
+        console = Console(file=printed, width=120)
+        outcome["times"] = serve_demo.demonstrate(*how, console, repeats=2)[1]
+    return spec, outcome, printed.getvalue()
 
 
 def test_planned_by_vllms_times(served: tuple[RunSpec, Any, str]) -> None:
@@ -61,7 +96,7 @@ def test_planned_by_vllms_times(served: tuple[RunSpec, Any, str]) -> None:
 
 
 def test_served_and_asked(served: tuple[RunSpec, Any, str]) -> None:
-    """`vllm serve` answers over HTTP; base and the plan are timed; predicted stands beside measured; nothing is left running."""
+    """`vllm serve` answers over HTTP; base and the plan are timed; predicted stands beside measured."""
     _, outcome, printed = served
     assert len(outcome["answer"]) > 3
     assert min(*outcome["times"].ttft_s, *outcome["times"].token_s) > 0
@@ -70,5 +105,12 @@ def test_served_and_asked(served: tuple[RunSpec, Any, str]) -> None:
     record = json.loads(Path(outcome["out"]["checkpoint"], "export.json").read_text())
     assert record["check"]["passed"]
     assert record["formats"] == {"int8": 28}
+
+
+def test_ctrl_c_leaves_no_server(served: tuple[RunSpec, Any, str]) -> None:
+    """Ctrl-C while `vllm serve` runs, pressed twice, ends the demo with all of the server's processes."""
+    _, outcome, _ = served
+    assert len(outcome["servers"]) > 1  # the server and its engine
+    assert not outcome["left"]
     here = str(outcome["out"]["checkpoint"])
-    assert not [p for p in psutil.process_iter(["cmdline"]) if here in (p.info["cmdline"] or ())]
+    assert not [p for p in psutil.process_iter() if here in cmdline(p)]

@@ -3,6 +3,7 @@ intervals."""
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -92,14 +93,15 @@ def test_uniform_plans_are_made_once(tmp_path: Path) -> None:
     assert solutions["predicted_signed_mse"].to_list() == pytest.approx(expected)
 
 
-def test_a_bound_with_signs(tmp_path: Path) -> None:
+def test_a_bound_with_signs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Two weights whose effects cancel are lowered together, which no walk finds: each alone is over the bound. What plans
-    predict, and what uniform plans are told by, is the loss MSE with signs."""
+    predict, and what uniform plans are told by, is the loss MSE with signs. Two samples are few, which is told."""
     store, tau = Store(tmp_path.as_uri()), 1e-4
     moves = [(1e-3, -1e-3), (-1e-3, 1e-3), (0.5, 0.5)]
     inputs = inputs_of(store, [Bound(tau=tau, signed=True)], moves)
-    with disable_run_logger():
+    with disable_run_logger(), caplog.at_level(logging.WARNING, "mpq"):
         found = planning.solve.task.fn("solve", store.url, "k", inputs)
+    assert "with signs of 2 calibration samples for 8 decisions" in caplog.text
     plans = {p["strategy"]: p for p in read_json(found["plan_files"]) if p["seed"] == 0}
     lowered = {s: [f for f in p["formats"].values() if f == "int8"] for s, p in plans.items()}
     assert len(lowered["ip_m"]) == 2

@@ -76,7 +76,7 @@ class Tiny:
     def sensitivity(self) -> Mapping[str, Any]:
         """One shard."""
         return calibration.sensitivity_shard.compute(
-            self.weights, self.groups, self.blocks, 0, 2, ["int8"], 2, True, False
+            self.weights, self.groups, self.blocks, 0, 2, ["int8"], 2, True, False, 1
         )
 
     def times(self) -> list[pl.DataFrame]:

@@ -329,7 +329,7 @@ def test_perturbed_scales_draw_other_errors_of_the_same_size() -> None:
 
 
 def test_kernels_compile_for_hopper() -> None:
-    """For compute capability 9.0 each product becomes Hopper's FP8 matrix instruction, and fits into registers and shared memory."""
+    """For compute capability 9.0 each product becomes Hopper's FP8 or INT8 matrix instruction; all fit into registers and shared memory."""
     env = os.environ | {
         "TRITON_INTERPRET": "0",
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
@@ -353,7 +353,9 @@ def test_kernels_compile_for_hopper() -> None:
             if kernel["kernel"] == "_attention_kernel"
             else 1
         )
-        if kernel["kernel"] in ("_attention_kernel", "_product_kernel"):
+        if kernel.get("of") == "torch.int8":
+            assert any("wgmma" in m and ".s32.s8.s8" in m for m in kernel["matrix"]), kernel
+        elif kernel["kernel"] in ("_attention_kernel", "_product_kernel"):
             assert any("wgmma" in m and ".e4m3.e4m3" in m for m in kernel["matrix"]), kernel
             assert any("bf16" in m for m in kernel["matrix"]) == (
                 lowered == 1 and kernel["kernel"] == "_attention_kernel"
@@ -363,4 +365,5 @@ def test_kernels_compile_for_hopper() -> None:
         "_columns_kernel",
         "_attention_kernel",
         "_product_kernel",
+        "_blocks_kernel",
     }

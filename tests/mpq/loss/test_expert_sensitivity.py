@@ -139,6 +139,10 @@ def test_experts_without_a_token_are_told(caplog: pytest.LogCaptureFixture) -> N
     shards = Blocks(np.random.default_rng(0).integers(0, 97, (4, 6))).shards(2)
     how: dict[str, Any] = {"formats": ["int8"], "base": "fp32", "measures": ("loss",)}
     parts = [measure_sensitivity(model, ops, shard, **how) for shard in shards]
+    drawn, _ = measure_sensitivity(
+        model, ops, shards[0], **{**how, "measures": ("kl",), "labels": 2}
+    )
+    assert tokens_of(drawn) == tokens_of(parts[0][0]), "once, however often labels are drawn"
     chosen.clear()
     for shard in shards:
         model(torch.from_numpy(shard.tokens))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import networkx as nx
@@ -14,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from small import MIXTURES, ROOT, small_config, small_model
+from small import MIXTURES, small_config, small_model
 from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
@@ -298,20 +297,13 @@ def test_cuts_equal_brute_force(seed: int) -> None:
 
 
 def test_an_8b_configuration_partitions_without_weights() -> None:
-    """Four layers of Llama-3.1-8B's shapes: 17 groups in 5 signatures, in under 2 GiB where weights would take 7.7."""
-    code = (
-        "import json, resource; from transformers import LlamaConfig; from mpq.models.graph import trace; from mpq.models.partition import partition\n"
-        "c = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, "
-        "num_attention_heads=32, num_key_value_heads=8)\n"
-        "g = partition(trace(c))\n"
-        "print(json.dumps([len(g), len({x.signature for x in g}), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    groups, signatures, peak_kib = json.loads(done.stdout.splitlines()[-1])
-    assert (groups, signatures) == (17, 5)
-    assert peak_kib < 2 * 2**20
+    """Llama-3.1-8B's shapes: 129 groups in 5 signatures, in less than 2 GiB more memory, where weights would take 32."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    groups = partition(trace(small_config("llama", vocab_size=128256, **sizes, **heads)))
+    assert (len(groups), len({g.signature for g in groups})) == (129, 5)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * 2**20
 
 
 def test_architecture_key() -> None:

@@ -1,5 +1,7 @@
 """Whether a calibration was long enough, as the report tells it of a run made up here."""
 
+import re
+
 import pytest
 from test_pareto import GAINS
 
@@ -34,7 +36,7 @@ def test_enough_is_said() -> None:
 )
 def test_too_few_is_a_warning(error: float, told: str) -> None:
     """A cost known to ± 16 % is known to half of that on four times the samples; one known to nothing, to nothing there too.
-    The page has the warning and the curve."""
+    The page has the warning and the curve, as numbers and as a picture."""
     sentences, warnings = in_sentences(calibration_of(run_of(error), "bf16"))
     assert not sentences
     assert told in warnings[0]
@@ -42,6 +44,8 @@ def test_too_few_is_a_warning(error: float, told: str) -> None:
         page = write_report(run_of(error), "made up", {"base": "bf16"})
         assert told in page
         assert 'id="calibration"' in page
+        assert "<figcaption>How much calibration is enough</figcaption>" in page
+        assert "64" in re.findall(r">(\d+)</text>", page)
 
 
 def test_runs_of_before_say_nothing() -> None:

@@ -103,16 +103,25 @@ def test_both_paths_compile(fuse: bool) -> None:
 
 
 def test_formats_follow_from_the_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FP8 from 8.9 (Ada) on, BF16 from 8.0; without a GPU there are no native formats for cuda."""
+    """INT8 and BF16 from 8.0, FP8 from 8.9 (Ada) on, four bits from 10.0 (Blackwell); none without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, linear in (
         ((7, 5), ("fp32", "fp16")),
-        ((8, 0), ("fp32", "fp16", "bf16")),
-        ((9, 0), ("fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2")),
+        ((8, 0), ("fp32", "fp16", "bf16", "int8")),
+        ((9, 0), ("fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "fp8_block")),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert native_formats("cuda:0") == linear
-        assert native_formats("cuda", "bgemm") == tuple(f for f in linear if f != "fp8_e5m2")
+        assert native_formats("cuda", "bgemm") == tuple(
+            f for f in linear if f not in ("fp8_e5m2", "int8", "fp8_block")
+        )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert set(native_formats("cuda:0")) - set(linear) == {
+        *("mxfp8", "mxfp4", "mxfp4_mse", "nvfp4", "nvfp4_mse")
+    }
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert "nvfp4" in native_formats("cuda:0")
+    assert "mxfp4" not in native_formats("cuda:0"), "torch multiplies it on a B200 alone"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert native_formats("cuda") == ()
 
@@ -133,6 +142,8 @@ def test_a_plan_on_cuda_is_what_emulation_says(monkeypatch: pytest.MonkeyPatch) 
     plan |= {
         f"{layer}.mlp.down_proj": "fp8_e4m3",
         f"{layer}.mlp.up_proj": "bf16",
+        f"{layer}.mlp.gate_proj": "fp8_block",
+        f"{layer}.self_attn.k_proj": "int8",
         "lm_head": "fp8_e4m3",
     }
     for seed in (None, 3):
