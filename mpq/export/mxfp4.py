@@ -41,7 +41,7 @@ def check_held(lowered: Mapping[str, str], base: str, model: Skeleton) -> None:
             )
     if lowered and (kept := [op for op in model.expert_ops if op not in lowered]):
         raise MpqError(
-            f"A checkpoint in the form mxfp4 has the experts of all layers in it, but the plan has {kept[0]} in {base}: tie *.experts.* and solve again."
+            f"A checkpoint in the form mxfp4 has the experts of all layers in it, but the plan has {kept[0]} in {base}: pin *.experts.* to {HELD[0]} and solve again."
         )
 
 
