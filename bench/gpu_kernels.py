@@ -114,11 +114,7 @@ def linears(
         few = x[:64].double() @ weight.double().T
         for way, run in ways.items():
             # a view, each time another tensor: nothing that was made of the last one is used again
-            size = (
-                1
-                if "fp8" in way or way == "int8"
-                else torch.finfo(base if way == "base" else torch.bfloat16).bits // 8
-            )
+            size = x.element_size() if way == "base" else get_scheme(way.split()[0]).bytes
             rows.append(
                 {
                     "kernel": f"linear {name}",

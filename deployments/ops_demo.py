@@ -25,6 +25,8 @@ from mpq.spec import RunSpec, TextSpec, load_spec
 BUCKET = "team"
 CHECKPOINTS = f"s3://{BUCKET}/checkpoints"
 MINUTES = "* * * * *"  # prefect.yaml has every 15 minutes
+OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+BEGUN = ("PENDING", "RUNNING", *OVER)
 
 
 class Night:
@@ -58,7 +60,7 @@ class Night:
         }
         watch = {
             "parameters": {"urls": [CHECKPOINTS], "spec": spec, "settle_s": 1},
-            "schedules": [{"cron": cron, "timezone": "UTC", "active": True}],
+            "schedules": [{"cron": cron, "timezone": "UTC", "active": False}],
         }
         services.bucket().touch(
             f"{BUCKET}/checkpoints/README"
@@ -81,6 +83,17 @@ class Night:
         self.say(
             f"dropped {CHECKPOINTS}/{name}; nobody starts anything: the schedule of watch does"
         )
+        self.watch_by_schedule()
+
+    def watch_by_schedule(self) -> None:
+        """The schedule of watch is on until it has started a run: others beside that one would find nothing new, and disturb
+        what it times."""
+        watch = self.services.get("deployments/name/watch/watch")
+        schedule = f"deployments/{watch['id']}/schedules/{watch['schedules'][0]['id']}"
+        before = len(self.services.runs("watch", *BEGUN))
+        self.services.ask("PATCH", schedule, {"active": True})
+        until("a scheduled watch", lambda: len(self.services.runs("watch", *BEGUN)) > before, 300)
+        self.services.ask("PATCH", schedule, {"active": False})
 
     def begun(self) -> dict[str, Any]:
         """Wait for a calibration that has not been seen yet to begin; returns its flow run."""
@@ -137,11 +150,10 @@ class Night:
     def ended(self, run: dict[str, Any]) -> dict[str, Any]:
         """Wait for a calibration and the watch around it; returns the watch. Raises RuntimeError with the worker's log."""
         watch = self.parent(run)
-        over = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
         watch = until(
             "the end of watch",
             lambda: (
-                (r := self.services.get(f"flow_runs/{watch['id']}"))["state_type"] in over and r
+                (r := self.services.get(f"flow_runs/{watch['id']}"))["state_type"] in OVER and r
             ),
             600,
             1.0,

@@ -134,10 +134,11 @@ def fit(shape: Shape, machine: Machine) -> Fit:
 
 
 def _timed(native: Iterable[str], base: str) -> tuple[str, ...]:
-    """The native formats that may be faster than base in a prefill: narrower ones, FP16 only where it is nobody's rival."""
+    """The native formats that may be faster than base in a prefill: narrower ones, of two that are equally fast one: FP16
+    only without BF16, and INT8 only without FP8."""
     alike = [f for f in native if get_scheme(f).alike]
     narrower = [f for f in alike if get_format(f).bits < get_format(base).bits]
-    rivals = {"fp16"} if "bf16" in narrower else set()
+    rivals = {other for f, other in (("bf16", "fp16"), ("fp8_e4m3", "int8")) if f in narrower}
     return tuple(f for f in narrower if f not in {"fp8_e5m2", *rivals})
 
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpq import __version__
+from mpq.export.engines import ENGINES
 from mpq.formats.scheme import get_scheme
 from mpq.program.plan import Plan
+from mpq.spec.export import NEEDS
 
 _UNITS = {"et": "s per prefill", "tt": "BF16 MACs", "m": "bytes"}
 
@@ -57,7 +59,13 @@ def model_card(
         ]
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
     schemes = "\n".join(f"- `{name}`: {get_scheme(name).in_words}" for name in counts)
-    served = f"\n```console\n$ vllm serve FOLDER --dtype {_DTYPES[plan.base]}\n```\n"
+    fused = f"The checkpoint keeps to the fused layers of {engine}. " if ENGINES[engine] else ""
+    served = ""
+    if engine == "vllm":
+        served = f"\n```console\n$ vllm serve FOLDER --dtype {_DTYPES[plan.base]}\n```\n"
+    elif engine == "transformers":
+        needed = NEEDS[record["to"]].replace("_", "-")
+        served = f"\n`AutoModelForCausalLM.from_pretrained(FOLDER)` loads it where {needed} is installed.\n"
     made = {k: v for k, v in plan.provenance.items() if k not in ("model", "versions")}
     return f"""---
 library_name: transformers
@@ -77,8 +85,8 @@ Elements and what shares a scale, a row being an output channel of a weight or a
 
 {schemes or "- nothing is lowered"}
 
-The checkpoint keeps to the fused layers of {engine}. `export.json` has the check's numbers and the files' SHA-256.
-{served if engine == "vllm" else ""}
+{fused}`export.json` has the check's numbers and the files' SHA-256.
+{served}
 ## How it was made
 
 {_lines({**made, "versions": plan.provenance.get("versions", {})}) or "The plan does not say."}

@@ -21,6 +21,7 @@ _WITH_PRODUCTS = (
     *("gemma3_text", "phi", "starcoder2", "gptj", "deepseek_v2", "deepseek_v3", "gpt_oss"),
 )
 _FORMAT, _BASE = "fp8_e4m3", "bf16"
+_NO_MODULE = "(?!)"  # matches nothing, where an empty list would mean everything
 _ENDS = {"MEASURE": "maxabs_measure.json", "QUANTIZE": "maxabs_quant.json"}
 
 
@@ -30,18 +31,13 @@ def settings(
     """The settings of a plan (op → format), name of the file → JSON.
 
     Modules in FP8 are in `allowlist`, so that whatever else Gaudi's model has, its KV cache and fused attention among it, stays
-    in base. Raises MpqError for another base than BF16, other formats than FP8-E4M3, ops that are no modules there, and a plan
-    that lowers nothing.
+    in base. Raises MpqError for another base than BF16, other formats than FP8-E4M3, and ops that are no modules there.
     """
     if base != _BASE:
         raise MpqError(
             f"Neural Compressor runs FP8 on Gaudi beside {_BASE}, but the plan's base is {base}: make the plan with base {_BASE}."
         )
     lowered = {op: f for op, f in formats.items() if f != base}
-    if not lowered:
-        raise MpqError(
-            "The plan lowers nothing, and an empty allowlist means everything to Neural Compressor: run the model in base instead."
-        )
     for op, name in lowered.items():
         if name != _FORMAT:
             raise MpqError(
@@ -54,7 +50,7 @@ def settings(
         "fp8_config": "E4M3",
         "hp_dtype": _BASE,
         # regular expressions that are searched for in the names of modules: the end keeps gate_proj apart from gate
-        "allowlist": {"types": [], "names": [f"{name}$" for name in names]},
+        "allowlist": {"types": [], "names": [f"{name}$" for name in names] or [_NO_MODULE]},
         "blocklist": {"types": [], "names": []},
         "dump_stats_path": "./hqt_output/measure",
     }

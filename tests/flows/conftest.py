@@ -6,7 +6,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +75,21 @@ def traced_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without pictures, which take two seconds to draw, but where a test is marked `drawn`."""
-    if request.node.get_closest_marker("drawn") is None:
-        monkeypatch.setattr(
-            figures, "report_figures", lambda *_: {section: [] for section in figures.SECTIONS}
-        )
-        monkeypatch.setattr(figures, "frontier_png", lambda *_: b"\x89PNG")
+@contextmanager
+def no_pictures() -> Iterator[None]:
+    """Reports without pictures, which take two seconds to draw."""
+    none = {section: [] for section in figures.SECTIONS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "report_figures", lambda *_: none)
+        patch.setattr(figures, "frontier_png", lambda *_: b"\x89PNG")
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> Iterator[None]:
+    """In every module's runs, those of its fixtures too."""
+    with no_pictures():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +99,8 @@ def finished(
     """A run of the tiny spec: its folder, the spec and the outcome. Tests take a copy, see `calibrated`."""
     folder = tmp_path_factory.mktemp("finished")
     spec = small_spec(folder)
-    return folder, spec, calibrate(spec)
+    with no_pictures():
+        return folder, spec, calibrate(spec)
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_a_killed_worker_loses_its_own_work_alone(
 
     striker = threading.Thread(target=strike)
     striker.start()
-    outcome = calibrate(on(address, spec, timing={"slice": 8, "repeats": 5}))
+    outcome = calibrate(on(address, spec, timing={"slice": 8, "repeats": 5}, taus=[0.01]))
     striker.join()
     with Client(address, set_as_default=False) as client:
         profiled = client.run(lambda dask_worker: "profile" in dask_worker.periodic_callbacks)
@@ -181,12 +181,12 @@ def test_two_runs_at_once_share_their_work(
     spec: RunSpec, services: Services, tmp_path: Path
 ) -> None:
     """Two processes of `mpq run`, with Prefect results of their own each, on one cluster and one store: identical tables in the end."""
-    there = on(services.dask(), spec, timing={"slice": 4})
+    there = on(services.dask(), spec, timing={"slice": 4, "limit": 8}, taus=[0.01])
     processes = []
     for name in ("one", "two"):
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump({**there.model_dump(mode="json"), "name": name}))
-        processes.append(start(path, tmp_path / f"prefect-{name}", server=False))
+        processes.append(start(path, tmp_path / f"prefect-{name}"))
     for process in processes:
         output, _ = process.communicate(timeout=580)
         assert process.returncode == 0, output

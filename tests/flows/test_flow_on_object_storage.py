@@ -11,6 +11,7 @@ import pytest
 from object_storage import AZURE_KEY, azure_connection, azure_server, free_port, s3_server
 from prefect.filesystems import RemoteFileSystem
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+from test_calibrate import change
 from typer.testing import CliRunner
 
 from mpq.cli.inventory import verify
@@ -73,7 +74,11 @@ def test_flow_on_object_storage(
     """Run, run again (nothing is computed), read the run, follow a plan back; the secret is in nothing that was written."""
     bucket, secret = place
     protocol = bucket.partition(":")[0]
-    spec = spec.model_copy(update={"store": f"{bucket}/mpq"})
+    few = {
+        "limit": 8,
+        "rounds": 0,
+    }  # each time is an entry of the store, which takes several requests
+    spec = change(spec, store=f"{bucket}/mpq", timing=few, taus=[0.01])
     results = RemoteFileSystem(basepath=f"{bucket}/prefect")
     results.save(f"results-on-{protocol}", overwrite=True)
     flow = calibrate.with_options(result_storage=results)

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import preloaded
 import psutil
 import pytest
 import yaml
 from small import ROOT, own_prefect, small_spec
+from test_kill import UNDRAWN
 
 # a shell's background jobs ignore SIGINT and hand that on: the tests may run in one
-COMMAND = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mpq.cli.main import main; main()"
+HEEDED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(folder: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def started(folder: Path) -> Iterator[preloaded.Process]:
     """`mpq run` in a session of its own, which has ended when the context does."""
-    run = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "run", str(folder / "spec.yaml")],
-        cwd=ROOT,
-        env={**own_prefect(folder / "home"), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    run = preloaded.Process(
+        ["-c", HEEDED + UNDRAWN, "run", str(folder / "spec.yaml")],
+        ROOT,
+        own_prefect(folder / "home"),
+        folder / "run.log",
     )
     try:
         yield run
@@ -50,9 +49,21 @@ def started(folder: Path, **environment: str) -> Iterator[subprocess.Popen[str]]
         run.communicate()
 
 
-def children_once_stored(
-    run: subprocess.Popen[str], folder: Path, kind: str
-) -> list[psutil.Process]:
+def ended(folder: Path, **environment: str) -> tuple[int, str]:
+    """`mpq run` to its end, begun with nothing imported, as a person's is: its exit code, and what it printed."""
+    run = subprocess.run(
+        [sys.executable, "-c", UNDRAWN, "run", str(folder / "spec.yaml")],
+        cwd=ROOT,
+        env={**own_prefect(folder / "home"), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )
+    return run.returncode, run.stdout
+
+
+def children_once_stored(run: preloaded.Process, folder: Path, kind: str) -> list[psutil.Process]:
     """Wait until the run is under way and a table of this kind is stored; the processes that it has started."""
     deadline = time.monotonic() + 280
     # while a run before this one was cleaning up, its flow may have stored more than it was waited for
@@ -87,7 +98,7 @@ def test_a_signal_ends_the_run(folder: Path, number: signal.Signals, kind: str) 
     with started(folder) as run:
         children = children_once_stored(run, folder, kind)
         assert children, "not even a Prefect server"
-        run.send_signal(number)
+        os.kill(run.pid, number)
         output, _ = run.communicate(timeout=30)
     _, left = psutil.wait_procs(children, timeout=30)
     assert not left
@@ -105,9 +116,8 @@ def test_a_signal_ends_the_run(folder: Path, number: signal.Signals, kind: str) 
 def test_it_goes_on(folder: Path) -> None:
     """The run after four that were interrupted finds what they have stored, ends well and leaves no server."""
     stored = {p: p.stat().st_mtime_ns for p in (folder / "store").rglob("meta.json")}
-    with started(folder) as run:
-        output, _ = run.communicate(timeout=280)
-    assert run.returncode == 0, output
+    code, output = ended(folder)
+    assert code == 0, output
     assert "load model       1 task   cached" in output, output
     assert all(p.stat().st_mtime_ns == at for p, at in stored.items())
     assert states(folder)[-1] == "COMPLETED"
@@ -145,9 +155,8 @@ def test_logs_reach_the_server(folder: Path) -> None:
 )
 def test_no_server(folder: Path, environment: dict[str, str], expected: str) -> None:
     """A server that is not there, a home that cannot be written to: exit code 2 and one sentence."""
-    with started(folder, **environment) as run:
-        output, _ = run.communicate(timeout=120)
-    assert run.returncode == 2, output
+    code, output = ended(folder, **environment)
+    assert code == 2, output
     assert expected in output
     assert output.startswith("Error: "), output
     assert len(output.strip().splitlines()) == 1, output

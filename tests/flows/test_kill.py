@@ -12,16 +12,27 @@ import preloaded
 import pytest
 import yaml
 from small import DEMO, ROOT, own_prefect
+from test_calibrate import change
 
 from mpq.spec import RunSpec
 
+# what is drawn takes seconds, and other tests look at it
+UNDRAWN = """
+import mpq.paper.figures, mpq.report.figures as figures
+from mpq.cli.main import main
+figures.report_figures = lambda *_: {section: [] for section in figures.SECTIONS}
+figures.frontier_png = lambda *_: b"\\x89PNG"
+mpq.paper.figures.write_figures = lambda *_: []
+main()
+"""
 
-def start(spec: Path, home: Path, command: str = "run", server: bool = True) -> preloaded.Process:
-    """`mpq run` or another command in a session of its own, with an ephemeral Prefect server or the tests' one."""
+
+def start(spec: Path, home: Path, command: str = "run") -> preloaded.Process:
+    """`mpq run` or another command in a session of its own, with the tests' Prefect server."""
     return preloaded.Process(
-        ["-m", "mpq", command, str(spec)],
+        ["-c", UNDRAWN, command, str(spec)],
         ROOT,
-        own_prefect(home, server),
+        own_prefect(home, server=False),
         home.with_suffix(".log"),
     )
 
@@ -32,7 +43,7 @@ def test_a_mistake_in_a_run_is_one_sentence(spec: RunSpec, tmp_path: Path) -> No
     path.write_text(
         yaml.safe_dump({**spec.model_dump(mode="json"), "store": "file:///proc/nowhere"})
     )
-    process = start(path, tmp_path / "home", server=False)
+    process = start(path, tmp_path / "home")
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 2, output
     assert "/proc/nowhere" in output
@@ -41,6 +52,7 @@ def test_a_mistake_in_a_run_is_one_sentence(spec: RunSpec, tmp_path: Path) -> No
 
 def test_killed_twice_and_started_again(spec: RunSpec, tmp_path: Path) -> None:
     """What was stored before a kill is cached after it, down to the single configuration, and the run ends well."""
+    spec = change(spec, timing={"limit": 16}, taus=[0.01])
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     # a shard writes `sensitivity`, then `loss`: killed between the two it is rightly computed again
@@ -54,11 +66,9 @@ def test_killed_twice_and_started_again(spec: RunSpec, tmp_path: Path) -> None:
     )
 
 
-def killed(
-    spec: Path, folder: Path, stage: str, command: str, server: bool = True
-) -> dict[Path, int]:
+def killed(spec: Path, folder: Path, stage: str, command: str) -> dict[Path, int]:
     """Kill the command with -9 once it has stored something of `stage`; what the store holds then, and when each was written."""
-    process = start(spec, folder / "home", command, server)
+    process = start(spec, folder / "home", command)
     stored = folder / "store" / stage
     deadline = time.monotonic() + 240
     while (
@@ -87,15 +97,15 @@ def test_a_killed_sweep_goes_on(spec: RunSpec, tmp_path: Path) -> None:
         **spec.model_dump(mode="json"),
         "model": {"path": str(DEMO), "base": "fp32"},
         "calibration": {**text, "shards": 1},
-        "evaluation": {**text, **tasks, "seeds": 2},
+        "evaluation": {**text, **tasks, "seeds": 1},
         "objectives": {"tt": {"formats": ["fp8_e5m2"], "random_seeds": 2}},
-        "taus": [0.002, 0.003],
+        "taus": [0.002],
     }
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(data))
-    before = killed(path, tmp_path, "plan_tasks", "reproduce", server=False)
+    before = killed(path, tmp_path, "plan_tasks", "reproduce")
     scored = len(list((tmp_path / "store" / "plan_tasks").glob("*/meta.json")))
-    output, _ = start(path, tmp_path / "home", "reproduce", server=False).communicate(timeout=280)
+    output, _ = start(path, tmp_path / "home", "reproduce").communicate(timeout=280)
     assert "done in" in output, output
     assert all(p.stat().st_mtime_ns == at for p, at in before.items()), (
         "what was there has been computed again"

@@ -6,12 +6,13 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
-from small import DEMO, ROOT
+from small import DEMO, ROOT, small_spec
 from test_calibrate import change, computed
 from test_kill import start
 
@@ -24,8 +25,7 @@ pytest.importorskip("lm_eval")
 EVALUATIONS = ("evaluate", "tasks")
 
 
-@pytest.fixture
-def sweep(spec: RunSpec) -> RunSpec:
+def sweep_of(spec: RunSpec) -> RunSpec:
     """A small sweep of the demo checkpoint: two tasks of four documents, calibrated on a share of the tasks' documents."""
     text = {"source": "tasks", "samples": 8, "length": 32, "batch": 8}
     return parse_spec(
@@ -49,6 +49,19 @@ def sweep(spec: RunSpec) -> RunSpec:
     )
 
 
+@pytest.fixture
+def sweep(spec: RunSpec) -> RunSpec:
+    """A sweep that has not begun."""
+    return sweep_of(spec)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunSpec, Any, Any]:
+    """A sweep that is done: its spec, what a dry run said before it, and its outcome."""
+    spec = sweep_of(small_spec(tmp_path_factory.mktemp("sweep")))
+    return spec, reproduce(spec, dry_run=True), reproduce(spec)
+
+
 def forecast(outcome: dict) -> dict[str, tuple[int, int, bool]]:
     """Stage → tasks, cached, bound."""
     return {
@@ -56,9 +69,9 @@ def forecast(outcome: dict) -> dict[str, tuple[int, int, bool]]:
     }
 
 
-def test_cost_is_told_and_nothing_is_computed_twice(sweep: RunSpec) -> None:
+def test_cost_is_told_and_nothing_is_computed_twice(swept: tuple[RunSpec, Any, Any]) -> None:
     """A dry run computes no evaluation and gives a bound; after the run everything is cached; a new seed or task adds its own alone."""
-    dry = reproduce(sweep, dry_run=True)
+    sweep, dry, first = swept
     assert set(dry) == {"forecast"}
     plans = 4 + 2 + 1  # ip, prefix, two draws of random and two uniform ones under tt; ip under m
     assert forecast(dry)["evaluate"] == (plans * 2, 0, True)
@@ -69,7 +82,6 @@ def test_cost_is_told_and_nothing_is_computed_twice(sweep: RunSpec) -> None:
         if row["stage"] in (*EVALUATIONS, "sensitivity")
     )
 
-    first = reproduce(sweep)
     assert set(EVALUATIONS) <= computed(first)
     done = forecast(reproduce(sweep, dry_run=True))
     assert all(tasks == cached and not bound for tasks, cached, bound in done.values())
@@ -108,9 +120,9 @@ def test_cost_is_told_and_nothing_is_computed_twice(sweep: RunSpec) -> None:
         assert scored == set(range(4))
 
 
-def test_every_strategy_meets_the_same_tau_seeds_and_tasks(sweep: RunSpec) -> None:
+def test_every_strategy_meets_the_same_tau_seeds_and_tasks(swept: tuple[RunSpec, Any, Any]) -> None:
     """The evaluation table has a row for each plan, seed, task and metric; random's draws apart."""
-    rows = join_tables(reproduce(sweep)["tables"])["evaluation"].filter(
+    rows = join_tables(swept[2]["tables"])["evaluation"].filter(
         pl.col("metric").is_in(["acc", "loss_mse"])
     )
     counted = (
@@ -167,7 +179,7 @@ def test_what_overflows_stays_in_base(sweep: RunSpec, tmp_path: Path) -> None:
     data["objectives"] = {"tt": {"formats": ["fp16"], "strategies": ["ip"], "taus": [0.5]}}
     data["out"] = str(tmp_path / "out")
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(data))
-    process = start(tmp_path / "spec.yaml", tmp_path / "home", "reproduce", server=False)
+    process = start(tmp_path / "spec.yaml", tmp_path / "home", "reproduce")
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output
     assert "model.layers.1.mlp.down_proj … in fp16: values overflow, left out" in output

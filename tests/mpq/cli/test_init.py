@@ -17,7 +17,8 @@ from mpq.errors import MpqError
 from mpq.spec import check_early, load_spec
 
 CPU = ("fp32", "bf16", "int8")
-HOPPER = ("fp32", "fp16", "bf16", "fp8_e4m3", "fp8_e5m2")
+AMPERE = ("fp32", "fp16", "bf16", "int8")
+HOPPER = (*AMPERE, "fp8_e4m3", "fp8_e5m2", "fp8_block")
 LLAMA_1B = Shape(1_235_814_400, "bf16", 16, 2048, 128256, 131072)
 
 
@@ -100,6 +101,7 @@ def test_what_fits() -> None:
     """By hand: an H100 holds Llama-3.2-1B in full batches; 4 GB of GPU do not hold its backward pass without recomputing."""
     large = fit(LLAMA_1B, Machine("cuda:0", 80 * 10**9, HOPPER))
     assert (large.base, large.timed) == ("bf16", ("fp8_e4m3",))
+    assert fit(LLAMA_1B, Machine("cuda:0", 80 * 10**9, AMPERE)).timed == ("int8",)
     assert (large.batch, large.checkpoint_activations, large.note) == (8, False, "")
     small = fit(LLAMA_1B, Machine("cuda:0", 4 * 10**9, HOPPER))
     assert (small.batch, small.checkpoint_activations, small.note) == (1, True, "")

@@ -36,12 +36,13 @@ import json, sys
 from neural_compressor.torch.quantization import FP8Config
 from neural_compressor.torch.algorithms.fp8_quant._quant_common.quant_config import Fp8cfg
 from neural_compressor.torch.algorithms.fp8_quant._core.utils import should_quantize
-said = FP8Config.from_json_file(sys.argv[1])
-assert said.quantize and said.fp8_config == "E4M3" and said.hp_dtype == "bf16", said.to_dict()
-config = Fp8cfg.parse({**json.load(open(sys.argv[1])), "use_qdq": True})
-modules = json.loads(sys.argv[2])
-config.cfg["mod_dict"] = {kind: kind.lower() for kind in modules.values()}
-print(json.dumps([name for name, kind in modules.items() if should_quantize(config, kind, name)]))
+modules = json.loads(sys.argv[1])
+for file in sys.argv[2:]:
+    said = FP8Config.from_json_file(file)
+    assert said.quantize and said.fp8_config == "E4M3" and said.hp_dtype == "bf16", said.to_dict()
+    config = Fp8cfg.parse({**json.load(open(file)), "use_qdq": True})
+    config.cfg["mod_dict"] = {kind: kind.lower() for kind in modules.values()}
+    print(json.dumps([n for n, kind in modules.items() if should_quantize(config, kind, n)]))
 """
 
 
@@ -65,12 +66,11 @@ def test_modules_in_fp8_are_named(source: Path, tmp_path: Path) -> None:
 
 
 def test_what_gaudi_does_not_run(source: Path, tmp_path: Path) -> None:
-    """Other formats and bases, a product that is no module there, an empty plan, which would mean everything: named, each."""
+    """Other formats and bases, and a product that is no module there: named, each."""
     op = f"{LAYER}mlp.up_proj"
     for formats, base, said in (
         ({op: "fp8_e5m2"}, "bf16", "up_proj runs in fp8_e5m2 .*make the plan with fp8_e4m3"),
         ({op: "fp8_e4m3"}, "fp32", "base is fp32: make the plan with base bf16"),
-        ({op: "bf16"}, "bf16", "lowers nothing, and an empty allowlist means everything"),
         ({f"{LAYER}mlp.none": "fp8_e4m3"}, "bf16", "mlp.none, which is no nn.Linear"),
     ):
         with pytest.raises(MpqError, match=said):
@@ -88,8 +88,10 @@ def test_what_gaudi_does_not_run(source: Path, tmp_path: Path) -> None:
 )
 def test_the_tool_reads_them(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neural Compressor's own FP8Config reads the file, and of all modules of Gaudi's model its own matching of names takes the
-    plan's, no more and no fewer: layer 10 is not layer 1, and neither KV cache nor fused attention goes along."""
-    export(plan_of(source, FORMATS, "bf16"), source, tmp_path / "out", to="neural-compressor")
+    plan's, no more and no fewer: layer 10 is not layer 1, neither KV cache nor fused attention goes along, and a plan that
+    lowers nothing takes none."""
+    for name, formats in (("out", FORMATS), ("none", {})):
+        export(plan_of(source, formats, "bf16"), source, tmp_path / name, to="neural-compressor")
     modules = dict.fromkeys(linears(source, "bf16"), "Linear")
     for layer in ("0", "1", "10"):
         attention = f"model.layers.{layer}.self_attn."
@@ -98,9 +100,13 @@ def test_the_tool_reads_them(source: Path, tmp_path: Path, monkeypatch: pytest.M
         modules[f"{attention}fused_scaled_dot_product_attention"] = "ModuleFusedSDPA"
         modules[f"{attention}q_proj"] = modules[f"model.layers.{layer}.mlp.up_proj_2"] = "Linear"
     monkeypatch.setenv("PYTHONPATH", str(FOLDER))
-    given = [str(tmp_path / "out" / "maxabs_quant.json"), json.dumps(modules)]
+    files = [str(tmp_path / name / "maxabs_quant.json") for name in ("out", "none")]
     done = subprocess.run(
-        [sys.executable, "-c", _CHOSEN, *given], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", _CHOSEN, json.dumps(modules), *files],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert set(json.loads(done.stdout.splitlines()[-1])) == MODULES
+    of_plan, of_nothing = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    assert (set(of_plan), of_nothing) == (MODULES, [])

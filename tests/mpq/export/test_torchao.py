@@ -71,6 +71,8 @@ def test_the_parts_are_the_rounding(tmp_path: Path) -> None:
     plan = every_scheme(source, "bf16")
     made = export(plan, source, tmp_path / "out", to="torchao", shard_bytes=60_000)
     assert made.engine == "transformers"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "from_pretrained(FOLDER)` loads it where torchao is installed" in card
     assert len(made.files) > 3
     held = {n: t for file in made.files for n, t in load_file(tmp_path / "out" / file).items()}
     assert made.weight_bytes == sum(t.nbytes for t in held.values())

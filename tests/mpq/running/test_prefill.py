@@ -27,6 +27,7 @@ CONFIG = AutoConfig.for_model(
     num_key_value_heads=2,
     vocab_size=101,
 )
+WITHOUT_INDUCTOR = partialmethod(nn.Module.compile, backend="aot_eager")
 LAYER = "model.layers.{}.self_attn."
 PLANS = {
     "int8 and bf16 linears": {"q_proj": "int8", "k_proj": "int8", "o_proj": "bf16"},
@@ -45,10 +46,9 @@ def in_every_layer(formats: dict[str, str]) -> dict[str, str]:
 def test_a_block_is_compiled_once_for_each_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blocks are one graph in each configuration, without a break; their logits are those of the eager model.
 
-    The graphs run without inductor, which takes ten seconds for each: what it makes of them is looked at below.
+    The graphs run without inductor, which takes ten seconds for each: what it makes of one is looked at below.
     """
-    uncompiled = partialmethod(nn.Module.compile, backend="aot_eager")
-    monkeypatch.setattr(nn.Module, "compile", uncompiled)
+    monkeypatch.setattr(nn.Module, "compile", WITHOUT_INDUCTOR)
     model = timing_model(CONFIG, "fp32")
     tokens = torch.arange(24)[None] % 101
     mixed = Mixed(model, base="fp32", backend="native")
@@ -75,14 +75,21 @@ def test_a_block_is_compiled_once_for_each_configuration(monkeypatch: pytest.Mon
 
 
 def test_plans_are_timed_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of whole plans says how they ran; the model comes out as it went in; inductor keeps the logits."""
+    """The table of whole plans says how they ran, and the model comes out as it went in."""
+    monkeypatch.setattr(nn.Module, "compile", WITHOUT_INDUCTOR)
     model = timing_model(CONFIG, "fp32")
     plan = in_every_layer(PLANS["int8 and bf16 linears"] | PLANS[next(reversed(PLANS))])
-    # inductor tries the compiler on every vector extension that the CPU has, in a process each: here it believes the CPU
-    monkeypatch.setattr(inductor.cpp, "vec_isa_ok", True)
     frame = measure_ttft(model, [plan], base="fp32", batch=1, length=24, repeats=2, compiled=True)
     assert frame["mode"].to_list() == ["compiled"]
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_inductor_keeps_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What inductor makes of blocks in several formats computes what they do eager."""
+    # it tries the compiler on every vector extension that the CPU has, in a process each: here it believes the CPU
+    monkeypatch.setattr(inductor.cpp, "vec_isa_ok", True)
+    model = timing_model(CONFIG, "fp32")
+    plan = in_every_layer(PLANS["int8 and bf16 linears"] | PLANS[next(reversed(PLANS))])
     tokens = torch.arange(24)[None] % 101
     mixed = Mixed(model, base="fp32", backend="native")
     with torch.inference_mode():
