@@ -57,6 +57,17 @@ def check_export(run: Run, groups: TableRef) -> None:
                 run.spec.model.trust_remote_code,
                 part.to,
             )
+        if part.to == "mxfp4":  # all layers' experts or none: may it be those of one alone?
+            first = next((op for op in allowed.formats if ".experts." in op), "")
+            formats = {
+                op: may[-1 if op.startswith(first.rpartition(".")[0]) else 0]
+                for op, may in allowed.formats.items()
+            }
+            model = run.spec.model
+            check_exportable(
+                *(formats, model.base, run.subject.folder, run.spec.engine),
+                *(model.trust_remote_code, part.to),
+            )
 
 
 def export_plan(run: Run, file: Path, text: TableRef) -> str:

@@ -1,7 +1,8 @@
-"""A checkpoint in gpt-oss's own way: the experts of every layer in MXFP4, all of a layer in one tensor, everything else in base.
+"""A checkpoint in gpt-oss's own way: every layer's experts in MXFP4, all else in base.
 
-So are OpenAI's checkpoints stored. Names and layouts are those that transformers 5.23 (integrations/mxfp4.py, Mxfp4Config) and
-vLLM 0.32 (models/gpt_oss.py, quantization/mxfp4.py) read, both for gpt-oss alone; of a weight (experts, C, K):
+So are OpenAI's checkpoints stored. Names and layouts are those that transformers 5.23
+(integrations/mxfp4.py, Mxfp4Config) and vLLM 0.32 (models/gpt_oss.py, quantization/mxfp4.py) read,
+both for gpt-oss alone; of the weight of a layer's experts (experts, C, K):
 
     …_blocks   U8 (experts, C, K / 32, 16), two E2M1 codes a byte, the first one low
     …_scales   U8 (experts, C, K / 32), E8M0: the exponent + 127
@@ -25,7 +26,8 @@ _BLOCK = 32
 
 
 def check_held(lowered: Mapping[str, str], base: str, model: Skeleton) -> None:
-    """Raise MpqError for another model than gpt-oss, for lowered linears, other formats, and experts in base beside lowered ones."""
+    """Raise MpqError for another model than gpt-oss, for lowered linears, other formats, and
+    experts in base beside lowered ones."""
     if model.model_type != "gpt_oss":
         raise MpqError(
             f"gpt-oss alone has checkpoints in the form mxfp4, and this is a {model.model_type}: export to compressed-tensors."
@@ -41,7 +43,7 @@ def check_held(lowered: Mapping[str, str], base: str, model: Skeleton) -> None:
             )
     if lowered and (kept := [op for op in model.expert_ops if op not in lowered]):
         raise MpqError(
-            f"A checkpoint in the form mxfp4 has the experts of all layers in it, but the plan has {kept[0]} in {base}: tie *.experts.* and solve again."
+            f"A checkpoint in the form mxfp4 has the experts of all layers in it, but the plan has {kept[0]} in {base}: pin *.experts.* to {HELD[0]} and solve again."
         )
 
 
@@ -60,7 +62,8 @@ def laid_out(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
 
 
 def section(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
-    """The `quantization_config` of config.json; what is not converted is told by patterns, as OpenAI's checkpoints tell it."""
+    """The `quantization_config` of config.json; what is not converted is told by patterns, as
+    OpenAI's checkpoints tell it."""
     kept = ("self_attn", "mlp.router")
     layers = [f"model.layers.*.{name}" for name in kept]
     others = [f"{model.head}", model.embedding.removesuffix(".weight")]

@@ -1,13 +1,13 @@
-"""Layers that are alike: a trace runs one of each kind, and the operations of that one are repeated for the others.
+"""Layers that are alike: a trace runs one of each kind, and repeats its operations for the others.
 
-Tracing a layer takes up to some ten seconds (linear attention's loops), and a model has dozens. Within `each_kind_once` a call
-of a layer that is like one that ran is one node, which has what both were given and what the first one returned;
-`unrolled` puts the first one's operations in its place. Alike are layers of one list
+Tracing a layer takes up to some ten seconds (linear attention's loops), and a model has dozens.
+Within `each_kind_once` a call of a layer that is like one that ran is one node of the trace;
+`unrolled` puts the operations of the one that ran in its place. Alike are layers of one list
 
-- whose modules have the same classes, attributes and shapes of tensors, a layer's own number apart;
+- whose modules have the same classes, attributes and shapes of tensors, a layer's number apart;
 - that are called with tensors of the same shapes, and with plain values that are equal;
-- of which the first one made nothing of its number (which kind of attention its configuration has for it, say), left what it
-  was given as it was, and neither read nor handed on anything else of the graph.
+- of which the first one made nothing of its number (looked up which kind of attention it has,
+  say), left what it was given as it was, and neither read nor handed on anything else.
 
 Any other layer is traced by itself, and where that comes out too late, all are.
 """
@@ -58,10 +58,11 @@ _BORDER, _AS_BEFORE = torch.ops.mpq.border.default, torch.ops.mpq.as_before.defa
 
 @contextmanager
 def each_kind_once(model: nn.Module) -> Iterator[None]:
-    """Within, of the layers of a list that are alike the first one called runs; a call of each other is one node of the trace.
+    """Within, of the layers of a list that are alike the first one called runs; a call of each
+    other is one node of the trace.
 
-    The model raises UnlikeLayersError where a layer changes what it was given, or one that stands for others runs in another
-    way, too.
+    The model raises UnlikeLayersError where a layer changes what it was given, or one that stands
+    for others runs in another way, too.
     """
     ran: dict[Any, tuple[_Leaves, str] | None] = {}
     layers = list(_layers(model))
@@ -176,7 +177,8 @@ class _Object:
 
 
 def _told(value: Any) -> Any:
-    """What equal values have in common, to be a key: of tensors what they look like, of unknown objects which one it is."""
+    """What equal values have in common, to be a key: of tensors what they look like, of unknown
+    objects which one it is."""
     if isinstance(value, Tensor):
         return Tensor, tuple(value.shape), value.dtype
     if value is None or isinstance(value, _PLAIN):
@@ -242,9 +244,10 @@ def _watched(layer: nn.Module) -> Iterator[list[str]]:
 
 
 def unrolled(program: Any) -> list[fx.Node]:
-    """The nodes of an exported program with the operations of every layer in them, in execution order.
+    """The nodes of an exported program with the operations of every layer, in execution order.
 
-    Raises UnlikeLayersError where a layer that stands for others reads or hands on what it was not called with.
+    Raises UnlikeLayersError where a layer that stands for others reads or hands on what it was not
+    called with.
     """
     graph, signature = program.graph, program.graph_signature
     calls = [node for node in graph.nodes if node.target is _AS_BEFORE]
@@ -311,7 +314,8 @@ def _inside(graph: fx.Graph, layer: str) -> list[fx.Node]:
 def _counterpart(
     node: fx.Node, first: str, layer: str, held: dict[str, str], inputs: dict[str, fx.Node]
 ) -> fx.Node:
-    """What `layer` reads where the layer `first` reads a node that it was not called with: its own parameter, or a constant."""
+    """What `layer` reads where the layer `first` reads a node that it was not called with: its own
+    parameter, or a constant."""
     if node.op == "call_function":
         raise UnlikeLayersError(f"{first} reads {node.name}, which it was not called with")
     name = held.get(node.name, "")

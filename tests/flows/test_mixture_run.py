@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import short, small_spec, write_checkpoint
+from small import MIXTURES, short, small_model, small_spec, write_checkpoint
 
 from mpq.errors import MpqError
 from mpq.flows.calibrate import calibrate
@@ -28,28 +28,43 @@ def to_be_served(folder: Path, model_type: str, **more: object) -> RunSpec:
     return parse_spec({**data, "engine": "vllm", "export": {}, "taus": [10.0], **more})
 
 
+def in_its_own_form(folder: Path, pin: dict[str, str] | None = None) -> RunSpec:
+    """The same of a gpt-oss with its experts in MXFP4, rows in whole blocks, in base BF16, exported as OpenAI's are."""
+    pin = pin or {"*.experts.*": "mxfp4a16", "*.self_attn.*": "base"}
+    data = to_be_served(folder, "gpt_oss").model_dump(mode="json")
+    more = {**MIXTURES["gpt_oss"], "intermediate_size": 32}
+    small_model("gpt_oss", dtype=torch.bfloat16, **more).save_pretrained(data["model"]["path"])
+    data["model"]["base"] = "bf16"
+    data["objectives"]["m"]["formats"] = ["mxfp4a16"]
+    return parse_spec({**data, "constraints": {"pin": pin}, "export": {"to": "mxfp4"}})
+
+
 @pytest.mark.usefixtures("reloaded_here")
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_a_mixture_ends_with_a_checkpoint(tmp_path: Path, model_type: str) -> None:
-    """From the checkpoint to one that is reloaded in transformers: everything that vLLM takes is lowered, experts where the file
-    has names for them; the loss is that of mpq's run, its KL at least what was predicted of it."""
-    fused = {"constraints": {"pin": {"*.experts.*": "base"}}} if model_type == "gpt_oss" else {}
-    result = calibrate(to_be_served(tmp_path, model_type, **fused))
+    """From the checkpoint to one that is reloaded in transformers: everything that vLLM takes is lowered, in gpt-oss's own form its
+    experts alone; the loss is that of mpq's run, its KL at least what was predicted of it."""
+    own = model_type == "gpt_oss"
+    spec = in_its_own_form(tmp_path) if own else to_be_served(tmp_path, model_type)
+    result = calibrate(spec)
     out = Path(result["out"]["checkpoint"])
     check = json.loads((out / "export.json").read_text())["check"]
     plan = Plan.from_json((out / "plan.json").read_text())
     assert check["passed"], check
     lowered = {op.rpartition(".")[2] for op in plan.lowered}
-    assert {"o_proj"} < lowered
-    assert ({"down_proj", "gate_up_proj"} < lowered) == (not fused)
+    assert {"down_proj", "gate_up_proj"} <= lowered
+    assert ("o_proj" in lowered) == (not own)
     assert plan.predicted_kl
     assert min(check["kl_base_plan"], check["kl_base_reloaded"]) > 0.5 * plan.predicted_kl
 
 
 def test_experts_in_one_tensor_are_told_first(tmp_path: Path) -> None:
-    """A gpt-oss whose run could choose what its checkpoint has no names for ends before anything is measured."""
+    """A gpt-oss whose run could choose what its checkpoint has no names for, or one layer's experts where its form has all, ends
+    before anything is measured."""
     with pytest.raises(MpqError, match=r"in one tensor.* pin \*\.experts\.\* to base"):
         calibrate(to_be_served(tmp_path, "gpt_oss"))
+    with pytest.raises(MpqError, match=r"experts of all layers.* pin \*\.experts\.\* to mxfp4a16"):
+        calibrate(in_its_own_form(tmp_path, {"*.self_attn.*": "base"}))
 
 
 @pytest.mark.usefixtures("reloaded_here")
