@@ -81,6 +81,7 @@ def test_a_run_and_what_it_leaves(
         "drawn",
         "sensitivity",
         "loss",
+        "effects",
         "timing",
         "plans",
         "solutions",

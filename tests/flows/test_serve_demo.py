@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.console import Console
 from small import ROOT
 
 from deployments import serve_demo
+from deployments.processes import Services
 from deployments.serve_demo import ask
 from mpq.errors import MpqError
 from mpq.flows.calibrate import calibrate
@@ -25,14 +25,22 @@ from mpq.tasks.stage import read
 
 
 class Impatient(Console):
-    """Somebody who presses Ctrl-C once the answer is there, and again while the server is being stopped."""
+    """Somebody who presses Ctrl-C once the answer is there."""
 
     def print(self, *said: Any, **how: Any) -> None:
         """Show it, and press."""
         super().print(*said, **how)
         if "answered" in str(said):
-            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def pressed_again(services: Services) -> None:
+    """Ctrl-C once more, while the server is being stopped."""
+    os.kill(os.getpid(), signal.SIGINT)
+    STOP(services)
+
+
+STOP = Services._stop
 
 
 def cmdline(process: psutil.Process) -> list[str]:
@@ -74,6 +82,7 @@ def served(prefect: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve_demo, "ask", heard)
+        patch.setattr(Services, "_stop", pressed_again)
         how = (spec, checkpoint, folder / "demo")
         with pytest.raises(KeyboardInterrupt):
             serve_demo.demonstrate(*how, Impatient(file=printed, width=120))
