@@ -17,7 +17,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from mpq.devices import resolve
 from mpq.errors import MpqError
 from mpq.flows.place import Place, placed
-from mpq.spec import EvaluationSpec, Objective, ObjectiveSpec, RunSpec, resolved
+from mpq.spec import EvaluationSpec, Objective, ObjectiveSpec, RunSpec, TextSpec, resolved
 from mpq.store.entries import Store
 from mpq.store.transport import absolute
 from mpq.tasks.checkpoint import Architecture, Weights, source_of
@@ -162,10 +162,8 @@ class Run:
     @property
     def held_out(self) -> EvaluationSpec:
         """How plans are evaluated; on the calibration text where the spec does not say."""
-        how = {"shards", "share", "checkpoint_activations"}
-        return self.spec.evaluation or EvaluationSpec(
-            **self.spec.calibration.model_dump(exclude=how)
-        )
+        text = self.spec.calibration.model_dump(include=set(TextSpec.model_fields))
+        return self.spec.evaluation or EvaluationSpec(**text)
 
     def one(self, stage: Stage, name: str = "", **inputs: Any) -> References:
         """Run a stage of one task; `name` is the stage's own if left out."""

@@ -64,8 +64,9 @@ def model_card(
     if engine == "vllm":
         served = f"\n```console\n$ vllm serve FOLDER --dtype {_DTYPES[plan.base]}\n```\n"
     elif engine == "transformers":
-        needed = NEEDS[record["to"]].replace("_", "-")
-        served = f"\n`AutoModelForCausalLM.from_pretrained(FOLDER)` loads it where {needed} is installed.\n"
+        needed = NEEDS.get(record["to"], "").replace("_", "-")
+        where = f" where {needed} is installed" if needed else ""
+        served = f"\n`AutoModelForCausalLM.from_pretrained(FOLDER)` loads it{where}.\n"
     made = {k: v for k, v in plan.provenance.items() if k not in ("model", "versions")}
     return f"""---
 library_name: transformers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from mpq.errors import MpqError
 from mpq.export.engines import check_engine, split_ties
@@ -115,3 +115,19 @@ def check_ties(formats: Mapping[str, str], base: str, model: Skeleton, engine: s
         raise MpqError(
             f"{engine} multiplies {', '.join(op.rpartition('.')[2] for op in chosen)} of {parent} in one product ({layer.into}), but the plan has {found}{more}: it would take one format for all and answer wrongly; tie them and solve again, or export with --engine transformers."
         )
+
+
+def check_linears(
+    lowered: Mapping[str, str], model: Skeleton, form: str, held: Collection[str]
+) -> None:
+    """Raise MpqError for lowered experts, and for schemes other than the `held` ones, of a `form` of checkpoint that has linears
+    alone."""
+    for op, name in lowered.items():
+        if op in model.expert_ops:
+            raise MpqError(
+                f"{op} runs in {name} in this plan, but mpq writes lowered experts to compressed-tensors alone: export there, or pin *.experts.* to base and solve again."
+            )
+        if name not in held:
+            raise MpqError(
+                f"{op} runs in {name} in this plan, which {form} cannot express: it can hold {', '.join(held)}; make the plan with those, or export to compressed-tensors."
+            )

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from mpq.errors import MpqError
+from mpq.export.expressible import check_linears
 from mpq.export.layout import Layout
 from mpq.export.skeleton import Skeleton
 from mpq.formats.scheme import get_scheme, with_fitted
@@ -47,15 +48,7 @@ def check_held(lowered: Mapping[str, str], base: str, model: Skeleton) -> None:
         raise MpqError(
             "Engines run ModelOpt's checkpoints in 16 bits, but the plan's base is fp32: make the plan with base bf16."
         )
-    for op, name in lowered.items():
-        if op in model.expert_ops:
-            raise MpqError(
-                f"{op} runs in {name} in this plan, but mpq writes lowered experts to compressed-tensors alone: export there, or pin *.experts.* to base and solve again."
-            )
-        if name not in HELD:
-            raise MpqError(
-                f"{op} runs in {name} in this plan, which a ModelOpt checkpoint cannot express: it can hold {', '.join(HELD)}; make the plan with those, or export to compressed-tensors."
-            )
+    check_linears(lowered, model, "a ModelOpt checkpoint", HELD)
 
 
 def laid_out(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:

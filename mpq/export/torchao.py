@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.errors import MpqError
 from mpq.export.codes import sizes_of
+from mpq.export.expressible import check_linears
 from mpq.export.layout import Layout
 from mpq.export.shards import Shard
 from mpq.export.skeleton import Skeleton
@@ -71,15 +71,7 @@ _VERSION = 2  # of each of these configurations
 
 def check_held(lowered: Mapping[str, str], base: str, model: Skeleton) -> None:
     """Raise MpqError for experts, and formats that torchao has no stable tensor for."""
-    for op, name in lowered.items():
-        if op in model.expert_ops:
-            raise MpqError(
-                f"{op} runs in {name} in this plan, but mpq writes lowered experts to compressed-tensors alone: export there, or pin *.experts.* to base and solve again."
-            )
-        if name not in HELD:
-            raise MpqError(
-                f"{op} runs in {name} in this plan, which a torchao checkpoint cannot express: it can hold {', '.join(HELD)}; make the plan with those, or export to compressed-tensors."
-            )
+    check_linears(lowered, model, "a torchao checkpoint", HELD)
 
 
 def sizes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, int]:

@@ -19,11 +19,16 @@ from mpq.store.tables import SCHEMAS, validate
 
 
 def effects_table(
-    effects: Mapping[str, Sequence[Tensor]], schemes: Sequence[Scheme]
+    effects: Mapping[str, Sequence[tuple[int, Tensor]]], samples: int, schemes: Sequence[Scheme]
 ) -> pl.DataFrame:
-    """The table of each op's batches (samples, schemes), nats; infinite where the format
-    overflows."""
-    found = {op: torch.cat(list(batches)).T for op, batches in effects.items()}
+    """The table of each op's batches, the first sample's number and (samples, schemes) nats each:
+    infinite where the format overflows, 0 of the samples that did not run through the op."""
+    found = {}
+    for op, batches in effects.items():
+        values = torch.zeros(samples, len(schemes), dtype=torch.float64)
+        for first, batch in batches:
+            values[first : first + len(batch)] = batch
+        found[op] = values.T
     columns = [
         pl.DataFrame({"effect": values.nan_to_num(nan=torch.inf).numpy()})
         .with_row_index("sample")

@@ -132,7 +132,8 @@ def measure(
     )
     got = next(iter(tally.tokens.values()), {})  # the same of every loss
     sensitivity = with_tokens(sensitivity, {op: counts.tolist() for op, counts in got.items()})
-    return Measured(sensitivity, of_loss, effects_table(tally.effects["loss"], tally.schemes))
+    effects = effects_table(tally.effects["loss"], tally.done["loss"], tally.schemes)
+    return Measured(sensitivity, of_loss, effects)
 
 
 def _tables(

@@ -38,8 +38,9 @@ class Tally:
     """Sums over samples, by loss and (op, operand), of what kernels.errors.weighted_sums gives for each sample.
 
     `sums[loss][op, operand]` is (2, 3 + schemes) float64: Σ_i v_i and Σ_i v_i². `tokens[loss][op]` (experts,) int64 says how
-    many tokens each expert of an op got. `effects[loss][op]` has for each batch (samples, schemes) float64: Σ_n ∂g_i/∂w_n
-    (Q(w_n) − w_n), what rounding the op's weight does to each sample's loss in first order.
+    many tokens each expert of an op got. `effects[loss][op]` has for each batch that ran through the op the number of its first
+    sample, and (samples, schemes) float64: Σ_n ∂g_i/∂w_n (Q(w_n) − w_n), what rounding the op's weight does to each sample's loss in
+    first order. `done[loss]` says how many samples there were.
     """
 
     def __init__(self, schemes: Sequence[Scheme]) -> None:
@@ -51,7 +52,8 @@ class Tally:
         self._block = max((w.block[0] for w in self._weights), default=1)
         self.sums: dict[str, dict[tuple[str, str], Tensor]] = defaultdict(dict)
         self.tokens: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        self.effects: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
+        self.effects: dict[str, dict[str, list[tuple[int, Tensor]]]] = defaultdict(dict)
+        self.done: dict[str, int] = defaultdict(int)
         self.samples = 0  # of the batch in flight
         self._batch: dict[tuple[str, str], Tensor] = {}
         self._effects: dict[str, Tensor] = {}
@@ -72,7 +74,9 @@ class Tally:
             both = torch.stack([values.sum(0), values.square().sum(0)]).cpu()
             of_loss[where] = of_loss[where] + both if where in of_loss else both
         for op, effects in self._effects.items():
-            self.effects[loss].setdefault(op, []).append(effects.cpu() / passes)
+            here = (self.done[loss], effects.cpu() / passes)
+            self.effects[loss].setdefault(op, []).append(here)
+        self.done[loss] += samples
 
     def add(self, op: str, operand: str, sample: int, sums: Tensor) -> None:
         """Add what a gradient of sample number `sample` of the batch gives."""

@@ -110,12 +110,17 @@ def signed_loss(sensitivity: pl.DataFrame, effects: pl.DataFrame, base: str) -> 
         pl.when(pl.col("operand") == "weight").then(0.0).otherwise(pl.col(c)).alias(c)
         for c in ("loss_mse", "loss_mse_stderr")
     )
-    ordered = effects.sort("sample").group_by("op", "format", maintain_order=True)
+    samples = 1 + int(effects.select(pl.col("sample").max()).item() or 0)
+    of_each: dict[Op, Floats] = {}
+    for (op, name), of in effects.group_by("op", "format", maintain_order=True):
+        # samples that did not run through the op have no row
+        of_each[str(op), str(name)] = values = np.zeros(samples)
+        values[of["sample"].to_numpy()] = of["effect"].to_numpy()
     weights = actual.filter(pl.col("operand") == "weight").select("op", "format")
     return SignedLoss(
         base,
-        1 + int(effects.select(pl.col("sample").max()).item() or 0),
-        {(str(op), str(f)): of["effect"].to_numpy() for (op, f), of in ordered},
+        samples,
+        of_each,
         by_op(actual, "kl"),
         by_op(activations, "loss_mse"),
         by_op(activations, "loss_mse_stderr"),

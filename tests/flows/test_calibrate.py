@@ -354,3 +354,13 @@ def test_what_is_uncertain_is_asked_once(spec: RunSpec) -> None:
     assert "what is uncertain" in computed(calibrate(asked))
     assert computed(calibrate(asked)) == set()
     assert "what is uncertain" in computed(calibrate(change(asked, timing={"more": 3})))
+
+
+def test_plans_are_measured_on_the_calibration_text(spec: RunSpec) -> None:
+    """Where a spec says nothing of an evaluation, whatever else it says of the calibration."""
+    spec = change(short(spec), evaluation=None, calibration={"labels": 2, "share": 0.5})
+    tables = join_tables(calibrate(spec)["tables"])
+    assert "loss_mse" in tables["evaluation"]["metric"].to_list()
+    drawn = tables["drawn"]
+    assert drawn.n_unique("part") > 1
+    assert drawn["source"].unique().to_list() == [spec.calibration.source]

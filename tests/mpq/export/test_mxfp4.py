@@ -46,8 +46,10 @@ def test_transformers_reads_the_plan(source: Path, tmp_path: Path, scheme: str) 
     plan's loss. Exported once more from there, they stay what they are."""
     formats = dict.fromkeys(EXPERTS, scheme)
     out, again = tmp_path / "out", tmp_path / "again"
-    made = export(plan_of(source, formats, "bf16"), source, out, to="mxfp4")
+    how = {"to": "mxfp4", "engine": "transformers"}
+    made = export(plan_of(source, formats, "bf16"), source, out, **how)
     assert made.formats == {scheme: 4}
+    assert "from_pretrained(FOLDER)` loads it.\n" in (out / "README.md").read_text()
     held = load_file(out / "model.safetensors")
     assert held[f"{EXPERTS[0]}_blocks"].shape == (4, 64, 2, 16)
     assert held[f"{EXPERTS[1]}_scales"].shape == (4, 64, 1)

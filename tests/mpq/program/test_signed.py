@@ -55,6 +55,8 @@ def test_is_its_definition() -> None:
     the tables by hand; its standard error is that of the squares over samples, and the
     activations' own."""
     sensitivity, effects = tables(1)
+    # one that ran not through b
+    effects = effects.filter((pl.col("op") != "b") | (pl.col("sample") != 1))
     plan = {"a": "int8", "b": "fp8_e4m3", "qk": "int8", "c": BASE}
     rows = [r for r in sensitivity.iter_rows(named=True) if plan[r["op"]] == r["format"]]
     rows = [r for r in rows if r["noise_model"] == "actual"]
