@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mpq.errors import MpqError
 from mpq.formats.format import Format
 from mpq.formats.quantize import Granularity
-from mpq.formats.scheme import Scheme
+from mpq.formats.scheme import Operand, Scheme
 from mpq.kernels.errors import MAGNITUDES, shares_of, weighted_sums
 from mpq.kernels.rounding import rounded
 from mpq.loss.cross_entropy import differentiable_input
@@ -45,11 +45,9 @@ class Tally:
 
     def __init__(self, schemes: Sequence[Scheme]) -> None:
         self.schemes = tuple(schemes)
-        # what an operand is rounded to in each scheme; None where that leaves it, or the product, in base
-        self._activations = [s.activations for s in schemes]
-        self._weights = [s.weights for s in schemes]
-        self._alike = [s.weights if s.alike else None for s in schemes]
-        self._block = max((w.block[0] for w in self._weights), default=1)
+        # what each scheme rounds each operand to
+        self._formats = {o: [s.rounds(o) for s in schemes] for o in get_args(Operand)}
+        self._block = max((f.block[0] for f in self._formats["weight"] if f), default=1)
         self.sums: dict[str, dict[tuple[str, str], Tensor]] = defaultdict(dict)
         self.tokens: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.effects: dict[str, dict[str, list[tuple[int, Tensor]]]] = defaultdict(dict)
@@ -85,10 +83,10 @@ class Tally:
         self._batch[op, operand][sample] += sums
 
     def add_each(
-        self, op: str, operand: str, how: Granularity, gradient: Tensor, u: Tensor
+        self, op: str, operand: Operand, how: Granularity, gradient: Tensor, u: Tensor
     ) -> None:
         """Add what ∂g/∂u (samples, …, T, K) gives, one sample after the other: temporaries stay small."""
-        formats = self._activations if operand == "input" else self._alike
+        formats = self._formats[operand]
         for i, (g, of_u) in enumerate(zip(gradient, u, strict=True)):
             self.add(op, operand, i, weighted_sums(of_u, formats, how)(g))
 
@@ -96,8 +94,8 @@ class Tally:
         """As add_each, of attention's P (samples, heads, T, T) from sample number `first` on; the errors of integer formats
         by `together`."""
         for i, (g, of_p) in enumerate(zip(gradient, p, strict=True), first):
-            sums = weighted_sums(of_p, self._alike, "row")(g)
-            for place, fmt in enumerate(self._alike, MAGNITUDES):
+            sums = weighted_sums(of_p, self._formats["lhs"], "row")(g)
+            for place, fmt in enumerate(self._formats["lhs"], MAGNITUDES):
                 if fmt is not None and fmt.kind == "int":
                     sums[place] = together(g, of_p, fmt)
             self.add(op, "lhs", i, sums)
@@ -108,10 +106,11 @@ class Tally:
         """Add what ∂g_i/∂W of a weight (C, K) gives, of `each` sample (i, output's gradient (T, C), input (T, K))."""
         rows = max(1, _SLICE.get(weight.device.type, _SLICE_ELSEWHERE) // weight.shape[1])
         rows += -rows % self._block  # whole blocks
-        how: dict[str, Any] = {"often": len(each) > 1, "shares": shares_of(weight, self._weights)}
+        formats = self._formats["weight"]
+        how: dict[str, Any] = {"often": len(each) > 1, "shares": shares_of(weight, formats)}
         for start in range(0, len(weight), rows):
             some = slice(start, start + rows)
-            sums = weighted_sums(weight[some], self._weights, "row", signed=True, **how)
+            sums = weighted_sums(weight[some], formats, "row", signed=True, **how)
             for i, g, u in each:
                 squares, signed = sums(g[:, some].T @ u)  # [c, T] @ [T, K] -> [c, K]
                 self.add(op, "weight", i, squares)
@@ -266,7 +265,7 @@ class _TappedAttention(AttentionHandler):
     def probabilities(self, p: Tensor) -> Tensor:
         return _Tap.apply(p, partial(self.tally.add_probabilities, self.av_name, self.sample))  # type: ignore[no-any-return]
 
-    def _tap(self, u: Tensor, op: str, operand: str, how: Granularity) -> Tensor:
+    def _tap(self, u: Tensor, op: str, operand: Operand, how: Granularity) -> Tensor:
         return _Tap.apply(u, partial(self.tally.add_each, op, operand, how))  # type: ignore[no-any-return]
 
 
