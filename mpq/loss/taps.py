@@ -93,7 +93,13 @@ class Tally:
         self._batch[op, operand][sample] += squares
 
     def add_each(
-        self, op: str, operand: Operand, how: Granularity, gradient: Tensor, u: Tensor, first: int = 0
+        self,
+        op: str,
+        operand: Operand,
+        how: Granularity,
+        gradient: Tensor,
+        u: Tensor,
+        first: int = 0,
     ) -> None:
         """Add what ∂g/∂u (samples, …, T, K) of samples from number `first` on gives, one after the other: temporaries
         stay small."""
