@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
@@ -44,7 +44,8 @@ class Layout:
     `check_held` raises MpqError for a plan that it cannot hold; `laid_out` makes of a weight's tensors (codes.py) and its scheme
     its own, of the sizes that `sizes` tells beforehand; `section` is the `quantization_config` of config.json, `beside` are
     other files and their content, `metadata` is said in the header of each file of weights. `stacked` is whether the lowered
-    experts of a layer lie in one tensor, (experts, K, C) in the model, and not each under its own name.
+    experts of a layer lie in one tensor, (experts, K, C) in the model, and not each under its own name. `cache` is what `section`
+    says besides where the cache of keys and values is lowered; empty in a kind that cannot say it.
     """
 
     section: Callable[[Lowered, Skeleton], dict[str, Any]]
@@ -55,3 +56,4 @@ class Layout:
     beside: Callable[[Lowered, Skeleton], Iterator[tuple[str, str]]] = _nothing_beside
     metadata: Callable[[tuple[Shard, ...], str], dict[str, str]] = _plain
     stacked: bool = False
+    cache: Mapping[str, Any] = field(default_factory=dict)

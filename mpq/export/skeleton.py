@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as _PATCHED
 
+from mpq.models.attention import dispatched as attends
 from mpq.models.experts import dispatched, products_of
 from mpq.models.graph import build_on_meta
 from mpq.models.linears import is_linear
@@ -49,6 +51,7 @@ class Skeleton:
         Any, ...
     ] = ()  # how transformers makes its parameters of a checkpoint's tensors
     apart: frozenset[str] = frozenset()  # modules of experts that compressed-tensors takes apart
+    attentions: tuple[str, ...] = ()  # of the decoder, those that keep keys and values of their own
     model_type: str = ""
 
     def name_of(self, tensor: str) -> str:
@@ -127,4 +130,17 @@ def skeleton(config: Any) -> Skeleton:
             and "compressed-tensors" in how["quantization_methods"]
         ),
         model_type=config.model_type,
+        attentions=tuple(_attentions(modules, names_of.get(id(embedding), ""))),
     )
+
+
+def _attentions(modules: Mapping[str, nn.Module], embedding: str) -> Iterator[str]:
+    """The attentions beside or below what holds the input `embedding`, which is the decoder, an image's encoder being elsewhere; not
+    those that keep a latent, or that have no keys of their own."""
+    decoder = embedding.rpartition(".")[0]
+    for name, module in modules.items():
+        attention = "Attention" in type(module).__name__ and attends(module)
+        latent = hasattr(module, "kv_b_proj")
+        shares = hasattr(module, "q_proj") and not hasattr(module, "k_proj")
+        if name.startswith(f"{decoder}.") and attention and not latent and not shares:
+            yield name
