@@ -71,7 +71,7 @@ class Caches:
         """What is to be known of them, a sentence each."""
         if not self.lowered:
             return ()
-        on_cpu = "vLLM 0.32 cuts keys and values on a CPU where it rounds them on a GPU: their KL is up to four times as large there; see docs/engines.md"
+        on_cpu = "vLLM 0.32 cuts keys and values on a CPU where it rounds them on a GPU: their KL is about four times as large there; see docs/engines.md"
         if not self.switches:
             return (on_cpu,)
         told = f"which layers' cache stays in base is in no file: start vLLM's server with {' '.join(self.switches)}; transformers rounds that of every layer"
