@@ -22,6 +22,16 @@ from mpq.models.experts import dispatched, products_of
 from mpq.models.graph import build_on_meta
 from mpq.models.linears import is_linear
 
+# whose experts checkpoints keep in one tensor (experts, C, K), gate above up, and which vLLM 0.32 alone reads one by one, by the
+# names that it has for those of all others (fused_moe/routed_experts.py: build_expert_params_mapping; granitemoehybrid.py:
+# get_expert_mapping)
+_ONE_BY_ONE_IN_VLLM = ("granitemoe", "granitemoeshared", "granitemoe_swa", "granitemoehybrid")
+
+
+def parts_of(product: str) -> tuple[str, ...]:
+    """What the linears of one expert are called that make up a product of all."""
+    return ("gate_proj", "up_proj") if product == "gate_up_proj" else (product,)
+
 
 @dataclass(frozen=True)
 class Skeleton:
@@ -81,6 +91,18 @@ class Skeleton:
             for c in converters
         )
         return next((op for op in self.expert_ops if stacks and name.endswith(op)), "")
+
+    @property
+    def in_vllm_alone(self) -> bool:
+        """Whether lowered experts have names in vLLM that transformers makes nothing of."""
+        return self.model_type in _ONE_BY_ONE_IN_VLLM
+
+    def read_one_by_one(self, op: str) -> bool:
+        """Whether the experts of `op`, all in one tensor, are read under a name for each as well: by transformers, which stacks
+        them, or by vLLM alone."""
+        owner, _, product = op.rpartition(".")
+        each = f"{owner}.0.{parts_of(product)[0]}.weight"
+        return self.in_vllm_alone or self.expert_op(each) == op
 
     def sharing(self, parameter: str) -> frozenset[str]:
         """All names of the weight called `parameter`, its own included."""

@@ -149,6 +149,7 @@ def test_vllm_answers_with_four_bits(tmp_path: Path, engine: EngineProcess) -> N
         ("qwen3_moe", "fp8_e4m3", "Unsupported FP8 MoE backend", 4),
         ("qwen3_moe", "w4a16_g32", "No WNA16 MoE backend", 0.5),
         ("mixtral", "w4a16_g32", "No WNA16 MoE backend", 0.5),
+        ("granitemoe", "w4a16_g32", "No WNA16 MoE backend", 0.5),  # of one tensor in the source
     ],
 )
 def test_vllm_answers_with_lowered_experts(
@@ -162,6 +163,7 @@ def test_vllm_answers_with_lowered_experts(
     """Experts under the checkpoint's names, named by a pattern: vLLM takes their format for the layer's, and answers as mpq's run
     of the plan does where it has a kernel for them, which on a CPU asks for AMX, or AMD Zen with zentorch; else it says so."""
     shape = {**SHAPE, **ARCHITECTURES["qwen3_moe"], "num_local_experts": 4}
+    shape |= {"attention_multiplier": 0.2, "logits_scaling": 6.0}  # Granite's
     source = checkpoint(tmp_path / "model", architecture, dtype=torch.bfloat16, **shape)
     model = load_model(source, "bf16")
     formats = {
