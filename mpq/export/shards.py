@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ class Piece:
     shape: tuple[int, ...]
     bytes: int
     part: Part | None = None
-    op: str = ""  # the lowered op whose weight it is, or one expert's of it
+    op: str = ""  # the op whose weight it is, or one expert's of it
 
 
 @dataclass(frozen=True)
@@ -98,24 +97,27 @@ def shards_of(
         groups.append([])
         for name, (tensor, kind, shape) in tensors.items():
             op, into = taken_from.get(name), ""
-            kept = {_kept(name, tensor, model)}
+            kept = {model.written(tensor)}
             if op:  # what is tied to it stays in base, under names of its own
-                into = f"{op}.weight"
+                into = f"{model.called.get(op, op)}.weight"
                 kept = (kept | model.sharing(name) - names) - {into}
             elif op := of_experts.get(name):
                 into, kept = name, set()
+            linear = name.removesuffix(".weight")
+            linear = linear if linear in model.linears and not op else ""
             pieces = [
-                Piece(file, tensor, n, "", shape, _bytes(kind, shape, base)) for n in sorted(kept)
+                Piece(file, tensor, n, "", shape, _bytes(kind, shape, base), op=linear)
+                for n in sorted(kept)
             ]
             if lowered and model.taken_apart(name):
                 pieces = [
                     Piece(file, tensor, to, "", each, _bytes(kind, each, base), part)
-                    for to, each, part in _one_by_one(name, shape, transposed=True)
+                    for to, each, part in _one_by_one(name, tensor, shape, transposed=True)
                 ]
             if op:
                 parts: list[tuple[str, tuple[int, ...], Part | None]] = [(into, shape, None)]
                 if name == op and not stacked:
-                    parts = list(_one_by_one(name, shape))
+                    parts = list(_one_by_one(name, tensor, shape))
                 for to, each, part in parts:
                     _check_width(op, lowered[op], each)
                     coded = sum(sizes(get_scheme(lowered[op]), each).values())
@@ -133,20 +135,14 @@ def shards_of(
     )
 
 
-def _kept(name: str, tensor: str, model: Skeleton) -> str:
-    """What a tensor in base is called: as in the model, as linears are; but the rest of a layer as in the checkpoint, the one
-    name that engines know (Mixtral's routers lie in `block_sparse_moe`, beside its experts, transformers' in `mlp`)."""
-    layer = re.match(r".*?[.]\d+[.]", name)
-    same = layer is not None and tensor.startswith(layer[0])
-    return tensor if same and name.removesuffix(".weight") not in model.linears else name
-
-
 def _one_by_one(
-    name: str, shape: tuple[int, ...], transposed: bool = False
+    name: str, tensor: str, shape: tuple[int, ...], transposed: bool = False
 ) -> Iterator[tuple[str, tuple[int, ...], Part | None]]:
     """What each expert's matrices of a tensor (experts, C, K), or (experts, K, C) where it is `transposed`, are called, their
-    shapes and where they lie: gate and up one after the other where it holds both."""
+    shapes and where they lie: gate and up one after the other where it holds both. The experts are called as the checkpoint does
+    if it calls the tensor as the model does."""
     owner, _, product = name.rpartition(".")
+    owner = tensor.rpartition(".")[0] if tensor.endswith(f".{product}") else owner
     experts, rows, columns = shape
     outputs, inputs = (columns, rows) if transposed else (rows, columns)
     parts = parts_of(product)
@@ -219,18 +215,18 @@ def write_shard(
     for piece in shard.pieces:
         part = files[piece.file][piece.tensor]
         if piece.format:
-            op = piece.name.removesuffix(".weight")
+            module = piece.name.removesuffix(".weight")
             of = whole(part, piece)
             scheme = get_scheme(piece.format)
-            how = (scheme, dtype, piece.tensor, *shares.get(op, (None, None)))
+            how = (scheme, dtype, piece.tensor, *shares.get(module, (None, None)))
             if len(piece.shape) == 3:  # all experts', (experts, K, C), of no module of their own
                 each = [
                     laid_out(tensors_of(w.T.contiguous(), *how), piece.format) for w in _experts(of)
                 ]
-                found = {f"{op}_{end}": torch.stack([e[end] for e in each]) for end in each[0]}
+                found = {f"{module}_{end}": torch.stack([e[end] for e in each]) for end in each[0]}
             else:
                 coded = laid_out(tensors_of(of, *how), piece.format)
-                found = {f"{op}.{end}": tensor for end, tensor in coded.items()}
+                found = {f"{module}.{end}": tensor for end, tensor in coded.items()}
             written |= found
         else:
             tensor = whole(part, piece)[...]
