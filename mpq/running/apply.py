@@ -45,7 +45,7 @@ from mpq.models.experts import ExpertProduct, intercept_experts
 from mpq.models.graph import OpKind
 from mpq.models.linears import is_linear, weight_of
 from mpq.models.placement import comes_and_goes, device_of, is_spread, with_forward
-from mpq.running.experts import EmulatedExperts, NativeExperts
+from mpq.running.experts import EmulatedExperts, GroupedExperts, NativeExperts
 
 Backend: TypeAlias = Literal["native", "emulated"]
 Forward: TypeAlias = Callable[..., Tensor]
@@ -216,7 +216,8 @@ class Mixed:
     def _expert_product(self, op: str, name: str) -> ExpertProduct:
         if (op, name) not in self._products:
             owner, _, product = op.rpartition(".")
-            make = EmulatedExperts if self.backend == "emulated" else NativeExperts
+            native = NativeExperts if self._device == "cpu" else GroupedExperts
+            make = EmulatedExperts if self.backend == "emulated" else native
             module, scheme = self.model.get_submodule(owner), get_scheme(name)
             self._products[op, name] = make(module, product, scheme, **self._noise(op, scheme))
         return self._products[op, name]
