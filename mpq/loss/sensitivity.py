@@ -161,7 +161,9 @@ def _tables(
         for noise_model in NOISE_MODELS:
             actual = noise_model == "actual"
             for i, scheme in enumerate((base, *tally.schemes), -1):
-                if not scheme.alike and (not actual or operand in ("lhs", "rhs")):
+                product = operand in ("lhs", "rhs")
+                runs = scheme.rounds("rhs" if product else "weight")
+                if not runs or not (actual or scheme.alike):
                     continue  # no variance is known of blocks, and attention cannot run in them
                 rows.append(
                     {
