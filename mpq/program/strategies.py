@@ -248,7 +248,7 @@ def uniform_plans(
         further,
         signed,
     )
-    head = _head(groups)
+    head = head_of(groups)
     formats = sorted({f for of in program.options.values() for c in of for f in c} - {base})
     plans = []
     for f in formats:
@@ -265,7 +265,7 @@ def uniform_plans(
     return made
 
 
-def _head(groups: pl.DataFrame) -> str | None:
+def head_of(groups: pl.DataFrame) -> str | None:
     """The model's last op where it stands outside the numbered layers: lm_head, embed_out, …"""
     last = groups.sort("order")["op"].tail(1).to_list()
     return next((op for op in last if not re.search(r"(^|\.)\d+\.", op)), None)

@@ -16,6 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from mpq.report.accuracy import AVERAGE, averages, by_tau, differences
 from mpq.report.accuracy_figures import accuracy_against, accuracy_per_task, no_x
+from mpq.report.beside import Beside
+from mpq.report.beside_figure import beside_others
 from mpq.report.calibration import Calibration
 from mpq.report.calibration_figure import enough_calibration
 from mpq.report.maps import format_map, layer_groups
@@ -185,11 +187,11 @@ def _draw_diagonal(axes: Axes, both: pl.Series, what: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(6))  # as on the x axis
 
 
-SECTIONS = ("frontier", "map", "predicted", "groups", "accuracy", "calibration")
+SECTIONS = ("frontier", "beside", "map", "predicted", "groups", "accuracy", "calibration")
 
 
 def report_figures(
-    tables: Tables, base: str, calibration: Calibration | None
+    tables: Tables, base: str, calibration: Calibration | None, others: Beside | None = None
 ) -> dict[str, Pictures]:
     """The report's pictures as inline SVG, by section; a section without data has none."""
     results, plans = results_table(tables), plan_results(tables)
@@ -205,6 +207,9 @@ def report_figures(
     for objective in (o for o in OBJECTIVES if o in measured["objective"]):
         caption = f"Loss against {OBJECTIVES[objective].name}"
         add("frontier", caption, frontier(results, objective))
+    if others:
+        caption = "KL divergence from base against size, this run's plans and other tools'"
+        add("beside", caption, beside_others(others))
     for strategy in (s for s in STRATEGIES if s.startswith("ip_") and s in chosen["strategy"]):
         caption = f"{strategy}: the format of each op"
         add("map", caption, format_map(chosen, groups, strategy, base, bounds))
