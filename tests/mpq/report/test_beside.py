@@ -139,7 +139,10 @@ def test_no_plan_so_small() -> None:
         (PEERS.with_columns(kl=pl.lit(None, pl.Float64)), "has None as kl"),
         (PEERS.with_columns(tool=pl.lit(None, pl.String)), "a plan without a tool"),
         (PEERS.with_columns(bits=pl.lit(1.5e6)), r"has 1500000.0 as bits: .* between 1 and 33"),
-        (PEERS.rename({"bits": "weight_bytes"}), r"has 12.0 as weight_bytes: .* between 262,144 and "),
+        (
+            PEERS.rename({"bits": "weight_bytes"}),
+            r"has 12.0 as weight_bytes: .* between 262,144 and ",
+        ),
         (PEERS.with_columns(checkpoint=pl.lit("neox")), "checkpoint is neox, this run's is demo"),
         (
             PEERS.with_columns(fingerprint=pl.lit("0" * 64)),
