@@ -67,6 +67,24 @@ class Beside:
     frontier: pl.DataFrame
     matched: str
 
+    @property
+    def sheet(self) -> Sheet:
+        """Every plan of the others, and what the run's own of that size costs."""
+        count = COUNTS[self.count]
+        return Sheet(
+            "beside",
+            "Plans of other tools as their table has them, and by prediction the run's own plan of at most that size; "
+            "– where its formats give none so small.",
+            [
+                ("Tool", "tool", ""),
+                ("Case", "case", ""),
+                (f"{count.name} ({count.unit})", "shown", "number"),
+                ("KL, measured (nats per token)", "kl", "sci"),
+                ("this run's, predicted", "own_kl", "sci"),
+            ],
+            self.others.with_columns(shown=pl.col("size") * count.scale).to_dicts(),
+        )
+
 
 class _Sizes:
     """What each op adds to a plan's size in each format, as a column counts it."""
@@ -226,21 +244,3 @@ def _measured(tables: Tables, objective: str, sizes: _Sizes) -> pl.DataFrame:
             rows.append((str(at[1]), sizes.in_base - sizes.saved(formats), kl))
     schema = {"strategy": pl.String, "size": pl.Float64, "kl": pl.Float64}
     return pl.DataFrame(rows, schema=schema, orient="row")
-
-
-def sheet(found: Beside | None) -> Sheet:
-    """Every plan of the others, and what the run's own of that size costs."""
-    count = COUNTS[found.count if found else "bits"]
-    return Sheet(
-        "beside",
-        "Plans of other tools as their table has them, and by prediction the run's own plan of at most that size; "
-        "– where its formats give none so small.",
-        [
-            ("Tool", "tool", ""),
-            ("Case", "case", ""),
-            (f"{count.name} ({count.unit})", "shown", "number"),
-            ("KL, measured (nats per token)", "kl", "sci"),
-            ("this run's, predicted", "own_kl", "sci"),
-        ],
-        found.others.with_columns(shown=pl.col("size") * count.scale).to_dicts() if found else [],
-    )

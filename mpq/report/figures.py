@@ -7,7 +7,7 @@ get into HTML. A strategy is a line over τ; a uniform plan, of no τ, is a poin
 from __future__ import annotations
 
 import io
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import polars as pl
 from matplotlib.axes import Axes
@@ -16,8 +16,6 @@ from matplotlib.ticker import MaxNLocator
 
 from mpq.report.accuracy import AVERAGE, averages, by_tau, differences
 from mpq.report.accuracy_figures import accuracy_against, accuracy_per_task, no_x
-from mpq.report.beside import Beside
-from mpq.report.beside_figure import beside_others
 from mpq.report.calibration import Calibration
 from mpq.report.calibration_figure import enough_calibration
 from mpq.report.maps import format_map, layer_groups
@@ -44,6 +42,9 @@ from mpq.report.style import (
     new_figure,
     to_svg,
 )
+
+if TYPE_CHECKING:
+    from mpq.report.beside import Beside
 
 Pictures = list[tuple[str, str]]  # caption, SVG
 
@@ -208,6 +209,8 @@ def report_figures(
         caption = f"Loss against {OBJECTIVES[objective].name}"
         add("frontier", caption, frontier(results, objective))
     if others:
+        from mpq.report.beside_figure import beside_others  # which solves anew, and loads torch
+
         caption = "KL divergence from base against size, this run's plans and other tools'"
         add("beside", caption, beside_others(others))
     for strategy in (s for s in STRATEGIES if s.startswith("ip_") and s in chosen["strategy"]):

@@ -58,9 +58,7 @@ def write_report(
     (paper.appendix). `others` are plans of other tools, drawn beside the run's. Raises MpqError for
     a table that lacks columns.
     """
-    # matplotlib is slow to load
-    from mpq.report.beside import sheet as sheet_of_others
-    from mpq.report.figures import report_figures
+    from mpq.report.figures import report_figures  # matplotlib is slow to load
 
     pages = Environment(
         loader=PackageLoader("mpq.report"),
@@ -88,8 +86,7 @@ def write_report(
         sentences=[*summary.sentences, *found.sentences, *enough],
         warnings=[*summary.warnings, *found.warnings, *too_few],
         figures=report_figures(tables, base, calibration, others),
-        beside=sheet_of_others(others),
-        matched=others.matched if others else "",
+        others=others,
         choice=sheets.choice(tables, summary),
         numbers=[
             sheets.standings(summary),

@@ -14,7 +14,7 @@ from test_pareto import run, run_folder
 
 from mpq.errors import MpqError
 from mpq.program.memory import effective_bits, weight_bytes
-from mpq.report.beside import Beside, beside, sheet
+from mpq.report.beside import Beside, beside
 from mpq.report.beside_figure import beside_others
 from mpq.report.runs import read_run
 from mpq.store.tables import table
@@ -125,7 +125,7 @@ def test_what_the_bench_writes() -> None:
 def test_no_plan_so_small() -> None:
     """Beside a plan smaller than all that the run's formats give stands none of the run's."""
     found = beside(PEERS.with_columns(bits=pl.Series([5.0, 9.0])), "t.csv", tables_of(), FACTS)
-    assert [row["own_kl"] is None for row in sheet(found).rows] == [True, False]
+    assert [row["own_kl"] is None for row in found.sheet.rows] == [True, False]
 
 
 @pytest.mark.parametrize(
