@@ -107,7 +107,7 @@ def solve(
     plans say of the predicted KL, one for each limit. `sensitivity` and `effects` tell the loss MSE with rounding's signs. `anchor` is the measured TTFT of the plans of design.anchors.
     """
     from mpq.program.prices import SCHEMA, prices
-    from mpq.program.signed import signed_loss
+    from mpq.program.signed import signed_loss, warn_few
     from mpq.program.strategies import choose, gain_errors, least_loss_plan, uniform_plans
     from mpq.timing.answer import answers, further_of
     from mpq.timing.design import anchors, interaction, neighbours, sums
@@ -119,14 +119,8 @@ def solve(
     asked = any(limit.signed for limit in limits)
     if asked and not signed:
         raise MpqError("A bound with signs needs the tables sensitivity and effects: give both.")
-    decided = tables[1]["group"].n_unique()
-    if asked and signed and signed.samples < decided:
-        log.warning(
-            "τ bounds the loss MSE with signs of %d calibration samples for %d decisions: effects that cancel on so few need "
-            "not cancel on other text (docs/log.md), so calibrate with more samples, or leave bound.signed out.",
-            signed.samples,
-            decided,
-        )
+    if asked and signed:
+        warn_few(signed, tables[1]["group"].n_unique())
     measured = read_together(timing) if timing else table("timing", [])
     base_ttft: Any = measured["base_ttft_s"].median()
     term, of_tokens = 0.0, 0.0

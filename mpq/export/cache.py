@@ -102,7 +102,11 @@ def caches_of(
             )
         if name not in model.attentions:
             raise MpqError(
-                f"{name} keeps no keys and values of its own, which the plan has in {scheme}: pin its products to base and solve again."
+                f"{name} keeps no keys and values that are its alone, which the plan has in {scheme}: pin *.qk_matmul and *.av_matmul to base and solve again."
+            )
+        if other := next((c for m, c in model.called.items() if m.startswith(f"{name}.")), None):
+            raise MpqError(
+                f"The checkpoint has {name} under another name ({other}), under which no engine was seen to read the scale of a cache: pin its products to base and solve again."
             )
     kept = tuple(name for name in model.attentions if name not in names)
     return Caches(tuple(name for name in model.attentions if name in names), kept)

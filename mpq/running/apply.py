@@ -48,7 +48,7 @@ from mpq.running.attention import (
     NativeAttention,
     perturbation,
 )
-from mpq.running.experts import EmulatedExperts, NativeExperts
+from mpq.running.experts import EmulatedExperts, GroupedExperts, NativeExperts
 
 Backend: TypeAlias = Literal["native", "emulated"]
 Forward: TypeAlias = Callable[..., Tensor]
@@ -213,7 +213,8 @@ class Mixed:
     def _expert_product(self, op: str, name: str) -> ExpertProduct:
         if (op, name) not in self._products:
             owner, _, product = op.rpartition(".")
-            make = EmulatedExperts if self.backend == "emulated" else NativeExperts
+            native = NativeExperts if self._device == "cpu" else GroupedExperts
+            make = EmulatedExperts if self.backend == "emulated" else native
             module, scheme = self.model.get_submodule(owner), get_scheme(name)
             self._products[op, name] = make(module, product, scheme, **self._noise(op, scheme))
         return self._products[op, name]
