@@ -118,7 +118,7 @@ def allowed(
     }
     if caches and (without := [op for op, kind, _ in rows if kind == "bgemm" and op not in held]):
         log.warning(
-            "%s is not for %d products of attention, %s among them: the cache holds a latent there, or another layer's keys.",
+            "%s is not for %d products of attention, %s among them: the cache holds a latent there, or keys of several layers.",
             *(min(caches), len(without), without[0]),
         )
     for name in dict.fromkeys(f for of in formats.values() for f in of):

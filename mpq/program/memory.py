@@ -17,7 +17,8 @@ SCALE_BYTES = 4  # FP32, one for each output channel (of each expert) of a weigh
 STORED = ("linear", "experts")  # kinds of ops that have weights
 # linears that make K and V of a latent, which is what is cached in their place (DeepSeek's multi-head latent attention)
 _OF_LATENT = "kv_b_proj"
-# the linear that is missing where a layer makes no keys and reads those of another (Gemma 3n's last layers)
+# the linear that is missing where a layer makes no keys and reads those of another (Gemma 3n's last layers): what the other's cache
+# loses it loses, which neither a measurement nor a run sees here
 _OF_QUERIES, _OF_KEYS = "q_proj", "k_proj"
 
 
@@ -30,16 +31,15 @@ class Requests:
 
 
 def cached(groups: pl.DataFrame) -> frozenset[str]:
-    """The ops of a groups table whose second operand, K or V, is what a server keeps of each token. Not those that have a latent
-    kept in its place, or that read another layer's."""
+    """The ops of a groups table whose second operand, K or V, is what a server keeps of each token, for its layer alone. Not those
+    that have a latent kept in its place, and none where layers share keys."""
     linears = set(groups.filter(pl.col("kind") == "linear")["op"])
-
-    def kept(op: str) -> bool:
-        owner = op.rpartition(".")[0]
-        shares = f"{owner}.{_OF_QUERIES}" in linears and f"{owner}.{_OF_KEYS}" not in linears
-        return not shares and f"{owner}.{_OF_LATENT}" not in linears
-
-    return frozenset(filter(kept, groups.filter(pl.col("kind") == "bgemm")["op"]))
+    products = groups.filter(pl.col("kind") == "bgemm")["op"].to_list()
+    owners = {op: op.rpartition(".")[0] for op in products}
+    with_queries = [o for o in owners.values() if f"{o}.{_OF_QUERIES}" in linears]
+    if any(f"{o}.{_OF_KEYS}" not in linears for o in with_queries):
+        return frozenset()
+    return frozenset(op for op, o in owners.items() if f"{o}.{_OF_LATENT}" not in linears)
 
 
 def cache_bytes_of(op: Mapping[str, Any], name: str, base: str, requests: Requests) -> float:

@@ -102,10 +102,13 @@ def test_a_sliding_window_holds_no_more_than_itself() -> None:
 
 
 def test_a_latent_stays_in_base_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """DeepSeek's attention caches a latent: its products are offered no cache, which a warning says; Llama's are."""
+    """DeepSeek's attention caches a latent: its products are offered no cache, which a warning says; Llama's are, unless a layer reads another one's
+    keys."""
     groups = groups_of(small_config("deepseek_v3", **MIXTURES["deepseek_v3"]))
     assert cached(groups) == frozenset()
     assert cached(GROUPS) == frozenset(LAYERS[0] + LAYERS[1])
+    shared = GROUPS.filter(pl.col("op") != "model.layers.1.self_attn.k_proj")
+    assert cached(shared) == frozenset()
     menu = {"linear": ("int8",), "bgemm": ("fp8_kv",)}
     with caplog.at_level(logging.WARNING, "mpq"):
         of = allowed(groups, ConstraintSpec(), "vllm", menu, "bf16")
