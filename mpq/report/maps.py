@@ -24,6 +24,7 @@ from mpq.report.style import (
     SKY,
     SMALL,
     dress,
+    figure_legend,
     new_figure,
 )
 
@@ -62,11 +63,11 @@ def format_map(
     `plans` and `groups` are the tables so called; ops in `base` are pale, ops that the plan does
     not decide left out.
     """
-    rows = plans.filter(pl.col("strategy") == strategy)
+    rows = plans.filter(strategy=strategy)
     panels = [
         (
             bounds.get(tau, f"τ = {tau:g}"),
-            dict(rows.filter(pl.col("tau") == tau).select("op", "format").iter_rows()),
+            dict(rows.filter(tau=tau).select("op", "format").iter_rows()),
         )
         for tau in sorted(rows["tau"].unique())
     ]
@@ -133,16 +134,9 @@ def draw_formats(
     used = sorted(
         {f for line in panels for _, of in line for f in of.values()}, key=lambda f: (f != base, f)
     )
-    handles = [Patch(**_look(f, base), label=f"{f} (base)" if f == base else f) for f in used]
+    handles = {f"{f} (base)" if f == base else f: Patch(**_look(f, base)) for f in used}
     if handles:
-        figure.legend(
-            handles=handles,
-            loc="outside upper center",
-            ncols=4,
-            frameon=False,
-            fontsize=SMALL,
-            labelcolor=INK,
-        )
+        figure_legend(figure, handles, "outside upper center", 4)
     return figure
 
 
@@ -261,13 +255,6 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
     axes.set_ylim(-0.1, tallest + 0.6)
     axes.axis("off")
     there = {kind for _, of in shown for kind in of["kind"]}
-    handles = [Patch(facecolor=c, label=label) for k, (label, c) in _KINDS.items() if k in there]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=max(1, len(handles)),
-        frameon=False,
-        fontsize=SMALL,
-        labelcolor=INK,
-    )
+    handles = {label: Patch(facecolor=c) for k, (label, c) in _KINDS.items() if k in there}
+    figure_legend(figure, handles, "outside lower center", len(handles))
     return figure

@@ -60,7 +60,7 @@ def pareto_of(
     if objective is not None and objective not in there:
         raise MpqError(f"The run has no objective {objective}: expected {' or '.join(there)}.")
     chosen = objective or there[0]
-    gains = tables["gains"].filter(pl.col("objective") == chosen)
+    gains = tables["gains"].filter(objective=chosen)
     known = cost_known(gains)
     if cost == "kl" and known != "kl":
         raise MpqError("The run's gains have no KL: run its spec again, or ask for loss_mse.")

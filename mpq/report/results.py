@@ -21,7 +21,7 @@ Tables = Mapping[str, pl.DataFrame]
 STRATEGIES = ("ip_et", "ip_tt", "ip_m", "random", "prefix")
 RATIO_RANGE = (0.5, 2.0)  # measured / predicted loss MSE outside of it is worth a warning
 
-_KEYS = ["objective", "strategy", "tau"]
+KEYS = ["objective", "strategy", "tau"]
 _NUMBERS = (
     "predicted_loss_mse",
     "measured_loss_mse",
@@ -124,12 +124,12 @@ def results_table(tables: Tables) -> pl.DataFrame:
 
     What was not predicted or not measured is null.
     """
-    return _merged(tables, _KEYS).drop("plan_seed", strict=False)
+    return _merged(tables, KEYS).drop("plan_seed", strict=False)
 
 
 def plan_results(tables: Tables) -> pl.DataFrame:
     """As `results_table`, a row for each plan: random's draws apart, told by `plan_seed`."""
-    return _merged(tables, [*_KEYS, "plan_seed"])
+    return _merged(tables, [*KEYS, "plan_seed"])
 
 
 def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
@@ -142,26 +142,9 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
     solutions = solutions.with_columns(
         pl.lit(None, pl.Float64).alias(c) for c in absent if c not in solutions.columns
     )
-    numbers = (
-        "predicted_loss_mse",
-        "predicted_ttft_s",
-        "solved_base_ttft_s",
-        "share_lowered",
-        "budget",
-        "predicted_gain",
-        "predicted_gain_error",
-        "predicted_kl",
-        "predicted_kl_error",
-        "kl_bound",
-        "kl_scale",
-        "checked_kl",
-        "predicted_loss_mse_error",
-        "predicted_signed_mse",
-        "risk",
-        "predicted_tpot_s",
-        "solved_base_tpot_s",
-        "output",
-    )
+    # the bytes of a plan are those of all its ops, decided or not (_weights)
+    asked = [c for c in (*_NUMBERS, *_FURTHER) if c != "weight_bytes"]
+    numbers = [c for c in asked if c in solutions.columns]
     words = (
         pl.col(c).drop_nulls().unique(maintain_order=True).str.join("; ")
         for c in ("status", "solver", "note")
@@ -193,7 +176,7 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
 
 def _measured(tables: Tables, keys: list[str]) -> list[pl.DataFrame]:
     """A frame for each metric of the held-out text: its mean, its standard deviation, its base."""
-    loss = table_of(tables, "evaluation").filter(pl.col("task") == "loss")
+    loss = table_of(tables, "evaluation").filter(task="loss")
     found = []
     for metric, name, base in _METRICS:
         value = pl.col("value")
@@ -202,7 +185,7 @@ def _measured(tables: Tables, keys: list[str]) -> list[pl.DataFrame]:
             columns.append(pl.col("base_value").mean().alias(base))
         if metric == "loss_mse":
             columns.append(pl.len().cast(pl.Int64).alias("seeds"))
-        found.append(loss.filter(pl.col("metric") == metric).group_by(keys).agg(columns))
+        found.append(loss.filter(metric=metric).group_by(keys).agg(columns))
     return found
 
 
@@ -216,7 +199,7 @@ def _weights(tables: Tables) -> pl.DataFrame:
     whole = math.fsum(in_base.values())
     return (
         plans.join(taken.with_columns(more=pl.Series(more, dtype=pl.Float64)), on=["op", "format"])
-        .group_by(*_KEYS, "plan_seed")
+        .group_by(*KEYS, "plan_seed")
         .agg(weight_bytes=whole + pl.col("more").sum())
         .with_columns(base_weight_bytes=pl.lit(whole))
     )
