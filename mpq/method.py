@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mpq.formats.format import NoiseModel
     from mpq.loss.sensitivity import Measured
     from mpq.models.blocks import Blocks
+    from mpq.program.memory import Requests
     from mpq.program.plan import Plan
     from mpq.program.signed import SignedLoss
     from mpq.program.solver import SolverName
@@ -137,10 +138,13 @@ def gains_of(
     *,
     timing: pl.DataFrame | None = None,
     noise_model: NoiseModel = "actual",
+    requests: Requests | None = None,
 ) -> pl.DataFrame:
-    """The program's coefficients, the `gains` table: et gains measured seconds, tt MAC time, m bytes of weights.
+    """The program's coefficients, the `gains` table: et gains measured seconds, tt MAC time, m bytes of weights, and those of the
+    cache of `requests` where a scheme of it is among the formats.
 
-    Raises MpqError for et without a `timing` table, and where a table lacks an op, a format or a signature.
+    Raises MpqError for et without a `timing` table, a scheme of the cache without `requests`, and where a table lacks an op, a
+    format or a signature.
     """
     from mpq.program.gains import gains_et, gains_m, gains_tt
 
@@ -148,10 +152,11 @@ def gains_of(
         if timing is None:
             raise MpqError("Gains in measured time (et) need the timing table: see times_of.")
         return gains_et(groups, timing, sensitivity, base, noise_model)
-    of_theory = {"tt": gains_tt, "m": gains_m}
-    if objective not in of_theory:
-        raise MpqError(f"Unknown objective {objective!r}: expected et, tt or m.")
-    return of_theory[objective](groups, sensitivity, formats, base, noise_model)
+    if objective == "tt":
+        return gains_tt(groups, sensitivity, formats, base, noise_model)
+    if objective == "m":
+        return gains_m(groups, sensitivity, formats, base, noise_model, requests=requests)
+    raise MpqError(f"Unknown objective {objective!r}: expected et, tt or m.")
 
 
 def best_plan(

@@ -129,7 +129,7 @@ class _Sweep:
 
 
 def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]) -> list[_Sweep]:
-    """One sweep for all formats, and one more for each whose scales are fitted."""
+    """One sweep for all formats, and one more for each whose scales are fitted, or one of the whole tensor."""
     own = str(u.dtype).removeprefix("torch.")
     # those that round a tensor of this dtype at all
     rounding = [
@@ -137,12 +137,12 @@ def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]
         for i, f in enumerate(formats)
         if f and (f.needs_scale or (f.bits <= 16 and f.dtype != own))
     ]
-    rest = [(i, f) for i, f in rounding if f.fit == "max"]
+    rest = [(i, f) for i, f in rounding if f.fit == "max" and not f.of_tensor]
     described_ = (GridFormat * len(rest))(*(described(f) for _, f in rest))
     of_rest = torch.tensor([shares[i] for i, _ in rest])
     sweeps = [_Sweep(u.contiguous(), described_, of_rest, [i for i, _ in rest])]
     for i, f in rounding:
-        if f.fit != "max":
+        if f.fit != "max" or f.of_tensor:
             error = fake_quantize(u, f, "row", share=shares[i]).float() - u.float()
             sweeps.append(_Sweep(error.contiguous(), None, torch.empty(0), [i]))
     return sweeps

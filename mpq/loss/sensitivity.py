@@ -40,6 +40,7 @@ from mpq.loss.cross_entropy import (
     of_labels,
 )
 from mpq.loss.effects import effects_table
+from mpq.loss.heap import give_back_large_tensors
 from mpq.loss.shared import estimated, mean, merged
 from mpq.loss.taps import Tally, checkpointed, tapped
 from mpq.loss.unseen import tokens_of, warn_unseen, with_tokens
@@ -101,6 +102,7 @@ def measure(
         raise MpqError("The calibration set is empty: give at least one block of tokens.")
     tally, losses = Tally(known[1:]), []
     device = str(device_of(model))
+    give_back_large_tensors()
     total = math.ceil(len(blocks.tokens) / batch)
     check_length(model.config, blocks.tokens.shape[1])
     # a graph of all layers would hold the weights of all of them
@@ -159,7 +161,9 @@ def _tables(
         for noise_model in NOISE_MODELS:
             actual = noise_model == "actual"
             for i, scheme in enumerate((base, *tally.schemes), -1):
-                if not scheme.alike and (not actual or operand in ("lhs", "rhs")):
+                product = operand in ("lhs", "rhs")
+                runs = scheme.rounds("rhs" if product else "weight")
+                if not runs or not (actual or scheme.alike):
                     continue  # no variance is known of blocks, and attention cannot run in them
                 rows.append(
                     {

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mpq.errors import MpqError
 from mpq.formats.quantize import Granularity
-from mpq.formats.scheme import Scheme
+from mpq.formats.scheme import Operand, Scheme
 from mpq.kernels.errors import MAGNITUDES, shares_of, weighted_sums
 from mpq.loss.cross_entropy import differentiable_input
 from mpq.models.attention import AttentionHandler, intercept
@@ -44,11 +44,9 @@ class Tally:
 
     def __init__(self, schemes: Sequence[Scheme]) -> None:
         self.schemes = tuple(schemes)
-        # what an operand is rounded to in each scheme; None where that leaves it, or the product, in base
-        self._activations = [s.activations for s in schemes]
-        self._weights = [s.weights for s in schemes]
-        self._alike = [s.weights if s.alike else None for s in schemes]
-        self._block = max((w.block[0] for w in self._weights), default=1)
+        # what each scheme rounds each operand to
+        self._formats = {o: [s.rounds(o) for s in schemes] for o in get_args(Operand)}
+        self._block = max((f.block[0] for f in self._formats["weight"] if f), default=1)
         self.sums: dict[str, dict[tuple[str, str], Tensor]] = defaultdict(dict)
         self.shared: dict[str, dict[tuple[str, str], Tensor]] = defaultdict(dict)
         self.tokens: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -95,11 +93,17 @@ class Tally:
         self._batch[op, operand][sample] += squares
 
     def add_each(
-        self, op: str, operand: str, how: Granularity, gradient: Tensor, u: Tensor, first: int = 0
+        self,
+        op: str,
+        operand: Operand,
+        how: Granularity,
+        gradient: Tensor,
+        u: Tensor,
+        first: int = 0,
     ) -> None:
         """Add what ∂g/∂u (samples, …, T, K) of samples from number `first` on gives, one after the other: temporaries
         stay small."""
-        formats = self._activations if operand == "input" else self._alike
+        formats = self._formats[operand]
         for i, (g, of_u) in enumerate(zip(gradient, u, strict=True), first):
             sums = weighted_sums(of_u, formats, how)(g)
             self.add(op, operand, i, sums.squares)
@@ -113,10 +117,11 @@ class Tally:
         """Add what ∂g_i/∂W of a weight (C, K) gives, of `each` sample (i, output's gradient (T, C), input (T, K))."""
         rows = max(1, _SLICE.get(weight.device.type, _SLICE_ELSEWHERE) // weight.shape[1])
         rows += -rows % self._block  # whole blocks
-        how: dict[str, Any] = {"often": len(each) > 1, "shares": shares_of(weight, self._weights)}
+        formats = self._formats["weight"]
+        how: dict[str, Any] = {"often": len(each) > 1, "shares": shares_of(weight, formats)}
         for start in range(0, len(weight), rows):
             some = slice(start, start + rows)
-            sums_of = weighted_sums(weight[some], self._weights, "row", **how)
+            sums_of = weighted_sums(weight[some], formats, "row", **how)
             for i, g, u in each:
                 sums = sums_of(g[:, some].T @ u)  # [c, T] @ [T, K] -> [c, K]
                 self.add(op, "weight", i, sums.squares)
@@ -260,7 +265,7 @@ class _TappedAttention(AttentionHandler):
         add = partial(self.tally.add_each, self.av_name, "lhs", "row", first=self.sample)
         return _Tap.apply(p, add)  # type: ignore[no-any-return]
 
-    def _tap(self, u: Tensor, op: str, operand: str, how: Granularity) -> Tensor:
+    def _tap(self, u: Tensor, op: str, operand: Operand, how: Granularity) -> Tensor:
         return _Tap.apply(u, partial(self.tally.add_each, op, operand, how))  # type: ignore[no-any-return]
 
 

@@ -185,6 +185,8 @@ class Program:
             predicted_tpot_s=tpot,
             effective_bits=effective_bits(self.groups, formats, self.base),
             weight_bytes=weight_bytes(self.groups, formats, self.base),
+            cache_bytes=self.total(chosen, "cache_bytes"),
+            base_cache_bytes=self.total(chosen, "base_cache_bytes"),
             engine=self.engine,
             predicted_kl=kl,
             predicted_kl_error=kl_error,
@@ -197,6 +199,7 @@ class Program:
         )
         of_plan = (
             *(("output", "base_tpot_s", "predicted_tpot_s") if self.further else ()),
+            *(("cache_bytes", "base_cache_bytes") if plan.cache_bytes is not None else ()),
             "strategy",
             "objective",
             "tau",

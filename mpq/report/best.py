@@ -32,9 +32,10 @@ class Outline:
 
     Times in seconds as they were measured: `ttft_s`, to the first token; `tpot_s`, to each further
     one of answers of `output` tokens; `base_time_s`, base's for the whole answer; `gain_s`, saved,
-    with half its 95 % interval. `weight_bytes` are those of the linears; `perplexity_change` is
-    relative to base's; `kl` (nats per token) is measured, or else predicted; `within` says whether
-    what was measured stays in the plan's bounds.
+    with half its 95 % interval. `weight_bytes` are those of the linears, `cache_bytes` those of keys
+    and values where that was decided; `perplexity_change` is relative to base's; `kl` (nats per
+    token) is measured, or else predicted; `within` says whether what was measured stays in the
+    plan's bounds.
     """
 
     plan: str  # the name of its file, without .json
@@ -55,6 +56,8 @@ class Outline:
     tpot_s: float | None = None
     base_tpot_s: float | None = None
     base_time_s: float | None = None
+    cache_bytes: float | None = None
+    base_cache_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,8 @@ def outline(row: Row, loosest: Mapping[str, float] = NONE) -> Outline:
         tpot_s=row["measured_tpot_s"],
         base_tpot_s=None if measured is None else row["base_tpot_s"],
         base_time_s=None if measured is None else row["base_time_s"],
+        cache_bytes=row["cache_bytes"],
+        base_cache_bytes=row["base_cache_bytes"],
     )
 
 
@@ -178,6 +183,10 @@ def _parts(best: Best) -> list[str]:
         parts.append(
             f"{of.weight_bytes * 1e-6:.4g} MB of weights instead of "
             f"{of.base_weight_bytes * 1e-6:.4g}"
+        )
+    if of.cache_bytes is not None and of.base_cache_bytes:
+        parts.append(
+            f"{of.cache_bytes * 1e-6:.4g} MB of KV cache instead of {of.base_cache_bytes * 1e-6:.4g}"
         )
     if of.perplexity_change is not None:
         parts.append(f"perplexity {percent(of.perplexity_change)}")
