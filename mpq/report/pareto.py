@@ -1,23 +1,20 @@
-"""The frontier of a finished run: every Pareto-optimal plan of gain against KL (or loss MSE), as a table and a picture."""
+"""The frontier of a finished run: every Pareto-optimal plan of gain against KL (or loss MSE), as a table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import polars as pl
-from matplotlib.figure import Figure
 
 from mpq.errors import MpqError
 from mpq.program.anchors import Scale, scaled
 from mpq.program.bounds import bound_rows
 from mpq.program.choice import Program, chosen_of
 from mpq.program.frontier import Point, frontier
-from mpq.program.gains import NAMES, cost_known
+from mpq.program.gains import cost_known
 from mpq.program.plan import Plan
-from mpq.report.results import OBJECTIVES, Tables, scale_of, sentence
-from mpq.report.style import BLUE, INK, legend, log_axis, new_figure
+from mpq.report.results import OBJECTIVES, Tables, scale_of
 from mpq.spec import BoundsSpec
 from mpq.timing.answer import Further
 from mpq.timing.design import members
@@ -150,20 +147,3 @@ def plan_at(pareto: Pareto, number: int, mean_square_loss: float, like: Plan | N
         return plan
     own = {k: v for k, v in like.provenance.items() if k not in ("check", "prices")}
     return replace(plan, fingerprint=like.fingerprint, provenance=own)
-
-
-def picture(pareto: Pareto) -> Figure:
-    """Gain against cost, a step for each point: what no plan of at most this cost exceeds."""
-    unit = OBJECTIVES[pareto.objective]
-    name, of = NAMES[pareto.cost]
-    figure, (axes,) = new_figure(6.4, 4.2)
-    costs = np.array([point.cost for point in pareto.points])
-    saved = np.array([point.gain for point in pareto.points]) * unit.scale
-    axes.step(costs, saved, where="post", color=BLUE, linewidth=1)
-    axes.plot(costs, saved, ".", color=BLUE, markersize=4, label="Pareto-optimal plans")
-    axes.axhline(saved[-1], color=INK, linewidth=0.8, linestyle=(0, (1, 2)), label="everything")
-    axes.set_xlabel(f"{name}, predicted ({of})")
-    axes.set_ylabel(f"{sentence(unit.saved)}, predicted ({unit.unit})")
-    log_axis(axes, "x")
-    legend(axes)
-    return figure
