@@ -31,8 +31,12 @@ def no_x(results: pl.DataFrame, objective: str) -> str:
 
 
 def with_x(results: pl.DataFrame, objective: str) -> pl.DataFrame:
-    """The objective's results with `x`: TTFT, or the time of whole answers (ms), measured if any was, else predicted; MAC time
-    gained (billion BF16 MACs); memory of the linears' weights, and of the cache where that was decided (MB)."""
+    """The objective's results with `x`, what they gain.
+
+    For et TTFT, or the time of whole answers (ms), measured if any was, else predicted; for tt MAC
+    time gained (billion BF16 MACs); for m memory of the linears' weights, and of the cache where
+    that was decided (MB).
+    """
     of = results.filter(objective=objective)
     timed = of["carried_time_s"].is_not_null().any()
     x = {

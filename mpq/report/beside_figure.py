@@ -34,8 +34,11 @@ LOOKS = [  # of tools, in the order of the table
 
 
 def beside_others(found: Beside) -> Figure:
-    """KL (log) against size, a panel for each case: a mark a plan of another tool, joined tool by tool; the run's frontier by
-    prediction as a line, and its own plans as measured."""
+    """KL (log) against size, a panel for each case.
+
+    A mark is a plan as measured, other tools' joined tool by tool; the run's own frontier is a line,
+    as predicted.
+    """
     cases = found.others["case"].unique(maintain_order=True).to_list()
     tools = found.others["tool"].unique(maintain_order=True).to_list()
     across = min(COLUMNS, len(cases))

@@ -97,14 +97,14 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
 
 
 def _cost(rows: pl.DataFrame) -> tuple[str, str]:
-    """The column that says what plans cost, and its axis: KL where it bounds some and was measured of all."""
+    """What plans cost, its column and its axis: KL where it bounds some and was measured of all."""
     if rows["kl_bound"].is_not_null().any() and (rows["measured_kl"] > 0).all():
         return "measured_kl", "KL from base, measured (nats a token)"
     return "measured_loss_mse", "Loss MSE, measured (nats²)"
 
 
 def _mark_ends(axes: Axes, of: pl.DataFrame, objective: str) -> None:
-    """The bound at both ends of a line. The lower label stands away from others' lines, which gain less."""
+    """The bound at both ends of a line; the lower one away from others' lines, which gain less."""
     low = (-6, -11, "right") if objective == "et" else (6, -11, "left")
     for i, (right, up, side) in {0: low, of.height - 1: (6, 6, "left")}.items():
         axes.annotate(
@@ -119,7 +119,7 @@ def _mark_ends(axes: Axes, of: pl.DataFrame, objective: str) -> None:
 
 
 class Compared(NamedTuple):
-    """A quantity that is predicted and measured: its columns, its name, its unit and the factor to that."""
+    """What is predicted and measured: its columns, its name, its unit and the factor to that."""
 
     predicted: str
     measured: str

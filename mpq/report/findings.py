@@ -118,7 +118,10 @@ def _say_kl(found: Findings) -> None:
 
 
 def _say_loss(found: Findings, bounded: bool) -> None:
-    """On the sum over ops: of each objective by itself, where there are several; warnings where it is `bounded`."""
+    """On the sum over ops, of each objective by itself where there are several.
+
+    There are warnings only where the loss is `bounded`.
+    """
     on_loss = [a for a in found.additivity if a.quantity == "loss MSE"]
     for a in (a for a in on_loss if a.objective == "all"):
         found.sentences.append(_measured_over_predicted("loss MSE", a))

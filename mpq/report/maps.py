@@ -58,10 +58,10 @@ def format_map(
     base: str,
     bounds: Mapping[float, str] = MappingProxyType({}),
 ) -> Figure:
-    """Which format each op takes under a strategy, a panel for each τ, whose bound in words `bounds` may say.
+    """Which format each op takes under a strategy, a panel for each τ.
 
-    `plans` and `groups` are the tables so called; ops in `base` are pale, ops that the plan does
-    not decide left out.
+    `bounds` may have a τ's bound in words. `plans` and `groups` are the tables so called; ops in
+    `base` are pale, ops that the plan does not decide left out.
     """
     rows = plans.filter(strategy=strategy)
     panels = [
@@ -79,8 +79,8 @@ def draw_formats(
 ) -> Figure:
     """Maps of ops to formats as rows of panels, each with its title.
 
-    In a panel each role in a layer has a row, each layer a column; of more layers than _COLUMNS every second, third, …
-    Panels that are too wide to stand side by side stand below each other.
+    In a panel each role in a layer has a row, and each layer a column: of more than _COLUMNS layers
+    every second one, every third, … Panels too wide to stand side by side stand below each other.
     """
     order = dict(groups.select("op", "order").iter_rows())
     found = dict.fromkeys(op for line in panels for _, of in line for op in of)

@@ -1,4 +1,4 @@
-"""The frontier of a finished run: every Pareto-optimal plan of gain against KL (or loss MSE), as a table."""
+"""The frontier of a finished run: every Pareto-optimal plan of gain against KL, or loss MSE."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ Cost = Literal["kl", "loss_mse"]
 
 @dataclass(frozen=True)
 class Pareto:
-    """The points of one objective's frontier, and the tables that they are of; `gains` has the KL as measured plans say it is."""
+    """The points of one objective's frontier, and the tables that they are of.
+
+    The KL in `gains` is already scaled by what measured plans said of it, `scale`.
+    """
 
     objective: str
     cost: Cost
@@ -44,10 +47,11 @@ def pareto_of(
     points: int = 200,
     bounds: BoundsSpec | None = None,
 ) -> Pareto:
-    """The frontier of an objective of a run's tables (the first, if left out), against KL where that is known.
+    """The frontier of an objective of a run (the first, if left out), against KL where it is known.
 
-    `bounds` hold in every plan beside ties and pins, which are in the gains table. Raises MpqError for a run without
-    gains, an objective or a cost that it does not have, NoPlan where nothing keeps the bounds.
+    `bounds` hold in every plan; ties and pins do too, since the gains table has no others. Raises
+    MpqError for a run without gains, and for an objective or a cost that it does not have; NoPlan
+    where nothing keeps the bounds.
     """
     if "gains" not in tables:
         raise MpqError(
@@ -76,8 +80,9 @@ def pareto_of(
 
 
 def table_of_points(pareto: Pareto) -> pl.DataFrame:
-    """A row for each point: its number, what it gains (in the objective's unit of the tables) and costs, the upper bound of
-    the gain at this cost, ops lowered, and the change of one group that costs least for what it gains."""
+    """A row for each point: its number, its gain (in the tables' unit) and what it costs, the upper
+    bound of the gain at this cost, ops lowered, and the change of one group that costs least for
+    what it gains."""
     gains, of = pareto.gains, members(pareto.groups, pareto.gains)
     configurations, group = gains["configuration"].to_list(), gains["group"].to_list()
     rows = []
@@ -116,7 +121,7 @@ def _sums(gains: pl.DataFrame, point: Point) -> dict[str, float | None]:
 
 
 def plan_at(pareto: Pareto, number: int, mean_square_loss: float, like: Plan | None = None) -> Plan:
-    """The plan of a point; its bound is what the point costs. `like` is a plan of the run, whose model it is for.
+    """The plan of a point; its bound is what the point costs. `like` is another plan of the run.
 
     Raises MpqError for a number that the frontier does not have.
     """

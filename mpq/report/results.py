@@ -196,7 +196,10 @@ def _measured(tables: Tables, keys: list[str]) -> list[pl.DataFrame]:
 
 
 def _weights(tables: Tables) -> pl.DataFrame:
-    """Bytes of the linears' and experts' weights under each plan, and in base (program.memory): ops not decided are in base."""
+    """Bytes of the linears' and experts' weights under each plan, and in base (program.memory).
+
+    Ops that a plan does not decide are in base.
+    """
     base, plans = base_of(tables, {}), table_of(tables, "plans").rename({"seed": "plan_seed"})
     ops = {op["op"]: op for op in table_of(tables, "groups").iter_rows(named=True)}
     in_base = {name: bytes_of(op, base, base) if base else 0.0 for name, op in ops.items()}
@@ -300,7 +303,10 @@ def sentence(words: str) -> str:
 
 
 def scale_of(tables: Tables, objective: str) -> Scale:
-    """What all measured plans said of the predicted KL: the least of the scales, since plans over their bound got larger ones."""
+    """What all measured plans said of the predicted KL.
+
+    It is the least of the plans' scales: one that was over its bound was given a larger one.
+    """
     solutions = tables.get("solutions", pl.DataFrame())
     if "kl_scale" not in solutions.columns:
         return Scale()
