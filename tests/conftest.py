@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # tables here are tiny: a second thread only waits for work; read when Polars is imported
 os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
+import numpy as np
 import preloaded
 import pytest
 import torch
@@ -74,3 +76,18 @@ def preloaded_services() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "begin", forked)
         yield
+
+
+@pytest.fixture
+def reloaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export is reloaded in this process: that a fresh one can is tests/mpq/export's to show."""
+    from mpq.export import check, reload
+
+    def reloaded(request: dict[str, Any], work: Path) -> tuple[np.ndarray, list[str], list[str]]:
+        asked, answer, out = (work / name for name in ("asked.json", "answer.json", "out.npy"))
+        asked.write_text(json.dumps({**request, "out": str(out), "answer": str(answer)}))
+        reload.main(asked)
+        found = json.loads(answer.read_text())
+        return np.load(out), found["differing"], found["caches_unread"]
+
+    monkeypatch.setattr(check, "reloaded", reloaded)

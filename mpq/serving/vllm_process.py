@@ -44,11 +44,19 @@ class Engines:
         return {"vllm": vllm.__version__, "torch": torch.__version__}
 
     def open(
-        self, name: str, folder: str, dtype: str, tokens: int, rows: int, dummy: bool
+        self,
+        name: str,
+        folder: str,
+        dtype: str,
+        tokens: int,
+        rows: int,
+        dummy: bool,
+        skipped: list[str] | None = None,
     ) -> dict[str, Any]:
         """An engine of the checkpoint in `folder`, or with made-up weights of its config.json alone.
 
-        It takes `rows` requests of `tokens` tokens at once, each prompt in one pass.
+        It takes `rows` requests of `tokens` tokens at once, each prompt in one pass. `skipped` are numbers of layers whose cache
+        is in base, whatever the checkpoint says.
         """
         from vllm import LLM
         from vllm.model_executor.models import registry
@@ -68,6 +76,7 @@ class Engines:
             max_num_seqs=rows,
             max_num_batched_tokens=max(rows * tokens, tokens),
             kv_cache_memory_bytes=_cache_bytes(folder, tokens, rows),
+            kv_cache_dtype_skip_layers=skipped or [],
             disable_log_stats=True,
         )
         self._own[name] = llm.apply_model(_linears)[0]

@@ -10,7 +10,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import small
 from prefect.settings import (
@@ -118,17 +117,3 @@ def calibrated(
 def spec(tmp_path: Path) -> RunSpec:
     """A run that takes seconds: two layers of hidden size 32, two shards, one native and one emulated format."""
     return small_spec(tmp_path)
-
-
-@pytest.fixture
-def reloaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export is reloaded in this process: that a fresh one can is tests/mpq/export's to show."""
-    from mpq.export import check, reload
-
-    def reloaded(request: dict[str, Any], work: Path) -> tuple[np.ndarray, list[str]]:
-        asked, answer, out = (work / name for name in ("asked.json", "answer.json", "out.npy"))
-        asked.write_text(json.dumps({**request, "out": str(out), "answer": str(answer)}))
-        reload.main(asked)
-        return np.load(out), json.loads(answer.read_text())["differing"]
-
-    monkeypatch.setattr(check, "reloaded", reloaded)
