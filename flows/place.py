@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from prefect import Task
 from prefect.futures import PrefectFuture
@@ -193,6 +194,9 @@ def _dask(address: str, device: str) -> Iterator[Place]:
     cluster = DaskTaskRunner(address=address, client_kwargs={"timeout": "10s"})
     with cluster:
         try:
+            found = urlsplit(address)
+            # Dask's client would try for all of its ten seconds where nothing listens
+            socket.create_connection((found.hostname, found.port), timeout=10).close()
             workers = cluster.client.scheduler_info(n_workers=-1)["workers"]
         except (OSError, TimeoutError, ValueError) as error:
             raise MpqError(
