@@ -75,7 +75,7 @@ def main() -> None:
     driver.set_active(Hopper())
     JITFunction.run = _compile_only
     from mpq.formats.format import BLOCKED, get_format
-    from mpq.kernels import bgemm, block_codes, flash, fp8
+    from mpq.kernels import bgemm, block_codes, flash, fp8, grouped
 
     e4m3 = get_format("fp8_e4m3")
 
@@ -103,6 +103,12 @@ def main() -> None:
         a, b = (torch.empty(n, 2048, dtype=dtype) for n in (512, 1024))
         bgemm.linear((a, one), (b, one), torch.bfloat16, blocks)
         tell(of=str(dtype))
+        held = block_codes.Operand(torch.empty(8, 1024, 2048, dtype=dtype), one)
+        for rows in (512, 4096):  # tiles of 64 and of 128 rows
+            of_rows = block_codes.Operand(torch.empty(rows, 2048, dtype=dtype), one)
+            ends = torch.zeros(8, dtype=torch.int32)
+            grouped.product(of_rows, held, ends, 1024, torch.bfloat16, blocks)
+            tell(of=str(dtype), rows=rows)
     x = torch.empty(512, 2048, dtype=torch.bfloat16)
     fp8.quantize_rows(x, get_format("int8"))
     tell(of="int8")

@@ -39,6 +39,10 @@ def lowered_linears(
             )
         if op in model.expert_ops:
             _check_experts(op, formats, engine)
+            if model.in_vllm_alone and engine != "vllm":
+                raise MpqError(
+                    f"{op} is lowered in this plan, but of a {model.model_type} vllm alone reads lowered experts: export it for vllm, or solve again with *.experts.* pinned to base."
+                )
         elif op not in model.linears:
             raise MpqError(
                 f"The model has no linear {op}, which the plan lowers: make the plan for this architecture."
@@ -75,9 +79,12 @@ def lowered_linears(
 def unread_experts(lowered: Mapping[str, str], base: str, model: Skeleton) -> str:
     """An op of experts that transformers does not read back from its file, "" where it reads all of them.
 
-    It takes one group for all experts of a model; experts in base pass by it where it is in FP8, and are lost otherwise.
+    It takes one group for all experts of a model; experts in base pass by it where it is in FP8, and are lost otherwise. Of some
+    models it knows no names for single experts.
     """
     ops = [op for op in model.expert_ops if op in lowered]
+    if ops and model.in_vllm_alone:
+        return ops[0]
     alike = len({lowered.get(op, base) for op in model.expert_ops}) == 1
     for op in ops:
         scheme = get_scheme(lowered[op])

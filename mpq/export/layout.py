@@ -44,7 +44,8 @@ class Layout:
     `check_held` raises MpqError for a plan that it cannot hold; `laid_out` makes of a weight's tensors (codes.py) and its scheme
     its own, of the sizes that `sizes` tells beforehand; `section` is the `quantization_config` of config.json, `beside` are
     other files and their content, `metadata` is said in the header of each file of weights. `stacked` is whether the lowered
-    experts of a layer lie in one tensor, (experts, K, C) in the model, and not each under its own name.
+    experts of a layer lie in one tensor, (experts, K, C) in the model, and not each under its own name; `as_is`, whether what
+    transformers renames within a layer keeps the checkpoint's names (skeleton.py).
     """
 
     section: Callable[[Lowered, Skeleton], dict[str, Any]]
@@ -55,3 +56,4 @@ class Layout:
     beside: Callable[[Lowered, Skeleton], Iterator[tuple[str, str]]] = _nothing_beside
     metadata: Callable[[tuple[Shard, ...], str], dict[str, str]] = _plain
     stacked: bool = False
+    as_is: bool = True

@@ -71,13 +71,13 @@ def quantization(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
 
     What stays in base is in `exclude_modules` in either case; ModelOpt itself leaves it out beside `quantized_layers`.
     """
-    layers = {op: _algorithm(name) for op, name in lowered.items()}
+    layers = {model.called.get(op, op): _algorithm(name) for op, name in lowered.items()}
     algorithms = {algorithm["quant_algo"] for algorithm in layers.values()}
     told: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
     if len(algorithms) == 1:
         told = next(iter(layers.values()))
     every = (*model.linears, *model.weights, *(f"{name}*" for name in model.experts))
-    kept = sorted(op for op in every if op not in lowered)
+    kept = sorted(model.called.get(op, op) for op in every if op not in lowered)
     said = {**told, "kv_cache_quant_algo": None, "exclude_modules": kept}
     return {"producer": _PRODUCER, "quantization": said}
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from mpq.errors import MpqError
 from mpq.export.codes import share_of_weight
 from mpq.export.engines import fused_together
-from mpq.export.shards import Shard, Shares
+from mpq.export.shards import Shard, Shares, whole
 from mpq.formats.format import get_format
 from mpq.formats.quantize import share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.blocks import Blocks
-from mpq.models.dense import Dense, tensors_by_file
+from mpq.models.dense import tensors_by_file
 from mpq.models.experts import ExpertProduct, Routing, dispatched, intercept_experts
 from mpq.models.placement import device_of
 
@@ -49,8 +49,7 @@ def shares_of(
     for file, parts in tensors_by_file(source):
         for name, piece in pieces.items():
             if piece.file == file:
-                part = parts[piece.tensor]
-                weight = part[...] if isinstance(part, Dense) else part
+                weight = whole(parts[piece.tensor], piece)
                 of = get_scheme(piece.format).weights
                 own[name] = share_of_weight(weight, of, dtype, piece.tensor)
     for together in fused_together(own, engine):

@@ -23,6 +23,7 @@ from mpq.errors import first_line
 from mpq.export import torchao
 from mpq.export.codes import tensors_of
 from mpq.export.scheme import without_experts
+from mpq.export.skeleton import parts_of, skeleton
 from mpq.formats.format import Format, get_format
 from mpq.formats.quantize import fake_quantize, share_of
 from mpq.formats.scheme import get_scheme
@@ -65,8 +66,11 @@ def loaded_model(
         config.quantization_config = {**section, "dequantize": True}
     if decode_experts:
         source = {"pretrained_model_name_or_path": None}
-        source["state_dict"] = dense_tensors(folder, dtype, _EXPERT.search)
-        build = type(build_on_meta(config))
+        model: Any = build_on_meta(config)
+        build, tensors = type(model), dense_tensors(folder, dtype, _EXPERT.search)
+        source["state_dict"] = (
+            _stacked(tensors, model) if skeleton(config).in_vllm_alone else tensors
+        )
         config.quantization_config = without_experts(config.quantization_config)
         if not config.quantization_config:
             del config.quantization_config
@@ -77,6 +81,18 @@ def loaded_model(
         if report.get(kind):
             raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(map(str, report[kind]))[:300]}")
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _stacked(tensors: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Experts one by one, as the model has them: of some models transformers knows no names for single ones."""
+    for owner, module in model.named_modules():
+        for product in products_of(module) if dispatched(module) else ():
+            every = range(getattr(module, product).shape[0])
+            each = [[f"{owner}.{e}.{part}.weight" for part in parts_of(product)] for e in every]
+            if each[0][0] in tensors:
+                whole = [torch.cat([tensors.pop(name)[...] for name in of]) for of in each]
+                tensors[f"{owner}.{product}"] = torch.stack(whole)
+    return tensors
 
 
 @contextmanager

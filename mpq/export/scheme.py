@@ -17,16 +17,13 @@ from mpq.serving.schemes import EXPORTED, scheme_group
 def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
     """The section of config.json: a group for each format, targets by module name, every other linear in `ignore`.
 
-    Experts are targets by a pattern: a checkpoint and engines have a module for each, transformers has none.
+    Modules that transformers calls otherwise than the checkpoint are there under both names. Experts are targets by a pattern: a
+    checkpoint and engines have a module for each, transformers has none.
     """
-    targets = {
-        name: [
-            expert_pattern(op) if op in model.expert_ops else op
-            for op, f in lowered.items()
-            if f == name
-        ]
-        for name in EXPORTED
-    }
+    targets: dict[str, list[str]] = {name: [] for name in EXPORTED}
+    for op, name in lowered.items():
+        of_experts = op in model.expert_ops
+        targets[name] += [expert_pattern(op)] if of_experts else model.names_in_file(op)
     if model.expert_ops and not any(op in lowered for op in model.expert_ops):
         targets["fp8_e4m3"].append(_NO_EXPERTS)
     groups = {
@@ -40,7 +37,12 @@ def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [
-            *(op for op in (*model.linears, *model.weights) if op not in lowered),
+            *(
+                name
+                for op in (*model.linears, *model.weights)
+                if op not in lowered
+                for name in model.names_in_file(op)
+            ),
             *_experts_in_base(lowered, model),
         ],
         "kv_cache_scheme": None,
@@ -55,7 +57,7 @@ def _experts_in_base(lowered: Mapping[str, str], model: Skeleton) -> Iterator[st
         if any(op in lowered for op in ops):
             yield from (expert_pattern(op) for op in ops if op not in lowered)
         else:
-            yield f"re:.*{name.rpartition('.')[0]}[.]experts[.].*"
+            yield f"re:{_place(name)}experts[.].*"
 
 
 # transformers reads a layer's experts by the group whose targets name experts, or else by the first: in base they are left
@@ -79,10 +81,22 @@ _PARTS = {"down_proj": "down_proj|w2"}
 
 def expert_pattern(op: str) -> str:
     """What matches the modules of every expert that `op` stands for: in the op's layer, by any of their usual names."""
-    place = re.match(r".*?[.]\d+[.]", op)
     owner, _, product = op.rpartition(".")
-    layer = re.escape(place[0]) if place else ""
-    return f"re:{layer}.*{owner.rpartition('.')[2]}[.]\\d+[.]({_PARTS.get(product, 'gate_proj|up_proj|w1|w3')})$"
+    return f"re:{_place(owner)}{owner.rpartition('.')[2]}[.]\\d+[.]({_PARTS.get(product, 'gate_proj|up_proj|w1|w3')})$"
+
+
+def _place(module: str) -> str:
+    """What matches whatever is before a layer's experts: the layer, below the modules that hold all of them, which engines call
+    as transformers does but order otherwise (`language_model.model.layers` of a multimodal model)."""
+    place = re.match(r"(.*[.])?([^.]+[.]\d+[.])", module)
+    if not place:
+        return ".*"
+    above = "|".join(re.escape(part) for part in (place[1] or "").split(".") if part)
+    return (
+        f"(({above})[.])*{re.escape(place[2])}(.*[.])?"
+        if above
+        else f"{re.escape(place[2])}(.*[.])?"
+    )
 
 
 LAYOUT = Layout(quantization_config, "codes")

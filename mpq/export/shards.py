@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from mpq.errors import MpqError
 from mpq.export.codes import sizes_of, tensors_of
-from mpq.export.skeleton import Skeleton
+from mpq.export.skeleton import Skeleton, parts_of
 from mpq.formats.format import get_format
 from mpq.formats.scheme import Scheme, get_scheme
 from mpq.models.dense import Dense, tensors_by_file
@@ -34,6 +33,17 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
+class Part:
+    """One expert's matrix in a tensor of all: the rows from `start` to `end` of (experts, C, K), or as many columns of
+    (experts, K, C) where it is `transposed`."""
+
+    expert: int
+    start: int
+    end: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Piece:
     """One tensor of the source on its way: written as `name`, in `format` with its scales beside it, or in base ("")."""
 
@@ -43,8 +53,8 @@ class Piece:
     format: str
     shape: tuple[int, ...]
     bytes: int
-    part: tuple[int, int, int] | None = None  # one expert, and from which of its columns to which
-    op: str = ""  # the lowered op whose weight it is, or one expert's of it
+    part: Part | None = None
+    op: str = ""  # the op whose weight it is, or one expert's of it
 
 
 @dataclass(frozen=True)
@@ -87,21 +97,31 @@ def shards_of(
         groups.append([])
         for name, (tensor, kind, shape) in tensors.items():
             op, into = taken_from.get(name), ""
-            kept = {_kept(name, tensor, model)}
+            kept = {model.written(tensor)}
             if op:  # what is tied to it stays in base, under names of its own
-                into = f"{op}.weight"
+                into = f"{model.called.get(op, op)}.weight"
                 kept = (kept | model.sharing(name) - names) - {into}
             elif op := of_experts.get(name):
                 into, kept = name, set()
+            linear = name.removesuffix(".weight")
+            linear = linear if linear in model.linears and not op else ""
             pieces = [
-                Piece(file, tensor, n, "", shape, _bytes(kind, shape, base)) for n in sorted(kept)
+                Piece(file, tensor, n, "", shape, _bytes(kind, shape, base), op=linear)
+                for n in sorted(kept)
             ]
             if lowered and model.taken_apart(name):
-                pieces = list(_apart(file, tensor, name, kind, shape, base))
+                pieces = [
+                    Piece(file, tensor, to, "", each, _bytes(kind, each, base), part)
+                    for to, each, part in _one_by_one(name, tensor, shape, transposed=True)
+                ]
             if op:
-                _check_width(op, lowered[op], shape)
-                coded = sum(sizes(get_scheme(lowered[op]), shape).values())
-                pieces.append(Piece(file, tensor, into, lowered[op], shape, coded, op=op))
+                parts: list[tuple[str, tuple[int, ...], Part | None]] = [(into, shape, None)]
+                if name == op and not stacked:
+                    parts = list(_one_by_one(name, tensor, shape))
+                for to, each, part in parts:
+                    _check_width(op, lowered[op], each)
+                    coded = sum(sizes(get_scheme(lowered[op]), each).values())
+                    pieces.append(Piece(file, tensor, to, lowered[op], each, coded, part, op))
             for piece in pieces:
                 if groups[-1] and sum(p.bytes for p in groups[-1]) + piece.bytes > limit:
                     groups.append([])
@@ -115,27 +135,22 @@ def shards_of(
     )
 
 
-def _kept(name: str, tensor: str, model: Skeleton) -> str:
-    """What a tensor in base is called: as in the model, as linears are; but the rest of a layer as in the checkpoint, the one
-    name that engines know (Mixtral's routers lie in `block_sparse_moe`, beside its experts, transformers' in `mlp`)."""
-    layer = re.match(r".*?[.]\d+[.]", name)
-    same = layer is not None and tensor.startswith(layer[0])
-    return tensor if same and name.removesuffix(".weight") not in model.linears else name
-
-
-def _apart(
-    file: str, tensor: str, name: str, kind: str, shape: tuple[int, ...], base: str
-) -> Iterator[Piece]:
-    """Each expert's matrices of a tensor (experts, K, C), gate and up one after the other where it holds both."""
+def _one_by_one(
+    name: str, tensor: str, shape: tuple[int, ...], transposed: bool = False
+) -> Iterator[tuple[str, tuple[int, ...], Part | None]]:
+    """What each expert's matrices of a tensor (experts, C, K), or (experts, K, C) where it is `transposed`, are called, their
+    shapes and where they lie: gate and up one after the other where it holds both. The experts are called as the checkpoint does
+    if it calls the tensor as the model does."""
     owner, _, product = name.rpartition(".")
+    owner = tensor.rpartition(".")[0] if tensor.endswith(f".{product}") else owner
     experts, rows, columns = shape
-    parts = ["gate_proj", "up_proj"] if product == "gate_up_proj" else [product]
-    wide = columns // len(parts)
+    outputs, inputs = (columns, rows) if transposed else (rows, columns)
+    parts = parts_of(product)
+    high = outputs // len(parts)
     for expert in range(experts):
         for number, part in enumerate(parts):
-            to, of = f"{owner}.{expert}.{part}.weight", (wide, rows)
-            place = (expert, number * wide, (number + 1) * wide)
-            yield Piece(file, tensor, to, "", of, _bytes(kind, of, base), place)
+            place = Part(expert, number * high, (number + 1) * high, transposed)
+            yield f"{owner}.{expert}.{part}.weight", (high, inputs), place
 
 
 def _check_width(op: str, name: str, shape: tuple[int, ...]) -> None:
@@ -166,12 +181,13 @@ def _of_experts(ops: set[str], model: Skeleton, names: set[str], stacked: bool) 
     """Each tensor that holds one expert's matrix of one of `ops`, or those of all where they are `stacked`, and the op."""
     if not ops:
         return {}
-    found = {name: op for name in names if (op := model.expert_op(name)) in ops}
     if stacked:
         return {op: op for op in ops & names}
+    found = {name: op for name in names if (op := model.expert_op(name)) in ops}
+    found |= {op: op for op in ops & names if model.read_one_by_one(op)}
     if missing := sorted(ops - set(found.values())):
         raise MpqError(
-            f"The checkpoint keeps all experts of {missing[0]} in one tensor, which compressed-tensors has no names for: pin *.experts.* to base and solve again (gpt-oss's can be in mxfp4a16: export --to mxfp4)."
+            f"The checkpoint keeps all experts of {missing[0]} in one tensor, and no engine is known to read lowered experts of a {model.model_type} one by one: pin *.experts.* to base and solve again (gpt-oss's can be in mxfp4a16: export --to mxfp4)."
         )
     return found
 
@@ -199,21 +215,21 @@ def write_shard(
     for piece in shard.pieces:
         part = files[piece.file][piece.tensor]
         if piece.format:
-            op = piece.name.removesuffix(".weight")
-            of = part[...] if isinstance(part, Dense) else part  # decoded once, not in chunks
+            module = piece.name.removesuffix(".weight")
+            of = whole(part, piece)
             scheme = get_scheme(piece.format)
-            how = (scheme, dtype, piece.tensor, *shares.get(op, (None, None)))
+            how = (scheme, dtype, piece.tensor, *shares.get(module, (None, None)))
             if len(piece.shape) == 3:  # all experts', (experts, K, C), of no module of their own
                 each = [
                     laid_out(tensors_of(w.T.contiguous(), *how), piece.format) for w in _experts(of)
                 ]
-                found = {f"{op}_{end}": torch.stack([e[end] for e in each]) for end in each[0]}
+                found = {f"{module}_{end}": torch.stack([e[end] for e in each]) for end in each[0]}
             else:
                 coded = laid_out(tensors_of(of, *how), piece.format)
-                found = {f"{op}.{end}": tensor for end, tensor in coded.items()}
+                found = {f"{module}.{end}": tensor for end, tensor in coded.items()}
             written |= found
         else:
-            tensor = _read(part, piece)
+            tensor = whole(part, piece)[...]
             written[piece.name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     save_file(written, to, metadata=dict(metadata))
 
@@ -224,13 +240,15 @@ def _experts(of: Any) -> Iterator[Tensor]:
         yield of[expert : expert + 1][0]
 
 
-def _read(part: Any, piece: Piece) -> Tensor:
+def whole(part: Any, piece: Piece) -> Any:
+    """The matrix that a piece is, of its tensor in the source: one expert's of all, and safetensors' slice as it is, to be read
+    in chunks."""
     if piece.part is None:
-        whole: Tensor = part[...]
-        return whole
-    expert, start, end = piece.part
-    of_expert: Tensor = part[expert : expert + 1, :, start:end]
-    return of_expert[0].T.contiguous()
+        return part[...] if isinstance(part, Dense) else part  # decoded once, not in chunks
+    expert, rows = piece.part.expert, slice(piece.part.start, piece.part.end)
+    if piece.part.transposed:
+        return part[expert : expert + 1, :, rows][0].T.contiguous()
+    return part[expert : expert + 1, rows][0]
 
 
 def write_index(shards: tuple[Shard, ...], folder: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -21,6 +23,18 @@ from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as _P
 from mpq.models.experts import dispatched, products_of
 from mpq.models.graph import build_on_meta
 from mpq.models.linears import is_linear
+
+# whose experts checkpoints keep in one tensor (experts, C, K), gate above up, and which vLLM 0.32 alone reads one by one, by the
+# names that it has for those of all others (fused_moe/routed_experts.py: build_expert_params_mapping; granitemoehybrid.py:
+# get_expert_mapping)
+_ONE_BY_ONE_IN_VLLM = ("granitemoe", "granitemoeshared", "granitemoe_swa", "granitemoehybrid")
+
+_ENDS = ("_scale", "_packed")  # what codes and scales add to the name of a weight
+
+
+def parts_of(product: str) -> tuple[str, ...]:
+    """What the linears of one expert are called that make up a product of all."""
+    return ("gate_proj", "up_proj") if product == "gate_up_proj" else (product,)
 
 
 @dataclass(frozen=True)
@@ -50,16 +64,35 @@ class Skeleton:
     ] = ()  # how transformers makes its parameters of a checkpoint's tensors
     apart: frozenset[str] = frozenset()  # modules of experts that compressed-tensors takes apart
     model_type: str = ""
+    as_is: bool = False  # whether the checkpoint's names differ from these within a layer
+    called: Mapping[str, str] = field(default_factory=dict)  # linears, `weights` → so in the file
 
     def name_of(self, tensor: str) -> str:
         """What the model calls a tensor of the checkpoint: old checkpoints leave the base model's prefix out, or have it alone,
-        and those of multimodal models have older names for their parts."""
+        and many have other names for the model's parts."""
+        return next((n for n in self._names(tensor) if n in self.parameters), tensor)
+
+    def _names(self, tensor: str) -> Iterator[str]:
+        """What the model may call it."""
         renamed, _ = rename_source_key(tensor, self._renamings, [])
         for at in (tensor, renamed):
-            for name in (at, f"{self.prefix}.{at}", at.removeprefix(f"{self.prefix}.")):
-                if name in self.parameters:
-                    return name
+            yield from (at, f"{self.prefix}.{at}", at.removeprefix(f"{self.prefix}."))
+
+    def written(self, tensor: str) -> str:
+        """What a tensor of the checkpoint is called once more: as in the model, which differs by what holds the layers at most; but
+        as it is where transformers has other names within a layer, since engines know the checkpoint's alone there. Not so
+        where transformers would not know a linear's scales again by them."""
+        name, prefix = self.name_of(tensor), f"{self.prefix}."
+        if not self.as_is or name in (f"{prefix}{tensor}", tensor.removeprefix(prefix)):
+            return name
+        of_linear = name.removesuffix(".weight") in self.linears
+        if of_linear and any(f"{name}{end}" not in self._names(f"{tensor}{end}") for end in _ENDS):
+            return name
         return tensor
+
+    def names_in_file(self, module: str) -> tuple[str, ...]:
+        """What the checkpoint, and so an engine, calls a module, and what transformers does: each looks for its own."""
+        return tuple(dict.fromkeys((self.called.get(module, module), module)))
 
     @property
     def _renamings(self) -> list[WeightRenaming]:
@@ -82,13 +115,26 @@ class Skeleton:
         )
         return next((op for op in self.expert_ops if stacks and name.endswith(op)), "")
 
+    @property
+    def in_vllm_alone(self) -> bool:
+        """Whether lowered experts have names in vLLM that transformers makes nothing of."""
+        return self.model_type in _ONE_BY_ONE_IN_VLLM
+
+    def read_one_by_one(self, op: str) -> bool:
+        """Whether the experts of `op`, all in one tensor, are read under a name for each as well: by transformers, which stacks
+        them, or by vLLM alone."""
+        owner, _, product = op.rpartition(".")
+        each = f"{owner}.0.{parts_of(product)[0]}.weight"
+        return self.in_vllm_alone or self.expert_op(each) == op
+
     def sharing(self, parameter: str) -> frozenset[str]:
         """All names of the weight called `parameter`, its own included."""
         return next((names for names in self.shared if parameter in names), frozenset({parameter}))
 
 
-def skeleton(config: Any) -> Skeleton:
-    """The names in the model of this transformers configuration; no weight is read."""
+def skeleton(config: Any, tensors: Collection[str] = ()) -> Skeleton:
+    """The names in the model of this transformers configuration, and those of a checkpoint with these `tensors`; no weight is
+    read."""
     model: Any = build_on_meta(config)
     modules = dict(model.named_modules())
     holders = defaultdict(set)
@@ -97,7 +143,7 @@ def skeleton(config: Any) -> Skeleton:
     names_of = {id(module): name for name, module in modules.items()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     linears = tuple(name for name, module in modules.items() if isinstance(module, nn.Linear))
-    return Skeleton(
+    found = Skeleton(
         linears=linears,
         plain=frozenset(name for name in linears if is_linear(modules[name])),
         transposed=frozenset(n for n, module in modules.items() if isinstance(module, Conv1D)),
@@ -128,3 +174,17 @@ def skeleton(config: Any) -> Skeleton:
         ),
         model_type=config.model_type,
     )
+    as_is = any(_in_layer(found.name_of(tensor)) != _in_layer(tensor) for tensor in tensors)
+    found, called = replace(found, as_is=as_is), {}
+    for tensor in tensors if as_is else ():
+        name, written = found.name_of(tensor), found.written(tensor)
+        module = name.removesuffix(".weight")
+        if written != name and module in (*found.linears, *found.weights):
+            called[module] = written.removesuffix(".weight")
+    return replace(found, called=called)
+
+
+def _in_layer(name: str) -> str:
+    """A name from its layer on, "" where it lies in none."""
+    found = re.search(r"(^|[.])\d+[.](.*)$", name)
+    return found[2] if found else ""

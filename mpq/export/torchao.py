@@ -196,4 +196,5 @@ LAYOUT = Layout(
     sizes=sizes,
     laid_out=laid_out,
     metadata=metadata,
+    as_is=False,  # transformers alone reads it, and renames no parts of tensors
 )

@@ -24,6 +24,7 @@ from mpq.export.skeleton import Skeleton, skeleton
 from mpq.formats.format import get_format
 from mpq.models.blocks import Blocks
 from mpq.models.checkpoint import check_unchanged, fingerprint, load_config, marks
+from mpq.models.dense import tensors_by_file
 from mpq.models.layout import read_config, weight_files
 from mpq.models.quantized import method_of, refuse_narrow
 from mpq.program.plan import Plan
@@ -46,12 +47,16 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_source(source: Path, trust_remote_code: bool) -> tuple[dict[str, Any], Skeleton]:
-    """The config.json of a checkpoint that can be exported, and its names. Raises MpqError where it cannot be read."""
+def read_source(
+    source: Path, trust_remote_code: bool, as_is: bool = False
+) -> tuple[dict[str, Any], Skeleton]:
+    """The config.json of a checkpoint that can be exported, and its names, `as_is` or transformers' alone. Raises MpqError where it
+    cannot be read."""
     config = read_config(source)
     if not method_of(config, source):
         refuse_narrow(weight_files(source), source)
-    return config, skeleton(load_config(source, trust_remote_code))
+    tensors = [name for _, parts in tensors_by_file(source) for name in parts] if as_is else ()
+    return config, skeleton(load_config(source, trust_remote_code), tensors)
 
 
 class Writing:
@@ -69,7 +74,7 @@ class Writing:
     ):
         self.base, self.source, self.to, self.engine = base, source, to, engine
         self.layout, self.trusted = LAYOUTS[to], trust_remote_code
-        self.config, self.model = read_source(source, trust_remote_code)
+        self.config, self.model = read_source(source, trust_remote_code, self.layout.as_is)
         linears = {o: f for o, f in formats.items() if f != base and not o.endswith("_matmul")}
         self.layout.check_held(linears, base, self.model)
         self.lowered = lowered_linears(formats, base, self.model, engine)
@@ -177,10 +182,10 @@ class Writing:
 
         linears = {*self.model.linears, *self.model.transposed}
         names = {
-            op: (piece.file, piece.tensor)
+            piece.op: (piece.file, piece.tensor)
             for shard in self.shards
             for piece in shard.pieces
-            if (op := piece.name.removesuffix(".weight")) in linears
+            if piece.op in linears
         }
         decode = bool(unread_experts(self.lowered, self.base, self.model))
         of = (folder, self.source, names, self.lowered, self.base, blocks)

@@ -38,7 +38,7 @@ _CUDA: dict[Kind, dict[str, tuple[int, int]]] = {
         "mxfp8": (10, 0),
         **dict.fromkeys(with_fitted("mxfp4", "nvfp4"), (10, 0)),
     },
-    "experts": {},  # how many tokens an expert gets is known on the device alone: they need a grouped product
+    "experts": {"fp8_e4m3": (8, 9), "int8": (8, 0), "fp8_block": (8, 9)},  # kernels/grouped.py
     "bgemm": {"fp32": (0, 0), "fp16": (7, 0), "bf16": (8, 0), "fp8_e4m3": (8, 9)},
 }
 _B200_ALONE = with_fitted("mxfp4")  # torch's product of them asks for compute capability 10

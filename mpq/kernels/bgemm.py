@@ -26,6 +26,40 @@ GROUP = 8  # rows of tiles that walk along together and meet the same columns in
 
 
 @triton.jit
+def summed(
+    a,
+    b,
+    a_scale,
+    b_scale,
+    from_a,
+    from_b,
+    m,
+    k,
+    SUM: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile in FP32, scales multiplied in: the products of rows `from_a` of `a` and `from_b` of `b`, each k long. Scales of blocks
+    are (k / BLOCK_K, m) of `a`, and of `b` those of BLOCK_K rows that follow each other."""
+    step = tl.arange(0, BLOCK_K)
+    a += from_a[:, None] * k + step[None, :]
+    b += from_b[None, :] * k + step[:, None]
+    total = tl.zeros([from_a.shape[0], from_b.shape[0]], SUM)
+    for start in range(0, k, BLOCK_K):
+        # added apart: within one call Hopper's FP8 sums keep some 14 bits, too few for a sum over a long sequence
+        part = dot(tl.load(a + start), tl.load(b + start)).to(SUM)
+        if BLOCKS:  # a step is a block wide
+            of_a = tl.load(a_scale + start // BLOCK_K * m + from_a)
+            of_b = tl.load(b_scale + from_b // BLOCK_K * (k // BLOCK_K) + start // BLOCK_K)
+            part *= of_a[:, None] * of_b[None, :]
+        total += part
+    total = total.to(tl.float32)
+    if not BLOCKS:
+        total *= tl.load(a_scale + from_a)[:, None] * tl.load(b_scale + from_b)[None, :]
+    return total
+
+
+@triton.jit
 def _product_kernel(
     a,
     b,
@@ -52,23 +86,9 @@ def _product_kernel(
     height = min(down - group * GROUP, GROUP)
     row = (group * GROUP + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
-    step = tl.arange(0, BLOCK_K)
     # rows past the end are read as others and never written
     from_a, from_b = matrix * m + row % m, matrix * n + column % n
-    a += from_a[:, None] * k + step[None, :]
-    b += from_b[None, :] * k + step[:, None]
-    total = tl.zeros([BLOCK_M, BLOCK_N], SUM)
-    for start in range(0, k, BLOCK_K):
-        # added apart: within one call Hopper's FP8 sums keep some 14 bits, too few for a sum over a long sequence
-        part = dot(tl.load(a + start), tl.load(b + start)).to(SUM)
-        if BLOCKS:  # a step is a block wide
-            of_a = tl.load(a_scale + start // BLOCK_K * m + from_a)
-            of_b = tl.load(b_scale + from_b // BLOCK_K * (k // BLOCK_K) + start // BLOCK_K)
-            part *= of_a[:, None] * of_b[None, :]
-        total += part
-    total = total.to(tl.float32)
-    if not BLOCKS:
-        total *= tl.load(a_scale + from_a)[:, None] * tl.load(b_scale + from_b)[None, :]
+    total = summed(a, b, a_scale, b_scale, from_a, from_b, m, k, SUM, BLOCKS, BLOCK_K)
     place = out + (matrix * m + row)[:, None] * n + column[None, :]
     tl.store(place, cast(total, OUT), mask=(row < m)[:, None] & (column < n)[None, :])
 

@@ -1,6 +1,6 @@
 """Native kernels of an NVIDIA GPU: 16-bit formats by casting, FP8 linears by torch._scaled_mm, FP8 attention in Triton.
 
-Linears in INT8 and in blocks are in scaled.py.
+Linears in INT8 and in blocks are in scaled.py, experts in grouped.py.
 
 A linear in FP8 is two launches, the second cuBLAS's (Hopper) or CUTLASS's:
 
@@ -41,6 +41,7 @@ from mpq.formats.quantize import Granularity, quantize, scale_of
 from mpq.kernels import bgemm, cpu, flash, scaled
 from mpq.kernels.emulated import Linear
 from mpq.kernels.fp8 import quantize_rows
+from mpq.kernels.grouped import experts as experts
 from mpq.models.attention import AttentionHandler, PlainAttention
 
 MULTIPLE = 16  # of K and C, asked for by torch._scaled_mm

@@ -1,4 +1,5 @@
-"""A layer's experts in a format: rounded and multiplied in the weights' dtype, or by a CPU's own linears, one an expert.
+"""A layer's experts in a format: rounded and multiplied in the weights' dtype, by a CPU's own linears, one an expert, or by a GPU's
+product of them all.
 
 Scales are those of linears: for each token, and for each output channel or block of each expert, which is a weight of its own.
 """
@@ -85,3 +86,15 @@ class NativeExperts(ExpertProduct):
         for expert, rows in routing.of_experts():
             y[rows] = self._linears[expert](x[rows])
         return y
+
+
+class GroupedExperts(ExpertProduct):
+    """An experts' product on a GPU, all experts at once (kernels/grouped.py): the host never asks how many tokens one gets."""
+
+    def __init__(self, module: nn.Module, name: str, scheme: Scheme, **perturb: float) -> None:
+        super().__init__(module, name)
+        weight = self.weight.detach()
+        self._rows_of_all = native_kernels("cuda").experts(weight, scheme.name, **perturb)
+
+    def product(self, x: Tensor, routing: Routing) -> Tensor:
+        return with_bias(self._rows_of_all(x, routing.ends), self.bias, routing)

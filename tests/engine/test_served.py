@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,7 @@ def test_vllm_answers_with_four_bits(tmp_path: Path, engine: EngineProcess) -> N
         ("qwen3_moe", "fp8_e4m3", "Unsupported FP8 MoE backend", 4),
         ("qwen3_moe", "w4a16_g32", "No WNA16 MoE backend", 0.5),
         ("mixtral", "w4a16_g32", "No WNA16 MoE backend", 0.5),
+        ("granitemoe", "w4a16_g32", "No WNA16 MoE backend", 0.5),  # of one tensor in the source
     ],
 )
 def test_vllm_answers_with_lowered_experts(
@@ -162,6 +164,7 @@ def test_vllm_answers_with_lowered_experts(
     """Experts under the checkpoint's names, named by a pattern: vLLM takes their format for the layer's, and answers as mpq's run
     of the plan does where it has a kernel for them, which on a CPU asks for AMX, or AMD Zen with zentorch; else it says so."""
     shape = {**SHAPE, **ARCHITECTURES["qwen3_moe"], "num_local_experts": 4}
+    shape |= {"attention_multiplier": 0.2, "logits_scaling": 6.0}  # Granite's
     source = checkpoint(tmp_path / "model", architecture, dtype=torch.bfloat16, **shape)
     model = load_model(source, "bf16")
     formats = {
@@ -184,6 +187,25 @@ def test_vllm_answers_with_lowered_experts(
     answered = Answers(base, plan, found)
     assert answered.apart <= share * answered.rounding
     assert answered.means_apart <= 4 * answered.rounding / np.sqrt(found.size)
+
+
+def test_vllm_finds_linears_that_transformers_calls_otherwise(
+    tmp_path: Path, engine: EngineProcess
+) -> None:
+    """Hunyuan-3's shared experts are `shared_mlp` in its checkpoints and in vLLM, `shared_experts` in transformers: the export has
+    the checkpoint's names, which both load."""
+    more = {**ARCHITECTURES["qwen3_moe"], "mlp_layer_types": ["dense", "sparse"]}
+    more |= {"num_shared_experts": 1, "eos_token_id": 1}
+    source = checkpoint(tmp_path / "model", "hy_v3", **{**SHAPE, **more})
+    config = json.loads((source / "config.json").read_text())
+    config |= {"first_k_dense_replace": 1, "expert_hidden_dim": 64}  # what vLLM asks for
+    config |= {"qk_norm": True, "route_norm": True}
+    (source / "config.json").write_text(json.dumps(config))
+    formats = formats_of("int8", [op for op in linears(source) if op.split(".")[-1] != "gate"])
+    assert any("shared_experts" in op for op in formats)
+    found = answers(engine, source, tmp_path / "out", formats)
+    assert found.apart <= 1.5 * found.rounding
+    assert found.means_apart <= 4 * found.rounding / np.sqrt(found.vllm.size)
 
 
 def test_a_trained_model_keeps_its_loss(tmp_path: Path, engine: EngineProcess) -> None:

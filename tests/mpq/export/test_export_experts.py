@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import MIXTURES, small_model, write_checkpoint
 from torch import nn
 
@@ -26,6 +26,7 @@ from mpq.formats.quantize import fake_quantize, share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.blocks import Blocks
 from mpq.models.checkpoint import fingerprint, load_config, load_model
+from mpq.models.dense import dense_tensors
 from mpq.models.experts import dispatched, products_of
 from mpq.program.plan import Plan
 
@@ -115,6 +116,51 @@ def test_experts_are_reloaded_in_transformers(
                 weights = getattr(module, product)
                 want = [fake_quantize(w, get_scheme(scheme).weights, "row") for w in weights]
                 assert torch.equal(model.get_parameter(f"{name}.{product}"), torch.stack(want))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scheme"),
+    [("granitemoe", "w4a16_g32"), ("granitemoehybrid", "int8"), ("qwen3_moe", "nvfp4a16")],
+)
+def test_experts_of_one_tensor_are_written_one_by_one(
+    tmp_path: Path, model_type: str, scheme: str
+) -> None:
+    """A checkpoint that keeps a layer's experts together, gate above up: each has its codes under the name that vLLM has for it,
+    which compressed-tensors reads back as the source's rows after their round trip; the reloaded loss is the plan's."""
+    source, out = tmp_path / "model", tmp_path / "out"
+    more = {**MIXTURES["qwen3_moe"], "num_local_experts": 4, "intermediate_size": 64}
+    more |= {"moe_intermediate_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if model_type == "granitemoehybrid":
+        more |= {"layer_types": ["attention", "mamba"], "mamba_n_heads": 8, "mamba_d_head": 8}
+        more |= {"mamba_n_groups": 1, "mamba_d_state": 8}
+    model = small_model(model_type, dtype=torch.bfloat16, **more)
+    model.save_pretrained(source)
+    stacked = {n: t.contiguous() for n, t in model.state_dict().items()}
+    if model_type == "qwen3_moe":  # which transformers itself writes one by one
+        save_file(stacked, source / "model.safetensors", metadata={"format": "pt"})
+    plan = plan_of(source, dict.fromkeys(BOTH, scheme), linears="bf16", base="bf16")
+    export(plan, source, out, engine="vllm")
+    assert reloaded(source, out, plan.formats, "bf16", "vllm")[1].passed
+    found = dense_tensors(out, torch.bfloat16)
+    weights = get_scheme(scheme).weights
+    for owner, module in model.named_modules():
+        if not dispatched(module):
+            continue
+        for expert in range(4):
+            of_both, down = module.gate_up_proj[expert], module.down_proj[expert]
+            gate, up = of_both.chunk(
+                2
+            )  # one scale of the tensor for both, where the format has one
+            for part, matrix, scaled in (
+                ("gate", gate, of_both),
+                ("up", up, of_both),
+                ("down", down, down),
+            ):
+                want = fake_quantize(matrix, weights, "row", share=share_of(scaled, weights))
+                assert torch.equal(found[f"{owner}.{expert}.{part}_proj.weight"][...], want)
+    if model_type != "qwen3_moe":
+        with pytest.raises(MpqError, match="vllm alone reads lowered experts"):
+            export(plan, source, tmp_path / "other", engine="transformers")
 
 
 @pytest.mark.usefixtures("reloaded_here")

@@ -355,7 +355,7 @@ def test_kernels_compile_for_hopper() -> None:
         )
         if kernel.get("of") == "torch.int8":
             assert any("wgmma" in m and ".s32.s8.s8" in m for m in kernel["matrix"]), kernel
-        elif kernel["kernel"] in ("_attention_kernel", "_product_kernel"):
+        elif kernel["kernel"] in ("_attention_kernel", "_product_kernel", "_grouped_kernel"):
             assert any("wgmma" in m and ".e4m3.e4m3" in m for m in kernel["matrix"]), kernel
             assert any("bf16" in m for m in kernel["matrix"]) == (
                 lowered == 1 and kernel["kernel"] == "_attention_kernel"
@@ -365,5 +365,6 @@ def test_kernels_compile_for_hopper() -> None:
         "_columns_kernel",
         "_attention_kernel",
         "_product_kernel",
+        "_grouped_kernel",
         "_blocks_kernel",
     }

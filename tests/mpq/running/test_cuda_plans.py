@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_reference import DEVICE, E4M3, error
+from small import MIXTURES, small_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -158,6 +159,35 @@ def test_a_plan_on_cuda_is_what_emulation_says(monkeypatch: pytest.MonkeyPatch) 
             native.clear()
         # one value that falls to the other side of a rounding point moves what is rounded after it
         assert error(got, want) < 0.35 * error(want, base)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_experts_on_cuda_are_what_emulation_says(
+    monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """Experts in CUDA's products move the logits as emulated ones do, plain, or transposed with biases; and come off bit for bit."""
+    model = small_model(model_type, **MIXTURES[model_type]).to(DEVICE)
+    ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    base, experts = model(ids).logits, "model.layers.{}.mlp.experts.{}"
+    plan = {
+        experts.format(0, "gate_up_proj"): "fp8_e4m3",
+        experts.format(0, "down_proj"): "int8",
+        experts.format(1, "down_proj"): "fp8_block",
+    }
+    with apply_plan(model, plan, base="fp32", backend="emulated", seed=3):
+        want = model(ids).logits
+    native = Mixed(model, base="fp32", backend="native", seed=3)
+    native._device = "cuda"
+    native.set(plan)
+    try:
+        got = model(ids).logits
+    finally:
+        native.clear()
+    # one value that falls to the other side of a rounding point moves what is rounded after it
+    assert error(got, want) < 0.35 * error(want, base)
+    assert torch.equal(model(ids).logits, base)
 
 
 def test_blocks_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
