@@ -185,6 +185,15 @@ def placed(runner: RunnerSpec, device: str, timed: bool = True) -> Iterator[Plac
         yield place
 
 
+def _reach(address: str) -> None:
+    """Raise OSError where nothing listens at a scheduler's address: Dask's client would try for all of its ten seconds."""
+    from distributed.comm.addressing import parse_address, parse_host_port
+
+    transport, where = parse_address(address)
+    if transport in ("tcp", "tls"):
+        socket.create_connection(parse_host_port(where), timeout=10).close()
+
+
 @contextmanager
 def _dask(address: str, device: str) -> Iterator[Place]:
     try:
@@ -195,6 +204,7 @@ def _dask(address: str, device: str) -> Iterator[Place]:
     cluster = DaskTaskRunner(address=address, client_kwargs={"timeout": "10s"})
     with cluster:
         try:
+            _reach(address)
             workers = cluster.client.scheduler_info(n_workers=-1)["workers"]
         except (OSError, TimeoutError, ValueError) as error:
             raise MpqError(

@@ -11,7 +11,7 @@ import polars as pl
 
 from mpq.formats.scheme import SCHEMES
 from mpq.program.anchors import Scale
-from mpq.program.memory import bytes_of
+from mpq.program.memory import with_bytes
 from mpq.store.tables import SCHEMAS, validate
 from mpq.timing.drift import carried
 
@@ -201,13 +201,17 @@ def _weights(tables: Tables) -> pl.DataFrame:
     Ops that a plan does not decide are in base.
     """
     base, plans = base_of(tables, {}), table_of(tables, "plans").rename({"seed": "plan_seed"})
-    ops = {op["op"]: op for op in table_of(tables, "groups").iter_rows(named=True)}
-    in_base = {name: bytes_of(op, base, base) if base else 0.0 for name, op in ops.items()}
-    taken = plans.filter(pl.col("op").is_in(list(ops))).select("op", "format").unique()
-    more = [bytes_of(ops[op], name, base) - in_base[op] for op, name in taken.iter_rows()]
-    whole = math.fsum(in_base.values())
+    ops = table_of(tables, "groups")
+    in_base = with_bytes(ops.with_columns(format=pl.lit(base)), base).select(
+        "op", base_bytes="bytes"
+    )
+    taken = with_bytes(plans.select("op", "format").unique().join(ops, on="op"), base)
+    more = taken.join(in_base, on="op").select(
+        "op", "format", more=pl.col("bytes") - pl.col("base_bytes")
+    )
+    whole = math.fsum(in_base["base_bytes"])
     return (
-        plans.join(taken.with_columns(more=pl.Series(more, dtype=pl.Float64)), on=["op", "format"])
+        plans.join(more, on=["op", "format"])
         .group_by(*KEYS, "plan_seed")
         .agg(weight_bytes=whole + pl.col("more").sum())
         .with_columns(base_weight_bytes=pl.lit(whole))
