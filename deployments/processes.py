@@ -74,6 +74,24 @@ def to_the_end() -> Iterator[None]:
             signal.signal(kind, handler)
 
 
+def run_out(*command: str) -> int:
+    """Run a command in this terminal to its end; its exit code. Interrupted, it ends in its own way, and this only then.
+
+    Raises what interrupts, unless the command has said itself that it was interrupted: then its exit code is the signal's.
+    """
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except (KeyboardInterrupt, SystemExit):
+        with to_the_end():
+            # a terminal's Ctrl-C has reached it too, and it hears no second signal; what came here alone is handed on
+            process.terminate()
+            code = process.wait()
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            return code
+        raise
+
+
 class Services:
     """Processes under one folder, each with its log there. Used with `with`: at the end none of them is left."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from deployments.processes import ROOT, Services, free_port, until
+from deployments.processes import ROOT, Services, free_port, run_out, until
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.program.plan import Plan
@@ -186,10 +185,8 @@ def main() -> None:
     try:
         find_environment()
         spec = load_spec(path)
-        if done := subprocess.run(
-            [sys.executable, "-m", "mpq", "run", str(path)], check=False
-        ).returncode:
-            sys.exit(done)
+        if failed := run_out(sys.executable, "-m", "mpq", "run", str(path)):
+            sys.exit(failed)
         out = Path(spec.out) / spec.name
         checkpoint = Path(
             spec.export.out if spec.export and spec.export.out else out / "checkpoint"

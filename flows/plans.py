@@ -9,8 +9,10 @@ from typing import Any
 
 from mpq.flows.run import Calls, Run, announce
 from mpq.flows.times import allowed_of, choices, first_times, measured, times_of_plans
+from mpq.formats.scheme import of_cache
 from mpq.program.anchors import Scale
 from mpq.program.constraints import rules_of
+from mpq.program.memory import Requests
 from mpq.spec import Objective
 from mpq.store.entries import TableRef
 from mpq.tasks import planning
@@ -111,6 +113,7 @@ def gains(
 ) -> list[References]:
     """The gains table of each objective; `leave_out` names rules that shall not hold."""
     spec = run.spec
+    cached = Requests(spec.timing.batch, spec.timing.length + spec.timing.output)
     calls: Calls = {
         objective: {
             "objective": objective,
@@ -122,6 +125,8 @@ def gains(
             "noise_model": spec.noise_model,
             "bound": spec.timing.bound if objective == "et" else "",
             "allowed": allowed_of(run, groups, objective, leave_out),
+            # a key of the gains where they hang on it, and nowhere else
+            **({"requests": cached} if of_cache(spec.objectives[objective].formats) else {}),
         }
         for objective in objectives
     }

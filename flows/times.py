@@ -24,17 +24,16 @@ def allowed_of(
 ) -> Allowed:
     """What the plans of an objective may choose: the engine's rules and the spec's, over the formats that it lowers to.
 
-    For measured time these are the device's own; for memory, BGEMMs are not decided. `leave_out` names
-    rules that shall not hold. Raises MpqError for constraints that no plan keeps.
+    For measured time these are the device's own; for memory, BGEMMs are decided by what their cache is stored in, or not at all.
+    `leave_out` names rules that shall not hold. Raises MpqError for constraints that no plan keeps.
     """
-    from mpq.formats.scheme import get_scheme
+    from mpq.formats.scheme import of_cache, of_kind
     from mpq.kernels import native_formats
     from mpq.timing.in_vllm import formats_in_vllm
 
     spec = run.spec
     lowered = spec.objectives[objective].formats
-    formats: dict[str, tuple[str, ...]] = dict.fromkeys(map(str, KINDS), lowered)
-    formats["bgemm"] = tuple(f for f in lowered if get_scheme(f).alike)
+    formats = {str(kind): of_kind(kind, lowered) for kind in KINDS}
     for kind in KINDS if objective == "et" else ():
         native = (
             formats_in_vllm(kind, spec.model.device)
@@ -43,7 +42,8 @@ def allowed_of(
         )
         formats[kind] = tuple(f for f in lowered if f in native)
     if objective == "m":
-        del formats["bgemm"]
+        caches = of_cache(formats.pop("bgemm"))
+        formats |= {"bgemm": caches} if caches else {}
     return allowed(read(groups), spec.constraints, spec.engine, formats, spec.model.base, leave_out)
 
 

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mpq.formats.format import NoiseModel
+    from mpq.loss.sensitivity import Measured
     from mpq.models.blocks import Blocks
+    from mpq.program.memory import Requests
     from mpq.program.plan import Plan
+    from mpq.program.signed import SignedLoss
     from mpq.program.solver import SolverName
     from mpq.spec import Objective
 
@@ -60,19 +63,32 @@ def sensitivity_of(
     base: str,
     **how: Any,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """What rounding each operand does to the loss: the `sensitivity` and `loss` tables (nats²).
+    """What rounding each operand does to the loss: the `sensitivity` and `loss` tables (nats²) of `losses_of`."""
+    found = losses_of(model, groups, blocks, formats, base, **how)
+    return found.sensitivity, found.loss
 
-    One forward and backward pass over the blocks; `how`: see loss.measure_sensitivity.
+
+def losses_of(
+    model: nn.Module,
+    groups: pl.DataFrame,
+    blocks: Blocks,
+    formats: Sequence[str],
+    base: str,
+    **how: Any,
+) -> Measured:
+    """The `sensitivity` and `loss` tables (nats²), and `effects` (nats), which a bound with signs needs.
+
+    One forward and backward pass over the blocks; `how`: see loss.sensitivity.measure.
     """
     import polars as pl
 
-    from mpq.loss.sensitivity import measure_sensitivity
+    from mpq.loss.sensitivity import measure
     from mpq.loss.unseen import warn_unseen
 
     ops = list(groups.filter(pl.col("kind") != "other").select("op", "kind").iter_rows())
-    sensitivity, loss = measure_sensitivity(model, ops, blocks, formats=formats, base=base, **how)
-    warn_unseen(sensitivity)
-    return sensitivity, loss
+    found = measure(model, ops, blocks, formats=formats, base=base, **how)
+    warn_unseen(found.sensitivity)
+    return found
 
 
 def times_of(
@@ -122,10 +138,13 @@ def gains_of(
     *,
     timing: pl.DataFrame | None = None,
     noise_model: NoiseModel = "actual",
+    requests: Requests | None = None,
 ) -> pl.DataFrame:
-    """The program's coefficients, the `gains` table: et gains measured seconds, tt MAC time, m bytes of weights.
+    """The program's coefficients, the `gains` table: et gains measured seconds, tt MAC time, m bytes of weights, and those of the
+    cache of `requests` where a scheme of it is among the formats.
 
-    Raises MpqError for et without a `timing` table, and where a table lacks an op, a format or a signature.
+    Raises MpqError for et without a `timing` table, a scheme of the cache without `requests`, and where a table lacks an op, a
+    format or a signature.
     """
     from mpq.program.gains import gains_et, gains_m, gains_tt
 
@@ -133,10 +152,11 @@ def gains_of(
         if timing is None:
             raise MpqError("Gains in measured time (et) need the timing table: see times_of.")
         return gains_et(groups, timing, sensitivity, base, noise_model)
-    of_theory = {"tt": gains_tt, "m": gains_m}
-    if objective not in of_theory:
-        raise MpqError(f"Unknown objective {objective!r}: expected et, tt or m.")
-    return of_theory[objective](groups, sensitivity, formats, base, noise_model)
+    if objective == "tt":
+        return gains_tt(groups, sensitivity, formats, base, noise_model)
+    if objective == "m":
+        return gains_m(groups, sensitivity, formats, base, noise_model, requests=requests)
+    raise MpqError(f"Unknown objective {objective!r}: expected et, tt or m.")
 
 
 def best_plan(
@@ -148,9 +168,10 @@ def best_plan(
     solver: SolverName = "auto",
     *,
     kl: float | None = None,
+    signed: SignedLoss | None = None,
 ) -> Plan:
     """The plan with the largest gain whose predicted loss MSE stays under τ² E[g²], or whose predicted KL divergence from
-    base stays under `kl` (nats per token), or both.
+    base stays under `kl` (nats per token), or both. With `signed` the loss MSE is that with rounding's signs.
 
     `loss` is the one-row table beside the sensitivities. Raises MpqError for no bound and for one that is not above zero.
     """
@@ -167,6 +188,7 @@ def best_plan(
         mean_square_loss=loss["mean_square_loss"][0],
         base=base,
         solver=solver,
+        signed=signed,
     )
     return plan
 
@@ -179,6 +201,7 @@ def plan_within(
     base: str,
     solver: SolverName = "auto",
     cost: Literal["loss_mse", "kl"] = "loss_mse",
+    signed: SignedLoss | None = None,
 ) -> Plan:
     """As best_plan, its bound given as the loss MSE itself (nats²), or as the KL. Raises MpqError for tables of another kind."""
     from mpq.store.tables import validate
@@ -187,7 +210,20 @@ def plan_within(
     if cost == "kl":
         return best_plan(groups, validate("gains", gains), loss, None, base, solver, kl=budget)
     tau = math.sqrt(max(0.0, budget) / loss["mean_square_loss"][0])
-    return best_plan(groups, validate("gains", gains), loss, tau, base, solver)
+    return best_plan(groups, validate("gains", gains), loss, tau, base, solver, signed=signed)
+
+
+def with_signs(
+    gains: pl.DataFrame, sensitivity: pl.DataFrame, effects: pl.DataFrame, base: str
+) -> SignedLoss:
+    """The loss MSE with rounding's signs and the drift, for the plans of a gains table; warns where it is of fewer samples than
+    they take decisions. Raises MpqError for tables of another kind."""
+    from mpq.program.signed import signed_loss, warn_few
+    from mpq.store.tables import validate
+
+    found = signed_loss(validate("sensitivity", sensitivity), validate("effects", effects), base)
+    warn_few(found, gains["group"].n_unique())
+    return found
 
 
 def evaluate_plan(

@@ -13,6 +13,7 @@ import polars as pl
 from mpq.errors import MpqError
 from mpq.program.anchors import Measured, Scale
 from mpq.program.constraints import Allowed
+from mpq.program.memory import Requests
 from mpq.program.plan import Plan
 from mpq.program.solver import NoPlan, SolverName
 from mpq.spec import Bound, BoundsSpec, EngineName, Objective, ObjectiveSpec, TargetSpec
@@ -22,7 +23,8 @@ from mpq.tasks.stage import Output, read, read_json, read_together, stage
 from mpq.timing.options import Options
 
 log = logging.getLogger("mpq")
-_OF_ANSWERS = ("output", "base_tpot_s", "predicted_tpot_s")  # where several tokens were timed
+# where several tokens were timed, and where the cache was decided
+_OF_SOME = ("output", "base_tpot_s", "predicted_tpot_s", "cache_bytes", "base_cache_bytes")
 
 
 @stage("gains", name="gains")
@@ -36,10 +38,12 @@ def build_gains(
     noise_model: str,
     bound: str,
     allowed: Allowed,
+    requests: Requests | None = None,
 ) -> Output:
     """The gains table of one objective: for each group and configuration its gain, loss MSE and KL.
 
-    Those alone that are `allowed`; for et, configurations that were not measured are predicted.
+    Those alone that are `allowed`; for et, configurations that were not measured are predicted; for m, `requests` say what is in
+    the cache where that is decided.
     """
     from mpq.program.constraints import options_by_signature
     from mpq.program.gains import gains_et, gains_m, gains_tt
@@ -52,8 +56,9 @@ def build_gains(
         return {
             "gains": gains_et(tables[0], measured, tables[1], base, noise_model, bound, allowed)
         }
-    build = gains_tt if objective == "tt" else gains_m
-    return {"gains": build(tables[0], tables[1], formats, base, noise_model, allowed)}
+    if objective == "tt":
+        return {"gains": gains_tt(*tables, formats, base, noise_model, allowed)}
+    return {"gains": gains_m(*tables, formats, base, noise_model, allowed, requests)}
 
 
 @stage("uncertain", name="what is uncertain")
@@ -102,7 +107,7 @@ def solve(
     plans say of the predicted KL, one for each limit. `sensitivity` and `effects` tell the loss MSE with rounding's signs. `anchor` is the measured TTFT of the plans of design.anchors.
     """
     from mpq.program.prices import SCHEMA, prices
-    from mpq.program.signed import signed_loss
+    from mpq.program.signed import signed_loss, warn_few
     from mpq.program.strategies import choose, gain_errors, least_loss_plan, uniform_plans
     from mpq.timing.answer import answers, further_of
     from mpq.timing.design import anchors, interaction, neighbours, sums
@@ -114,14 +119,8 @@ def solve(
     asked = any(limit.signed for limit in limits)
     if asked and not signed:
         raise MpqError("A bound with signs needs the tables sensitivity and effects: give both.")
-    decided = tables[1]["group"].n_unique()
-    if asked and signed and signed.samples < decided:
-        log.warning(
-            "τ bounds the loss MSE with signs of %d calibration samples for %d decisions: effects that cancel on so few need "
-            "not cancel on other text (docs/log.md), so calibrate with more samples, or leave bound.signed out.",
-            signed.samples,
-            decided,
-        )
+    if asked and signed:
+        warn_few(signed, tables[1]["group"].n_unique())
     measured = read_together(timing) if timing else table("timing", [])
     base_ttft: Any = measured["base_ttft_s"].median()
     term, of_tokens = 0.0, 0.0
@@ -215,7 +214,7 @@ def solve(
             pl.Series("predicted_signed_mse", [p.predicted_signed_mse for p in plans], pl.Float64),
             *(
                 pl.Series(name, [row[name] for _, row in solved], dtype=pl.Float64)
-                for name in ("effective_bits", "weight_bytes", *_OF_ANSWERS)
+                for name in ("effective_bits", "weight_bytes", *_OF_SOME)
                 if all(name in row for _, row in solved)
             ),
         ),

@@ -90,10 +90,13 @@ def test_sensitivity_time_and_solve(checkpoint: Path, tmp_path: Path) -> None:
         16,
         "--out",
         tmp_path / "s.json",
+        "--effects",
+        tmp_path / "effects.parquet",
         "--json",
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["loss"]["n_samples"] == 4
+    assert pl.read_parquet(tmp_path / "effects.parquet")["sample"].unique().to_list() == [*range(4)]
     small = ("--formats", "bf16", "--batch", 1, "--length", 8, "--repeats", 2, "--limit", 8)
     on = ("--device", "cpu", "--threads", 2)
     shown = mpq("time", checkpoint, *small, *on, "--out", tmp_path / "t.parquet")

@@ -28,7 +28,7 @@ from chance import drawn
 from task import Plan, Task
 
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_config
+from mpq.models.checkpoint import fingerprint, load_config
 from mpq.models.graph import trace
 from mpq.models.partition import groups_table, partition
 from mpq.models.text import read_blocks
@@ -37,7 +37,7 @@ from mpq.spec import ConstraintSpec, TextSpec
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from measured import Evaluator  # noqa: E402
+from measured import BASE, Evaluator  # noqa: E402
 from record import folder_of, record  # noqa: E402
 
 MENUS = {
@@ -109,6 +109,7 @@ def compared(checkpoint: Path, options: argparse.Namespace) -> tuple[list[dict[s
     evaluator = Evaluator(checkpoint, held_out)
     tasks = list(tasks_of(checkpoint, options.samples, options.length, options.out))
     fuses = any(task.ties for task, _ in tasks)
+    model = {"fingerprint": fingerprint(checkpoint), "base": BASE}
     for task, case in tasks:
         where = {"checkpoint": checkpoint.name, "case": case}
         of_tool: dict[str, list[dict[float, Plan]]] = {}
@@ -130,7 +131,7 @@ def compared(checkpoint: Path, options: argparse.Namespace) -> tuple[list[dict[s
                 of_draws = [asdict(evaluator.effect(a[target])) for a in answers]
                 bits = [task.bits(a[target]) for a in answers]
                 middle = {k: median(e[k] for e in of_draws) for k in of_draws[0]}
-                row = {**where, "target": target, "tool": tool, "bits": median(bits)}
+                row = {**where, **model, "target": target, "tool": tool, "bits": median(bits)}
                 plans.append({**row, **middle, "over": max(bits) > target + 1e-9})
         print(case, checkpoint.name, "done", flush=True)
     return plans, searches

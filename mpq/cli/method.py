@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mpq.cli.console import bar, emit, log, lowered_and_base, the_base
+from mpq.cli.console import bar, emit, log, lowered_and_base, the_base, writable, write_frame
 from mpq.cli.options import AsJson, Base, Device, Model, Out, Revision, Trusted
 from mpq.errors import MpqError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from mpq.program.signed import SignedLoss, Terms
 
 _SHOWN = ("name", "kind", "bits", "effective_bits", "block", "activations", "mac_time")
 _FORMATS = "Formats to lower to, separated by commas (see `mpq formats`)"
@@ -73,6 +78,14 @@ def sensitivity(
             help="Subtract the base format's own noise (--no-base-term: the paper's form)."
         ),
     ] = True,
+    effects: Annotated[
+        Path | None,
+        typer.Option(
+            callback=writable,
+            help="Write the effects table to FILE as well, which `mpq solve --signed` needs.",
+            metavar="FILE",
+        ),
+    ] = None,
     revision: Revision = None,
     trusted: Trusted = False,
     json_: AsJson = False,
@@ -82,7 +95,7 @@ def sensitivity(
     names, base = lowered_and_base(formats, base)
     from mpq.cli import shown
     from mpq.devices import found_device
-    from mpq.method import groups_of, read_text, sensitivity_of
+    from mpq.method import groups_of, losses_of, read_text
     from mpq.models.checkpoint import fetch, load_config, load_model
 
     device, folder = found_device(device), fetch(model, revision, trusted)
@@ -99,7 +112,7 @@ def sensitivity(
     )
     groups = groups_of(load_config(folder, trusted))
     with bar("sensitivity") as progress:
-        frame, loss = sensitivity_of(
+        found = losses_of(
             load_model(folder, base, device, trusted),
             groups,
             blocks,
@@ -110,8 +123,11 @@ def sensitivity(
             checkpoint_activations=checkpoint_activations,
             progress=progress,
         )
-    extra = {"loss": loss.row(0, named=True)} if json_ else None
-    emit(frame, json_, out, "sensitivity", extra, shown.sensitivity(frame, base))
+    if effects:
+        write_frame(found.effects, effects)
+    extra = {"loss": found.loss.row(0, named=True)} if json_ else None
+    shown_as = shown.sensitivity(found.sensitivity, base)
+    emit(found.sensitivity, json_, out, "sensitivity", extra, shown_as)
 
 
 def time(
@@ -262,6 +278,21 @@ def solve(
         typer.Option(help="The one-row table beside the sensitivities, for the plan's τ."),
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base format of the gains.")] = None,
+    signed: Annotated[
+        bool,
+        typer.Option(
+            "--signed",
+            help="The budget bounds the loss MSE with the signs of weights' rounding, and the drift (docs/method.md); "
+            "needs --groups, --base, --sensitivity and --effects.",
+        ),
+    ] = False,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="With --signed: the sensitivity table.")
+    ] = None,
+    effects: Annotated[
+        str | None,
+        typer.Option(help="With --signed: the effects table (`mpq sensitivity --effects`)."),
+    ] = None,
     json_: AsJson = False,
     out: Out = None,
 ) -> None:
@@ -277,17 +308,40 @@ def solve(
         raise MpqError(
             "--plan needs --groups, --loss and --base: a plan names ops, its τ and what it leaves alone."
         )
-    frame = read_frame(gains)
+    if signed and cost == "kl":
+        raise MpqError("--signed is of the loss MSE, --cost kl of the KL: leave one of them out.")
+    frame, signs, terms = read_frame(gains), None, None
     if objective:
         frame = frame.filter(pl.col("objective") == objective)
-    chosen, solution = solve_table(frame, {cost: budget}, solver=solver)
+    if signed:
+        signs, terms = _with_signs(frame, groups, base, sensitivity, effects)
+    chosen, solution = solve_table(frame, {cost: budget}, solver, terms=terms)
     summary = {k: v for k, v in asdict(solution).items() if k != "chosen"}
     if plan and groups and loss and base:
         from mpq.method import plan_within
 
-        made = plan_within(
-            read_frame(groups), frame, read_frame(loss), budget, the_base(base), solver, cost
-        )
+        of, drawn = read_frame(groups), read_frame(loss)
+        made = plan_within(of, frame, drawn, budget, the_base(base), solver, cost, signs)
         write_file(plan, made.to_json().encode())
         summary["plan"] = str(plan)
     emit(chosen, json_, out, "chosen", {**summary, "budget": budget})
+
+
+def _with_signs(
+    gains: pl.DataFrame,
+    groups: str | None,
+    base: str | None,
+    sensitivity: str | None,
+    effects: str | None,
+) -> tuple[SignedLoss, Terms]:
+    """The loss MSE with rounding's signs, of plans and of the rows of a gains table; the tables are files."""
+    if not (groups and base and sensitivity and effects):
+        raise MpqError(
+            "--signed needs --groups, --base, --sensitivity and --effects: the loss MSE with signs is computed from them."
+        )
+    from mpq.cli.console import read_frame
+    from mpq.method import with_signs
+    from mpq.program.signed import choices_of
+
+    found = with_signs(gains, read_frame(sensitivity), read_frame(effects), the_base(base))
+    return found, found.terms(choices_of(read_frame(groups), gains))

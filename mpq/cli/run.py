@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,9 +19,11 @@ from mpq.cli.console import (
     write_frame,
 )
 from mpq.cli.options import AsJson, Store, Verbose
-from mpq.errors import require
+from mpq.errors import MpqError, require
 
 if TYPE_CHECKING:
+    from mpq.report.beside import Beside
+    from mpq.report.results import Tables
     from mpq.spec import RunSpec
 
 
@@ -114,12 +117,20 @@ def report(
             metavar="FOLDER",
         ),
     ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            help="A table of other tools' plans of this checkpoint, to be drawn beside the run's: tool, kl, and weight_bytes, "
+            "effective_bits or bits (docs/peers.md).",
+            metavar="FILE",
+        ),
+    ] = None,
     json_: AsJson = False,
     out: Annotated[
         Path | None,
         typer.Option(
             callback=report_file,
-            help="Where to write: .html, .png (the frontier), or a table's .parquet, .json, .csv; RUN/report.html if left out.",
+            help="Where to write: .html, .png (the frontier, or the picture of --beside), or a table's .parquet, .json, .csv; RUN/report.html if left out.",
             metavar="FILE",
         ),
     ] = None,
@@ -128,9 +139,16 @@ def report(
     from mpq.report.results import results_table
     from mpq.report.runs import read_run
 
+    if beside and out and out.suffix in SUFFIXES:
+        raise MpqError(f"--beside is drawn, --out {out} a table: give .html or .png.")
     record, tables = read_run(run)
+    others = _others(beside, tables, record["facts"]) if beside else None
     if out and out.suffix in SUFFIXES:
         write_frame(results_table(tables), out)
+    elif out and out.suffix == ".png" and others:
+        from mpq.report.beside_figure import png
+
+        write_file(out, png(others))
     elif out and out.suffix == ".png":
         from mpq.report.figures import frontier_png
 
@@ -144,7 +162,7 @@ def report(
             from mpq.paper.page import appendix as of_paper
 
             appendix = of_paper(tables, record["facts"].get("base", ""))
-        page = write_report(tables, record["name"], record["facts"], appendix)
+        page = write_report(tables, record["name"], record["facts"], appendix, others)
         write_file(out, page.encode())
     extra: dict[str, object] = {"written": str(out)}
     if figures:
@@ -153,6 +171,14 @@ def report(
         left_out = write_figures(tables, figures, record["facts"].get("base", ""))
         extra |= {"figures": str(figures), "left out": " ".join(left_out) or "nothing"}
     emit_results(results_table(tables), json_, None, extra)
+
+
+def _others(file: str, tables: Tables, facts: Mapping[str, str]) -> Beside:
+    """The plans of other tools in a file, beside the run's."""
+    from mpq.cli.console import read_frame
+    from mpq.report.beside import beside
+
+    return beside(read_frame(file), file, tables, facts)
 
 
 def _checked(path: Path, store: str | None) -> RunSpec:

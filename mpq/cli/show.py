@@ -24,6 +24,7 @@ LETTERS = {
     "fp8_e4m3": "8",
     "fp8_e5m2": "5",
     "int8": "I",
+    "fp8_kv": "K",
 }
 _File = Annotated[
     Path, typer.Argument(help="A plan's JSON, as `mpq run` and `mpq solve` write it.")
@@ -140,6 +141,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "ops lowered, %": 100 * plan.share_lowered,
         "effective bits": plan.effective_bits,
         "weight bytes": plan.weight_bytes,
+        "cache bytes": plan.cache_bytes,
+        "cache bytes in base": plan.base_cache_bytes,
         "stored quantized": stored_in_words(plan.provenance.get("stored") or {}) or None,
     }
 

@@ -36,8 +36,8 @@ class Format:
     `maximum` is the largest value; `min_normal_exponent` the exponent of the smallest normal.
     Bits are those of one element, scales not included.
 
-    `block` is the rows and columns of elements that share a scale; 0 columns are all of the row. A
-    scale maps the largest magnitude of its block onto `full_scale`, and is stored as `scale` says:
+    `block` is the rows and columns of elements that share a scale; 0 columns are all of the row, 0
+    rows all of the tensor. A scale maps the largest magnitude of its block onto `full_scale`, and is stored as `scale` says:
 
         fp32, bf16  the quotient, rounded to that
         e8m0        a power of two (OCP MX 1.0, 5.1; the next one where the largest would saturate)
@@ -77,7 +77,12 @@ class Format:
     @property
     def by_blocks(self) -> bool:
         """Whether less, or more, than one row shares a scale."""
-        return self.block != (1, 0)
+        return self.block not in ((1, 0), (0, 0))
+
+    @property
+    def of_tensor(self) -> bool:
+        """Whether the whole tensor has one scale."""
+        return self.block == (0, 0)
 
     @property
     def lowest(self) -> float:
@@ -153,6 +158,11 @@ BLOCKED: dict[str, Format] = {
         replace(_INT4, name="int4_32", block=(1, 32), scale="bf16"),
     )
 }
+# one scale for the whole tensor, fixed before its values come: three binades above the largest that was seen
+# are left for larger ones, which a float's rounding does not feel
+OF_TENSOR = replace(
+    _E4M3, name="fp8_e4m3_tensor", block=(0, 0), scale="e8m0", full_scale=_E4M3.maximum / 8
+)
 
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ _HEAD = """# Formats
 
 What an op may run in, by the names that specs, plans and tables have. A scheme says how weights are stored and how
 activations are; attention's products, whose operands are both activations, take those whose operands are alike with one scale
-a row. `mpq formats` lists the same.
+a row, or a scheme of the cache that keeps K and V (`fp8_kv`). `mpq formats` lists the same.
 
 - *scale for*: the rows and columns of elements that share a scale; *row* is an output channel of a weight, a token of
   activations. E8M0 scales are powers of two, E4M3 scales are shares of one scale of the whole tensor, a power of
@@ -25,6 +25,11 @@ a row. `mpq formats` lists the same.
 - *…_mse*: each scale of the weights is fitted to its block's squared error, some of the largest values cut, where others
   keep the largest whole. Slower to make (seventeen scales are tried), the same size and speed, read alike by engines.
 - *Δ²/12 or ulp*: the noise models `ulp` and `paper` are of schemes alike with a scale a row; all others need `actual`.
+
+`fp8_kv` is one decision for a layer: K and V are rounded as they go into the cache, K after its rotation, and read back to base, in
+which Q and P stay. A scale a tensor, in the file, cannot follow what comes: it is a power of two, which a float's rounding does
+not feel, and leaves values 8 to 16 times the largest that was measured; what is larger yet is cut. It gains bytes of the cache
+(objective `m`; `workload` says of how many tokens), no multiply-accumulates.
 
 Blocks along rows need inputs that are whole blocks wide: an op whose are not stays in base, which a run tells.
 

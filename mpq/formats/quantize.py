@@ -7,6 +7,7 @@ neighbourhood onto the top of the format:
     row      one per slice along the last dimension: a token's activations, a weight's output channel
     column   one per slice along the last but one: the second operand of a BGEMM, (..., K, N), whose K is summed over
 
+A format whose scale is of the whole tensor has that one whatever is asked for.
 In a format with blocks a row is cut into them, and the last one may be short: `blocks_of` lays each block out as a row of
 its own, and what is true of rows is true of blocks. Formats of 16 bits and more take no scale. Rounding is to nearest,
 ties to even, saturating at the format's ends: the casts of torch for FP8 do not saturate by themselves (E4M3 overflows to
@@ -128,10 +129,10 @@ def _stored(largest: Tensor, fmt: Format, share: float) -> Tensor:
 
 
 def _power_of_two(largest: Tensor, fmt: Format) -> Tensor:
-    """2^(floor(log2 of the largest) − that of the format's maximum), an E8M0 scale; one power more where the largest,
+    """2^(floor(log2 of the largest) − that of the format's top), an E8M0 scale; one power more where the largest,
     with 1.75 of its own power or more, would be cut to the format's maximum (compressed-tensors 0.20, mxfp_utils)."""
     bits = largest.view(torch.int32) + 0x00200000
-    exponent = (bits >> 23) - 127 - math.frexp(fmt.maximum)[1] + 1
+    exponent = (bits >> 23) - 127 - math.frexp(fmt.top)[1] + 1
     exact = torch.ldexp(torch.ones_like(largest), exponent.clamp(-126, 127))
     return torch.where(largest > _TINY, exact, torch.ones_like(largest))
 
@@ -176,6 +177,7 @@ def fake_quantize(
     if not fmt.needs_scale:
         return x.to(getattr(torch, fmt.dtype)).to(x.dtype)
     if not fmt.by_blocks:
+        granularity = "tensor" if fmt.of_tensor else granularity
         scale = scale_of(x, fmt, granularity) * perturb
         return dequantize(quantize(x, fmt, scale), fmt, scale, x.dtype)
     if granularity != "row":

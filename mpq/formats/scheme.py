@@ -1,23 +1,28 @@
 """What an op runs in: how its weights are stored, and how its activations are.
 
 A scheme is data, like a format. The formats with one scale for a row are schemes of their own name, in which both
-operands are stored alike; attention's products, whose operands are all activations, run in these alone.
+operands are stored alike; attention's products, whose operands are all activations, run in these, or read K and V
+from a cache that is stored in a format of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from mpq.formats.format import BLOCKED, FORMATS, Format, registered
+from mpq.formats.format import BLOCKED, FORMATS, OF_TENSOR, Format, registered
 
 _CT = "compressed-tensors 0.20, PRESET_SCHEMES"
+Operand = Literal["input", "weight", "lhs", "rhs"]
 
 
 @dataclass(frozen=True)
 class Scheme:
     """One scheme. Without `activations` these stay in base, and the product is computed there.
 
-    `preset` is what compressed-tensors calls it, "" where it has no name for it.
+    `preset` is what compressed-tensors calls it, "" where it has no name for it. A scheme of the `cache` is none of weights:
+    `weights` is what K and V are stored in, and both are read back to base, in which Q and P stay.
     """
 
     name: str
@@ -25,6 +30,7 @@ class Scheme:
     activations: Format | None
     preset: str
     source: str
+    cache: bool = False
 
     @property
     def bits(self) -> float:
@@ -46,9 +52,22 @@ class Scheme:
         """Whether both operands are stored alike, a scale a row: what attention's products can run in too."""
         return self.weights is self.activations and not self.weights.by_blocks
 
+    def rounds(self, operand: Operand) -> Format | None:
+        """What it rounds an operand of a product to; None where it leaves that in base, or is no scheme of such a product.
+
+        `input` and `weight` are those of a linear; attention's products have K or V as `rhs`, Q or P as `lhs`.
+        """
+        if operand in ("lhs", "rhs"):
+            return self.weights if self.alike or (self.cache and operand == "rhs") else None
+        if self.cache:
+            return None
+        return self.weights if operand == "weight" else self.activations
+
     @property
     def in_words(self) -> str:
         """`weights E2M1, 1 x 16; activations E2M1, 1 x 16`: elements, and what shares a scale."""
+        if self.cache:
+            return f"K and V {_operand(self.weights)}, read back to base"
         activations = "in base" if self.activations is None else _operand(self.activations)
         return f"weights {_operand(self.weights)}; activations {activations}"
 
@@ -82,6 +101,14 @@ _MAX: dict[str, Scheme] = {
         Scheme("w4a16_g32", BLOCKED["int4_32"], None, "", "W4A16 with groups of 32"),
         Scheme("nvfp4a16", _NVFP4, None, "NVFP4A16", _CT),
         Scheme("mxfp4a16", _MXFP4, None, "MXFP4A16", _CT),
+        Scheme(
+            "fp8_kv",
+            OF_TENSOR,
+            None,
+            "",
+            "compressed-tensors' kv_cache_scheme; vLLM 0.32, layers/quantization/kv_cache.py",
+            cache=True,
+        ),
     )
 }
 
@@ -109,6 +136,17 @@ def get_scheme(name: str) -> Scheme:
     return registered(name, SCHEMES)
 
 
+def of_kind(kind: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the schemes that ops of a kind (linear, experts, bgemm) can run in."""
+    products = kind == "bgemm"
+    return tuple(n for n in names if get_scheme(n).rounds("rhs" if products else "weight"))
+
+
+def of_cache(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the schemes that are of the cache of K and V."""
+    return tuple(n for n in names if get_scheme(n).cache)
+
+
 def mac_time(name: str, base: str) -> float:
     """Theoretical time of a multiply-accumulate of a scheme beside a base, in BF16 MACs."""
     own = get_scheme(name).mac_time
@@ -128,7 +166,7 @@ def table_of_schemes() -> list[dict[str, object]]:
             "effective_bits": round(s.bits, 4),
             "block": _block(s.weights),
             "scale": s.weights.scale if s.weights.needs_scale else "",
-            "activations": "base" if s.activations is None else _operand(s.activations),
+            "activations": _activations(s),
             "mac_time": s.mac_time,
             "preset": s.preset,
             "source": s.source,
@@ -137,10 +175,18 @@ def table_of_schemes() -> list[dict[str, object]]:
     ]
 
 
+def _activations(scheme: Scheme) -> str:
+    if scheme.cache:
+        return "K and V alone"
+    return "base" if scheme.activations is None else _operand(scheme.activations)
+
+
 def _block(fmt: Format) -> str:
     rows, columns = fmt.block
     if not fmt.needs_scale:
         return ""
+    if fmt.of_tensor:
+        return "tensor"
     return "row" if not fmt.by_blocks else f"{rows} x {columns}"
 
 

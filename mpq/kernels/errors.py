@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,21 @@ from mpq.kernels.rounding import rounded
 log = logging.getLogger(__name__)
 
 MAGNITUDES = 3  # the sums before the formats': of u², of its squared binade, of its largest
-Sums = Callable[[Tensor], Tensor]
+
+
+class Sums(NamedTuple):
+    """What a gradient g of a tensor u (…, T, K) makes of u's magnitudes m and its formats' errors e; float64.
+
+    `squares` (3 + formats,) is Σ (g m)², e among the m. Of each format, (formats,): `signed` Σ g e; `shared`, Σ_t of
+    s_t = (Σ g e)² − Σ (g e)², both over all that belongs to token t, which is what its errors add by having signs in common;
+    `spread`, Σ_t s_t², the variance of `shared` where they have not.
+    """
+
+    squares: Tensor
+    signed: Tensor
+    shared: Tensor
+    spread: Tensor
+
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -37,18 +52,15 @@ def weighted_sums(
     granularity: Granularity,
     *,
     often: bool = False,
-    signed: bool = False,
     shares: Sequence[float] | None = None,
-) -> Sums:
-    """A function of a gradient g of u's shape (…, T, K): Σ (g m)² of each magnitude m of u.
+) -> Callable[[Tensor], Sums]:
+    """A function of a gradient of u's shape (…, T, K): its Sums.
 
-    It returns (3 + formats,) float64: the magnitudes are u, 2^floor(log2|u|), the largest |u| of
-    the element's row or column, and Q_f(u) − u for each format; for None, which leaves u as it is, 0.
-    With `signed`, (2, 3 + formats): behind the squares, Σ g (Q_f(u) − u) of each format, where
-    magnitudes have no use for a sign. `often` says that several gradients come: then torch keeps
-    the magnitudes between them. `shares` are quantize.share_of the tensor in each format, where u is
-    a part of it; u's own if left out. Of a format whose blocks have several rows, u has whole blocks
-    of the tensor.
+    The magnitudes are u, 2^floor(log2|u|), the largest |u| of the element's row or column; a format's error is Q_f(u) − u,
+    and 0 for None, which leaves u as it is. By columns nothing is `shared`: their sums are not a token's. `often` says
+    that several gradients come: then torch keeps the magnitudes between them. `shares` are quantize.share_of the tensor
+    in each format, where u is a part of it; u's own if left out. Of a format whose blocks have several rows, u has whole
+    blocks of the tensor.
     """
     column = granularity == "column"
     # a column's neighbourhood is a row of the transpose
@@ -57,30 +69,33 @@ def weighted_sums(
     if u.device.type == "cpu" and u.dtype in _SUFFIX and u.numel() and _library():
         sweeps = _sweeps(u, formats, shares)
 
-        def swept(g: Tensor) -> Tensor:
-            both = _swept(g.transpose(-1, -2) if column else g, sweeps, len(formats))
-            return both if signed else both[0]
+        def swept(g: Tensor) -> Sums:
+            by_row = _swept(g.transpose(-1, -2) if column else g, sweeps, len(formats))
+            return _of_rows(by_row, u.shape[-2], column)
 
         return swept
     kept = list(_magnitudes(u, formats, shares)) if often else None
 
-    def sums(g: Tensor) -> Tensor:
+    def sums(g: Tensor) -> Sums:
         g = (g.transpose(-1, -2) if column else g).float()
-        squares, with_sign = [], [torch.zeros((), device=u.device)] * MAGNITUDES
-        for i, magnitude in enumerate(
-            kept if kept is not None else _magnitudes(u, formats, shares)
-        ):
+        by_row = []
+        for magnitude in kept if kept is not None else _magnitudes(u, formats, shares):
             moved = g * magnitude
-            if signed and i >= MAGNITUDES:
-                with_sign.append(moved.sum())
-            squares.append(moved.square_().sum())
-        return (
-            torch.stack([*squares, *with_sign]).double().view(2, -1)
-            if signed
-            else torch.stack(squares).double()
-        )
+            signed = moved.sum(-1)
+            by_row.append(torch.stack([moved.square_().sum(-1), signed], -1))
+        return _of_rows(torch.stack(by_row, -1).flatten(0, -3), u.shape[-2], column)
 
     return sums
+
+
+def _of_rows(by_row: Tensor, tokens: int, column: bool) -> Sums:
+    """The Sums of rows (…·tokens, 2, 3 + formats): squares, and products with their sign."""
+    by_row = by_row.double()
+    squares, signed = by_row.sum(0)
+    of_formats = by_row[..., MAGNITUDES:].unflatten(0, (-1, tokens)).sum(0)  # (tokens, 2, formats)
+    shared = of_formats[:, 1].square() - of_formats[:, 0]
+    shared = torch.zeros_like(shared) if column else shared
+    return Sums(squares, signed[MAGNITUDES:], shared.sum(0), shared.square().sum(0))
 
 
 def shares_of(u: Tensor, formats: Sequence[Format | None]) -> list[float]:
@@ -114,7 +129,7 @@ class _Sweep:
 
 
 def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]) -> list[_Sweep]:
-    """One sweep for all formats, and one more for each whose scales are fitted."""
+    """One sweep for all formats, and one more for each whose scales are fitted, or one of the whole tensor."""
     own = str(u.dtype).removeprefix("torch.")
     # those that round a tensor of this dtype at all
     rounding = [
@@ -122,27 +137,26 @@ def _sweeps(u: Tensor, formats: Sequence[Format | None], shares: Sequence[float]
         for i, f in enumerate(formats)
         if f and (f.needs_scale or (f.bits <= 16 and f.dtype != own))
     ]
-    rest = [(i, f) for i, f in rounding if f.fit == "max"]
+    rest = [(i, f) for i, f in rounding if f.fit == "max" and not f.of_tensor]
     described_ = (GridFormat * len(rest))(*(described(f) for _, f in rest))
     of_rest = torch.tensor([shares[i] for i, _ in rest])
     sweeps = [_Sweep(u.contiguous(), described_, of_rest, [i for i, _ in rest])]
     for i, f in rounding:
-        if f.fit != "max":
+        if f.fit != "max" or f.of_tensor:
             error = fake_quantize(u, f, "row", share=shares[i]).float() - u.float()
             sweeps.append(_Sweep(error.contiguous(), None, torch.empty(0), [i]))
     return sweeps
 
 
 def _swept(g: Tensor, sweeps: Sequence[_Sweep], count: int) -> Tensor:
-    sums = torch.zeros(2, MAGNITUDES + count, dtype=torch.float64)
-    for sweep in sweeps:
-        found = _summed(g, sweep)
-        if sweep.formats is None:
-            sums[:, MAGNITUDES + sweep.places[0]] = found[:, 0]
-        else:
-            sums[0, :MAGNITUDES] = found[0, :MAGNITUDES]
-            sums[:, [MAGNITUDES + i for i in sweep.places]] = found[:, MAGNITUDES:]
-    return sums
+    """Of every row (rows, 2, 3 + count): the squares, and the products with their sign."""
+    first = _summed(g, sweeps[0])
+    by_row = first.new_zeros(len(first), 2, MAGNITUDES + count)
+    by_row[..., :MAGNITUDES] = first[..., :MAGNITUDES]
+    by_row[..., [MAGNITUDES + i for i in sweeps[0].places]] = first[..., MAGNITUDES:]
+    for sweep in sweeps[1:]:
+        by_row[..., MAGNITUDES + sweep.places[0]] = _summed(g, sweep)[..., 0]
+    return by_row
 
 
 def _summed(g: Tensor, sweep: _Sweep) -> Tensor:
@@ -158,7 +172,7 @@ def _summed(g: Tensor, sweep: _Sweep) -> Tensor:
     sizes = (len(by_row) // rows, rows, k)
     how = (formats, sweep.shares.data_ptr(), count)
     run(g.data_ptr(), u.data_ptr(), *sizes, *how, by_row.data_ptr())
-    return by_row.sum(0, dtype=torch.float64)
+    return by_row
 
 
 @functools.cache

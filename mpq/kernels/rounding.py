@@ -61,7 +61,7 @@ def _share_of(x: Tensor, fmt: Format, library: Any) -> float:
 def _covers(x: Tensor, fmt: Format, granularity: Granularity) -> bool:
     if x.device.type != "cpu" or x.dtype not in _SUFFIX or x.ndim < 2 or x.numel() == 0:
         return False
-    if fmt.bits > 16 or (fmt.needs_scale and granularity == "tensor"):
+    if fmt.bits > 16 or fmt.of_tensor or (fmt.needs_scale and granularity == "tensor"):
         return False
     if fmt.by_blocks and granularity != "row":
         return False  # fake_quantize says why

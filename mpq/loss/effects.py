@@ -35,6 +35,7 @@ def effects_table(
         .with_columns(pl.lit(op).alias("op"), pl.lit(scheme.name).alias("format"))
         for op, of_op in found.items()
         for scheme, values in zip(schemes, of_op, strict=True)
+        if scheme.rounds("weight")
     ]
     return validate("effects", pl.concat(columns or [pl.DataFrame(schema=SCHEMAS["effects"])]))
 

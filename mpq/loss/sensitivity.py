@@ -8,6 +8,10 @@ at once (Sec. 2.2; method.md "Loss-MSE sensitivity"):
     Σ (∂g_i/∂u_n)² amax_n²             integers, whose Δ is amax / maximum of the element's neighbourhood
     Σ (∂g_i/∂u_n)² (Q_f(u_n) − u_n)²   the rounding that happens, for each format f
 
+The last takes an activation's errors to cancel over its elements. Where those of a token have signs in common (most of GELU's
+outputs and of attention's P lie below half an integer's step and go to zero), Σ_t (Σ ∂g_i/∂u_n (Q_f(u_n) − u_n))² is taken,
+with what belongs to one token summed before it is squared (shared.py).
+
 With them comes Σ ∂g_i/∂w_n (Q_f(w_n) − w_n) of each sample and weight, with its sign (effects.py).
 
 The last sum once more, with labels drawn from the model's own predictions in place of the text's, gives the KL divergence
@@ -36,6 +40,8 @@ from mpq.loss.cross_entropy import (
     of_labels,
 )
 from mpq.loss.effects import effects_table
+from mpq.loss.heap import give_back_large_tensors
+from mpq.loss.shared import estimated, mean, merged
 from mpq.loss.taps import Tally, checkpointed, tapped
 from mpq.loss.unseen import tokens_of, warn_unseen, with_tokens
 from mpq.models.blocks import Blocks
@@ -96,6 +102,7 @@ def measure(
         raise MpqError("The calibration set is empty: give at least one block of tokens.")
     tally, losses = Tally(known[1:]), []
     device = str(device_of(model))
+    give_back_large_tensors()
     total = math.ceil(len(blocks.tokens) / batch)
     check_length(model.config, blocks.tokens.shape[1])
     # a graph of all layers would hold the weights of all of them
@@ -147,13 +154,16 @@ def _tables(
             raise MpqError(
                 f"The gradient of {operand} of {op} is not finite: calibrate in a wider base format or with other text."
             )
-        means, errors = _means(sums.get("loss"), n)
+        shared = {loss: of.get((op, operand)) for loss, of in tally.shared.items()}
+        means = estimated(sums.get("loss"), shared.get("loss"), n)
         # b of each format, nats per token: method.md "KL and the rounding that happens"
-        kl, kl_errors = _means(sums.get("kl"), n, predicted_tokens / 2)
+        kl = estimated(sums.get("kl"), shared.get("kl"), n, predicted_tokens / 2)
         for noise_model in NOISE_MODELS:
             actual = noise_model == "actual"
             for i, scheme in enumerate((base, *tally.schemes), -1):
-                if not scheme.alike and (not actual or operand in ("lhs", "rhs")):
+                product = operand in ("lhs", "rhs")
+                runs = scheme.rounds("rhs" if product else "weight")
+                if not runs or not (actual or scheme.alike):
                     continue  # no variance is known of blocks, and attention cannot run in them
                 rows.append(
                     {
@@ -163,14 +173,19 @@ def _tables(
                         "noise_model": noise_model,
                         "n_samples": n,
                         "loss_mse": means
-                        and _loss_mse(means, i, scheme, noise_model, base, base_term),
+                        and _loss_mse(means.values, i, scheme, noise_model, base, base_term),
                         # base's own noise left in, which is next to nothing of it
-                        "loss_mse_stderr": errors
+                        "loss_mse_stderr": means
+                        and means.errors
                         and (i >= 0 or not base_term)
-                        * _loss_mse(errors, i, scheme, noise_model, base, False),
-                        "sensitivity": means and means[0],
-                        "kl": kl and _of_format(kl, i) if actual else None,
-                        "kl_stderr": kl_errors and _of_format(kl_errors, i) if actual else None,
+                        * _loss_mse(means.errors, i, scheme, noise_model, base, False),
+                        "sensitivity": means and means.values[0],
+                        "kl": _of_format(kl.values, i) if kl and actual else None,
+                        "kl_stderr": _of_format(kl.errors, i)
+                        if kl and kl.errors and actual
+                        else None,
+                        **(means.columns("loss_mse", i) if means and actual else {}),
+                        **(kl.columns("kl", i) if kl and actual else {}),
                     }
                 )
     loss: dict[str, object] = {
@@ -207,21 +222,6 @@ def _of_format(values: list[float], i: int) -> float:
     return 0.0 if i < 0 else values[MAGNITUDES + i]
 
 
-def _means(
-    sums: Tensor | None, n: int, factor: float = 1.0
-) -> tuple[list[float] | None, list[float] | None]:
-    """`factor` × the means over n samples of a tally's values, and their standard errors; None where not known."""
-    if sums is None:
-        return None, None
-    values, squares = sums / n
-    values = values.nan_to_num(nan=math.inf)  # a value that overflows the format, times no gradient
-    if n == 1:
-        return (factor * values).tolist(), None
-    spread = (squares - values.square()).clamp(min=0)
-    errors = factor * (spread / (n - 1)).sqrt().nan_to_num(nan=math.inf)
-    return (factor * values).tolist(), errors.tolist()
-
-
 def merge(
     sensitivities: Sequence[pl.DataFrame], losses: Sequence[pl.DataFrame]
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -230,29 +230,11 @@ def merge(
     Standard errors are those of all samples together, from the spread within shards and between their means.
     """
     by = ["op", "operand", "format", "noise_model"]
-    merged = pl.concat(sensitivities).group_by(by, maintain_order=True)
-    means = [_mean(c) for c in ("loss_mse", "sensitivity", "kl")]
-    errors = [_stderr(c, f"{c}_stderr") for c in ("loss_mse", "kl")]
-    sensitivity = merged.agg(pl.col("n_samples").sum(), *means, *errors)
+    groups = pl.concat(sensitivities).group_by(by, maintain_order=True)
+    means = [mean("sensitivity"), *merged("loss_mse"), *merged("kl")]
+    sensitivity = groups.agg(pl.col("n_samples").sum(), *means)
     n = pl.col("n_samples").sum()
-    loss = pl.concat(losses).select(n, _mean("mean_square_loss"), _mean("mean_loss"))
+    loss = pl.concat(losses).select(n, mean("mean_square_loss"), mean("mean_loss"))
     whole = with_tokens(table("sensitivity", sensitivity.to_dicts()), tokens_of(*sensitivities))
     warn_unseen(whole)
     return whole, table("loss", loss.to_dicts())
-
-
-def _mean(column: str) -> pl.Expr:
-    """The mean of shards' means; null where a shard has none."""
-    n, value = pl.col("n_samples"), pl.col(column)
-    mean = (value * n).sum() / n.sum()
-    return pl.when(value.null_count() == 0).then(mean).alias(column)
-
-
-def _stderr(mean: str, error: str) -> pl.Expr:
-    """The standard error of the mean of all shards' samples, from each shard's; null of one sample."""
-    n, value = pl.col("n_samples"), pl.col(mean)
-    of_all = (value * n).sum() / n.sum()
-    within = (pl.col(error) ** 2 * n * (n - 1)).fill_null(0.0)  # a shard of one has none
-    total = (within + n * (value - of_all) ** 2).sum()
-    known = (value.null_count() == 0) & (n.sum() > 1)
-    return pl.when(known).then((total / (n.sum() * (n.sum() - 1))).sqrt()).alias(error)

@@ -11,18 +11,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
-from mpq.formats.format import Format
 from mpq.formats.quantize import Granularity
-from mpq.formats.scheme import Scheme
+from mpq.formats.scheme import Operand, Scheme
 from mpq.kernels.errors import MAGNITUDES, shares_of, weighted_sums
-from mpq.kernels.rounding import rounded
 from mpq.loss.cross_entropy import differentiable_input
 from mpq.models.attention import AttentionHandler, intercept
 from mpq.models.experts import ExpertProduct, Routing, intercept_experts, with_bias
@@ -37,7 +35,8 @@ _SLICE_ELSEWHERE = 2**23
 class Tally:
     """Sums over samples, by loss and (op, operand), of what kernels.errors.weighted_sums gives for each sample.
 
-    `sums[loss][op, operand]` is (2, 3 + schemes) float64: Σ_i v_i and Σ_i v_i². `tokens[loss][op]` (experts,) int64 says how
+    `sums[loss][op, operand]` is (2, 3 + schemes) float64: Σ_i v_i and Σ_i v_i² of the squares. `shared[loss][op, operand]`
+    (3, schemes), of activations: Σ_i of what the squares and `shared` are together, of its square, and of `spread`. `tokens[loss][op]` (experts,) int64 says how
     many tokens each expert of an op got. `effects[loss][op]` has for each batch that ran through the op the number of its first
     sample, and (samples, schemes) float64: Σ_n ∂g_i/∂w_n (Q(w_n) − w_n), what rounding the op's weight does to each sample's loss in
     first order. `done[loss]` says how many samples there were.
@@ -45,17 +44,17 @@ class Tally:
 
     def __init__(self, schemes: Sequence[Scheme]) -> None:
         self.schemes = tuple(schemes)
-        # what an operand is rounded to in each scheme; None where that leaves it, or the product, in base
-        self._activations = [s.activations for s in schemes]
-        self._weights = [s.weights for s in schemes]
-        self._alike = [s.weights if s.alike else None for s in schemes]
-        self._block = max((w.block[0] for w in self._weights), default=1)
+        # what each scheme rounds each operand to
+        self._formats = {o: [s.rounds(o) for s in schemes] for o in get_args(Operand)}
+        self._block = max((f.block[0] for f in self._formats["weight"] if f), default=1)
         self.sums: dict[str, dict[tuple[str, str], Tensor]] = defaultdict(dict)
+        self.shared: dict[str, dict[tuple[str, str], Tensor]] = defaultdict(dict)
         self.tokens: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.effects: dict[str, dict[str, list[tuple[int, Tensor]]]] = defaultdict(dict)
         self.done: dict[str, int] = defaultdict(int)
         self.samples = 0  # of the batch in flight
         self._batch: dict[tuple[str, str], Tensor] = {}
+        self._shared: dict[tuple[str, str], Tensor] = {}
         self._effects: dict[str, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
 
@@ -63,7 +62,8 @@ class Tally:
     def of(self, loss: str, samples: int, passes: int = 1) -> Iterator[None]:
         """Within, a backward pass of the losses of a batch of `samples`, called `loss`; of several
         `passes` each sample's values are the means."""
-        self.samples, self._batch, self._effects, self._tokens = samples, {}, {}, {}
+        self.samples, self._batch, self._shared = samples, {}, {}
+        self._effects, self._tokens = {}, {}
         yield
         of_loss, of_tokens = self.sums[loss], self.tokens[loss]
         for op, counts in self._tokens.items():
@@ -73,34 +73,43 @@ class Tally:
             values /= passes
             both = torch.stack([values.sum(0), values.square().sum(0)]).cpu()
             of_loss[where] = of_loss[where] + both if where in of_loss else both
+            if where in self._shared:
+                shared, spread = self._shared[where].cpu().unbind(1)
+                whole = values[:, MAGNITUDES:].cpu() + shared / passes
+                three = torch.stack(
+                    [whole.sum(0), whole.square().sum(0), spread.sum(0) / passes**2]
+                )
+                before = self.shared[loss]
+                before[where] = before[where] + three if where in before else three
         for op, effects in self._effects.items():
             here = (self.done[loss], effects.cpu() / passes)
             self.effects[loss].setdefault(op, []).append(here)
         self.done[loss] += samples
 
-    def add(self, op: str, operand: str, sample: int, sums: Tensor) -> None:
+    def add(self, op: str, operand: str, sample: int, squares: Tensor) -> None:
         """Add what a gradient of sample number `sample` of the batch gives."""
         if (op, operand) not in self._batch:
-            self._batch[op, operand] = sums.new_zeros(self.samples, len(sums))
-        self._batch[op, operand][sample] += sums
+            self._batch[op, operand] = squares.new_zeros(self.samples, len(squares))
+        self._batch[op, operand][sample] += squares
 
     def add_each(
-        self, op: str, operand: str, how: Granularity, gradient: Tensor, u: Tensor
+        self,
+        op: str,
+        operand: Operand,
+        how: Granularity,
+        gradient: Tensor,
+        u: Tensor,
+        first: int = 0,
     ) -> None:
-        """Add what ∂g/∂u (samples, …, T, K) gives, one sample after the other: temporaries stay small."""
-        formats = self._activations if operand == "input" else self._alike
-        for i, (g, of_u) in enumerate(zip(gradient, u, strict=True)):
-            self.add(op, operand, i, weighted_sums(of_u, formats, how)(g))
-
-    def add_probabilities(self, op: str, first: int, gradient: Tensor, p: Tensor) -> None:
-        """As add_each, of attention's P (samples, heads, T, T) from sample number `first` on; the errors of integer formats
-        by `together`."""
-        for i, (g, of_p) in enumerate(zip(gradient, p, strict=True), first):
-            sums = weighted_sums(of_p, self._alike, "row")(g)
-            for place, fmt in enumerate(self._alike, MAGNITUDES):
-                if fmt is not None and fmt.kind == "int":
-                    sums[place] = together(g, of_p, fmt)
-            self.add(op, "lhs", i, sums)
+        """Add what ∂g/∂u (samples, …, T, K) of samples from number `first` on gives, one after the other: temporaries
+        stay small."""
+        formats = self._formats[operand]
+        for i, (g, of_u) in enumerate(zip(gradient, u, strict=True), first):
+            sums = weighted_sums(of_u, formats, how)(g)
+            self.add(op, operand, i, sums.squares)
+            if (op, operand) not in self._shared:
+                self._shared[op, operand] = sums.shared.new_zeros(self.samples, 2, len(formats))
+            self._shared[op, operand][i] += torch.stack([sums.shared, sums.spread])
 
     def add_weight(
         self, op: str, weight: Tensor, each: Sequence[tuple[int, Tensor, Tensor]]
@@ -108,33 +117,22 @@ class Tally:
         """Add what ∂g_i/∂W of a weight (C, K) gives, of `each` sample (i, output's gradient (T, C), input (T, K))."""
         rows = max(1, _SLICE.get(weight.device.type, _SLICE_ELSEWHERE) // weight.shape[1])
         rows += -rows % self._block  # whole blocks
-        how: dict[str, Any] = {"often": len(each) > 1, "shares": shares_of(weight, self._weights)}
+        formats = self._formats["weight"]
+        how: dict[str, Any] = {"often": len(each) > 1, "shares": shares_of(weight, formats)}
         for start in range(0, len(weight), rows):
             some = slice(start, start + rows)
-            sums = weighted_sums(weight[some], self._weights, "row", signed=True, **how)
+            sums_of = weighted_sums(weight[some], formats, "row", **how)
             for i, g, u in each:
-                squares, signed = sums(g[:, some].T @ u)  # [c, T] @ [T, K] -> [c, K]
-                self.add(op, "weight", i, squares)
+                sums = sums_of(g[:, some].T @ u)  # [c, T] @ [T, K] -> [c, K]
+                self.add(op, "weight", i, sums.squares)
                 if op not in self._effects:
-                    self._effects[op] = signed.new_zeros(self.samples, len(self.schemes))
-                self._effects[op][i] += signed[MAGNITUDES:]
+                    self._effects[op] = sums.signed.new_zeros(self.samples, len(self.schemes))
+                self._effects[op][i] += sums.signed
 
     def add_tokens(self, op: str, counts: Tensor) -> None:
         """Count the tokens (experts,) that the experts of `op` got."""
         counts = counts.long().cpu()
         self._tokens[op] = self._tokens[op] + counts if op in self._tokens else counts
-
-
-def together(g: Tensor, p: Tensor, fmt: Format) -> Tensor:
-    """Σ over queries of (Σ over their heads and keys of g (Q(p) − p))², g and p (heads, T, T); a float64.
-
-    Most of a row of P is below half an integer's step and goes to zero: these errors all have one sign, each query of all
-    heads loses weight, and their sum does not cancel as the errors of other operands do. Added as if it did, the KL of
-    INT8 came out 2 times too small at 128 tokens and 28 times at 2048 (docs/log.md).
-    """
-    error = rounded(p, fmt, "row").float() - p.float()
-    of_queries = (g.float() * error).sum(-1).flatten(0, -2).sum(0)
-    return of_queries.double().square().sum()
 
 
 class _Tap(torch.autograd.Function):
@@ -264,9 +262,10 @@ class _TappedAttention(AttentionHandler):
         )
 
     def probabilities(self, p: Tensor) -> Tensor:
-        return _Tap.apply(p, partial(self.tally.add_probabilities, self.av_name, self.sample))  # type: ignore[no-any-return]
+        add = partial(self.tally.add_each, self.av_name, "lhs", "row", first=self.sample)
+        return _Tap.apply(p, add)  # type: ignore[no-any-return]
 
-    def _tap(self, u: Tensor, op: str, operand: str, how: Granularity) -> Tensor:
+    def _tap(self, u: Tensor, op: str, operand: Operand, how: Granularity) -> Tensor:
         return _Tap.apply(u, partial(self.tally.add_each, op, operand, how))  # type: ignore[no-any-return]
 
 

@@ -89,12 +89,13 @@ def macs(op: Op, batch: int, length: int) -> int:
 
 
 # an op's fields that the table has under another name, behind its schema, or in the signature alone
-_BESIDE = ("name", "window", "feeds", "tied", "active")
+_BESIDE = ("name", "feeds", "tied", "active", "window")
 
 
 def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataFrame:
-    """The `groups` table of a prefill of `batch` × `length` tokens, and two columns more: `feeds`, the ops that read an
-    op's output as it is, where nothing else does; `tied`, whether the op's weight is another module's too.
+    """The `groups` table of a prefill of `batch` × `length` tokens, and three columns more: `feeds`, the ops that read an
+    op's output as it is, where nothing else does; `tied`, whether the op's weight is another module's too; `window`, the
+    tokens that a sliding attention sees, 0 where it sees all.
 
     Raises MpqError for a prefill with more multiply-accumulates than its column holds.
     """
@@ -120,7 +121,8 @@ def groups_table(groups: tuple[Group, ...], batch: int, length: int) -> pl.DataF
         "feeds", [list(op.feeds) for group in groups for op in group.ops], dtype=pl.List(pl.String)
     )
     tied = pl.Series("tied", [op.tied for group in groups for op in group.ops], dtype=pl.Boolean)
-    return table("groups", rows).with_columns(feeds, tied)
+    window = pl.Series("window", [op.window for group in groups for op in group.ops], pl.Int64)
+    return table("groups", rows).with_columns(feeds, tied, window)
 
 
 def feeds_of(groups: pl.DataFrame) -> dict[str, tuple[str, ...]]:

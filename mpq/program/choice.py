@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Required, TypeAlias, TypedDict
 
 import numpy as np
 import polars as pl
 
 from mpq.program.anchors import Scale
-from mpq.program.bounds import missed
+from mpq.program.bounds import bound_rows, missed
 from mpq.program.certainty import ERRORS, HALF, risk
 from mpq.program.memory import effective_bits, weight_bytes
 from mpq.program.plan import Plan, has_tau
+from mpq.program.rows import Row
 from mpq.program.signed import SignedLoss
 from mpq.timing.answer import Further
 from mpq.timing.design import members, neighbours
@@ -29,30 +32,60 @@ Chosen: TypeAlias = dict[int, tuple[str, ...]]  # group → its configuration
 HEURISTIC = {"bound": None, "status": "heuristic", "solver": "none", "seconds": 0.0, "note": ""}
 
 
-class Program:
-    """One objective's options, and how a choice among them becomes a plan."""
+class Facts(TypedDict, total=False):
+    """What a program rests on besides its tables.
 
-    def __init__(
-        self,
-        objective: str,
-        groups: pl.DataFrame,
-        gains: pl.DataFrame,
-        mean_square_loss: float,
-        base: str,
-        base_ttft_s: float | None,
-        interaction: float,
-        bounds: BoundsSpec | None,
-        engine: EngineName,
-        further: Further | None,
-        signed: SignedLoss | None,
-    ):
-        self.signed = signed
-        self.further = further
-        self.bounds, self.engine = bounds, engine
-        self.objective, self.groups, self.base = objective, groups, base
-        self.mean_square_loss, self.base_ttft_s = mean_square_loss, base_ttft_s
-        self.interaction = interaction
-        self.members, self.options = members(groups, gains), options_of(gains)
+    The mean square loss (nats²) and the base format; base's TTFT (s); `interaction` (s), which corrects the predicted TTFT for
+    lowered neighbours (design.interaction); where whole answers were timed, `further` of the tokens after the first; the
+    bounds on whole plans and the engine; `signed`, by which the loss MSE is that with rounding's signs (signed.py).
+    """
+
+    mean_square_loss: Required[float]
+    base: Required[str]
+    base_ttft_s: float | None
+    interaction: float
+    further: Further | None
+    bounds: BoundsSpec | None
+    engine: EngineName
+    signed: SignedLoss | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """One objective's options, and how a choice among them becomes a plan. What it rests on: Facts."""
+
+    objective: str
+    groups: pl.DataFrame
+    gains: pl.DataFrame
+    mean_square_loss: float
+    base: str
+    base_ttft_s: float | None = None
+    interaction: float = 0.0
+    further: Further | None = None
+    bounds: BoundsSpec | None = None
+    engine: EngineName = "none"
+    signed: SignedLoss | None = None
+
+    @cached_property
+    def members(self) -> dict[int, list[str]]:
+        """Each group's ops."""
+        return members(self.groups, self.gains)
+
+    @cached_property
+    def options(self) -> dict[int, Rows]:
+        """Each group's rows of the gains table, by configuration."""
+        return options_of(self.gains)
+
+    @property
+    def bound_rows(self) -> list[Row]:
+        """The bounds on whole plans, over the rows of the gains table."""
+        return bound_rows(self.gains, self.groups, self.bounds, self.base) if self.bounds else []
+
+    def tau_of(self, budgets: Mapping[str, float]) -> float:
+        """τ of a budget of the loss MSE; of KL alone what the loss moves by, if it moves by as much."""
+        if "loss_mse" in budgets:
+            return math.sqrt(max(0.0, budgets["loss_mse"]) / self.mean_square_loss)
+        return budgets["kl"] / math.sqrt(self.mean_square_loss)
 
     def total(self, chosen: Chosen, column: str) -> float | None:
         """The sum of a column over the chosen configurations; None where one of them has none."""
@@ -152,6 +185,8 @@ class Program:
             predicted_tpot_s=tpot,
             effective_bits=effective_bits(self.groups, formats, self.base),
             weight_bytes=weight_bytes(self.groups, formats, self.base),
+            cache_bytes=self.total(chosen, "cache_bytes"),
+            base_cache_bytes=self.total(chosen, "base_cache_bytes"),
             engine=self.engine,
             predicted_kl=kl,
             predicted_kl_error=kl_error,
@@ -164,6 +199,7 @@ class Program:
         )
         of_plan = (
             *(("output", "base_tpot_s", "predicted_tpot_s") if self.further else ()),
+            *(("cache_bytes", "base_cache_bytes") if plan.cache_bytes is not None else ()),
             "strategy",
             "objective",
             "tau",

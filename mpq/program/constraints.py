@@ -14,8 +14,9 @@ import networkx as nx
 import polars as pl
 
 from mpq.errors import MpqError
-from mpq.formats.scheme import get_scheme
-from mpq.program.engines import ENGINES, KINDS, Rule
+from mpq.formats.scheme import get_scheme, of_cache
+from mpq.program.engines import CACHE, ENGINES, KINDS, Rule
+from mpq.program.memory import cached
 from mpq.timing.options import Options
 
 log = logging.getLogger("mpq")
@@ -89,21 +90,37 @@ def allowed(
 
     `formats` says what each kind of op (linear, bgemm) can be lowered to; a kind that it lacks is not
     decided and stays in base. A format with blocks is none for ops whose inputs are not whole blocks
-    wide. `leave_out` names rules that
+    wide, one of the cache none for products that read no cache of their layer's own keys and values (memory.cached); where one is
+    among the formats, both products of a layer are one decision. `leave_out` names rules that
     shall not hold (rules_of). Ties hold within a layer, told by the first number in an op's name.
 
     Raises MpqError for a user's pattern that matches no op, a pin to what is not among `formats`, and
     rules that leave an op no format, which are named.
     """
     out = set(leave_out)
+    caches = set(of_cache(formats.get("bgemm", ())))
     rules = [rule for rule in rules_of(constraints, engine) if rule.name not in out]
+    rules += [CACHE] if caches else []
     of_groups = groups.filter(pl.col("kind").is_in(KINDS)).sort("order")
     rows = of_groups.select("op", "kind", "in_features").rows()
     kinds = {op: kind for op, kind, _ in rows}
+    held = cached(groups) if caches else frozenset()
     may = {
-        op: (base, *(f for f in dict.fromkeys(formats.get(kind, ())) if f != base and _fits(f, k)))
+        op: (
+            base,
+            *(
+                f
+                for f in dict.fromkeys(formats.get(kind, ()))
+                if f != base and _fits(f, k) and (f not in caches or op in held)
+            ),
+        )
         for op, kind, k in rows
     }
+    if caches and (without := [op for op, kind, _ in rows if kind == "bgemm" and op not in held]):
+        log.warning(
+            "%s is not for %d products of attention, %s among them: the cache holds a latent there, or another layer's keys.",
+            *(min(caches), len(without), without[0]),
+        )
     for name in dict.fromkeys(f for of in formats.values() for f in of):
         if unfit := [
             op for op, kind, k in rows if name in formats.get(kind, ()) and not _fits(name, k)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpq.errors import MpqError
-from mpq.formats.scheme import with_fitted
+from mpq.formats.scheme import SCHEMES, of_cache, with_fitted
 from mpq.serving.fused import FUSED, Fused
 from mpq.serving.schemes import OF_EXPERTS
 
@@ -49,12 +49,13 @@ class Engine:
 _HEAD = "its quantized layers are linears of the blocks; the head is listed in `ignore`"
 _EXPERTS = "one scheme for all experts of a layer"
 _ATTENTION = "has no scheme for one product of attention: FP8 there comes with the KV cache"
+CACHES = of_cache(SCHEMES)
 _HEADS = ("lm_head", "*.lm_head", "embed_out", "*.embed_out")
 
 
-def _fusing(engine: str, source: str = "") -> tuple[Rule, ...]:
+def _fusing(engine: str, source: str = "", caches: tuple[str, ...] = ()) -> tuple[Rule, ...]:
     """The rules of an engine that merges q, k, v and gate, up, and runs attention as one kernel; `source` where it says so, if
-    not as vLLM does."""
+    not as vLLM does. Of a layer's cache it has the schemes `caches`."""
 
     def tie(label: str, *patterns: str, why: str) -> Rule:
         return Rule(f"{engine}: tie {label}", patterns, source=why)
@@ -63,8 +64,11 @@ def _fusing(engine: str, source: str = "") -> tuple[Rule, ...]:
         why = source or f"multiplies them in one product ({layer.source})"
         return tie(layer.label, *(f"*.{part}" for part in layer.parts), why=why)
 
-    def base(label: str, *patterns: str, kinds: tuple[str, ...], why: str) -> Rule:
-        return Rule(f"{engine}: {label} in base", patterns, ("base",), kinds, why)
+    def base(
+        label: str, *patterns: str, kinds: tuple[str, ...], why: str, or_: tuple[str, ...] = ()
+    ) -> Rule:
+        formats = ("base", *or_)
+        return Rule(f"{engine}: {label} in {' or '.join(formats)}", patterns, formats, kinds, why)
 
     return (
         *map(fused, FUSED),
@@ -77,7 +81,7 @@ def _fusing(engine: str, source: str = "") -> tuple[Rule, ...]:
             "mpq export writes experts in these alone (mpq/serving/schemes.py)",
         ),
         base("the head", *_HEADS, kinds=("linear",), why=_HEAD),
-        base("attention's products", "*", kinds=("bgemm",), why=_ATTENTION),
+        base("attention's products", "*", kinds=("bgemm",), why=_ATTENTION, or_=caches),
     )
 
 
@@ -92,11 +96,12 @@ ENGINES: dict[str, Engine] = {
         Engine("none"),
         Engine(
             "vllm",
-            _fusing("vllm"),
-            _COMPRESSED,
+            _fusing("vllm", caches=CACHES),
+            (*_COMPRESSED, *CACHES),
             "vLLM 0.32 run on a CPU: INT8, FP8-E4M3 and W4A8 load and answer; on a GPU compute "
             "capability 75 (INT8, NVFP4, MXFP8, W4A16, W8A16), 80 (MXFP4) or 89 (FP8) and more; no E5M2 "
-            "scheme, and what is not quantized runs in the engine's one dtype",
+            "scheme, and what is not quantized runs in the engine's one dtype; the cache of each layer in FP8 or base "
+            "(model_executor/layers/attention/attention.py: kv_cache_dtype_skip_layers)",
         ),
         Engine(
             "tensorrt-llm",
@@ -141,6 +146,16 @@ ENGINES: dict[str, Engine] = {
         ),
     )
 }
+
+
+# what a scheme of the cache is, whatever runs it: a tie within each layer
+CACHE = Rule(
+    "the cache of a layer",
+    ("*.qk_matmul", "*.av_matmul"),
+    None,
+    ("bgemm",),
+    "keys and values of a layer lie in one cache, of one format",
+)
 
 
 def check_formats(engine: EngineName, formats: tuple[str, ...]) -> None:

@@ -8,7 +8,8 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import networkx as nx
 import numpy as np
@@ -16,10 +17,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from mpq.errors import MpqError
-from mpq.formats.scheme import get_scheme, mac_time
+from mpq.formats.scheme import mac_time, of_cache, of_kind
 from mpq.program.constraints import Allowed
 from mpq.program.costs import COSTS, Cost, Costs, added
-from mpq.program.memory import STORED, bytes_of
+from mpq.program.memory import STORED, Requests, bytes_of, cache_bytes_of, cached
 from mpq.program.quadratic import solve_signed
 from mpq.program.rows import Row, solve_within
 from mpq.program.signed import Terms
@@ -28,6 +29,7 @@ from mpq.store.tables import table
 from mpq.timing.answer import answers
 
 log = logging.getLogger("mpq")
+Gain: TypeAlias = Callable[[dict[str, Any], str], float]  # of an op (a row of groups) in a format
 _PARTS = ("ttft_gain", "tpot_gain")
 JOINED = 200_000  # configurations of groups that a tie joins
 # what people are told of a column that is bounded: its name and unit
@@ -167,55 +169,77 @@ def gains_m(
     base: str,
     noise_model: str,
     allowed: Allowed | None = None,
+    requests: Requests | None = None,
 ) -> pl.DataFrame:
     """IP-M: bytes of weights gained (eqs. 29–30), scales counted; linears and experts only, every op, or tie of ops, its own
     group.
 
     `allowed` says what each may take, else `formats`. A weight that is tied to the embedding stays
-    there in base: lowered, it is a copy more and gains less than nothing.
+    there in base: lowered, it is a copy more and gains less than nothing. Where a scheme of the cache is among the formats, what
+    `requests` keep of keys and values counts too, and columns more say what it takes: `cache_bytes`, `base_cache_bytes`.
+    Raises MpqError for such a scheme without `requests`.
     """
-    ops = groups.filter(pl.col("kind").is_in(STORED))
-    costs = Costs(sensitivity, noise_model, base)
+    costs, caches = Costs(sensitivity, noise_model, base), of_cache(formats)
+    if not caches:
+        ops = groups.filter(pl.col("kind").is_in(STORED))
+        return _by_decision("m", ops, _bytes_gained(base), costs, formats, allowed)
+    if requests is None:
+        raise MpqError(
+            f"{caches[0]} gains bytes of the cache, which hang on how many tokens are in it: say of which requests (workload)."
+        )
+    held = cached(groups)
+    ops = groups.filter(pl.col("kind").is_in(STORED) | pl.col("op").is_in(held))
+
+    def cache(op: dict[str, Any], name: str) -> float:
+        return cache_bytes_of(op, name, base, requests) if op["op"] in held else 0.0
 
     def gain(op: dict[str, Any], name: str) -> float:
-        return bytes_of(op, base, base) - bytes_of(op, name, base)
+        return _bytes_gained(base)(op, name) + cache(op, base) - cache(op, name)
 
-    return _by_decision("m", ops, gain, costs, formats, allowed)
+    more = {"cache_bytes": cache, "base_cache_bytes": lambda op, name: cache(op, base)}
+    return _by_decision("m", ops, gain, costs, formats, allowed, more)
+
+
+def _bytes_gained(base: str) -> Gain:
+    """Bytes of weights that an op gains in a format."""
+    return lambda op, name: bytes_of(op, base, base) - bytes_of(op, name, base)
 
 
 def _by_decision(
     objective: str,
     ops: pl.DataFrame,
-    gain: Callable[[dict[str, Any], str], float],
+    gain: Gain,
     costs: Costs,
     formats: Sequence[str],
     allowed: Allowed | None,
+    more: Mapping[str, Gain] = MappingProxyType({}),
 ) -> pl.DataFrame:
-    """Gains that add up over ops: a group for each decision, numbered by its first op's `order`."""
+    """Gains that add up over ops: a group for each decision, numbered by its first op's `order`; `more` are further columns."""
     rows = {row["op"]: row for row in ops.sort("order").iter_rows(named=True)}
     free = tuple(dict.fromkeys((costs.base, *formats)))
-    of_kind = {"bgemm": tuple(f for f in free if get_scheme(f).alike)}
-    decisions = allowed.of(rows).decisions if allowed else [(op,) for op in rows]
-    return _table(
-        objective,
-        [
-            _Part(
-                rows[together[0]]["order"],
-                tuple(together),
-                {
-                    (f,) * len(together): added(
-                        [(gain(rows[op], f), *costs.of((op,), (f,))) for op in together]
-                    )
-                    for f in (
-                        allowed.formats[together[0]]
-                        if allowed
-                        else of_kind.get(rows[together[0]]["kind"], free)
-                    )
-                },
-            )
-            for together in decisions
-        ],
-    )
+    decisions = allowed.of(rows).decisions if allowed else _untied(rows, formats)
+
+    def worth(op: str, f: str) -> Cost:
+        further = (value(rows[op], f) for value in more.values())
+        return gain(rows[op], f), *costs.of((op,), (f,)), *further
+
+    parts = []
+    for together in decisions:
+        first = rows[together[0]]
+        may = allowed.formats[first["op"]] if allowed else of_kind(first["kind"], free)
+        options = {(f,) * len(together): added([worth(op, f) for op in together]) for f in may}
+        parts.append(_Part(first["order"], tuple(together), options))
+    return _table(objective, parts, tuple(more))
+
+
+def _untied(rows: Mapping[str, Mapping[str, Any]], formats: Sequence[str]) -> list[tuple[str, ...]]:
+    """The decisions where nothing is constrained: each op by itself, or the products of a layer whose cache is decided together."""
+    decisions: dict[str, tuple[str, ...]] = {}
+    for op, row in rows.items():
+        pair = row["kind"] == "bgemm" and of_cache(formats)
+        name = op.rpartition(".")[0] if pair else op
+        decisions[name] = (*decisions.get(name, ()), op)
+    return list(decisions.values())
 
 
 def _groups(groups: pl.DataFrame) -> list[dict[str, Any]]:

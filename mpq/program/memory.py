@@ -1,9 +1,11 @@
-"""What a plan's weights take: bytes of the linears and of all experts, scales counted, and bits a weight."""
+"""What a plan's weights take: bytes of the linears and of all experts, scales counted, and bits a weight; and what the cache
+of keys and values does."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
@@ -13,6 +15,41 @@ from mpq.formats.scheme import get_scheme
 
 SCALE_BYTES = 4  # FP32, one for each output channel (of each expert) of a weight that is scaled
 STORED = ("linear", "experts")  # kinds of ops that have weights
+# linears that make K and V of a latent, which is what is cached in their place (DeepSeek's multi-head latent attention)
+_OF_LATENT = "kv_b_proj"
+# the linear that is missing where a layer makes no keys and reads those of another (Gemma 3n's last layers)
+_OF_QUERIES, _OF_KEYS = "q_proj", "k_proj"
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What is in the cache at once: `batch` requests of `tokens` tokens each, prompt and answer."""
+
+    batch: int
+    tokens: int
+
+
+def cached(groups: pl.DataFrame) -> frozenset[str]:
+    """The ops of a groups table whose second operand, K or V, is what a server keeps of each token. Not those that have a latent
+    kept in its place, or that read another layer's."""
+    linears = set(groups.filter(pl.col("kind") == "linear")["op"])
+
+    def kept(op: str) -> bool:
+        owner = op.rpartition(".")[0]
+        shares = f"{owner}.{_OF_QUERIES}" in linears and f"{owner}.{_OF_KEYS}" not in linears
+        return not shares and f"{owner}.{_OF_LATENT}" not in linears
+
+    return frozenset(filter(kept, groups.filter(pl.col("kind") == "bgemm")["op"]))
+
+
+def cache_bytes_of(op: Mapping[str, Any], name: str, base: str, requests: Requests) -> float:
+    """Bytes of the K or V that a product of attention (a row of the groups table) reads, all requests together, where it runs in
+    a scheme; at most a sliding attention's window of each. Schemes that are none of the cache leave it in base."""
+    tokens = min(requests.tokens, op.get("window") or requests.tokens)
+    width = max(op["in_features"], op["out_features"])  # of a head, the other one is 0
+    scheme = get_scheme(name)
+    stored = scheme if scheme.cache else get_scheme(base)
+    return float(requests.batch * tokens * op["kv_heads"] * width * stored.bytes)
 
 
 def bytes_of(op: Mapping[str, Any], name: str, base: str) -> float:

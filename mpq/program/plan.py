@@ -37,7 +37,8 @@ class Plan:
     `tau` is κ / √E[g²] where KL alone is bounded, by κ. Times are in seconds,
     `predicted_gain` in the objective's unit (et: s, tt: BF16 MACs, m: bytes). With more than one `output` token et gains the time
     of the whole answer, TTFT and (output - 1) × the time per output token, `predicted_tpot_s` of `base_tpot_s` (timing/answer.py).
-    `weight_bytes` are those of the linears, scales counted, `effective_bits` the mean of a weight;
+    `weight_bytes` are those of the linears, scales counted, `effective_bits` the mean of a weight; `cache_bytes` are those of the
+    keys and values of the workload's requests, `base_cache_bytes` in base, None where the cache was not decided;
     `engine` is what shall serve the plan. `predicted_gain_error` is half its 95 % interval, None where that is unknown. `provenance`
     holds content keys of the tables that led here, versions of the software that made it, and in
     `stored` the ops that the checkpoint stores quantized, which in base have no less noise.
@@ -61,6 +62,8 @@ class Plan:
     predicted_tpot_s: float | None = None
     effective_bits: float | None = None
     weight_bytes: float | None = None
+    cache_bytes: float | None = None
+    base_cache_bytes: float | None = None
     engine: str = "none"
     predicted_kl: float | None = None
     predicted_kl_error: float | None = None

@@ -12,6 +12,7 @@ sum over ops.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from mpq.program.costs import Losses, by_op
 from mpq.program.presolve import Floats, Ints
 from mpq.timing.design import members
 
+log = logging.getLogger("mpq")
 Op = tuple[str, str]  # its name and format
 
 
@@ -126,6 +128,17 @@ def signed_loss(sensitivity: pl.DataFrame, effects: pl.DataFrame, base: str) -> 
         by_op(activations, "loss_mse_stderr"),
         frozenset(weights.iter_rows()),
     )
+
+
+def warn_few(signed: SignedLoss, decisions: int) -> None:
+    """Say so where a bound on this loss MSE rests on fewer samples than a plan takes decisions."""
+    if signed.samples < decisions:
+        log.warning(
+            "τ bounds the loss MSE with signs of %d calibration samples for %d decisions: effects that cancel on so few need "
+            "not cancel on other text (docs/log.md), so calibrate with more samples, or bound the sum, without signs.",
+            signed.samples,
+            decisions,
+        )
 
 
 def _unknown(table: str, of: Op) -> MpqError:

@@ -9,25 +9,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import polars as pl
 
 from mpq.errors import MpqError
 from mpq.program.anchors import Scale, scaled
-from mpq.program.bounds import bound_rows, target_rows
+from mpq.program.bounds import target_rows
 from mpq.program.certainty import held_at
-from mpq.program.choice import Chosen, Program, chosen_of, options_of
+from mpq.program.choice import HEURISTIC, Chosen, Facts, Program, chosen_of, options_of
 from mpq.program.gains import least_cost, solve_table
 from mpq.program.plan import LEAST_LOSS, Plan
-from mpq.program.signed import SignedLoss, choices_of
+from mpq.program.signed import choices_of
 from mpq.program.solver import Solution, SolverName
 from mpq.program.walks import walk
-from mpq.timing.answer import Further
 from mpq.timing.design import half_widths
 
 if TYPE_CHECKING:
-    from mpq.spec import BoundsSpec, EngineName, TargetSpec
+    from mpq.spec import TargetSpec
 
 
 def choose(
@@ -38,101 +37,39 @@ def choose(
     *,
     tau: float | None = None,
     kl: float | None = None,
-    mean_square_loss: float,
-    base: str,
     seed: int = 0,
     solver: SolverName = "auto",
-    base_ttft_s: float | None = None,
-    interaction: float = 0.0,
-    further: Further | None = None,
-    bounds: BoundsSpec | None = None,
-    engine: EngineName = "none",
     robust: float | None = None,
     scale: Scale = Scale(),
-    signed: SignedLoss | None = None,
+    **facts: Unpack[Facts],
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of one strategy under τ, or a bound on KL (nats per token), or both; and its row of
     the `solutions` table.
 
     Random and Prefix walk over the ops. Each op takes the format that is fastest in theory and
-    still fits the bounds; they stop at the first op that fits in none. `interaction` (s)
-    corrects the predicted TTFT for lowered neighbours (design.interaction); where whole answers were timed, their time, and
-    `further` tells of the tokens after the first. The program's plan
-    keeps `bounds` too; of the others' plans the row notes which they miss. `scale` is what
-    measured plans say of the predicted KL; with `signed` the loss MSE is that with rounding's signs
-    (signed.py); with `robust` the bound is kept at that probability
-    (certainty.held_at). Raises MpqError for a
-    bound that is not above zero, for none, and where KL is bounded and was not measured; NoPlan
-    where no plan keeps the bounds.
+    still fits the bounds; they stop at the first op that fits in none. The program's plan keeps
+    `facts["bounds"]` too; of the others' plans the row notes which they miss. `scale` is what
+    measured plans say of the predicted KL; with `robust` the bound is kept at that probability
+    (certainty.held_at). Raises MpqError for a bound that is not above zero, for none, and where KL
+    is bounded and was not measured; NoPlan where no plan keeps the bounds.
     """
-    budgets = _budgets(gains, tau, kl, mean_square_loss)
-    if tau is None:
-        tau = budgets["kl"] / math.sqrt(mean_square_loss)  # as the loss moves, if it moves by κ
+    budgets = _budgets(gains, tau, kl, facts["mean_square_loss"])
     gains = scaled(gains, scale)
     held = held_at(gains, robust, budgets) if robust else gains
-    program = Program(
-        objective,
-        groups,
-        gains,
-        mean_square_loss,
-        base,
-        base_ttft_s,
-        interaction,
-        bounds,
-        engine,
-        further,
-        signed,
-    )
+    program = Program(objective, groups, gains, **facts)
+    tau, signed = program.tau_of(budgets) if tau is None else tau, program.signed
     if strategy in ("random", "prefix"):
         summed = {c: b for c, b in budgets.items() if not signed or c != "loss_mse"}
 
         def keeps(chosen: Chosen) -> bool:
             return program.loss(chosen) <= budgets.get("loss_mse", math.inf)
 
-        chosen = walk(strategy, options_of(held), base, summed, seed, keeps if signed else None)
+        options, keep = options_of(held), keeps if signed else None
+        chosen = walk(strategy, options, program.base, summed, seed, keep)
         return program.plan(strategy, tau, budgets, chosen, seed, scale=scale)
-    bounding = bound_rows(gains, groups, bounds, base) if bounds else []
     terms = signed.terms(choices_of(groups, gains)) if signed else None
-    rows, solution = solve_table(held, budgets, solver, bounding, terms)
+    rows, solution = solve_table(held, budgets, solver, program.bound_rows, terms)
     return program.plan(strategy, tau, budgets, chosen_of(rows), seed, _facts(solution), scale)
-
-
-def plan_of(
-    objective: str,
-    groups: pl.DataFrame,
-    gains: pl.DataFrame,
-    rows: Sequence[int],
-    budgets: Mapping[str, float],
-    *,
-    mean_square_loss: float,
-    base: str,
-    base_ttft_s: float | None = None,
-    further: Further | None = None,
-    engine: EngineName = "none",
-    scale: Scale = Scale(),
-    signed: SignedLoss | None = None,
-) -> Plan:
-    """The plan of chosen rows of a gains table, one of each group, its KL under `scale` already; `budgets` is what bounds it
-    (by column, loss_mse or kl)."""
-    program = Program(
-        objective,
-        groups,
-        gains,
-        mean_square_loss,
-        base,
-        base_ttft_s,
-        0.0,
-        None,
-        engine,
-        further,
-        signed,
-    )
-    chosen = chosen_of(gains[list(rows)])
-    if "loss_mse" in budgets:
-        tau = math.sqrt(max(0.0, budgets["loss_mse"]) / mean_square_loss)
-    else:
-        tau = budgets["kl"] / math.sqrt(mean_square_loss)
-    return program.plan(f"ip_{objective}", tau, budgets, chosen, scale=scale)[0]
 
 
 def _budgets(
@@ -166,16 +103,9 @@ def least_loss_plan(
     gains: pl.DataFrame,
     target: TargetSpec,
     *,
-    mean_square_loss: float,
-    base: str,
     solver: SolverName = "auto",
-    base_ttft_s: float | None = None,
-    interaction: float = 0.0,
-    further: Further | None = None,
-    bounds: BoundsSpec | None = None,
-    engine: EngineName = "none",
     scale: Scale = Scale(),
-    signed: SignedLoss | None = None,
+    **facts: Unpack[Facts],
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of the smallest predicted KL that meets a target and keeps `bounds`: `ip_loss`. Where
     KL was not measured, that of the smallest loss MSE.
@@ -185,27 +115,24 @@ def least_loss_plan(
     Raises NoPlan where no plan keeps the bounds, MpqError for a time without measured ones.
     """
     gains = scaled(gains, scale)
-    program = Program(
-        objective,
-        groups,
-        gains,
-        mean_square_loss,
-        base,
-        base_ttft_s,
-        interaction,
-        bounds,
-        engine,
-        further,
-        signed,
-    )
-    bounding = target_rows(gains, groups, target, base, base_ttft_s)
-    bounding += bound_rows(gains, groups, bounds, base) if bounds else []
-    rows, solution = least_cost(gains, bounding, solver)
-    chosen = chosen_of(rows)
-    loss = program.loss(chosen)
-    tau = math.sqrt(max(0.0, loss) / mean_square_loss)
+    program = Program(objective, groups, gains, **facts)
+    wanted = target_rows(gains, groups, target, program.base, program.base_ttft_s)
+    rows, solution = least_cost(gains, [*wanted, *program.bound_rows], solver)
     solved = _facts(solution) | {"bound": None}
-    return program.plan(LEAST_LOSS, tau, {"loss_mse": loss}, chosen, solved=solved, scale=scale)
+    return _unbounded(program, LEAST_LOSS, chosen_of(rows), scale, solved)
+
+
+def _unbounded(
+    program: Program,
+    strategy: str,
+    chosen: Chosen,
+    scale: Scale,
+    solved: Mapping[str, Any] = HEURISTIC,
+) -> tuple[Plan, dict[str, Any]]:
+    """A plan that was given no τ, under the one that its predicted loss just meets."""
+    budgets = {"loss_mse": program.loss(chosen)}
+    tau = program.tau_of(budgets)
+    return program.plan(strategy, tau, budgets, chosen, solved=solved, scale=scale)
 
 
 def _facts(solution: Solution) -> dict[str, Any]:
@@ -217,15 +144,8 @@ def uniform_plans(
     groups: pl.DataFrame,
     gains: pl.DataFrame,
     *,
-    mean_square_loss: float,
-    base: str,
-    base_ttft_s: float | None = None,
-    interaction: float = 0.0,
-    further: Further | None = None,
-    bounds: BoundsSpec | None = None,
-    engine: EngineName = "none",
     scale: Scale = Scale(),
-    signed: SignedLoss | None = None,
+    **facts: Unpack[Facts],
 ) -> list[tuple[Plan, dict[str, Any]]]:
     """What people run today: everything in one format, and everything but the model's head.
 
@@ -235,37 +155,20 @@ def uniform_plans(
     predicted loss MSE d just meets, √(d / E[g²]), and `budget` is d.
     """
     gains = scaled(gains, scale)
-    program = Program(
-        objective,
-        groups,
-        gains,
-        mean_square_loss,
-        base,
-        base_ttft_s,
-        interaction,
-        bounds,
-        engine,
-        further,
-        signed,
-    )
-    head = _head(groups)
-    formats = sorted({f for of in program.options.values() for c in of for f in c} - {base})
+    program = Program(objective, groups, gains, **facts)
+    head = head_of(groups)
+    formats = {f for of in program.options.values() for c in of for f in c} - {program.base}
     plans = []
-    for f in formats:
+    for f in sorted(formats):
         whole = program.in_one_format(f)
         plans.append((f"uniform_{f}", whole))
         but_head = program.in_one_format(f, kept=head)
         if but_head != whole and any(f in c for c in but_head.values()):
             plans.append((f"uniform_{f}_but_head", but_head))
-    made = []
-    for name, chosen in plans:
-        loss = program.loss(chosen)
-        tau = math.sqrt(max(0.0, loss) / mean_square_loss)
-        made.append(program.plan(name, tau, {"loss_mse": loss}, chosen, scale=scale))
-    return made
+    return [_unbounded(program, name, chosen, scale) for name, chosen in plans]
 
 
-def _head(groups: pl.DataFrame) -> str | None:
+def head_of(groups: pl.DataFrame) -> str | None:
     """The model's last op where it stands outside the numbered layers: lm_head, embed_out, …"""
     last = groups.sort("order")["op"].tail(1).to_list()
     return next((op for op in last if not re.search(r"(^|\.)\d+\.", op)), None)

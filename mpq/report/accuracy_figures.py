@@ -22,13 +22,15 @@ def no_x(results: pl.DataFrame, objective: str) -> str:
 
 def with_x(results: pl.DataFrame, objective: str) -> pl.DataFrame:
     """The objective's results with `x`: TTFT, or the time of whole answers (ms), measured if any was, else predicted; MAC time
-    gained (billion BF16 MACs); memory of the linears' weights (MB)."""
+    gained (billion BF16 MACs); memory of the linears' weights, and of the cache where that was decided (MB)."""
     of = results.filter(pl.col("objective") == objective)
     timed = of["carried_time_s"].is_not_null().any()
     x = {
         "et": pl.col("carried_time_s" if timed else "predicted_time_s"),
         "tt": pl.col("predicted_gain"),
-        "m": pl.col("base_weight_bytes") - pl.col("predicted_gain"),
+        "m": pl.col("base_weight_bytes")
+        + pl.col("base_cache_bytes").fill_null(0.0)
+        - pl.col("predicted_gain"),
     }[objective]
     return of.with_columns(x=x * OBJECTIVES[objective].scale).drop_nulls("x")
 

@@ -31,7 +31,8 @@ class Outline:
     """What people ask of a plan: how fast, how large, how much worse. None where not measured.
 
     Times in seconds as they were measured, `gain_half_s` half the 95 % interval of the time
-    saved; of answers of `output` tokens the times of each after the first, `tpot_s`, and of all, `base_time_s`; `weight_bytes` of the linears; `perplexity_change` relative to base's; `kl` (nats per
+    saved; of answers of `output` tokens the times of each after the first, `tpot_s`, and of all, `base_time_s`; `weight_bytes` of
+    the linears, `cache_bytes` of keys and values where that was decided; `perplexity_change` relative to base's; `kl` (nats per
     token) as measured, else as predicted; `within` says whether what was measured stays in the
     plan's bounds.
     """
@@ -54,6 +55,8 @@ class Outline:
     tpot_s: float | None = None
     base_tpot_s: float | None = None
     base_time_s: float | None = None
+    cache_bytes: float | None = None
+    base_cache_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ def outline(row: Row, loosest: Mapping[str, float] = NONE) -> Outline:
         tpot_s=row["measured_tpot_s"],
         base_tpot_s=None if measured is None else row["base_tpot_s"],
         base_time_s=None if measured is None else row["base_time_s"],
+        cache_bytes=row["cache_bytes"],
+        base_cache_bytes=row["base_cache_bytes"],
     )
 
 
@@ -177,6 +182,10 @@ def _parts(best: Best) -> list[str]:
         parts.append(
             f"{of.weight_bytes * 1e-6:.4g} MB of weights instead of "
             f"{of.base_weight_bytes * 1e-6:.4g}"
+        )
+    if of.cache_bytes is not None and of.base_cache_bytes:
+        parts.append(
+            f"{of.cache_bytes * 1e-6:.4g} MB of KV cache instead of {of.base_cache_bytes * 1e-6:.4g}"
         )
     if of.perplexity_change is not None:
         parts.append(f"perplexity {percent(of.perplexity_change)}")

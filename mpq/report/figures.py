@@ -7,7 +7,7 @@ get into HTML. A strategy is a line over τ; a uniform plan, of no τ, is a poin
 from __future__ import annotations
 
 import io
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import polars as pl
 from matplotlib.axes import Axes
@@ -42,6 +42,9 @@ from mpq.report.style import (
     new_figure,
     to_svg,
 )
+
+if TYPE_CHECKING:
+    from mpq.report.beside import Beside
 
 Pictures = list[tuple[str, str]]  # caption, SVG
 
@@ -185,11 +188,11 @@ def _draw_diagonal(axes: Axes, both: pl.Series, what: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(6))  # as on the x axis
 
 
-SECTIONS = ("frontier", "map", "predicted", "groups", "accuracy", "calibration")
+SECTIONS = ("frontier", "beside", "map", "predicted", "groups", "accuracy", "calibration")
 
 
 def report_figures(
-    tables: Tables, base: str, calibration: Calibration | None
+    tables: Tables, base: str, calibration: Calibration | None, others: Beside | None = None
 ) -> dict[str, Pictures]:
     """The report's pictures as inline SVG, by section; a section without data has none."""
     results, plans = results_table(tables), plan_results(tables)
@@ -205,6 +208,11 @@ def report_figures(
     for objective in (o for o in OBJECTIVES if o in measured["objective"]):
         caption = f"Loss against {OBJECTIVES[objective].name}"
         add("frontier", caption, frontier(results, objective))
+    if others:
+        from mpq.report.beside_figure import beside_others  # which solves anew, and loads torch
+
+        caption = "KL divergence from base against size, this run's plans and other tools'"
+        add("beside", caption, beside_others(others))
     for strategy in (s for s in STRATEGIES if s.startswith("ip_") and s in chosen["strategy"]):
         caption = f"{strategy}: the format of each op"
         add("map", caption, format_map(chosen, groups, strategy, base, bounds))

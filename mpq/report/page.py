@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -22,6 +23,9 @@ from mpq.report.prices import prices
 from mpq.report.results import Tables, base_of, milliseconds, table_of
 from mpq.report.sheets import Sheet
 from mpq.report.summary import summarize
+
+if TYPE_CHECKING:
+    from mpq.report.beside import Beside
 
 REPORTED = ("groups", "timing", "solutions", "plans", "evaluation", "sensitivity", "loss")
 
@@ -40,14 +44,19 @@ class Appendix:
 
 
 def write_report(
-    tables: Tables, title: str, facts: Mapping[str, str], appendix: Appendix | None = None
+    tables: Tables,
+    title: str,
+    facts: Mapping[str, str],
+    appendix: Appendix | None = None,
+    others: Beside | None = None,
 ) -> str:
     """One self-contained HTML page on a run: it fetches nothing and works from a file, offline.
 
     `tables` are the run's tables by name (REPORTED), `facts` what is told of the run (model,
     device, versions). A section without data is left out, and one line says which tables have no
     rows. `appendix` stands at the end: the paper's figures, where a run reproduces them
-    (paper.appendix). Raises MpqError for a table that lacks columns.
+    (paper.appendix). `others` are plans of other tools, drawn beside the run's. Raises MpqError for
+    a table that lacks columns.
     """
     from mpq.report.figures import report_figures  # matplotlib is slow to load
 
@@ -76,7 +85,8 @@ def write_report(
         answer=in_words(summary.best),
         sentences=[*summary.sentences, *found.sentences, *enough],
         warnings=[*summary.warnings, *found.warnings, *too_few],
-        figures=report_figures(tables, base, calibration),
+        figures=report_figures(tables, base, calibration, others),
+        others=others,
         choice=sheets.choice(tables, summary),
         numbers=[
             sheets.standings(summary),

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from mpq.errors import MpqError
 from mpq.program.anchors import Scale, scaled
 from mpq.program.bounds import bound_rows
+from mpq.program.choice import Program, chosen_of
 from mpq.program.frontier import Point, frontier
 from mpq.program.gains import NAMES, cost_known
 from mpq.program.plan import Plan
-from mpq.program.strategies import plan_of
 from mpq.report.results import OBJECTIVES, Tables, scale_of, sentence
 from mpq.report.style import BLUE, INK, legend, log_axis, new_figure
 from mpq.spec import BoundsSpec
@@ -128,17 +128,22 @@ def plan_at(pareto: Pareto, number: int, mean_square_loss: float, like: Plan | N
             f"The frontier has no point {number}: expected 0 to {len(pareto.points) - 1}."
         )
     point = pareto.points[number]
-    plan = plan_of(
+    program = Program(
         pareto.objective,
         pareto.groups,
         pareto.gains,
-        point.rows,
-        {pareto.cost: point.cost},
-        mean_square_loss=mean_square_loss,
-        base=pareto.base,
+        mean_square_loss,
+        pareto.base,
         base_ttft_s=like.base_ttft_s if like else None,
         further=Further(like.output, like.base_tpot_s) if like and like.base_tpot_s else None,
         engine=like.engine if like else "none",  # type: ignore[arg-type]
+    )
+    budgets: dict[str, float] = {pareto.cost: point.cost}
+    plan, _ = program.plan(
+        f"ip_{pareto.objective}",
+        program.tau_of(budgets),
+        budgets,
+        chosen_of(pareto.gains[list(point.rows)]),
         scale=pareto.scale,
     )
     if like is None:

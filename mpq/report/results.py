@@ -45,6 +45,8 @@ _FURTHER = (
     "measured_gain_high_s",
     "weight_bytes",
     "base_weight_bytes",
+    "cache_bytes",
+    "base_cache_bytes",
     "predicted_kl",
     "predicted_kl_error",
     "kl_bound",
@@ -114,7 +116,8 @@ def results_table(tables: Tables) -> pl.DataFrame:
     - `predicted_loss_mse_error`, half its 95 % interval; `predicted_signed_mse`, the loss MSE with
       rounding's signs and the drift (nats²); `risk`, the chance that a bound is broken;
     - `measured_gain_s`, the median over pairs of base and plan, with its 95 % interval;
-    - `weight_bytes` of the linears' weights, and `base_weight_bytes`;
+    - `weight_bytes` of the linears' weights, and `base_weight_bytes`; where it was decided, `cache_bytes` of the keys and
+      values of the workload's requests, and `base_cache_bytes`;
     - `base_ttft_s` was measured beside the plan, `solved_base_ttft_s` while configurations were
       timed. `carried_ttft_s`, `carried_gain_s`, `carried_gain_low_s` and `carried_gain_high_s` are
       what was measured, scaled to the machine's speed at that time (drift.py);
@@ -138,7 +141,10 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
     )
     solutions = solutions.rename({"base_tpot_s": "solved_base_tpot_s"}, strict=False)
     # a run of an earlier version, or of answers of one token
-    absent = ("predicted_gain_error", "predicted_tpot_s", "solved_base_tpot_s", "output")
+    absent = (
+        *("predicted_gain_error", "predicted_tpot_s", "solved_base_tpot_s", "output"),
+        *("cache_bytes", "base_cache_bytes"),  # and of runs in which the cache was not decided
+    )
     solutions = solutions.with_columns(
         pl.lit(None, pl.Float64).alias(c) for c in absent if c not in solutions.columns
     )
@@ -161,6 +167,8 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
         "predicted_tpot_s",
         "solved_base_tpot_s",
         "output",
+        "cache_bytes",
+        "base_cache_bytes",
     )
     words = (
         pl.col(c).drop_nulls().unique(maintain_order=True).str.join("; ")

@@ -89,6 +89,7 @@ def choice(tables: Tables, summary: Summary) -> Sheet:
     if any_of and any_of.perplexity and any_of.perplexity_change is not None:
         rows.insert(0, _of_base(any_of))
     tokens = next((of.output for _, of in shown if of.tpot_s is not None), None)
+    cached = any(of.cache_bytes is not None for _, of in shown)
     return Sheet(
         "choice",
         "Weights are those of the linears; ± is a 95 % interval. "
@@ -100,6 +101,7 @@ def choice(tables: Tables, summary: Summary) -> Sheet:
             *([("Each further token (ms)", "tpot_s", "ms")] if tokens else []),
             ("saved (ms)", "gain_s", "ms"),
             ("Weights (MB)", "weight_bytes", "mb"),
+            *([("KV cache (MB)", "cache_bytes", "mb")] if cached else []),
             ("Perplexity", "perplexity", "number"),
             ("change", "perplexity_change", "percent"),
             ("In bound", "within", ""),
@@ -130,6 +132,7 @@ def _of_base(of: Outline) -> dict[str, Any]:
         "tpot_s": of.base_tpot_s,
         "gain_s": None,
         "weight_bytes": of.base_weight_bytes,
+        "cache_bytes": of.base_cache_bytes,
         "perplexity": perplexity,
         "perplexity_change": None,
         "within": None,
@@ -183,8 +186,9 @@ def amount(objective: str, gain: Gain) -> str:
 
 def results(tables: Tables) -> Sheet:
     """Every plan; what people ask first stands first."""
-    rows = []
-    for row in results_table(tables).iter_rows(named=True):
+    table, rows = results_table(tables), []
+    cached = table["cache_bytes"].is_not_null().any()
+    for row in table.iter_rows(named=True):
         of, predicted = outline(row), row["predicted_loss_mse"]
         gain, error = row["predicted_gain"], row["predicted_gain_error"]
         low, high = (None, None) if error is None or gain is None else (gain - error, gain + error)
@@ -217,6 +221,7 @@ def results(tables: Tables) -> Sheet:
             ("TTFT (ms)", "measured_ttft_s", "ms"),
             ("saved (ms)", "gain_s", "ms"),
             ("Weights (MB)", "weight_bytes", "mb"),
+            *([("KV cache (MB)", "cache_bytes", "mb")] if cached else []),
             ("Perplexity change", "perplexity_change", "percent"),
             ("Loss MSE (nats²)", "measured_loss_mse", "sci"),
             ("its bound", "budget", "sci"),

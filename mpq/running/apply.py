@@ -17,7 +17,6 @@ three), it is uniform in [1, 1.05).
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,37 +26,36 @@ import torch
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
-from mpq.formats.format import Format, get_format
+from mpq.formats.format import get_format
 from mpq.formats.scheme import Scheme, get_scheme
+from mpq.formats.scheme import of_kind as fitting
 from mpq.kernels import (
     Kind,
     check_native,
-    cpu,
     emulated,
-    int8_attention,
     native_kernels,
     weight_only,
 )
-from mpq.kernels.rounding import rounded
 from mpq.models import experts
-from mpq.models.attention import AttentionHandler, PlainAttention, intercept
+from mpq.models.attention import AttentionHandler, intercept
 from mpq.models.experts import ExpertProduct, intercept_experts
 from mpq.models.graph import OpKind
 from mpq.models.linears import is_linear, weight_of
 from mpq.models.placement import comes_and_goes, device_of, is_spread, with_forward
+from mpq.running.attention import (
+    PRODUCTS,
+    EmulatedAttention,
+    NativeAttention,
+    perturbation,
+)
 from mpq.running.experts import EmulatedExperts, GroupedExperts, NativeExperts
 
 Backend: TypeAlias = Literal["native", "emulated"]
 Forward: TypeAlias = Callable[..., Tensor]
-PRODUCTS = ("qk_matmul", "av_matmul")
-
-
-def perturbation(seed: int | None, op: str, operand: str, fmt: Format | None) -> float:
-    """The multiplier of one operand's scale; 1 without a seed, and where nothing is scaled."""
-    if seed is None or fmt is None or not fmt.needs_scale:
-        return 1.0
-    width = 1.0 if fmt.exponent_bits > 3 else 0.05
-    return 1.0 + width * random.Random(f"{seed}/{op}/{operand}").random()
+_OTHER = (
+    "which is a scheme of the cache of K and V",
+    "which is a scheme of weights: attention's products take formats with one scale a row, or the cache's",
+)
 
 
 def kind_of(model: nn.Module, op: str) -> OpKind | None:
@@ -141,11 +139,10 @@ class Mixed:
         of_kind: dict[str, dict[str, str]] = {"linear": {}, "experts": {}, "bgemm": {}}
         for op, name in lowered.items():
             of_kind[str(kinds[op])][op] = name
-        for op, name in of_kind["bgemm"].items():
-            if not get_scheme(name).alike:
+        for kind, of in of_kind.items():
+            if unfit := next((op for op, name in of.items() if not fitting(kind, [name])), None):
                 raise MpqError(
-                    f"{op} cannot run in {name}, which is a scheme of weights: attention's products "
-                    "take formats with one scale a row; pin it to base and solve again."
+                    f"{unfit} cannot run in {of[unfit]}, {_OTHER[kind == 'bgemm']}; pin it to base and solve again."
                 )
         for kind, of in of_kind.items() if self.backend == "native" else ():
             check_native(of.values(), self._device, cast(Kind, kind))
@@ -229,17 +226,19 @@ class Mixed:
     def _handlers(
         self, lowered: Mapping[str, str], kept: Mapping[str, torch.dtype]
     ) -> dict[str, AttentionHandler]:
-        chosen: dict[str, dict[str, Format]] = {}
+        chosen: dict[str, dict[str, Scheme]] = {}
         for op, name in lowered.items():
             owner, _, product = op.rpartition(".")
-            chosen.setdefault(owner, {})[product] = get_scheme(name).weights
+            chosen.setdefault(owner, {})[product] = get_scheme(name)
         handlers: dict[str, AttentionHandler] = {}
-        for owner, formats in chosen.items():
-            qk, av = formats.get("qk_matmul"), formats.get("av_matmul")
-            out = kept.get(f"{owner}.av_matmul", self._dtype)
+        for owner, schemes in chosen.items():
             if self.backend == "emulated":
-                handlers[owner] = EmulatedAttention(owner, qk, av, self.seed)
-            elif self._device == "cpu":
+                handlers[owner] = EmulatedAttention(owner, schemes, self.seed)
+                continue
+            # a device's own are alike for both operands
+            qk, av = (schemes[p].weights if p in schemes else None for p in PRODUCTS)
+            out = kept.get(f"{owner}.av_matmul", self._dtype)
+            if self._device == "cpu":
                 handlers[owner] = NativeAttention(qk, av, out)
             else:
                 operands = [
@@ -253,68 +252,6 @@ class Mixed:
                 ]
                 handlers[owner] = native_kernels(self._device).Attention(qk, av, out, noise)
         return handlers
-
-
-class EmulatedAttention(AttentionHandler):
-    """Attention with the operands of its products rounded; None leaves a product in base."""
-
-    def __init__(self, name: str, qk: Format | None, av: Format | None, seed: int | None = None):
-        self.name, self.qk_format, self.av_format, self.seed = name, qk, av, seed
-
-    def _round(self, x: Tensor, fmt: Format, product: str, operand: str) -> Tensor:
-        value = product == "av_matmul" and operand == "rhs"
-        return rounded(
-            x,
-            fmt,
-            "column" if value else "row",
-            perturbation(self.seed, f"{self.name}.{product}", operand, fmt),
-        )
-
-    def fused(self, attention: PlainAttention) -> Tensor:
-        a = attention
-        operands = self.operands(a.query, a.key, a.value)
-        probabilities = None if self.av_format is None else self.probabilities
-        return emulated.attention(*operands, a.mask, a.causal, a.scaling, probabilities)
-
-    def operands(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.qk_format is not None:
-            query = self._round(query, self.qk_format, "qk_matmul", "lhs")
-            key = self._round(key, self.qk_format, "qk_matmul", "rhs")
-        if self.av_format is not None:
-            value = self._round(value, self.av_format, "av_matmul", "rhs")
-        return query, key, value
-
-    def probabilities(self, p: Tensor) -> Tensor:
-        return p if self.av_format is None else self._round(p, self.av_format, "av_matmul", "lhs")
-
-
-class NativeAttention(AttentionHandler):
-    """Attention with native products, its output in `out`. With one format for both it stays fused: the model's configured
-    attention in a 16-bit format, a kernel of our own in INT8."""
-
-    def __init__(self, qk: Format | None, av: Format | None, out: torch.dtype):
-        self.out = out
-        self._qk = cpu.bgemm(qk) if qk else torch.matmul
-        self._av = cpu.bgemm(av) if av else torch.matmul
-        both = qk if qk == av else None
-        self.dtype = (
-            getattr(torch, both.dtype) if both is not None and both.kind == "float" else None
-        )
-        self._int8 = both is not None and both.kind == "int"
-
-    def fused(self, attention: PlainAttention) -> Tensor | None:
-        a = attention
-        return (
-            int8_attention.attention(a.query, a.key, a.value, a.mask, a.causal, a.scaling)
-            if self._int8
-            else None
-        )
-
-    def qk(self, query: Tensor, key_t: Tensor) -> Tensor:
-        return self._qk(query, key_t)
-
-    def av(self, p: Tensor, value: Tensor) -> Tensor:
-        return self._av(p, value)
 
 
 def _is_product(op: str) -> bool:

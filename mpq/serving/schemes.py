@@ -14,7 +14,9 @@ from mpq.formats.scheme import SCHEMES, Scheme, with_fitted
 
 # what a file can hold: schemes with a scale, but no E5M2, which has no preset there
 EXPORTED = tuple(
-    s.name for s in SCHEMES.values() if s.weights.needs_scale and s.weights.exponent_bits != 5
+    s.name
+    for s in SCHEMES.values()
+    if s.weights.needs_scale and s.weights.exponent_bits != 5 and not s.cache
 )
 # of these, what an engine reads a layer's experts in. vLLM 0.32, compressed_tensors_moe.py: get_moe_method. transformers reads
 # weights alone, integers where they are packed

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from mpq.formats.format import NoiseModel
-from mpq.formats.scheme import get_scheme
+from mpq.formats.scheme import get_scheme, of_cache
 from mpq.spec.bound import Bound, BoundSpec
 from mpq.spec.constraints import ConstraintSpec, EngineName, TargetSpec
 from mpq.spec.export import READERS, ExportSpec
@@ -293,6 +293,10 @@ class RunSpec(Strict):
             if self.model.base in part.formats:
                 raise ValueError(
                     f"objectives.{objective}.formats lists the base format {self.model.base}: list what to lower to"
+                )
+            if objective != "m" and (caches := of_cache(part.formats)):
+                raise ValueError(
+                    f"objectives.{objective}.formats lists {caches[0]}, which gains bytes of the cache alone: list it under m"
                 )
         return self
 

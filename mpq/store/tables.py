@@ -24,7 +24,8 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "kv_heads": pl.Int64,
     },
     # one row an op, operand, format and noise model; loss_mse is d of method.md (22, 24), sensitivity is s (21, 23),
-    # kl is b ("KL and the rounding that happens", nats per token), of noise model actual alone; _stderr are standard errors
+    # kl is b ("KL and the rounding that happens", nats per token), of noise model actual alone; _stderr are standard errors,
+    # _shared is what an activation's errors add by having signs in common, counted where it is sure (loss/shared.py)
     "sensitivity": {
         "op": pl.String,
         "operand": pl.String,
@@ -36,6 +37,10 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "sensitivity": pl.Float64,
         "kl": pl.Float64,
         "kl_stderr": pl.Float64,
+        "loss_mse_shared": pl.Float64,
+        "loss_mse_shared_stderr": pl.Float64,
+        "kl_shared": pl.Float64,
+        "kl_shared_stderr": pl.Float64,
     },
     # one row a calibration sample, op and format: what rounding the op's weight does to the sample's loss, first order, nats
     "effects": {
@@ -139,7 +144,15 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
 
 # columns that tables of earlier versions, and those of other makers, may lack
 LATER = {
-    "sensitivity": ("loss_mse_stderr", "kl", "kl_stderr"),
+    "sensitivity": (
+        "loss_mse_stderr",
+        "kl",
+        "kl_stderr",
+        "loss_mse_shared",
+        "loss_mse_shared_stderr",
+        "kl_shared",
+        "kl_shared_stderr",
+    ),
     "gains": ("loss_mse_stderr", "kl", "kl_stderr"),
     "solutions": (
         "predicted_kl",

@@ -98,3 +98,29 @@ def test_without_the_engine_its_times_are_refused_first(
     with pytest.raises(MpqError, match=r"no vLLM here .*make engine"):
         calibrate(spec.model_copy(update={"timing": timing}))
     assert not (tmp_path / "store" / "sensitivity").exists()
+
+
+def test_a_run_decides_the_cache_layer_by_layer(tmp_path: Path) -> None:
+    """Where it holds most bytes it is lowered, K and V of a layer together; what it takes is told apart from the weights."""
+    spec = constrained(
+        tmp_path,
+        timing={"length": 1000, "output": 24, "batch": 8},
+        objectives={"m": {"formats": ["int8", "fp8_kv"], "strategies": ["ip"]}},
+        taus=[0.001, 1.0],
+    )
+    result = calibrate(spec)
+    plans = [plan for ref in result["plan_files"] for plan in read_json(ref)]
+    loose = max(plans, key=lambda plan: plan["tau"])
+    products = [op for op in loose["formats"] if op.endswith("_matmul")]
+    assert len(products) == 4
+    assert {loose["formats"][op] for op in products} == {"fp8_kv"}
+    # 8 × 1024 tokens, two layers, K and V of two heads of 8, in FP32 and in a byte
+    assert loose["base_cache_bytes"] == 8 * 1024 * 2 * 2 * 2 * 8 * 4 == 4 * loose["cache_bytes"]
+    for plan in plans:
+        taken = [plan["formats"][op] for op in products]
+        assert taken[::2] == taken[1::2]
+    tables = {kind: read_together(refs) for kind, refs in result["tables"].items() if refs}
+    row = results_table(tables).filter(tau=1.0)
+    assert row["cache_bytes"][0] == loose["cache_bytes"]
+    assert row["weight_bytes"][0] == loose["weight_bytes"]
+    assert "KV cache (MB)" in Path(result["out"]["report"]).read_text()

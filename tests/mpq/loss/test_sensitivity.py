@@ -18,14 +18,18 @@ from mpq.errors import MpqError
 from mpq.evaluation.losses import evaluate_loss, losses
 from mpq.formats.format import FORMATS, NOISE_MODELS, get_format
 from mpq.formats.quantize import Granularity, fake_quantize, noise_variance
-from mpq.formats.scheme import SCHEMES, Scheme
+from mpq.formats.scheme import SCHEMES, Scheme, get_scheme
 from mpq.loss.cross_entropy import drawn_labels, log_probabilities, of_labels
-from mpq.loss.sensitivity import measure_sensitivity, merge
+from mpq.loss.sensitivity import measure_sensitivity
+from mpq.loss.shared import estimated
+from mpq.loss.taps import Tally
 from mpq.models.attention import AttentionHandler, intercept
 from mpq.models.blocks import Blocks
 from mpq.program.costs import loss_by_op
 
 FORMAT_NAMES = ["bf16", "fp8_e4m3", "fp8_e5m2", "int8"]
+
+
 MODELS = {
     "llama": {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
     "gpt_neox": {"use_parallel_residual": True},
@@ -118,21 +122,29 @@ def granularity_of(op: str, operand: str) -> Granularity:
     return "column" if op.endswith("av_matmul") and operand == "rhs" else "row"
 
 
-def weighed(u: torch.Tensor, op: str, operand: str, name: str) -> float:
-    """Σ (∂g/∂u_n e_n)², e the error of rounding u; of attention's P to integers each query's errors, in all heads, as one."""
+def by_token(
+    u: torch.Tensor, op: str, operand: str, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the tokens of one sample's operand: Σ (∂g/∂u_n e_n)² over what belongs to the token, e the error of rounding u, and
+    (Σ ∂g/∂u_n e_n)²; of V and weights, the first in one number, and nothing."""
     of = u.detach()
     moved = fake_quantize(of, FORMATS[name], granularity_of(op, operand)) - of
     effect = u.grad.double() * moved.double()
-    if op.endswith("av_matmul") and operand == "lhs" and FORMATS[name].kind == "int":
-        effect = torch.einsum("bhqk->bq", effect)
-    return float(effect.square().sum())
+    if operand == "weight" or granularity_of(op, operand) == "column":
+        return effect.square().sum()[None], effect.square().sum()[None]
+    effect = effect.movedim(-2, 0).flatten(1)  # tokens first
+    return effect.square().sum(1), effect.sum(1).square()
 
 
 def reference(
     model: torch.nn.Module, tokens: np.ndarray, base: str
 ) -> tuple[dict[tuple[str, str, str, str], float], float]:
-    """d of method.md for every (op, operand, format, noise model), and E[g²], one sample after the other in FP64 sums."""
+    """d of method.md for every (op, operand, format, noise model), and E[g²], one sample after the other in FP64 sums.
+
+    Of `actual` with a token's errors summed before they are squared, where that differs by more than three standard errors.
+    """
     sums: dict[tuple[str, str, str, str], float] = {}
+    tokens_of: dict[tuple[str, str, str, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
     squares = 0.0
     for loss, kept in aliased(model, tokens):
         squares += loss**2
@@ -140,16 +152,27 @@ def reference(
             granularity = granularity_of(op, operand)
             for noise_model in NOISE_MODELS:
                 for name in FORMAT_NAMES:
+                    key = (op, operand, name, noise_model)
+                    if noise_model == "actual":
+                        tokens_of.setdefault(key, []).append(by_token(u, op, operand, name))
+                        continue
                     noise = noise_variance(
                         u.detach(), FORMATS[name], noise_model, granularity
                     ).double()
                     noise = noise - noise_variance(u.detach(), FORMATS[base], noise_model).double()
                     d = float((u.grad.double() ** 2 * noise).sum())
-                    if noise_model == "actual":
-                        d = weighed(u, op, operand, name)
-                    key = (op, operand, name, noise_model)
                     sums[key] = sums.get(key, 0.0) + d / len(tokens)
+    sums |= {key: float(np.mean(of_samples(each))) for key, each in tokens_of.items()}
     return sums, squares / len(tokens)
+
+
+def of_samples(each: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """What rounding an operand costs each sample, of what `by_token` says of it: a token's errors summed before they are
+    squared where that differs, over all samples, by more than three standard errors."""
+    apart, together = (torch.cat(t) for t in zip(*each, strict=True))
+    more = together - apart
+    sure = bool(more.sum().abs() > 3 * more.square().sum().sqrt())
+    return [float(sample[sure].sum()) for sample in each]
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -180,18 +203,18 @@ def test_kl_equals_a_slow_reference(model_type: str) -> None:
     frame, _ = measure_sensitivity(
         model, ops_of(model), Blocks(tokens), formats=FORMAT_NAMES, base="fp32", batch=3
     )
-    samples: dict[tuple[str, str, str], list[float]] = {}
+    samples: dict[tuple[str, str, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for _, kept in aliased(model, tokens, drawn=True):
         for (op, operand), u in kept.items():
             for name in FORMAT_NAMES:
-                b = 15 / 2 * weighed(u, op, operand, name)
-                samples.setdefault((op, operand, name), []).append(b)
+                each = by_token(u, op, operand, name)
+                samples.setdefault((op, operand, name), []).append(each)
     rows = frame.filter(pl.col("noise_model") == "actual", pl.col("format") != "fp32")
     assert rows.height == len(samples)
     for op, operand, name, kl, stderr in rows.select(
         "op", "operand", "format", "kl", "kl_stderr"
     ).iter_rows():
-        of_each = samples[op, operand, name]
+        of_each = 15 / 2 * np.array(of_samples(samples[op, operand, name]))
         assert kl == pytest.approx(np.mean(of_each), rel=1e-4), (op, operand, name)
         assert stderr == pytest.approx(np.std(of_each, ddof=1) / math.sqrt(5), rel=1e-3)
     assert frame.filter(pl.col("noise_model") != "actual")["kl"].null_count() > 0
@@ -341,110 +364,27 @@ def test_zeros_have_no_noise() -> None:
     assert nothing.filter(pl.col("operand") == "weight")["loss_mse"].max() == 0
 
 
-def test_a_model_that_trains_is_left_as_it_was() -> None:
-    """Parameters that ask for gradients still do, and have been given none; the table is that of a frozen model."""
-    model = small_model("llama", **MODELS["llama"])
-    blocks = Blocks(np.random.default_rng(7).integers(0, 97, (2, 12)))
-    options = {"formats": ["int8"], "base": "fp32"}
-    expected, _ = measure_sensitivity(model, ops_of(model), blocks, **options)
-    model.requires_grad_(True)
-    model.lm_head.weight.requires_grad_(False)
-    got, _ = measure_sensitivity(model, ops_of(model), blocks, **options)
-    assert got.equals(expected)
-    assert all(p.grad is None for p in model.parameters())
-    asking = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert asking == {n for n, _ in model.named_parameters()} - {"model.embed_tokens.weight"}
-
-
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
-def test_encoders_are_refused(model_type: str) -> None:
-    """The next token's loss means nothing where a token sees the next; as a decoder the same architecture is measured."""
-    blocks = Blocks(np.random.default_rng(8).integers(5, 97, (2, 12)))
-    options = {"formats": ["int8"], "base": "fp32"}
-    encoder = small_model(model_type)
-    with pytest.raises(MpqError, match="lets each token see the ones after it"):
-        measure_sensitivity(encoder, [("lm_head.dense", "linear")], blocks, **options)
-    decoder = small_model(model_type, is_decoder=True)
-    linear = next(n for n, m in decoder.named_modules() if isinstance(m, torch.nn.Linear))
-    frame, _ = measure_sensitivity(decoder, [(linear, "linear")], blocks, **options)
-    assert frame["loss_mse"].max() > 0
-
-
-def test_blocks_beyond_learned_positions_are_told() -> None:
-    """More tokens than the model has positions is a sentence, not an index that is out of range."""
-    model = small_model("gpt2", n_embd=32, n_layer=1, n_head=4, max_position_embeddings=16)
-    blocks = Blocks(np.ones((1, 20), np.int64))
-    with pytest.raises(MpqError, match="has 16 positions, 20 tokens"):
-        measure_sensitivity(model, ops_of(model), blocks, formats=["int8"], base="fp32")
-    with pytest.raises(MpqError, match="has 16 positions, 20 tokens"):
-        losses(model, blocks)
-
-
-def test_a_perplexity_beyond_floats_is_infinite(caplog: pytest.LogCaptureFixture) -> None:
-    """A loss above 709 nats has an infinite perplexity, which is told; its other metrics are numbers."""
-    model = small_model("llama", **MODELS["llama"])
-    model.model.embed_tokens.weight.mul_(3e4)
-    model.model.norm.weight.mul_(1e3)
-    model.lm_head.weight.mul_(1e3)
-    blocks = Blocks(np.random.default_rng(9).integers(0, 97, (2, 12)))
-    base = losses(model, blocks)
-    assert base.mean() > 710
-    frame = evaluate_loss(model, {}, blocks, base, base="fp32", seeds=[0])
-    values = dict(frame.select("metric", "value").iter_rows())
-    assert values["perplexity"] == float("inf")
-    assert values["loss_mse"] == 0
-    assert "no finite perplexity" in caplog.text
-
-
-def test_shards_add_up() -> None:
-    """Shards merged equal the whole set in one go, whatever their sizes."""
-    model = small_model("llama", **MODELS["llama"])
-    blocks = Blocks(np.random.default_rng(2).integers(0, 97, (7, 12)))
-    options = {"formats": FORMAT_NAMES, "base": "fp32", "batch": 7}
-    whole, loss = measure_sensitivity(model, ops_of(model), blocks, **options)
-    parts = [
-        measure_sensitivity(model, ops_of(model), shard, **options) for shard in blocks.shards(3)
-    ]
-    merged, merged_loss = merge([p[0] for p in parts], [p[1] for p in parts])
-    both = whole.join(merged, on=["op", "operand", "format", "noise_model"], suffix="_merged")
-    assert both.height == whole.height
-    np.testing.assert_allclose(both["loss_mse_merged"], both["loss_mse"], rtol=1e-5, atol=1e-20)
-    for column in ("kl", "kl_stderr"):
-        ours, theirs = both[column].drop_nulls(), both[f"{column}_merged"].drop_nulls()
-        assert len(ours) == len(theirs) > 0
-        np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-20)
-    assert merged["n_samples"].unique().to_list() == [7]
-    assert merged_loss["mean_square_loss"][0] == pytest.approx(
-        loss["mean_square_loss"][0], rel=1e-6
-    )
-
-
-def test_checkpointing_changes_nothing() -> None:
-    """Recomputed activations give the same table."""
-    model = small_model("llama", **MODELS["llama"])
-    blocks = Blocks(np.random.default_rng(3).integers(0, 97, (2, 12)))
-    options = {"formats": ["bf16"], "base": "fp32"}
-    plain, _ = measure_sensitivity(model, ops_of(model), blocks, **options)
-    saved, _ = measure_sensitivity(
-        model, ops_of(model), blocks, checkpoint_activations=True, **options
-    )
-    keys = ["op", "operand", "format", "noise_model"]
-    np.testing.assert_allclose(
-        plain.sort(keys)["loss_mse"], saved.sort(keys)["loss_mse"], rtol=1e-5
-    )
-
-
-def test_leaves_the_model_as_it_was() -> None:
-    """After a measurement the logits are bit-identical and nothing is left on the modules."""
-    model = small_model("gpt2", n_embd=32, n_layer=2, n_head=4)
-    ids = torch.arange(10)[None]
-    before = model(ids).logits
-    measure_sensitivity(
-        model, ops_of(model), Blocks(np.ones((1, 8), np.int64)), formats=["int8"], base="fp32"
-    )
-    assert torch.equal(model(ids).logits, before)
-    assert not any("forward" in m.__dict__ for m in model.modules())
-    assert not any(p.requires_grad for p in model.parameters())
+def test_errors_with_signs_in_common_are_summed_before_they_are_squared() -> None:
+    """A linear whose inputs all round down: the squares of each element miss what they do together, by the number of
+    elements. Inputs that round up and down by turns have nothing in common. The table says both, and how sure it is."""
+    gradient = torch.ones(2, 40, 32)
+    down = torch.full((2, 40, 32), 0.3)  # in steps of one
+    down[..., 0] = 127.0
+    apart = down.clone()
+    apart[..., 1::2] *= -1
+    tally = Tally([get_scheme("int8")])
+    with tally.of("kl", 2):
+        tally.add_each("down", "input", "row", gradient, down)
+        tally.add_each("apart", "input", "row", gradient, apart)
+    found = {
+        op: estimated(tally.sums["kl"][op, "input"], tally.shared["kl"][op, "input"], 2)
+        for op in ("down", "apart")
+    }
+    assert found["down"].values[-1] == pytest.approx(40 * (31 * 0.3) ** 2, rel=1e-5)
+    assert found["down"].shared == pytest.approx([40 * 0.3**2 * (31**2 - 31)], rel=1e-5)
+    assert found["apart"].values[-1] == pytest.approx(40 * 0.3**2, rel=1e-4)  # one is left over
+    # as sure as if it had been added: signs that are apart take away what the squares have
+    assert found["apart"].shared == pytest.approx([40 * (0.3**2 - 31 * 0.3**2)], rel=1e-4)
 
 
 def test_paper_form_keeps_the_base_noise() -> None:
@@ -459,27 +399,4 @@ def test_paper_form_keeps_the_base_noise() -> None:
         m = get_format(row["format"]).mantissa_bits
         assert row["loss_mse"] == pytest.approx(
             row["sensitivity"] * 2.0 ** (-2 * m) / 12, rel=1e-12
-        )
-
-
-def test_nan_loss_is_told() -> None:
-    """A model with a NaN weight is refused with the sample that showed it."""
-    model = small_model("llama", **MODELS["llama"])
-    model.lm_head.weight[0, 0] = float("nan")
-    with pytest.raises(MpqError, match="loss of calibration sample 0 is nan"):
-        measure_sensitivity(
-            model, ops_of(model), Blocks(np.ones((1, 8), np.int64)), formats=["bf16"], base="fp32"
-        )
-
-
-def test_unknown_op_is_told() -> None:
-    """An op that the model lacks is named."""
-    model = small_model("llama", **MODELS["llama"])
-    with pytest.raises(MpqError, match=r"no op 'model\.layers\.9"):
-        measure_sensitivity(
-            model,
-            [("model.layers.9.mlp.up_proj", "linear")],
-            Blocks(np.ones((1, 8), np.int64)),
-            formats=["bf16"],
-            base="fp32",
         )

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.kernels import int8_attention
-from mpq.running.apply import Mixed, apply_plan, perturbation
+from mpq.running.apply import Mixed, apply_plan
+from mpq.running.attention import perturbation
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 64,

@@ -1,0 +1,116 @@
+"""`mpq solve` on tables made up here: a budget of the loss MSE with rounding's signs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from synthetic import make_groups
+from typer.testing import CliRunner
+
+from mpq.cli.main import app
+from mpq.errors import MpqError
+from mpq.program.plan import Plan
+from mpq.store.tables import table
+
+GROUPS = make_groups(1).filter(kind="linear").head(4)
+OPS = GROUPS["op"].to_list()
+DRAW = np.random.default_rng(0)
+GAIN = {op: float(n) for n, op in enumerate(OPS, 1)}
+EFFECTS = {op: DRAW.normal(0, 1e-3, 3) for op in OPS}
+DRIFT = {op: 1e-4 * n for n, op in enumerate(OPS, 1)}
+FRESH = {op: 1e-8 * n for n, op in enumerate(OPS, 1)}  # of activations (nats²)
+BUDGET = 1e-6
+
+
+def mse_of(lowered: tuple[str, ...]) -> float:
+    """The loss MSE with signs of a plan, as docs/method.md has it."""
+    moved = sum((EFFECTS[op] for op in lowered), np.zeros(3)) + sum(DRIFT[op] for op in lowered)
+    return float(np.mean(moved**2)) + sum(FRESH[op] for op in lowered)
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict[str, str]:
+    """The tables as files."""
+    of = {"objective": "m", "loss_mse_stderr": 0.0, "kl_stderr": 0.0}
+    gains = [
+        {**of, "group": n, "configuration": [f], "gain": GAIN[op] * low}
+        | {"loss_mse": BUDGET * low, "kl": DRIFT[op] * low}
+        for n, op in enumerate(OPS)
+        for f, low in (("bf16", 0), ("int8", 1))
+    ]
+    sensitivity = [
+        {"op": op, "operand": operand, "format": "int8", "noise_model": "actual", "n_samples": 3}
+        | {"loss_mse": FRESH[op] if operand == "input" else 1e-6, "loss_mse_stderr": 0.0}
+        | {"sensitivity": 1.0, "kl": DRIFT[op] / 2, "kl_stderr": 0.0}
+        for op in OPS
+        for operand in ("input", "weight")
+    ]
+    effects = [
+        {"op": op, "format": "int8", "sample": i, "effect": float(v)}
+        for op in OPS
+        for i, v in enumerate(EFFECTS[op])
+    ]
+    loss = {"n_samples": 3, "mean_square_loss": 4.0, "mean_loss": 2.0}
+    made = {
+        "gains": table("gains", gains).with_columns(
+            ops=pl.Series([[o] for o in OPS for _ in "bi"])
+        ),
+        "sensitivity": table("sensitivity", sensitivity),
+        "effects": table("effects", effects),
+        "groups": GROUPS,
+        "loss": table("loss", [loss]),
+    }
+    for name, frame in made.items():
+        frame.write_parquet(tmp_path / f"{name}.parquet")
+    return {name: str(tmp_path / f"{name}.parquet") for name in made}
+
+
+def solved(tables: dict[str, str], *arguments: object) -> str:
+    """What `mpq solve` prints."""
+    command = ["solve", "--gains", tables["gains"], "--budget", BUDGET, *arguments]
+    done = CliRunner().invoke(app, [str(a) for a in command])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.stdout
+
+
+def test_a_budget_with_signs(
+    tables: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The plan gains most of all sixteen whose loss MSE with signs keeps the budget, more than the sum over operands
+    allows; its file says what it is bounded by; that three samples are few is told."""
+    every = itertools.chain(*(itertools.combinations(OPS, n) for n in range(5)))
+    best = max((p for p in every if mse_of(p) <= BUDGET), key=lambda p: sum(GAIN[op] for op in p))
+    assert len(best) > 1, "effects that cancel"
+    of_signs = [v for n in ("groups", "sensitivity", "effects") for v in (f"--{n}", tables[n])]
+    file = tmp_path / "plan.json"
+    with caplog.at_level(logging.WARNING, "mpq"):
+        out = ("--plan", file, "--loss", tables["loss"], "--json")
+        told = json.loads(solved(tables, "--signed", "--base", "bf16", *of_signs, *out))
+    assert "3 calibration samples for 4 decisions" in caplog.text
+    assert told["gain"] == sum(GAIN[op] for op in best)
+    chosen = [row["ops"][0] for row in told["chosen"] if row["configuration"] == ["int8"]]
+    plan = Plan.from_json(file.read_text())
+    assert sorted(plan.lowered) == sorted(chosen) == sorted(best)
+    assert plan.signed
+    assert plan.predicted_loss_mse == pytest.approx(mse_of(best))
+    assert json.loads(solved(tables, "--json"))["gain"] == max(GAIN.values()), "of the sum, one op"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--signed",), "--signed needs --groups, --base, --sensitivity and --effects"),
+        (("--signed", "--cost", "kl"), "--signed is of the loss MSE, --cost kl of the KL"),
+    ],
+)
+def test_mistakes(tables: dict[str, str], arguments: tuple[str, ...], told: str) -> None:
+    """What it needs and what it does not go with is one sentence."""
+    with pytest.raises(MpqError, match=told):
+        solved(tables, *arguments)
