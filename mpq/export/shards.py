@@ -56,6 +56,11 @@ class Piece:
     part: Part | None = None
     op: str = ""  # the op whose weight it is, or one expert's of it
 
+    @property
+    def module(self) -> str:
+        """Its name without the weight's."""
+        return self.name.removesuffix(".weight")
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -216,7 +221,7 @@ def write_shard(
     for piece in shard.pieces:
         part = files[piece.file][piece.tensor]
         if piece.format:
-            module = piece.name.removesuffix(".weight")
+            module = piece.module
             of = whole(part, piece)
             scheme = get_scheme(piece.format)
             how = (scheme, dtype, piece.tensor, *shares.get(module, (None, None)))

@@ -67,7 +67,12 @@ class Skeleton:
     attentions: tuple[str, ...] = ()  # of the decoder, those that keep keys and values of their own
     model_type: str = ""
     as_is: bool = False  # whether the checkpoint's names differ from these within a layer
-    called: Mapping[str, str] = field(default_factory=dict)  # linears, `weights` → so in the file
+    called: Mapping[str, str] = field(
+        default_factory=dict
+    )  # linears, `weights` and `experts` → what the file calls them, if otherwise
+    one_by_one: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # lowered `expert_ops` → each expert's modules in the file
 
     def name_of(self, tensor: str) -> str:
         """What the model calls a tensor of the checkpoint: old checkpoints leave the base model's prefix out, or have it alone,
@@ -180,6 +185,8 @@ def skeleton(config: Any, tensors: Collection[str] = ()) -> Skeleton:
     as_is = any(_in_layer(found.name_of(tensor)) != _in_layer(tensor) for tensor in tensors)
     found, called = replace(found, as_is=as_is), {}
     for tensor in tensors if as_is else ():
+        if (of := re.match(r"(.*[.]experts)[.]0[.]", tensor)) and (op := found.expert_op(tensor)):
+            called[op.rpartition(".")[0]] = of[1]
         name, written = found.name_of(tensor), found.written(tensor)
         module = name.removesuffix(".weight")
         if written != name and module in (*found.linears, *found.weights):
