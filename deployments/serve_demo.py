@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from deployments.processes import ROOT, Services, free_port, run_out, until
 from mpq.errors import MpqError
+from mpq.export.record import recorded
 from mpq.formats.format import get_format
 from mpq.program.plan import Plan
 from mpq.serving import Environment, find_environment
@@ -46,20 +48,20 @@ class Times:
     saved_half_s: float
 
 
-def serve(services: Services, environment: Environment, folder: Path, base: str) -> str:
-    """`vllm serve` on a checkpoint, ready to be asked; returns its address. Raises MpqError where it ends instead."""
+def serve(services: Services, environment: Environment, folder: Path) -> str:
+    """`vllm serve` on an export, as its record has it, ready to be asked; returns its address. Raises MpqError where it ends instead."""
     address = f"http://127.0.0.1:{(port := free_port())}"
     options = {
         "host": "127.0.0.1",
         "port": port,
         "served-model-name": "plan",
-        "dtype": get_format(base).dtype,
         "max-model-len": 1024,
         "max-num-seqs": 8,
         "kv-cache-memory-bytes": 2**28,
     }
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    switches = ["--enforce-eager", "--no-enable-prefix-caching"]
+    _, _, _, *told = shlex.split(recorded(folder, str(folder)).serve)  # behind vllm serve FOLDER
+    switches = ["--enforce-eager", "--no-enable-prefix-caching", *told]
     server = services.start(
         "vllm", str(environment.command), "serve", str(folder), *given, *switches
     )
@@ -148,7 +150,7 @@ def answered(spec: RunSpec, checkpoint: Path, home: Path, console: Console) -> s
     with Services(home) as services:
         services.environment = environment.variables(spec.timing.threads_on(spec.model.device))
         start = time.perf_counter()
-        address = serve(services, environment, checkpoint, spec.model.base)
+        address = serve(services, environment, checkpoint)
         console.print(
             f"[bold]•[/] vllm serve {checkpoint}: ready after {time.perf_counter() - start:.0f} s at {address}"
         )
