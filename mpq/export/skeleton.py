@@ -192,12 +192,13 @@ def skeleton(config: Any, tensors: Collection[str] = ()) -> Skeleton:
     )
     as_is = any(_in_layer(found.name_of(tensor)) != _in_layer(tensor) for tensor in tensors)
     found, called = replace(found, as_is=as_is), {}
+    matrices = {*found.linears, *found.weights}
     for tensor in tensors if as_is else ():
         if (of := re.match(r"(.*[.]experts)[.]0[.]", tensor)) and (op := found.expert_op(tensor)):
             called[op.rpartition(".")[0]] = of[1]
         name, written = found.name_of(tensor), found.written(tensor)
         module = name.removesuffix(".weight")
-        if written != name and module in (*found.linears, *found.weights):
+        if written != name and module in matrices:
             called[module] = written.removesuffix(".weight")
     return replace(found, called=called)
 
