@@ -105,6 +105,10 @@ def export(
     if loads:
         extra |= {"weight_bytes": made.weight_bytes, "base_weight_bytes": made.base_weight_bytes}
     found = dict(made.check)
+    if made.caches:
+        extra["caches"] = made.caches
+    if made.serve:
+        extra["serve"] = made.serve.replace("FOLDER", made.folder)
     if json_:
         extra["check"] = found
     elif found["done"]:

@@ -27,6 +27,7 @@ def model_card(
     )
     rows = [
         ("lowered", held),
+        *_caches(record),
         ("all else", plan.base),
         (
             "weights",
@@ -58,11 +59,12 @@ def model_card(
             ("KL from base", f"{found['kl_base_reloaded']:.3g} nats a token"),
         ]
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
-    schemes = "\n".join(f"- `{name}`: {get_scheme(name).in_words}" for name in counts)
+    named = [*counts, *(name for name in record["caches"] if name != "base")]
+    schemes = "\n".join(f"- `{name}`: {get_scheme(name).in_words}" for name in named)
     fused = f"The checkpoint keeps to the fused layers of {engine}. " if ENGINES[engine] else ""
     served = ""
     if engine == "vllm":
-        served = f"\n```console\n$ vllm serve FOLDER --dtype {_DTYPES[plan.base]}\n```\n"
+        served = f"\n```console\n$ {record['serve']}\n```\n"
     elif engine == "transformers":
         needed = NEEDS.get(record["to"], "").replace("_", "-")
         where = f" where {needed} is installed" if needed else ""
@@ -110,7 +112,17 @@ def _bounds(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+def _caches(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """In which layers the cache of keys and values is lowered; those in base have to be named to the server."""
+    of = record["caches"]
+    return [
+        (
+            "cache of keys and values",
+            f"{len(of[name])} of {sum(map(len, of.values()))} layers in {name}",
+        )
+        for name in of
+        if name != "base"
+    ]
 
 
 def _lines(of: Mapping[str, Any]) -> str:

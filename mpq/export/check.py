@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
+from mpq.export.cache import Caches
 from mpq.export.layout import Reading
 from mpq.export.reload import log_probabilities
 from mpq.models.blocks import Blocks
@@ -43,7 +45,7 @@ FLOOR = {"fp32": 1e-6, "bf16": 1e-4, "fp16": 1e-5}  # nats: the same sums in ano
 class Check:
     """What a reloaded checkpoint does to held-out text (nats per token), and what it may do at most.
 
-    KL is from the first model's distribution to the second's: base → plan, base → reloaded, plan → reloaded; `kl_noise`
+    `caches_unread` are attentions whose cache transformers leaves in base: what is compared has it so. KL is from the first model's distribution to the second's: base → plan, base → reloaded, plan → reloaded; `kl_noise`
     is that between runs of the plan with other scales.
     """
 
@@ -58,6 +60,7 @@ class Check:
     kl_tolerance: float
     loss_tolerance: float
     differing: tuple[str, ...] = ()
+    caches_unread: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -74,8 +77,9 @@ class Check:
         return {"done": True, "passed": self.passed, **asdict(self)}
 
 
-def reloaded(request: Mapping[str, Any], work: Path) -> tuple[np.ndarray, list[str]]:
-    """Have a fresh process load the folder: its log-probabilities, and where it differs from the plan.
+def reloaded(request: Mapping[str, Any], work: Path) -> tuple[np.ndarray, list[str], list[str]]:
+    """Have a fresh process load the folder: its log-probabilities, where it differs from the plan, and the attentions whose cache
+    transformers does not round.
 
     Raises MpqError where it cannot be loaded or run.
     """
@@ -93,7 +97,7 @@ def reloaded(request: Mapping[str, Any], work: Path) -> tuple[np.ndarray, list[s
     found = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in found:
         raise MpqError(f"transformers cannot load the export ({found['error']}).")
-    return np.load(out, mmap_mode="r"), found["differing"]
+    return np.load(out, mmap_mode="r"), found["differing"], found["caches_unread"]
 
 
 def compare(
@@ -103,8 +107,13 @@ def compare(
     blocks: Blocks,
     found: np.ndarray,
     differing: Iterable[str] = (),
+    caches_unread: Iterable[str] = (),
 ) -> Check:
-    """mpq's own run of the plan on `model`, in its base format, beside the log-probabilities `found`, (N, T − 1, V)."""
+    """mpq's own run of the plan on `model`, in its base format, beside the log-probabilities `found`, (N, T − 1, V).
+
+    Caches of attentions that are named `caches_unread` are compared in base."""
+    unread = tuple(caches_unread)
+    formats = {op: f for op, f in formats.items() if op.rpartition(".")[0] not in unread}
     sums: dict[str, float] = {}
     device = str(device_of(model))
     runs = {"plan": Mixed(model, base=base)} | {
@@ -153,6 +162,7 @@ def compare(
         kl_tolerance=tolerance,
         loss_tolerance=4 * math.sqrt(2 * tolerance / count) + FLOOR[base],
         differing=tuple(differing),
+        caches_unread=unread,
     )
 
 
@@ -172,11 +182,13 @@ def check_export(
     trust_remote_code: bool = False,
     decode_experts: bool = False,
     reading: Reading = "codes",
+    caches: Caches = Caches(),
+    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> Check:
     """Reload the export in a fresh process, then run the plan here, and compare.
 
     One after the other: two models are never in memory at once. With `decode_experts` transformers gets experts as values, for
-    it does not read what engines do (reload.py); `reading` says as what all weights are read. Raises MpqError where the export
+    it does not read what engines do (reload.py); `reading` says as what all weights are read. `scales` are those of `caches`. Raises MpqError where the export
     cannot be loaded.
     """
     from mpq.models.checkpoint import load_model
@@ -195,7 +207,9 @@ def check_export(
             "trust_remote_code": trust_remote_code,
             "decode_experts": decode_experts,
             "reading": reading,
+            "caches": list(caches.lowered),
+            "scales": dict(scales),
         }
-        found, differing = reloaded(request, work)
+        found, *told = reloaded(request, work)
         model = load_model(source, base, device, trust_remote_code)
-        return compare(model, lowered, base, blocks, found, differing)
+        return compare(model, {**lowered, **caches.formats}, base, blocks, found, *told)

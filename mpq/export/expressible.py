@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from mpq.errors import MpqError
 from mpq.export.engines import check_engine, split_ties
 from mpq.export.skeleton import Skeleton
-from mpq.formats.scheme import get_scheme
+from mpq.formats.scheme import get_scheme, of_cache
 from mpq.serving.schemes import EXPORTED, OF_EXPERTS, stored_as
 
 # experts for transformers, which rounds their weights alone and reads integers where they are packed
@@ -21,13 +21,13 @@ def lowered_linears(
     formats: Mapping[str, str], base: str, model: Skeleton, engine: str
 ) -> dict[str, str]:
     """The lowered ops of a plan (op → format), all linears or experts, in the model's order; for transformers experts in
-    integers are stored as weights alone, which is what it makes of them.
+    integers are stored as weights alone, which is what it makes of them. What reads a lowered cache is left to cache.py.
 
     Raises MpqError for attention's products, ops that the model lacks or that are no nn.Linear, formats that the file has
     no scheme for, weights that two linears share, and fused layers of the engine whose parts differ.
     """
     check_engine(engine)
-    lowered = {op: f for op, f in formats.items() if f != base}
+    lowered = {op: f for op, f in formats.items() if f != base and not of_cache([f])}
     if products := [op for op in lowered if op.rpartition(".")[2] in _PRODUCTS]:
         raise MpqError(
             f"The plan lowers {len(products)} of attention's products ({products[0]} among them), which a checkpoint cannot express: pin them to base (*.qk_matmul, *.av_matmul), solve again, and export that plan."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
@@ -45,7 +45,8 @@ class Layout:
     its own, of the sizes that `sizes` tells beforehand; `section` is the `quantization_config` of config.json, `beside` are
     other files and their content, `metadata` is said in the header of each file of weights. `stacked` is whether the lowered
     experts of a layer lie in one tensor, (experts, K, C) in the model, and not each under its own name; `as_is`, whether what
-    transformers renames within a layer keeps the checkpoint's names (skeleton.py).
+    transformers renames within a layer keeps the checkpoint's names (skeleton.py). `cache` is what `section` says besides where
+    the cache of keys and values is lowered; empty in a kind that cannot say it.
     """
 
     section: Callable[[Lowered, Skeleton], dict[str, Any]]
@@ -57,3 +58,4 @@ class Layout:
     metadata: Callable[[tuple[Shard, ...], str], dict[str, str]] = _plain
     stacked: bool = False
     as_is: bool = True
+    cache: Mapping[str, Any] = field(default_factory=dict)

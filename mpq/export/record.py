@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ class Exported:
     """What was exported: `formats` counts the lowered linears by format, `check` is what reloading it found.
 
     `key` is what the caller calls its content, "" where it calls it nothing.
-    `weight_bytes` are those of the exported tensors, `base_weight_bytes` of the same model all in its base format.
+    `caches` says which layers, by number, keep keys and values in FP8 and which in base, where any does; `serve` how vLLM's server
+    is started, with what no file can say. `weight_bytes` are those of the exported tensors, `base_weight_bytes` of the same model all in its base format.
     """
 
     folder: str
@@ -34,6 +35,8 @@ class Exported:
     files: Mapping[str, str]
     notes: tuple[str, ...] = ()
     key: str = ""
+    caches: Mapping[str, list[int]] = field(default_factory=dict)
+    serve: str = ""
 
 
 def recorded(folder: Path, out: str) -> Exported:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mpq.export.cache import SECTION
 from mpq.export.layout import Layout
 from mpq.export.skeleton import Skeleton
 from mpq.serving.schemes import EXPORTED, scheme_group
@@ -33,7 +34,7 @@ def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [
@@ -45,7 +46,7 @@ def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str
             ),
             *_experts_in_base(lowered, model),
         ],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None,  # cache.py, where one is
         "global_compression_ratio": None,
     }
 
@@ -99,4 +100,4 @@ def _place(module: str) -> str:
     )
 
 
-LAYOUT = Layout(quantization_config, "codes")
+LAYOUT = Layout(quantization_config, "codes", cache=SECTION)

@@ -211,12 +211,13 @@ def write_shard(
     shares: Mapping[str, Shares],
     laid_out: Callable[[dict[str, Tensor], str], dict[str, Tensor]],
     metadata: Mapping[str, str],
+    more: Mapping[str, float],
 ) -> None:
     """Read, round and write one shard; `shares` are of ops whose blocks' scales are shares of a tensor's, `laid_out` makes of a
-    weight's tensors and its scheme those that are written (layout.py). Raises MpqError for values that are not finite where they
+    weight's tensors and its scheme those that are written (layout.py), `more` are scales that no tensor of the source has. Raises MpqError for values that are not finite where they
     have to be."""
     dtype = getattr(torch, get_format(base).dtype)
-    written: dict[str, Tensor] = {}
+    written = {name: torch.tensor([scale]) for name, scale in more.items()}
     files = dict(tensors_by_file(source, {piece.file for piece in shard.pieces}))
     for piece in shard.pieces:
         part = files[piece.file][piece.tensor]

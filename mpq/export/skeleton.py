@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as _PATCHED
 
+from mpq.models.attention import dispatched as attends
 from mpq.models.experts import dispatched, products_of
 from mpq.models.graph import build_on_meta
 from mpq.models.linears import is_linear
@@ -65,6 +66,7 @@ class Skeleton:
         Any, ...
     ] = ()  # how transformers makes its parameters of a checkpoint's tensors
     apart: frozenset[str] = frozenset()  # modules of experts that compressed-tensors takes apart
+    attentions: tuple[str, ...] = ()  # of the decoder, those that keep keys and values of their own
     model_type: str = ""
     as_is: bool = False  # whether the checkpoint's names differ from these within a layer
     called: Mapping[str, str] = field(
@@ -189,6 +191,7 @@ def skeleton(config: Any, tensors: Collection[str] = ()) -> Skeleton:
             and "compressed-tensors" in how["quantization_methods"]
         ),
         model_type=config.model_type,
+        attentions=_attentions(modules, names_of.get(id(embedding), "")),
     )
     as_is = any(_in_layer(found.name_of(tensor)) != _in_layer(tensor) for tensor in tensors)
     found, called = replace(found, as_is=as_is), {}
@@ -207,3 +210,20 @@ def _in_layer(name: str) -> str:
     """A name from its layer on, "" where it lies in none."""
     found = re.search(r"(^|[.])\d+[.](.*)$", name)
     return found[2] if found else ""
+
+
+def _attentions(modules: Mapping[str, nn.Module], embedding: str) -> tuple[str, ...]:
+    """The attentions beside or below what holds the input `embedding`, which is the decoder, an image's encoder being elsewhere; not
+    those that keep a latent, and none where one reads the keys of another: an engine would read its cache by its own format."""
+    decoder = embedding.rpartition(".")[0]
+    found = {
+        name: module
+        for name, module in modules.items()
+        if name.startswith(f"{decoder}.")
+        and "Attention" in type(module).__name__
+        and attends(module)
+        and not hasattr(module, "kv_b_proj")
+    }
+    if any(hasattr(m, "q_proj") and not hasattr(m, "k_proj") for m in found.values()):
+        return ()
+    return tuple(found)

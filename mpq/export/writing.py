@@ -13,6 +13,7 @@ from typing import Any
 
 from mpq.errors import MpqError
 from mpq.export import modelopt, mxfp4, scheme, shards, torchao
+from mpq.export.cache import caches_of, scales_of
 from mpq.export.card import model_card
 from mpq.export.expressible import lowered_linears, unread_experts
 from mpq.export.folder import Aside, check_room, copy_beside
@@ -78,6 +79,7 @@ class Writing:
         linears = {o: f for o, f in formats.items() if f != base and not o.endswith("_matmul")}
         self.layout.check_held(linears, base, self.model)
         self.lowered = lowered_linears(formats, base, self.model, engine)
+        self.caches = caches_of(formats, self.model, to, engine, bool(self.layout.cache))
         limit, sizes = shard_bytes or SHARD_BYTES, self.layout.sizes
         how = (limit, sizes, self.layout.stacked)
         self.shards = shards_of(source, self.model, self.lowered, base, *how)
@@ -101,12 +103,14 @@ class Writing:
         plan.check_model(of)
         how = (check, device, self.trusted)
         shares = shares_of(self.shards, self.source, self.base, self.engine, *how)
-        aside = Aside(out, self._key(of, shares))
+        scales = scales_of(self.caches, self.source, self.base, *how)
+        aside = Aside(out, self._key(of, shares, scales))
         check_room(out, self._missing(aside) + self._room_of(check))
         aside.begin()
         metadata = self.layout.metadata(self.shards, self.base)
         for done, shard in enumerate(self.shards):
-            aside.shard(shard.file, self._writer(shard, shares, metadata))
+            more = scales if done + 1 == len(self.shards) else {}
+            aside.shard(shard.file, self._writer(shard, shares, metadata, more))
             if progress:
                 progress(done + 1, len(self.shards))
         check_unchanged(self.source, before)
@@ -116,7 +120,7 @@ class Writing:
         config = json.dumps(self._config(), indent=2)
         (aside.folder / "config.json").write_text(config + "\n", encoding="utf-8")
         copy_beside(self.source, aside.folder, code=bool(self.config.get("auto_map")))
-        found = self._checked(aside.folder, check, device) if check is not None else _NO_CHECK
+        found = _NO_CHECK if check is None else self._checked(aside.folder, check, device, scales)
         made = Exported(
             folder=str(out),
             to=self.to,
@@ -132,6 +136,8 @@ class Writing:
             files=aside.digests,
             notes=self._notes(),
             key=key,
+            caches=self.caches.layers,
+            serve=self._serve(),
         )
         card = model_card(plan, self.lowered, made.linears, self.engine, asdict(made))
         (aside.folder / "README.md").write_text(card, encoding="utf-8")
@@ -142,10 +148,17 @@ class Writing:
         aside.finish()
         return made
 
-    def _key(self, of: str, shares: Mapping[str, Shares]) -> str:
+    def _key(self, of: str, shares: Mapping[str, Shares], scales: Mapping[str, float]) -> str:
         """What decides the shards' content."""
         pieces = [asdict(shard) for shard in self.shards]
-        return digest([_VERSION, of, self.base, self.lowered, pieces, shares, self.to])
+        return digest([_VERSION, of, self.base, self.lowered, pieces, shares, scales, self.to])
+
+    def _serve(self) -> str:
+        """The command that serves the checkpoint, with what its file cannot say; "" for an engine that mpq knows none of."""
+        if self.engine != "vllm":
+            return ""
+        told = ["vllm serve FOLDER --dtype", get_format(self.base).dtype, *self.caches.switches]
+        return " ".join(told)
 
     def _missing(self, aside: Aside) -> int:
         there = sum(f.stat().st_size for f in aside.folder.glob("*.safetensors"))
@@ -161,9 +174,13 @@ class Writing:
         return int(samples * (length - 1)) * vocabulary * 4 + 2**20
 
     def _writer(
-        self, shard: Shard, shares: Mapping[str, Shares], metadata: Mapping[str, str]
+        self,
+        shard: Shard,
+        shares: Mapping[str, Shares],
+        metadata: Mapping[str, str],
+        more: Mapping[str, float],
     ) -> Callable[[Path], None]:
-        how = (shares, self.layout.laid_out, metadata)
+        how = (shares, self.layout.laid_out, metadata, more)
         return lambda to: shards.write_shard(shard, self.source, self.base, to, *how)
 
     def _config(self) -> dict[str, Any]:
@@ -178,11 +195,15 @@ class Writing:
             config["tie_word_embeddings"] = False
             if "tie_word_embeddings" in (config.get("text_config") or {}):
                 config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-        if self.lowered:
-            config["quantization_config"] = self.layout.section(self.lowered, self.model)
+        if self.lowered or self.caches.lowered:
+            of_cache = self.layout.cache if self.caches.lowered else {}
+            section = self.layout.section(self.lowered, self.model)
+            config["quantization_config"] = {**section, **of_cache}
         return config
 
-    def _checked(self, folder: Path, blocks: Blocks, device: str) -> dict[str, Any]:
+    def _checked(
+        self, folder: Path, blocks: Blocks, device: str, scales: Mapping[str, float]
+    ) -> dict[str, Any]:
         from mpq.export.check import check_export
 
         linears = {*self.model.linears, *self.model.transposed}
@@ -194,7 +215,8 @@ class Writing:
         }
         decode = bool(unread_experts(self.lowered, self.base, self.model))
         of = (folder, self.source, names, self.lowered, self.base, blocks)
-        return check_export(*of, device, self.trusted, decode, self.layout.reading).as_json()
+        how = (device, self.trusted, decode, self.layout.reading)
+        return check_export(*of, *how, caches=self.caches, scales=scales).as_json()
 
     def _notes(self) -> tuple[str, ...]:
         """What is to be known of the checkpoint, told as warnings as well."""
@@ -207,6 +229,7 @@ class Writing:
             notes += (
                 "experts are lowered: transformers alone leaves their activations as they are, and of engines vLLM alone was seen to answer such exports, in int8 and w4a16_g32 on a CPU; see docs/engines.md",
             )
+        notes += self.caches.notes
         for note in notes:
             log.warning("%s.", note)
         return notes

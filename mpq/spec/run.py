@@ -225,8 +225,8 @@ class RunSpec(Strict):
     )
     workload: WorkloadSpec | None = Field(
         None,
-        description="The requests whose time counts, {prompt: 1024, output: 128, batch: 8}: what `timing` says as length, "
-        "output and batch",
+        description="The requests whose time counts, and whose cache where that is decided, {prompt: 1024, output: 128, batch: 8}: what "
+        "`timing` says as length, output and batch",
     )
     timing: TimingSpec = Field(TimingSpec(), description="Which times are measured, and how")
     objectives: dict[Objective, ObjectiveSpec] = Field(

@@ -76,10 +76,20 @@ def of_next(model: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
 
 
 def of_vllm(
-    engine: EngineProcess, folder: Path, tokens: np.ndarray, dtype: str = "float32"
+    engine: EngineProcess,
+    folder: Path,
+    tokens: np.ndarray,
+    dtype: str = "float32",
+    **more: object,
 ) -> np.ndarray:
     """The same from vLLM."""
-    how = {"dtype": dtype, "tokens": tokens.shape[1] + 2, "rows": len(tokens), "dummy": False}
+    how = {
+        "dtype": dtype,
+        "tokens": tokens.shape[1] + 2,
+        "rows": len(tokens),
+        "dummy": False,
+        **more,
+    }
     engine.ask("open", name="one", folder=str(folder), **how)
     try:
         return np.array(engine.ask("log_probabilities", name="one", tokens=tokens.tolist()))

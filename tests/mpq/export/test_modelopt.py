@@ -71,6 +71,7 @@ def test_modelopt_reads_the_codes_back(tmp_path: Path) -> None:
         assert torch.equal(found[name].bfloat16(), want), name
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_every_scheme_in_one_checkpoint(tmp_path: Path) -> None:
     """A layer in each scheme: mpq's reader of published checkpoints has every weight, the run is the plan's, both sections agree."""
     source = checkpoint(tmp_path / "model", "llama", torch.bfloat16, **WIDE)
