@@ -78,7 +78,7 @@ def quantization(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
     layers = {
         module: _algorithm(name)
         for op, name in lowered.items()
-        for module in model.one_by_one.get(op, (model.called.get(op, op),))
+        for module in model.one_by_one.get(op, (model.coded(op),))
     }
     algorithms = {algorithm["quant_algo"] for algorithm in layers.values()}
     told: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
