@@ -21,6 +21,7 @@ FLAGS = (
     "--no-sandbox",
     "--use-angle=swiftshader",
     "--enable-unsafe-swiftshader",
+    "--disable-gpu-compositing",  # which SwiftShader would do: ten times a page's own work
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",

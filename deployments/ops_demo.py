@@ -140,7 +140,7 @@ class Night:
                     None,
                 )
 
-            name, _ = until("a timing on a worker", timing, 300, 0.02)
+            name, _ = until("a timing on a worker", timing, 300, 0.1)
             self.services.kill(name)
         self.say(
             f"[red]kill -9[/] of Dask worker {name} in the middle of a timing; dask-late joins in its place"

@@ -30,13 +30,12 @@ def evaluate(run: Run, groups: TableRef, plans: Plans, blocks: TableRef) -> Tabl
     native = []
     if "et" in run.objectives:
         kinds, model = dict(read(groups).select("op", "kind").iter_rows()), run.spec.model
-        where = (kinds, model.base, model.device)
-        if run.spec.timing.engine == "vllm":
-            native = [
-                k for k, f in formats.items() if runs_in_vllm(f, kinds, model.base, model.device)
-            ]
-        else:
-            native = [k for k, f in formats.items() if run.place.ask(runs_natively, f, *where)]
+        where, vllm = (kinds, model.base, model.device), run.spec.timing.engine == "vllm"
+        native = [
+            key
+            for key, f in formats.items()
+            if (runs_in_vllm(f, *where) if vllm else run.place.ask(runs_natively, f, *where))
+        ]
     timed = [formats[k] for k in native]
     ttft = times_of_plans(run, groups, timed, "TTFT of plans") if timed else None
     rows = []

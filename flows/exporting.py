@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -45,29 +46,27 @@ def check_export(run: Run, groups: TableRef) -> None:
     else:
         there = _fingerprint(local_path(out)) == of
         check_target(local_path(out), run.subject.folder, ours or there, asked)
-    if part.to != "json":
-        allowed = allowed_of(run, groups, objective)
-        for place in range(1, max(map(len, allowed.formats.values()), default=0)):
-            formats = {op: may[min(place, len(may) - 1)] for op, may in allowed.formats.items()}
-            check_exportable(
-                formats,
-                run.spec.model.base,
-                run.subject.folder,
-                run.spec.engine,
-                run.spec.model.trust_remote_code,
-                part.to,
-            )
-        if part.to == "mxfp4":  # all layers' experts or none: may it be those of one alone?
-            first = next((op for op in allowed.formats if ".experts." in op), "")
-            formats = {
-                op: may[-1 if op.startswith(first.rpartition(".")[0]) else 0]
-                for op, may in allowed.formats.items()
-            }
-            model = run.spec.model
-            check_exportable(
-                *(formats, model.base, run.subject.folder, run.spec.engine),
-                *(model.trust_remote_code, part.to),
-            )
+    if part.to == "json":
+        return
+    model, allowed = run.spec.model, allowed_of(run, groups, objective).formats
+    for formats in _extremes(allowed, part.to):
+        check_exportable(
+            formats,
+            model.base,
+            run.subject.folder,
+            run.spec.engine,
+            model.trust_remote_code,
+            part.to,
+        )
+
+
+def _extremes(allowed: Mapping[str, Sequence[str]], to: str) -> Iterator[dict[str, str]]:
+    """Plans that have all that each op may take but base, one after the other."""
+    for place in range(1, max(map(len, allowed.values()), default=0)):
+        yield {op: may[min(place, len(may) - 1)] for op, may in allowed.items()}
+    if to == "mxfp4":  # it holds all layers' experts or none: may they be those of one layer alone?
+        first = next((op for op in allowed if ".experts." in op), "").rpartition(".")[0]
+        yield {op: may[-1 if op.startswith(first) else 0] for op, may in allowed.items()}
 
 
 def export_plan(run: Run, file: Path, text: TableRef) -> str:

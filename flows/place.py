@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from prefect import Task
@@ -45,34 +45,61 @@ class Place:
         return function(*args)
 
 
-class DaskPlace(Place):
-    """A Dask cluster: long tasks spread over its workers, short ones stay beside the flow."""
+class Cluster(Place):
+    """Long tasks spread over a cluster's workers, short ones stay beside the flow."""
 
     shared = True
+    kind: str
+    dying: tuple[
+        str, ...
+    ]  # what its exceptions are called, of workers that keep dying under a task
 
     def __init__(self, runner: Any, device: str):
         self._runner = runner
-        self.accelerators = len(_offering(runner.client))
+        self.accelerators = self._accelerators()
         self._device = self.ask(resolve, device)
+
+    def _accelerators(self) -> int:
+        raise NotImplementedError
+
+    def _on_accelerator(self) -> AbstractContextManager[Any]:
+        """Within, what is submitted waits for an accelerator of its own."""
+        raise NotImplementedError
 
     def submit(
         self, task: Task[..., Any], parameters: dict[str, Any], on: On
     ) -> PrefectFuture[Any]:
         """Start a task on a worker; on an accelerator's where the task needs it for itself or the model lies there."""
-        import dask
-
         if on == "flow":
             return super().submit(task, parameters, on)
-        if on == "accelerator" or self._device != "cpu":
-            if not self.accelerators:
-                raise _no_accelerator("dask", self._runner.address)
-            with dask.annotate(resources=ACCELERATOR):  # type: ignore[attr-defined]
-                return self._runner.submit(task, parameters)  # type: ignore[no-any-return]
-        return self._runner.submit(task, parameters)  # type: ignore[no-any-return]
+        there = on == "accelerator" or self._device != "cpu"
+        if there and not self.accelerators:
+            raise _no_accelerator(self.kind, self._runner.address)
+        with self._on_accelerator() if there else nullcontext():
+            return self._runner.submit(task, parameters)  # type: ignore[no-any-return]
 
     def result(self, future: PrefectFuture[Any]) -> Any:
         """As everywhere; workers that keep dying under one task are told in a sentence."""
-        return _dying(super().result(future), "KilledWorker")
+        result = super().result(future)
+        if type(result).__name__ not in self.dying:
+            return result
+        return MpqError(
+            f"The cluster's workers died again and again under one task ({result}): look at their memory and logs."
+        )
+
+
+class DaskPlace(Cluster):
+    """A Dask cluster."""
+
+    kind, dying = "dask", ("KilledWorker",)
+
+    def _accelerators(self) -> int:
+        return len(_offering(self._runner.client))
+
+    def _on_accelerator(self) -> AbstractContextManager[Any]:
+        import dask
+
+        return dask.annotate(resources=ACCELERATOR)  # type: ignore[attr-defined]
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` says on a worker that has the device."""
@@ -92,36 +119,19 @@ def _offering(client: Any) -> list[str]:
     ]
 
 
-class RayPlace(Place):
-    """A Ray cluster, in the same way: a timing takes one of the custom resource `accel`, and a GPU where it runs on one."""
+class RayPlace(Cluster):
+    """A Ray cluster: a timing takes one of the custom resource `accel`, and a GPU where it runs on one."""
 
-    shared = True
+    kind, dying = "ray", ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError")
 
-    def __init__(self, runner: Any, device: str):
-        self._runner = runner
-        self.accelerators = sum(_nodes().values())
-        self._device = self.ask(resolve, device)
+    def _accelerators(self) -> int:
+        return sum(_nodes().values())
 
-    def submit(
-        self, task: Task[..., Any], parameters: dict[str, Any], on: On
-    ) -> PrefectFuture[Any]:
-        """Start a task on a node; on an accelerator's where the task needs it for itself or the model lies there."""
+    def _on_accelerator(self) -> AbstractContextManager[Any]:
         from prefect_ray.context import remote_options
 
-        if on == "flow":
-            return super().submit(task, parameters, on)
-        if on == "accelerator" or self._device != "cpu":
-            if not self.accelerators:
-                raise _no_accelerator("ray", self._runner.address)
-            with remote_options(resources=ACCELERATOR, num_gpus=int(self._device != "cpu")):
-                return self._runner.submit(task, parameters)  # type: ignore[no-any-return]
-        return self._runner.submit(task, parameters)  # type: ignore[no-any-return]
-
-    def result(self, future: PrefectFuture[Any]) -> Any:
-        """As everywhere; nodes that keep dying under one task are told in a sentence."""
-        return _dying(
-            super().result(future), "WorkerCrashedError", "NodeDiedError", "OutOfMemoryError"
-        )
+        on_gpu = int(self._device != "cpu")
+        return remote_options(resources=ACCELERATOR, num_gpus=on_gpu)  # type: ignore[no-any-return]
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` says on a node that has the device."""
@@ -146,14 +156,6 @@ def _on_nodes(nodes: Sequence[str | None], function: Callable[..., Any], *args: 
         ray.remote(function).options(num_cpus=0, scheduling_strategy=w).remote(*args) for w in where
     ]
     return list(ray.get(asked, timeout=120))
-
-
-def _dying(result: Any, *names: str) -> Any:
-    if type(result).__name__ in names:
-        return MpqError(
-            f"The cluster's workers died again and again under one task ({result}): look at their memory and logs."
-        )
-    return result
 
 
 def _no_accelerator(kind: str, address: str) -> MpqError:
@@ -183,6 +185,15 @@ def placed(runner: RunnerSpec, device: str, timed: bool = True) -> Iterator[Plac
         yield place
 
 
+def _reach(address: str) -> None:
+    """Raise OSError where nothing listens at a scheduler's address: Dask's client would try for all of its ten seconds."""
+    from distributed.comm.addressing import parse_address, parse_host_port
+
+    transport, where = parse_address(address)
+    if transport in ("tcp", "tls"):
+        socket.create_connection(parse_host_port(where), timeout=10).close()
+
+
 @contextmanager
 def _dask(address: str, device: str) -> Iterator[Place]:
     try:
@@ -193,6 +204,7 @@ def _dask(address: str, device: str) -> Iterator[Place]:
     cluster = DaskTaskRunner(address=address, client_kwargs={"timeout": "10s"})
     with cluster:
         try:
+            _reach(address)
             workers = cluster.client.scheduler_info(n_workers=-1)["workers"]
         except (OSError, TimeoutError, ValueError) as error:
             raise MpqError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import os
 import sys
 import tempfile
@@ -20,13 +19,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # tables here are tiny: a second thread only waits for work; read when Polars is imported
 os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
-import numpy as np
 import preloaded
 import pytest
 import torch
 from small import ROOT
+from xdist.scheduler import LoadFileScheduling
 
 from deployments import processes
+from mpq.errors import MpqError
+from mpq.serving import EngineProcess, find_environment
+
+# files whose tests ask one process of vLLM: importing it takes longer than they do
+OF_VLLM = ("engine/test_served.py", "engine/test_times.py", "flows/test_serve_demo.py")
 
 # what is imported stays: looking for garbage among it takes a tenth of the tests' time
 gc.set_threshold(50_000, 20, 50)
@@ -57,6 +61,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=walks)
 
 
+class Scheduling(LoadFileScheduling):
+    """A file's tests go to one worker, and those of vLLM to the same."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return OF_VLLM[0] if file.endswith(OF_VLLM) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """How tests are spread over workers."""
+    return Scheduling(config, log)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[EngineProcess]:
+    """A process with vLLM's engines, on one thread; tests that need it are skipped where none is installed.
+
+    Nothing is compiled in it, which takes longer than these models run.
+    """
+    try:
+        environment = find_environment()
+    except MpqError as why:
+        pytest.skip(str(why))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        process = EngineProcess(environment, threads=1)
+    with process:
+        yield process
+
+
 @pytest.fixture(scope="session", autouse=True)
 def preloaded_services() -> Iterator[None]:
     """A cluster's processes and Prefect's commands are forked; a Prefect server or worker starts as it does elsewhere.
@@ -80,14 +114,7 @@ def preloaded_services() -> Iterator[None]:
 
 @pytest.fixture
 def reloaded_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export is reloaded in this process: that a fresh one can is tests/mpq/export's to show."""
-    from mpq.export import check, reload
+    """An export is reloaded in this process: test_export.py shows that a fresh one can."""
+    from small_export import reloaded
 
-    def reloaded(request: dict[str, Any], work: Path) -> tuple[np.ndarray, list[str], list[str]]:
-        asked, answer, out = (work / name for name in ("asked.json", "answer.json", "out.npy"))
-        asked.write_text(json.dumps({**request, "out": str(out), "answer": str(answer)}))
-        reload.main(asked)
-        found = json.loads(answer.read_text())
-        return np.load(out), found["differing"], found["caches_unread"]
-
-    monkeypatch.setattr(check, "reloaded", reloaded)
+    monkeypatch.setattr("mpq.export.check.reloaded", reloaded)

@@ -108,7 +108,7 @@ def small_spec(folder: Path) -> RunSpec:
                 "length": 16,
                 "repeats": 2,
                 "slice": None,
-                "limit": 64,
+                "limit": 16,
                 "target": None,
             },
             "objectives": {

@@ -107,7 +107,7 @@ sys.meta_path.insert(0, Absent())
 import mpq
 for name in mpq.__all__:
     getattr(mpq, name)
-pictures = ("mpq.report.style", "mpq.report.figures", "mpq.report.pareto", "mpq.report.maps", "mpq.report.accuracy_figures", "mpq.report.calibration_figure", "mpq.paper")
+pictures = ("mpq.report.style", "mpq.report.figures", "mpq.report.pareto_figure", "mpq.report.beside_figure", "mpq.report.maps", "mpq.report.accuracy_figures", "mpq.report.calibration_figure", "mpq.paper")
 gpu = ("mpq.kernels.fp8", "mpq.kernels.flash", "mpq.kernels.bgemm", "mpq.kernels.cuda")
 for module in pkgutil.walk_packages(mpq.__path__, "mpq."):
     if not module.name.startswith((*pictures, *gpu, "mpq.tasks", "mpq.flows", "mpq.__main__")):

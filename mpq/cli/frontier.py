@@ -47,7 +47,6 @@ def frontier(
 
     from mpq.cli.inventory import read_plan
     from mpq.report.pareto import pareto_of, plan_at, table_of_points
-    from mpq.report.pareto import picture as drawn
     from mpq.report.results import OBJECTIVES
     from mpq.report.runs import read_run
     from mpq.spec import BoundsSpec
@@ -73,6 +72,8 @@ def frontier(
     extra: dict[str, object] = {"objective": found.objective, "cost": found.cost}
     extra |= {"KL scale": found.scale.value} if found.cost == "kl" else {}
     if picture:
+        from mpq.report.pareto_figure import picture as drawn
+
         stream = io.BytesIO()
         drawn(found).savefig(stream, format=picture.suffix[1:], dpi=150)
         write_file(picture, stream.getvalue())

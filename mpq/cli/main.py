@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import logging
+import signal
 import sys
 from typing import Annotated
 
@@ -25,6 +26,8 @@ app = typer.Typer(
     "while the error of its loss stays under a bound that you set. Start with `mpq init MODEL`, then `mpq run SPEC.yaml`.",
 )
 
+INTERRUPTED = 128 + signal.SIGINT
+
 
 def main() -> None:
     """Run the CLI; a user's mistake is one sentence on stderr and exit code 2."""
@@ -38,6 +41,10 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # which typer does not tell
+            log.print("Interrupted.")
+        raise
     except MpqError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:

@@ -146,9 +146,10 @@ def report(
     if out and out.suffix in SUFFIXES:
         write_frame(results_table(tables), out)
     elif out and out.suffix == ".png" and others:
-        from mpq.report.beside_figure import png
+        from mpq.report.beside_figure import beside_others
+        from mpq.report.style import to_png
 
-        write_file(out, png(others))
+        write_file(out, to_png(beside_others(others)))
     elif out and out.suffix == ".png":
         from mpq.report.figures import frontier_png
 

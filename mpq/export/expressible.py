@@ -101,8 +101,9 @@ def _check_experts(op: str, formats: Mapping[str, str], engine: str) -> None:
     name, owner = formats[op], op.rpartition(".")[0]
     if name not in OF_EXPERTS.get(engine, ()):
         can = ", ".join(OF_EXPERTS.get(engine, ()))
+        told = f"experts for {engine} in {can} alone" if can else f"no experts for {engine}"
         raise MpqError(
-            f"{op} runs in {name} in this plan, but mpq writes experts for {engine} in {can} alone: solve again with those, or with *.experts.* pinned to base."
+            f"{op} runs in {name} in this plan, but mpq writes {told}: solve again with *.experts.* pinned to base{', or to one of those' if can else ''}."
         )
     others = {o: f for o, f in formats.items() if o.startswith(f"{owner}.") and f != name}
     if others and engine != "transformers":
@@ -124,16 +125,24 @@ def check_ties(formats: Mapping[str, str], base: str, model: Skeleton, engine: s
         )
 
 
-def check_linears(
-    lowered: Mapping[str, str], model: Skeleton, form: str, held: Collection[str]
+def check_held(
+    lowered: Mapping[str, str],
+    model: Skeleton,
+    form: str,
+    held: Collection[str],
+    of_experts: Collection[str] = (),
 ) -> None:
-    """Raise MpqError for lowered experts, and for schemes other than the `held` ones, of a `form` of checkpoint that has linears
-    alone."""
+    """Raise MpqError for schemes of linears other than the `held` ones, and of experts other than those `of_experts`, in a `form` of
+    checkpoint."""
     for op, name in lowered.items():
         if op in model.expert_ops:
-            raise MpqError(
-                f"{op} runs in {name} in this plan, but mpq writes lowered experts to compressed-tensors alone: export there, or pin *.experts.* to base and solve again."
-            )
+            if name not in of_experts or model.in_vllm_alone:
+                known = "" if model.in_vllm_alone else ", ".join(of_experts)
+                can = f"experts in {known} alone" if known else "no lowered experts of this model"
+                raise MpqError(
+                    f"{op} runs in {name} in this plan, but {form} has {can}: export to compressed-tensors, or pin *.experts.* to base and solve again."
+                )
+            continue
         if name not in held:
             raise MpqError(
                 f"{op} runs in {name} in this plan, which {form} cannot express: it can hold {', '.join(held)}; make the plan with those, or export to compressed-tensors."

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.export.expressible import check_linears
+from mpq.export.expressible import check_held as check_schemes
 from mpq.export.layout import Layout
 from mpq.export.skeleton import Skeleton
 from mpq.formats.scheme import get_scheme, with_fitted
@@ -34,6 +34,9 @@ _ALGORITHMS: dict[str, dict[str, Any]] = {
     "nvfp4a16": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
 }
 HELD = with_fitted(*_ALGORITHMS)
+# of these, what vLLM 0.32 reads a layer's experts in (quantization/modelopt.py: ModelOptMixedPrecisionConfig.get_quant_method): FP8
+# it takes for one scale a tensor
+OF_EXPERTS = with_fitted("mxfp8", "nvfp4", "nvfp4a16")
 # compressed-tensors' names of what is called otherwise here
 _NAMES = {
     "weight_packed": "weight",
@@ -43,12 +46,12 @@ _NAMES = {
 
 
 def check_held(lowered: Mapping[str, str], base: str, model: Skeleton) -> None:
-    """Raise MpqError for a base that no engine runs beside it, experts, and formats that it has no name for."""
+    """Raise MpqError for a base that no engine runs beside it, and formats that it has no name for."""
     if lowered and base == "fp32":
         raise MpqError(
             "Engines run ModelOpt's checkpoints in 16 bits, but the plan's base is fp32: make the plan with base bf16."
         )
-    check_linears(lowered, model, "a ModelOpt checkpoint", HELD)
+    check_schemes(lowered, model, "a ModelOpt checkpoint", HELD, OF_EXPERTS)
 
 
 def laid_out(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
@@ -69,16 +72,23 @@ def laid_out(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, Tensor]:
 def quantization(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
     """The content of hf_quant_config.json. Where several algorithms are there each op has its own in `quantized_layers`.
 
-    What stays in base is in `exclude_modules` in either case; ModelOpt itself leaves it out beside `quantized_layers`.
+    What stays in base is in `exclude_modules` in either case; ModelOpt itself leaves it out beside `quantized_layers`. Experts are
+    there one by one.
     """
-    layers = {model.called.get(op, op): _algorithm(name) for op, name in lowered.items()}
+    layers = {
+        module: _algorithm(name)
+        for op, name in lowered.items()
+        for module in model.one_by_one.get(op, (model.coded(op),))
+    }
     algorithms = {algorithm["quant_algo"] for algorithm in layers.values()}
     told: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
     if len(algorithms) == 1:
         told = next(iter(layers.values()))
-    every = (*model.linears, *model.weights, *(f"{name}*" for name in model.experts))
-    kept = sorted(model.called.get(op, op) for op in every if op not in lowered)
-    said = {**told, "kv_cache_quant_algo": None, "exclude_modules": kept}
+    owners = {op.rpartition(".")[0] for op in lowered}
+    held = (*model.linears, *model.weights)
+    kept = [model.called.get(op, op) for op in held if op not in lowered]
+    kept += [f"{model.called.get(n, n)}*" for n in model.experts if n not in owners]
+    said = {**told, "kv_cache_quant_algo": None, "exclude_modules": sorted(kept)}
     return {"producer": _PRODUCER, "quantization": said}
 
 

@@ -37,7 +37,7 @@ def shares_of(
     `engine` multiplies at once. An input's is that of its largest magnitude in `blocks`, of experts that of all. Raises MpqError
     where that is asked for without text."""
     pieces = {
-        piece.name.removesuffix(".weight"): piece
+        piece.module: piece
         for shard in shards
         for piece in shard.pieces
         if piece.format and get_scheme(piece.format).weights.scale == "e4m3"

@@ -150,10 +150,11 @@ def differing_values(
     formats: Mapping[str, str],
     base: str,
 ) -> list[str]:
-    """What of a model whose weights were read as values is not as the plan has it: each must be the source's, after its round
-    trip through the op's format, bit for bit."""
+    """What of a model whose weights were read as values is not as the plan has it: each linear's must be the source's, after its
+    round trip through the op's format, bit for bit."""
     dtype, files = getattr(torch, get_format(base).dtype), dict(tensors_by_file(source))
-    wrong = [f"the file holds no {op}" for op in formats if op not in names]
+    linears = {op for op, _ in model.named_modules()} & set(formats)
+    wrong = [f"the file holds no {op}" for op in sorted(linears) if op not in names]
     for op, (file, tensor) in names.items():
         want = files[file][tensor][...].to(dtype)
         if op in formats:
@@ -165,18 +166,20 @@ def differing_values(
 
 @contextmanager
 def rounding_inputs(model: nn.Module, formats: Mapping[str, str]) -> Iterator[None]:
-    """Within, what goes into each lowered linear is rounded as its scheme rounds activations."""
+    """Within, what goes into each lowered linear, and into experts, is rounded as its scheme rounds activations."""
+    modules = dict(model.named_modules())
 
     def rounds(fmt: Format) -> Callable[..., Tensor]:
         return lambda module, inputs: fake_quantize(inputs[0], fmt, "row")
 
     handles = [
-        model.get_submodule(op).register_forward_pre_hook(rounds(fmt))
+        modules[op].register_forward_pre_hook(rounds(fmt))
         for op, name in formats.items()
-        if (fmt := get_scheme(name).activations) is not None
+        if op in modules and (fmt := get_scheme(name).activations) is not None
     ]
     try:
-        yield
+        with rounding_experts(model, formats):
+            yield
     finally:
         for handle in handles:
             handle.remove()

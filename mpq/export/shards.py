@@ -56,6 +56,11 @@ class Piece:
     part: Part | None = None
     op: str = ""  # the op whose weight it is, or one expert's of it
 
+    @property
+    def module(self) -> str:
+        """Its name without the weight's."""
+        return self.name.removesuffix(".weight")
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -99,7 +104,7 @@ def shards_of(
             op, into = taken_from.get(name), ""
             kept = {model.written(tensor)}
             if op:  # what is tied to it stays in base, under names of its own
-                into = f"{model.called.get(op, op)}.weight"
+                into = f"{model.coded(op)}.weight"
                 kept = (kept | model.sharing(name) - names) - {into}
             elif op := of_experts.get(name):
                 into, kept = name, set()
@@ -117,7 +122,8 @@ def shards_of(
             if op:
                 parts: list[tuple[str, tuple[int, ...], Part | None]] = [(into, shape, None)]
                 if name == op and not stacked:
-                    parts = list(_one_by_one(name, tensor, shape))
+                    turned = shape != model.expert_shapes[op]
+                    parts = list(_one_by_one(name, tensor, shape, turned))
                 for to, each, part in parts:
                     _check_width(op, lowered[op], each)
                     coded = sum(sizes(get_scheme(lowered[op]), each).values())
@@ -216,7 +222,7 @@ def write_shard(
     for piece in shard.pieces:
         part = files[piece.file][piece.tensor]
         if piece.format:
-            module = piece.name.removesuffix(".weight")
+            module = piece.module
             of = whole(part, piece)
             scheme = get_scheme(piece.format)
             how = (scheme, dtype, piece.tensor, *shares.get(module, (None, None)))

@@ -25,11 +25,12 @@ from mpq.models.experts import dispatched, products_of
 from mpq.models.graph import build_on_meta
 from mpq.models.linears import is_linear
 
-# whose experts checkpoints keep in one tensor (experts, C, K), gate above up, and which vLLM 0.32 alone reads one by one, by the
-# names that it has for those of all others (fused_moe/routed_experts.py: build_expert_params_mapping; granitemoehybrid.py:
-# get_expert_mapping)
-_ONE_BY_ONE_IN_VLLM = ("granitemoe", "granitemoeshared", "granitemoe_swa", "granitemoehybrid")
-
+# whose experts checkpoints keep in one tensor, gate before up, and which vLLM 0.32 alone reads one by one, by the names that it has
+# for those of all others (fused_moe/routed_experts.py: build_expert_params_mapping; granitemoehybrid.py: get_expert_mapping)
+_ONE_BY_ONE_IN_VLLM = (
+    *("granitemoe", "granitemoeshared", "granitemoe_swa", "granitemoehybrid"),
+    "qwen3_vl_moe",
+)
 _ENDS = ("_scale", "_packed")  # what codes and scales add to the name of a weight
 
 
@@ -57,6 +58,7 @@ class Skeleton:
     prefix: str
     experts: tuple[str, ...] = ()  # modules that hold a layer's experts, fused or one by one
     expert_ops: tuple[str, ...] = ()  # the tensors in them that hold one product of all experts
+    expert_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of `expert_ops`
     weights: tuple[
         str, ...
     ] = ()  # modules with a matrix that are neither linears nor embeddings, such as routers
@@ -67,7 +69,12 @@ class Skeleton:
     attentions: tuple[str, ...] = ()  # of the decoder, those that keep keys and values of their own
     model_type: str = ""
     as_is: bool = False  # whether the checkpoint's names differ from these within a layer
-    called: Mapping[str, str] = field(default_factory=dict)  # linears, `weights` → so in the file
+    called: Mapping[str, str] = field(
+        default_factory=dict
+    )  # linears, `weights` and `experts` → what the file calls them, if otherwise
+    one_by_one: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # lowered `expert_ops` → each expert's modules in the file
 
     def name_of(self, tensor: str) -> str:
         """What the model calls a tensor of the checkpoint: old checkpoints leave the base model's prefix out, or have it alone,
@@ -82,15 +89,18 @@ class Skeleton:
 
     def written(self, tensor: str) -> str:
         """What a tensor of the checkpoint is called once more: as in the model, which differs by what holds the layers at most; but
-        as it is where transformers has other names within a layer, since engines know the checkpoint's alone there. Not so
-        where transformers would not know a linear's scales again by them."""
+        as it is where transformers has other names within a layer, since engines know the checkpoint's alone there."""
         name, prefix = self.name_of(tensor), f"{self.prefix}."
         if not self.as_is or name in (f"{prefix}{tensor}", tensor.removeprefix(prefix)):
             return name
-        of_linear = name.removesuffix(".weight") in self.linears
-        if of_linear and any(f"{name}{end}" not in self._names(f"{tensor}{end}") for end in _ENDS):
-            return name
         return tensor
+
+    def coded(self, op: str) -> str:
+        """What a lowered linear is called in the file: as the rest of it, but as in the model where transformers would not know its
+        scales again."""
+        name = self.called.get(op, op)
+        known = (f"{op}.weight{end}" in self._names(f"{name}.weight{end}") for end in _ENDS)
+        return name if all(known) else op
 
     def names_in_file(self, module: str) -> tuple[str, ...]:
         """What the checkpoint, and so an engine, calls a module, and what transformers does: each looks for its own."""
@@ -161,6 +171,12 @@ def skeleton(config: Any, tensors: Collection[str] = ()) -> Skeleton:
             if dispatched(m)
             for product in products_of(m)
         ),
+        expert_shapes={
+            f"{n}.{product}": tuple(getattr(m, product).shape)
+            for n, m in modules.items()
+            if dispatched(m)
+            for product in products_of(m)
+        },
         weights=tuple(
             n
             for n, m in modules.items()
@@ -179,10 +195,13 @@ def skeleton(config: Any, tensors: Collection[str] = ()) -> Skeleton:
     )
     as_is = any(_in_layer(found.name_of(tensor)) != _in_layer(tensor) for tensor in tensors)
     found, called = replace(found, as_is=as_is), {}
+    matrices = {*found.linears, *found.weights}
     for tensor in tensors if as_is else ():
+        if (of := re.match(r"(.*[.]experts)[.]0[.]", tensor)) and (op := found.expert_op(tensor)):
+            called[op.rpartition(".")[0]] = of[1]
         name, written = found.name_of(tensor), found.written(tensor)
         module = name.removesuffix(".weight")
-        if written != name and module in (*found.linears, *found.weights):
+        if written != name and module in matrices:
             called[module] = written.removesuffix(".weight")
     return replace(found, called=called)
 

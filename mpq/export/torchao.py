@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.export.codes import sizes_of
-from mpq.export.expressible import check_linears
+from mpq.export.expressible import check_held as check_schemes
 from mpq.export.layout import Layout
 from mpq.export.shards import Shard
 from mpq.export.skeleton import Skeleton
@@ -71,7 +71,7 @@ _VERSION = 2  # of each of these configurations
 
 def check_held(lowered: Mapping[str, str], base: str, model: Skeleton) -> None:
     """Raise MpqError for experts, and formats that torchao has no stable tensor for."""
-    check_linears(lowered, model, "a torchao checkpoint", HELD)
+    check_schemes(lowered, model, "a torchao checkpoint", HELD)
 
 
 def sizes(scheme: Scheme, shape: tuple[int, ...]) -> dict[str, int]:

@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,11 @@ class Writing:
         limit, sizes = shard_bytes or SHARD_BYTES, self.layout.sizes
         how = (limit, sizes, self.layout.stacked)
         self.shards = shards_of(source, self.model, self.lowered, base, *how)
+        one_by_one: dict[str, tuple[str, ...]] = {}
+        for piece in (piece for shard in self.shards for piece in shard.pieces if piece.format):
+            if piece.op in self.model.expert_ops:
+                one_by_one[piece.op] = (*one_by_one.get(piece.op, ()), piece.module)
+        self.model = replace(self.model, one_by_one=one_by_one)
 
     def run(
         self,

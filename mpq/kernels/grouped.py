@@ -55,7 +55,7 @@ def operand_of(weights: Tensor, fmt: Format, perturb: float = 1.0) -> Operand:
     else:
         up = (0, -weights.shape[2] % bgemm.PADDING, 0, -weights.shape[1] % scaled.MULTIPLE)
         each = []
-        for weight in nn.functional.pad(weights, up):
+        for weight in (nn.functional.pad(w, up) for w in weights):
             scale = scale_of(weight, fmt, "row") * perturb
             each.append(Operand(quantize(weight, fmt, scale), scale.flatten()))
     return Operand(torch.stack([e.codes for e in each]), torch.stack([e.scales for e in each]))

@@ -42,9 +42,9 @@ def attention_gains(groups: pl.DataFrame, timing: pl.DataFrame, base: str) -> pl
         .agg(n=pl.col("group").n_unique(), first=pl.col("order").min())
         .sort("n", "first", descending=[True, False])["signature"][0]
     )
-    one = attention.filter(pl.col("signature") == signature)
+    one = attention.filter(signature=signature)
     ops = one.filter(pl.col("group") == one["group"].min()).sort("order")
-    rows = timing.filter(pl.col("signature") == signature).unique(
+    rows = timing.filter(signature=signature).unique(
         "configuration", keep="first", maintain_order=True
     )
     alone: dict[tuple[int, str], float] = {}

@@ -6,7 +6,6 @@ with a sentence that says what is missing.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from mpq.report.results import (
     results_table,
     table_of,
 )
-from mpq.report.style import in_order, legend, log_axis, new_figure, standalone_svg, to_svg
+from mpq.report.style import in_order, legend, log_axis, new_figure, standalone_svg, to_png, to_svg
 
 ONE_SPEED = ", times scaled to one speed of the machine by base's own"
 
@@ -60,7 +59,7 @@ def paper_figures(tables: Tables, base: str = "") -> list[Drawn]:
     no_accuracy = "no task's accuracy was evaluated"
 
     def accuracy(objective: str) -> str:
-        if scores.filter(pl.col("objective") == objective).is_empty():
+        if scores.filter(objective=objective).is_empty():
             if rows.is_empty():
                 return no_accuracy
             return f"no plan of the objective {objective} was evaluated on every task"
@@ -118,8 +117,7 @@ def paper_figures(tables: Tables, base: str = "") -> list[Drawn]:
         (
             "7",
             "Accuracy difference against TTFT, each task",
-            (no_accuracy if rows.filter(pl.col("objective") == "et").is_empty() else "")
-            or no_x(results, "et"),
+            (no_accuracy if rows.filter(objective="et").is_empty() else "") or no_x(results, "et"),
             lambda: accuracy_per_task(by_tau(rows), results),
         ),
         (
@@ -149,7 +147,7 @@ def ops_lowered(plans: pl.DataFrame, groups: pl.DataFrame, base: str) -> Figure:
     """
     panels: list[list[tuple[str, dict[str, str]]]] = []
     for objective in OBJECTIVES:
-        of = plans.filter(pl.col("objective") == objective)
+        of = plans.filter(objective=objective)
         own = (
             of.filter(pl.col("strategy").str.starts_with("ip_"))
             if of["strategy"].str.starts_with("ip_").any()
@@ -165,7 +163,7 @@ def ops_lowered(plans: pl.DataFrame, groups: pl.DataFrame, base: str) -> Figure:
         at = of.filter(pl.col("tau") == shares["tau"][0])
         row = []
         for strategy in in_order(at["strategy"]):
-            mine = at.filter(pl.col("strategy") == strategy)
+            mine = at.filter(strategy=strategy)
             first = mine.filter(pl.col("seed") == mine["seed"].min())
             row.append(
                 (
@@ -186,7 +184,7 @@ def loss_against_gain(results: pl.DataFrame) -> Figure:
     ).drop_nulls("measured_ttft_s")
     rows = rows.with_columns(gain=pl.col("carried_gain_s") * 1e3).sort("tau")
     for strategy in in_order(rows["strategy"]):
-        of = rows.filter(pl.col("strategy") == strategy)
+        of = rows.filter(strategy=strategy)
         # an error bar down to zero and below has no place on a logarithmic axis
         spread = of.select(
             s=pl.min_horizontal(pl.col("measured_loss_mse_std"), 0.95 * pl.col("measured_loss_mse"))
@@ -213,9 +211,7 @@ def write_figures(tables: Tables, folder: Path, base: str = "") -> list[str]:
             if drawn.figure is None:
                 left_out.append(f"Figure {drawn.number} is left out: {drawn.why}.")
                 continue
-            out = io.BytesIO()
-            drawn.figure.savefig(out, format="png", dpi=200, facecolor="white")
-            (folder / f"figure_{drawn.number}.png").write_bytes(out.getvalue())
+            (folder / f"figure_{drawn.number}.png").write_bytes(to_png(drawn.figure, 200))
             svg = standalone_svg(to_svg(drawn.figure, f"figure-{drawn.number}-", drawn.caption))
             (folder / f"figure_{drawn.number}.svg").write_text(svg, encoding="utf-8")
         table = table_1(tables)

@@ -67,7 +67,7 @@ def table_1(tables: Tables) -> pl.DataFrame:
 
 
 def _has(rows: pl.DataFrame, task: str, metric: str) -> bool:
-    return not rows.filter((pl.col("task") == task) & (pl.col("metric") == metric)).is_empty()
+    return not rows.filter(task=task, metric=metric).is_empty()
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

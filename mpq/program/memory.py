@@ -65,6 +65,21 @@ def bytes_of(op: Mapping[str, Any], name: str, base: str) -> float:
     return float(weights.bits / 8 * op["parameters"] + _scale_bytes(op, weights))
 
 
+def with_bytes(ops: pl.DataFrame, base: str) -> pl.DataFrame:
+    """Rows of the groups table with a column `format` ("" for none), and a column `bytes` beside it: bytes_of, 0 for no format.
+
+    A model has thousands of ops and tens of shapes: each is counted once.
+    """
+    shape = [c for c in ops.columns if c not in ("group", "order", "op", "signature")]
+    shapes = ops.select(shape).unique()
+    each = [
+        bytes_of(row, row["format"], base) if row["format"] else 0.0
+        for row in shapes.iter_rows(named=True)
+    ]
+    counted = shapes.with_columns(bytes=pl.Series(each, dtype=pl.Float64))
+    return ops.join(counted, on=shape, nulls_equal=True)
+
+
 def _scale_bytes(op: Mapping[str, Any], weights: Format) -> float:
     """Bytes of the scales of an op's weights: one for each row, or for each block, the last of which may be short.
 

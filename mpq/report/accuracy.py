@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from mpq.report.results import OBJECTIVES, STRATEGIES, Tables, table_of
+from mpq.report.results import KEYS, OBJECTIVES, STRATEGIES, Tables, table_of
 
 HELD_OUT = "loss"  # the task that is the held-out text itself
 AVERAGE = "average"  # over tasks, beside the tasks' own names
@@ -21,7 +21,6 @@ TASKS = {
     AVERAGE: "Average of the tasks",
 }
 METRICS = {"acc": "accuracy difference (points)", "perplexity": "perplexity difference (%)"}
-KEYS = ["objective", "strategy", "tau"]
 DRAW = ["plan_seed", "seed"]
 
 
@@ -51,13 +50,13 @@ def differences(tables: Tables) -> pl.DataFrame:
 
 def tasks_of(rows: pl.DataFrame) -> list[str]:
     """The tasks with an accuracy, in the paper's order; others behind them by name."""
-    found = set(rows.filter(pl.col("metric") == "acc")["task"])
+    found = set(rows.filter(metric="acc")["task"])
     return [t for t in TASKS if t in found] + sorted(found - set(TASKS))
 
 
 def averages(rows: pl.DataFrame) -> pl.DataFrame:
     """The accuracy difference averaged over tasks, for each τ, draw and seed that has all tasks."""
-    acc = rows.filter(pl.col("metric") == "acc")
+    acc = rows.filter(metric="acc")
     mean = acc.group_by([*KEYS, *DRAW]).agg(
         pl.col("difference").mean(), n=pl.col("task").n_unique()
     )

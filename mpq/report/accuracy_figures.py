@@ -8,7 +8,17 @@ from matplotlib.figure import Figure
 
 from mpq.report.accuracy import AVERAGE, name_of_task, tasks_of
 from mpq.report.results import OBJECTIVES, name_of_time
-from mpq.report.style import INK, SMALL, dress, in_order, legend, legend_name, look, new_figure
+from mpq.report.style import (
+    INK,
+    dress,
+    figure_legend,
+    handles_of,
+    in_order,
+    legend,
+    legend_name,
+    look,
+    new_figure,
+)
 
 
 def no_x(results: pl.DataFrame, objective: str) -> str:
@@ -21,9 +31,13 @@ def no_x(results: pl.DataFrame, objective: str) -> str:
 
 
 def with_x(results: pl.DataFrame, objective: str) -> pl.DataFrame:
-    """The objective's results with `x`: TTFT, or the time of whole answers (ms), measured if any was, else predicted; MAC time
-    gained (billion BF16 MACs); memory of the linears' weights, and of the cache where that was decided (MB)."""
-    of = results.filter(pl.col("objective") == objective)
+    """The objective's results with `x`, what they gain.
+
+    For et TTFT, or the time of whole answers (ms), measured if any was, else predicted; for tt MAC
+    time gained (billion BF16 MACs); for m memory of the linears' weights, and of the cache where
+    that was decided (MB).
+    """
+    of = results.filter(objective=objective)
     timed = of["carried_time_s"].is_not_null().any()
     x = {
         "et": pl.col("carried_time_s" if timed else "predicted_time_s"),
@@ -55,7 +69,7 @@ def accuracy_against(scores: pl.DataFrame, results: pl.DataFrame, objective: str
     `accuracy.by_tau`'s, with the average among the tasks.
     """
     figure, (axes,) = new_figure(4.8, 3.7)
-    _draw_accuracy(axes, scores.filter(pl.col("task") == AVERAGE), results, objective)
+    _draw_accuracy(axes, scores.filter(task=AVERAGE), results, objective)
     axes.set_ylabel("Accuracy difference to base (points)")
     axes.set_xlabel(_x_label(results, objective))
     legend(axes)
@@ -67,7 +81,7 @@ def _x_label(results: pl.DataFrame, objective: str) -> str:
         return "MAC time gained (billion BF16 MACs)"
     if objective == "m":
         return "Memory of linear weights (MB)"
-    of = results.filter(pl.col("objective") == "et")
+    of = results.filter(objective="et")
     return f"{name_of_time(of)}, {'measured' if of['measured_ttft_s'].is_not_null().any() else 'predicted'} (ms)"
 
 
@@ -75,7 +89,7 @@ def _draw_accuracy(axes: Axes, scores: pl.DataFrame, results: pl.DataFrame, obje
     rows = with_x(results, objective).join(scores, on=["objective", "strategy", "tau"]).sort("tau")
     axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="base model")
     for strategy in in_order(rows["strategy"]):
-        of = rows.filter(pl.col("strategy") == strategy)
+        of = rows.filter(strategy=strategy)
         draw_series(axes, strategy, of["x"], of["mean"], of["std"])
     axes.margins(0.06)
 
@@ -83,12 +97,12 @@ def _draw_accuracy(axes: Axes, scores: pl.DataFrame, results: pl.DataFrame, obje
 def accuracy_per_task(scores: pl.DataFrame, results: pl.DataFrame) -> Figure:
     """Each task's accuracy difference (points) against TTFT, and its perplexity difference (%)
     where it has one: the paper's figure 7. `scores` is `accuracy.by_tau`'s."""
-    of = scores.filter(pl.col("objective") == "et")
+    of = scores.filter(objective="et")
     panels = [
         (task, metric)
         for task in tasks_of(of)
         for metric in ("acc", "perplexity")
-        if not of.filter((pl.col("task") == task) & (pl.col("metric") == metric)).is_empty()
+        if not of.filter(task=task, metric=metric).is_empty()
     ]
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
@@ -96,7 +110,7 @@ def accuracy_per_task(scores: pl.DataFrame, results: pl.DataFrame) -> Figure:
     for i, (task, metric) in enumerate(panels):
         axes = figure.add_subplot(lines, columns, i + 1)
         dress(axes)
-        here = of.filter((pl.col("task") == task) & (pl.col("metric") == metric))
+        here = of.filter(task=task, metric=metric)
         _draw_accuracy(axes, here, results, "et")
         axes.set_title(
             f"{name_of_task(task)}, {'accuracy' if metric == 'acc' else 'perplexity'}",
@@ -106,14 +120,5 @@ def accuracy_per_task(scores: pl.DataFrame, results: pl.DataFrame) -> Figure:
         )
         axes.set_ylabel("Difference (points)" if metric == "acc" else "Difference (%)")
         axes.set_xlabel(_x_label(results, "et"))
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside upper center",
-        ncols=4,
-        frameon=False,
-        fontsize=SMALL,
-        labelcolor=INK,
-    )
+    figure_legend(figure, handles_of(figure), "outside upper center", 4)
     return figure

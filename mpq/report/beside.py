@@ -1,14 +1,15 @@
-"""Other tools' plans beside a run's own: KL against size, all of them counted as the others' table counts sizes.
+"""Other tools' plans beside a run's own: KL against size, counted as the others' table counts it.
 
 The table has a row a plan: `tool`, `kl` as measured (nats per token), and one of
 
 - `weight_bytes`: bytes of all linears and experts, scales counted;
 - `effective_bits`: the same as mean bits a weight;
-- `bits`: mean bits a weight of the linears but the head, as ModelOpt and auto-round count them and bench/peers/compare.py
-  writes them: a block's scale counts, a row's does not, and base is 16 bits whatever it runs in.
+- `bits`: mean bits a weight of the linears but the head, as ModelOpt and auto-round count and
+  bench/peers/compare.py writes them: a block's scale counts, a row's does not, and base is 16 bits
+  whatever it runs in.
 
-It may have `case`, what the tools were asked for, which gets a panel each; and `fingerprint`, `checkpoint` and `base`, by which
-the plans of another model are told.
+It may have `case`, what the tools were asked for: each case is a panel. By `fingerprint`,
+`checkpoint` and `base`, where it has them, plans of another model are refused.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ COUNTS = {
 class Beside:
     """Plans by `size`, in the unit of `count`, and `kl` (nats per token).
 
-    `others` have a tool and a case, and as `own_kl` what the run's own plan of at most that size has by prediction; `measured`
-    are the run's plans (strategy); `frontier` is what the run's formats give, by prediction. `matched` says by what the
-    others are known to be of this model.
+    `others` have a tool and a case, and `own_kl`, the predicted KL of the run's own plan of at most
+    that size; `measured` are the run's own plans, as measured, and `frontier` all that its formats
+    give, as predicted. `matched` says by what the others are known to be of this model.
     """
 
     count: str
@@ -121,7 +122,8 @@ class _Sizes:
 def beside(frame: pl.DataFrame, file: str, tables: Tables, facts: Mapping[str, str]) -> Beside:
     """The plans of a table, called `file`, beside those of a run.
 
-    Raises MpqError for a table that is none of such plans, or of another checkpoint or base, and for a run without KL.
+    Raises MpqError for a table that is none of such plans, or of another checkpoint or base, and
+    for a run without KL.
     """
     count = _count_of(frame, file)
     rows, matched = _of_this_model(frame, file, facts)
@@ -204,7 +206,10 @@ def _of_this_model(
 
 
 def _check_values(rows: pl.DataFrame, file: str, count: str, bits: float) -> None:
-    """Raises MpqError for what can be no KL, and no size of this model (`bits` × it are those of a weight)."""
+    """Raises MpqError for what can be no KL, and for what can be no size of this model.
+
+    `bits` × a size are the bits of a weight.
+    """
     for column, low, high, what in (
         ("kl", 0.0, math.inf, "nats per token, at least 0"),
         (count, BITS[0] / bits, BITS[1] / bits, f"{COUNTS[count].name.lower()} of this model"),
@@ -221,7 +226,7 @@ def _check_values(rows: pl.DataFrame, file: str, count: str, bits: float) -> Non
 
 
 def _gains_with_kl(tables: Tables) -> tuple[str, pl.DataFrame]:
-    """Of memory's gains, where the run has those: the others know the same sensitivities, but fewer choices."""
+    """Memory's gains where the run has them: others know the same sensitivities, fewer choices."""
     gains = tables.get("gains")
     for objective in reversed(OBJECTIVES):
         of = gains.filter(objective=objective) if gains is not None else pl.DataFrame()
@@ -233,7 +238,7 @@ def _gains_with_kl(tables: Tables) -> tuple[str, pl.DataFrame]:
 
 
 def _measured(tables: Tables, objective: str, sizes: _Sizes) -> pl.DataFrame:
-    """The run's own plans for that objective, of the program and in one format, as far as their KL was measured."""
+    """The run's plans for that objective, the program's and uniform ones, whose KL was measured."""
     results = plan_results(tables).filter(pl.col("measured_kl") > 0, objective=objective)
     results = results.filter(pl.col("strategy").str.contains("^(ip|uniform)_"))
     plan = ["objective", "strategy", "tau"]

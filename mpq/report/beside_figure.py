@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-
 import polars as pl
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,6 +17,8 @@ from mpq.report.style import (
     SKY,
     SMALL,
     dress,
+    figure_legend,
+    handles_of,
     in_order,
     legend_name,
     log_axis,
@@ -35,8 +34,11 @@ LOOKS = [  # of tools, in the order of the table
 
 
 def beside_others(found: Beside) -> Figure:
-    """KL (log) against size, a panel for each case: a mark a plan of another tool, joined tool by tool; the run's frontier by
-    prediction as a line, and its own plans as measured."""
+    """KL (log) against size, a panel for each case.
+
+    A mark is a plan as measured, other tools' joined tool by tool; the run's own frontier is a line,
+    as predicted.
+    """
     cases = found.others["case"].unique(maintain_order=True).to_list()
     tools = found.others["tool"].unique(maintain_order=True).to_list()
     across = min(COLUMNS, len(cases))
@@ -54,19 +56,8 @@ def beside_others(found: Beside) -> Figure:
             axes.set_ylabel("KL from base (nats per token)")
         if i >= len(cases) - across:
             axes.set_xlabel(f"{COUNTS[found.count].name} ({COUNTS[found.count].unit})")
-    handles = dict[str, Artist]()
-    for axes in figure.axes:
-        lines, names = axes.get_legend_handles_labels()
-        handles |= dict(zip(names, lines, strict=True))
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside upper left",
-        ncols=2 * across if len(cases) > 1 else 3,
-        frameon=False,
-        fontsize=SMALL,
-        labelcolor=INK,
-    )
+    columns = 2 * across if len(cases) > 1 else 3
+    figure_legend(figure, handles_of(figure), "outside upper left", columns)
     return figure
 
 
@@ -104,10 +95,3 @@ def _draw_others(axes: Axes, found: Beside, rows: pl.DataFrame, tools: list[str]
             zorder=3,
             label=tool,
         )
-
-
-def png(found: Beside) -> bytes:
-    """The picture on white."""
-    out = io.BytesIO()
-    beside_others(found).savefig(out, format="png", dpi=150, facecolor="white")
-    return out.getvalue()

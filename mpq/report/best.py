@@ -30,10 +30,11 @@ _BOUNDED = {"budget": "measured_loss_mse", "kl_bound": "measured_kl"}  # bound, 
 class Outline:
     """What people ask of a plan: how fast, how large, how much worse. None where not measured.
 
-    Times in seconds as they were measured, `gain_half_s` half the 95 % interval of the time
-    saved; of answers of `output` tokens the times of each after the first, `tpot_s`, and of all, `base_time_s`; `weight_bytes` of
-    the linears, `cache_bytes` of keys and values where that was decided; `perplexity_change` relative to base's; `kl` (nats per
-    token) as measured, else as predicted; `within` says whether what was measured stays in the
+    Times in seconds as they were measured: `ttft_s`, to the first token; `tpot_s`, to each further
+    one of answers of `output` tokens; `base_time_s`, base's for the whole answer; `gain_s`, saved,
+    with half its 95 % interval. `weight_bytes` are those of the linears, `cache_bytes` those of keys
+    and values where that was decided; `perplexity_change` is relative to base's; `kl` (nats per
+    token) is measured, or else predicted; `within` says whether what was measured stays in the
     plan's bounds.
     """
 
@@ -234,11 +235,8 @@ def _most(rows: Sequence[Row]) -> Row:
 
 def _loosest(tables: Tables, objective: str) -> dict[str, float]:
     """The largest bounds that were asked for under an objective, by column of the solutions."""
-    asked = table_of(tables, "solutions").filter(
-        (pl.col("objective") == objective)
-        & ~pl.col("strategy").str.starts_with("uniform_")
-        & (pl.col("strategy") != LEAST_LOSS)
-    )
+    own = table_of(tables, "solutions").filter(objective=objective)
+    asked = own.filter(pl.Series([has_tau(s) for s in own["strategy"]], dtype=pl.Boolean))
     largest = {column: asked[column].max() for column in _BOUNDED}
     return {column: float(v) for column, v in largest.items() if v is not None}  # type: ignore[arg-type]
 

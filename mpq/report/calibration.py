@@ -1,4 +1,4 @@
-"""Whether the calibration text was long enough, as the report tells it (program/stability.py has how)."""
+"""Whether the calibration text was long enough, as the report tells it (how: stability.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from mpq.report.sheets import Sheet
 
 @dataclass(frozen=True)
 class Calibration:
-    """The curve of one objective's plan under one bound (in words), and of how many samples the run's own tables are."""
+    """The curve of one objective's plan under one bound (in words).
+
+    `samples` is of how many samples the run's own tables are.
+    """
 
     objective: str
     bound: str

@@ -11,9 +11,9 @@ from mpq.report.style import BLUE, INK, RED, SMALL, legend, new_figure
 
 
 def enough_calibration(found: Calibration) -> Figure:
-    """What two calibrations lower alike, and how far a plan's cost is known, over the number of samples (log₂).
+    """What two calibrations lower alike, and how far a plan's cost is known, over samples (log₂).
 
-    Dashed lines are what is enough of each; a vertical one is at the samples that the run has.
+    A dashed line says what is enough of each, a vertical one how many samples the run has.
     """
     figure, (axes,) = new_figure(4.8, 3.4)
     samples = [at.samples for at in found.curve]

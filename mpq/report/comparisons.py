@@ -84,7 +84,7 @@ def _gap(
     rows: pl.DataFrame, own: str, other: str, finite: Sequence[float]
 ) -> tuple[float, float | None]:
     """The difference of two strategies' means, and its standard error."""
-    a, b = (_mean_error(_repeats(rows.filter(pl.col("strategy") == s))) for s in (own, other))
+    a, b = (_mean_error(_repeats(rows.filter(strategy=s))) for s in (own, other))
     known = a[1] is not None and b[1] is not None
     return a[0] - b[0], math.hypot(a[1], b[1], *finite) if known else None  # type: ignore[arg-type]
 
@@ -108,10 +108,9 @@ def _mean_error(values: list[float]) -> tuple[float, float | None]:
 def _on_accuracy(tables: Tables) -> list[Comparison]:
     rows = differences(tables)
     tasks = tasks_of(rows)
-    acc = rows.filter(pl.col("metric") == "acc")
-    error = table_of(tables, "evaluation").filter(
-        (pl.col("metric") == "acc_diff_stderr") & pl.col("value").is_finite()
-    )
+    acc = rows.filter(metric="acc")
+    evaluation = table_of(tables, "evaluation").filter(pl.col("value").is_finite())
+    error = evaluation.filter(metric="acc_diff_stderr")
     means = error.group_by("objective", "strategy", "task").agg(pl.col("value").mean() * 100)
     questions: dict[str, dict[Any, float]] = {task: {} for task in tasks}
     for objective, strategy, task, value in means.iter_rows():
@@ -123,7 +122,7 @@ def _on_accuracy(tables: Tables) -> list[Comparison]:
     }
     out = _compare(averages(rows), AVERAGE, 1, together) if len(tasks) > 1 else []
     for task in tasks:
-        out += _compare(acc.filter(pl.col("task") == task), task, 1, questions[task])
+        out += _compare(acc.filter(task=task), task, 1, questions[task])
     return out
 
 
@@ -133,9 +132,7 @@ def _on_loss(tables: Tables) -> list[Comparison]:
     A τ at which some plan lowers nothing has no ratio. It is left out for all strategies, or that
     plan's other τ would weigh more.
     """
-    rows = table_of(tables, "evaluation").filter(
-        (pl.col("metric") == LOSS) & (pl.col("task") == "loss")
-    )
+    rows = table_of(tables, "evaluation").filter(metric=LOSS, task="loss")
     rows = rows.filter((pl.col("value") > 0).all().over("objective", "tau"))
     return _compare(rows.with_columns(difference=pl.col("value").log()), LOSS, -1)
 

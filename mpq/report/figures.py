@@ -1,13 +1,12 @@
 """The report's pictures of what plans gain and cost: the frontier, and predicted against measured.
 
-Each is a function from a table to a matplotlib Figure; drawing.py says how they look and how they
+Each is a function from a table to a matplotlib Figure; style.py says how they look and how they
 get into HTML. A strategy is a line over τ; a uniform plan, of no τ, is a point.
 """
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import polars as pl
 from matplotlib.axes import Axes
@@ -40,22 +39,23 @@ from mpq.report.style import (
     log_axis,
     look,
     new_figure,
+    to_png,
     to_svg,
 )
 
 if TYPE_CHECKING:
     from mpq.report.beside import Beside
 
+Quantity = Literal["loss", "kl", "ttft", "gain"]
 Pictures = list[tuple[str, str]]  # caption, SVG
 
 
 def frontier(results: pl.DataFrame, objective: str = "et") -> Figure:
     """What plans cost as measured (log) against what the objective gains, a line for each strategy.
 
-    The cost is KL (nats a token) where that bounds plans, else the loss MSE (nats²).
-
-    `et`: against the measured time (TTFT, or that of whole answers) in ms, at the speed that the machine had while configurations
-    were timed (drift.py; predicted where no plan was timed), base's as a line. Others:
+    The cost is KL (nats a token) where that bounds plans, else the loss MSE (nats²). For `et` it is
+    drawn against time (ms): TTFT, or that of whole answers, as measured and scaled to the speed of
+    timing (drift.py), or as predicted where no plan was timed; base's is a line. For the others,
     against the predicted gain. `results` is `results_table`'s.
     """
     figure, (axes,) = new_figure(4.8, 3.7)
@@ -64,7 +64,7 @@ def frontier(results: pl.DataFrame, objective: str = "et") -> Figure:
 
 
 def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
-    rows = results.filter((pl.col("objective") == objective) & (pl.col("measured_loss_mse") > 0))
+    rows = results.filter(pl.col("measured_loss_mse") > 0, objective=objective)
     unit = OBJECTIVES[objective]
     timed = rows["measured_ttft_s"].is_not_null().any()
     time = "carried_time_s" if timed else "predicted_time_s"
@@ -74,7 +74,7 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
     rows = rows.with_columns(y=pl.col(cost))
     with_program = rows["strategy"].str.starts_with("ip_").any()
     for strategy in in_order(rows["strategy"]):
-        of = rows.filter(pl.col("strategy") == strategy)
+        of = rows.filter(strategy=strategy)
         axes.plot(of["x"], of["y"], **look(strategy), label=legend_name(strategy))
         if strategy.startswith("ip_") or (not with_program and strategy in STRATEGIES):
             _mark_ends(axes, of, objective)
@@ -97,14 +97,14 @@ def _draw_frontier(axes: Axes, results: pl.DataFrame, objective: str) -> None:
 
 
 def _cost(rows: pl.DataFrame) -> tuple[str, str]:
-    """The column that says what plans cost, and its axis: KL where it bounds some and was measured of all."""
+    """What plans cost, its column and its axis: KL where it bounds some and was measured of all."""
     if rows["kl_bound"].is_not_null().any() and (rows["measured_kl"] > 0).all():
         return "measured_kl", "KL from base, measured (nats a token)"
     return "measured_loss_mse", "Loss MSE, measured (nats²)"
 
 
 def _mark_ends(axes: Axes, of: pl.DataFrame, objective: str) -> None:
-    """The bound at both ends of a line. The lower label stands away from others' lines, which gain less."""
+    """The bound at both ends of a line; the lower one away from others' lines, which gain less."""
     low = (-6, -11, "right") if objective == "et" else (6, -11, "left")
     for i, (right, up, side) in {0: low, of.height - 1: (6, 6, "left")}.items():
         axes.annotate(
@@ -118,71 +118,75 @@ def _mark_ends(axes: Axes, of: pl.DataFrame, objective: str) -> None:
         )
 
 
-def predicted_against_measured(
-    plans: pl.DataFrame, what: Literal["loss", "kl", "ttft", "gain"]
-) -> Figure:
+class Compared(NamedTuple):
+    """What is predicted and measured: its columns, its name, its unit and the factor to that."""
+
+    predicted: str
+    measured: str
+    name: str
+    unit: str
+    scale: float
+
+    def both(self, plans: pl.DataFrame) -> pl.DataFrame:
+        """The plans that have both; on a logarithmic axis, above zero."""
+        rows = plans.drop_nulls([self.predicted, self.measured])
+        above = (pl.col(self.predicted) > 0) & (pl.col(self.measured) > 0)
+        return rows.filter(above) if self.logarithmic else rows
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether it runs over decades."""
+        return self.unit != "ms"
+
+
+# times are at the speed of timing (drift.py)
+COMPARED: dict[Quantity, Compared] = {
+    "loss": Compared("predicted_loss_mse", "measured_loss_mse", "Loss MSE", "nats²", 1.0),
+    "kl": Compared("predicted_kl", "measured_kl", "KL divergence", "nats per token", 1.0),
+    "ttft": Compared("predicted_ttft_s", "carried_ttft_s", "TTFT", "ms", 1e3),
+    "gain": Compared("predicted_gain", "carried_gain_s", "Time gain", "ms", 1e3),
+}
+
+
+def predicted_against_measured(plans: pl.DataFrame, what: Quantity) -> Figure:
     """Measured against predicted, a mark for each plan, with the diagonal.
 
-    `what` is loss MSE (nats²) or KL (nats per token), log–log with dotted lines at half and twice
-    the prediction, TTFT (ms) or time gain (ms). `plans` is `plan_results`'s or `results_table`'s; measured times are at
-    the speed of timing (drift.py).
+    Loss MSE and KL are log–log, with dotted lines at half and twice the prediction; a predicted KL
+    has its 95 % interval. `plans` is `plan_results`'s or `results_table`'s.
     """
+    of = COMPARED[what]
     figure, (axes,) = new_figure(4.8, 4.2)
-    predicted, measured = {
-        "loss": ("predicted_loss_mse", "measured_loss_mse"),
-        "kl": ("predicted_kl", "measured_kl"),
-        "ttft": ("predicted_ttft_s", "carried_ttft_s"),
-        "gain": ("predicted_gain", "carried_gain_s"),
-    }[what]
-    units = {"loss": ("nats²", 1.0), "kl": ("nats per token", 1.0)}
-    unit, scale = units.get(what, ("ms", 1e3))
-    rows = plans.drop_nulls([predicted, measured])
-    if what != "gain":  # which may be below zero
-        rows = rows.filter((pl.col(predicted) > 0) & (pl.col(measured) > 0))
+    rows = of.both(plans)
     for strategy in in_order(rows["strategy"]):
-        of = rows.filter(pl.col("strategy") == strategy)
-        own = {"ip_tt": "D", "ip_m": "v"}.get(strategy)
+        own = rows.filter(strategy=strategy)
+        x, y = own[of.predicted] * of.scale, own[of.measured] * of.scale
         style = look(strategy) | {"linestyle": "none", "markerfacecolor": "none"}
-        style |= {"marker": own} if own else {}
-        axes.plot(of[predicted] * scale, of[measured] * scale, **style, label=legend_name(strategy))
-        if what == "kl":  # what is predicted, ± half its 95 % interval
-            known = of.drop_nulls("predicted_kl_error")
-            half = known["predicted_kl_error"].clip(upper_bound=0.95 * known[predicted])
-            axes.errorbar(
-                known[predicted],
-                known[measured],
-                xerr=half,
-                fmt="none",
-                ecolor=style["color"],
-                elinewidth=0.7,
-            )
+        if strategy in ("ip_tt", "ip_m"):
+            style["marker"] = "D" if strategy == "ip_tt" else "v"
+        axes.plot(x, y, **style, label=legend_name(strategy))
+        if what == "kl":
+            half = own["predicted_kl_error"].fill_null(0.0).clip(upper_bound=0.95 * x)
+            axes.errorbar(x, y, xerr=half, fmt="none", ecolor=style["color"], elinewidth=0.7)
     if not rows.is_empty():
-        _draw_diagonal(axes, pl.concat([rows[predicted], rows[measured]]) * scale, what)
-    name = {"loss": "Loss MSE", "kl": "KL divergence", "ttft": "TTFT", "gain": "Time gain"}[what]
-    axes.set_xlabel(f"{name}, predicted ({unit})")
-    axes.set_ylabel(f"{name}, measured ({unit})")
-    if what in units:
+        both = pl.concat([rows[of.predicted], rows[of.measured]]) * of.scale
+        _draw_diagonal(axes, both, of.logarithmic)
+    axes.set_xlabel(f"{of.name}, predicted ({of.unit})")
+    axes.set_ylabel(f"{of.name}, measured ({of.unit})")
+    if of.logarithmic:
         log_axis(axes, "x")
         log_axis(axes, "y")
     legend(axes)
     return figure
 
 
-def _draw_diagonal(axes: Axes, both: pl.Series, what: str) -> None:
+def _draw_diagonal(axes: Axes, both: pl.Series, logarithmic: bool) -> None:
     low, high = float(both.min() or 0), float(both.max() or 1)  # type: ignore[arg-type]
     pad = 0.15 * (high - low) or 0.01 * high
-    wide = what in ("loss", "kl")  # on logarithmic axes
-    ends = (low * 0.6, high * 1.6) if wide else (low - pad, high + pad)
+    ends = (low * 0.6, high * 1.6) if logarithmic else (low - pad, high + pad)
     axes.plot(ends, ends, color=INK, linewidth=1, label="equal")
-    for factor in (0.5, 2.0) if wide else ():
-        axes.plot(
-            ends,
-            [e * factor for e in ends],
-            color=INK,
-            linewidth=0.8,
-            linestyle=(0, (1, 2)),
-            label="half, twice" if factor > 1 else "_",
-        )
+    dotted: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": (0, (1, 2))}
+    for factor, label in ((0.5, "_"), (2.0, "half, twice")) if logarithmic else ():
+        axes.plot(ends, [e * factor for e in ends], **dotted, label=label)
     axes.set_xlim(*ends)
     axes.set_ylim(*ends)
     axes.yaxis.set_major_locator(MaxNLocator(6))  # as on the x axis
@@ -216,16 +220,15 @@ def report_figures(
     for strategy in (s for s in STRATEGIES if s.startswith("ip_") and s in chosen["strategy"]):
         caption = f"{strategy}: the format of each op"
         add("map", caption, format_map(chosen, groups, strategy, base, bounds))
-    both = plans.filter((pl.col("predicted_loss_mse") > 0) & (pl.col("measured_loss_mse") > 0))
-    if both.height:
-        caption = "Loss MSE, predicted and measured"
-        add("predicted", caption, predicted_against_measured(both, "loss"))
-    if plans.filter((pl.col("predicted_kl") > 0) & (pl.col("measured_kl") > 0)).height:
-        caption = "KL divergence from base, predicted and measured"
-        add("predicted", caption, predicted_against_measured(plans, "kl"))
-    if plans.drop_nulls(["predicted_ttft_s", "measured_ttft_s"]).height:
-        caption = "Time to first token, predicted and measured"
-        add("predicted", caption, predicted_against_measured(plans, "ttft"))
+    names: dict[Quantity, str] = {
+        "loss": "Loss MSE",
+        "kl": "KL divergence from base",
+        "ttft": "Time to first token",
+    }
+    for what, name in names.items():
+        if COMPARED[what].both(plans).height:
+            figure = predicted_against_measured(plans, what)
+            add("predicted", f"{name}, predicted and measured", figure)
     if not groups.is_empty():
         add("groups", "The groups of one layer", layer_groups(groups))
     for caption, figure in _on_tasks(tables, results):
@@ -243,11 +246,11 @@ def _on_tasks(tables: Tables, results: pl.DataFrame) -> list[tuple[str, Figure]]
     scores = by_tau(pl.concat([averages(rows), rows]))
     drawn = []
     for objective in OBJECTIVES:
-        of = scores.filter((pl.col("objective") == objective) & (pl.col("task") == AVERAGE))
+        of = scores.filter(objective=objective, task=AVERAGE)
         if of.height and not no_x(results, objective):
             caption = f"Accuracy, average of the tasks, against {OBJECTIVES[objective].name}"
             drawn.append((caption, accuracy_against(scores, results, objective)))
-    each = scores.filter((pl.col("objective") == "et") & (pl.col("task") != AVERAGE))
+    each = scores.filter(pl.col("task") != AVERAGE, objective="et")
     if each.height and not no_x(results, "et"):
         drawn.append(("Each task against time to first token", accuracy_per_task(each, results)))
     return drawn
@@ -271,6 +274,4 @@ def frontier_png(tables: Tables) -> bytes:
         axes.set_title(sentence(OBJECTIVES[objective].name), fontsize=10, pad=10 + 13 * above)
     if not there:
         figure.text(0.5, 0.5, "No plan was evaluated", ha="center", va="center")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150, facecolor="white")
-    return out.getvalue()
+    return to_png(figure)

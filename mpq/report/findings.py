@@ -67,12 +67,12 @@ def additivity_of(tables: Tables) -> list[Additivity]:
     a change of it breaks no sum.
     """
     plans = plan_results(tables)
-    timed = plans.filter(pl.col("objective") == "et")
+    timed = plans.filter(objective="et")
     loss = ("measured_loss_mse", "predicted_loss_mse")
     found = [_additivity("loss MSE", "all", plans, *loss)]
     if plans["objective"].n_unique() > 1:
         for objective in OBJECTIVES:
-            of = plans.filter(pl.col("objective") == objective)
+            of = plans.filter(objective=objective)
             found.append(_additivity("loss MSE", objective, of, *loss))
     found.append(_additivity("KL", "all", plans, "measured_kl", "predicted_kl"))
     found.append(_additivity("TTFT", "et", timed, "carried_ttft_s", "predicted_ttft_s"))
@@ -98,12 +98,8 @@ def _additivity(
 
 def gain_r2_of(tables: Tables) -> float | None:
     """R² of the predicted time gains, losses of time included; None of fewer than three plans."""
-    plans = plan_results(tables).filter(
-        (pl.col("objective") == "et")
-        & pl.col("carried_gain_s").is_finite()
-        & pl.col("predicted_gain").is_finite()
-    )
-    plans = plans.unique("measured_ttft_s")
+    both = pl.all_horizontal(pl.col("carried_gain_s", "predicted_gain").is_finite())
+    plans = plan_results(tables).filter(both, objective="et").unique("measured_ttft_s")
     measured = plans["carried_gain_s"].to_numpy()
     if len(measured) < 3 or not measured.var():
         return None
@@ -122,7 +118,10 @@ def _say_kl(found: Findings) -> None:
 
 
 def _say_loss(found: Findings, bounded: bool) -> None:
-    """On the sum over ops: of each objective by itself, where there are several; warnings where it is `bounded`."""
+    """On the sum over ops, of each objective by itself where there are several.
+
+    There are warnings only where the loss is `bounded`.
+    """
     on_loss = [a for a in found.additivity if a.quantity == "loss MSE"]
     for a in (a for a in on_loss if a.objective == "all"):
         found.sentences.append(_measured_over_predicted("loss MSE", a))

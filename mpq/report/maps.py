@@ -24,6 +24,7 @@ from mpq.report.style import (
     SKY,
     SMALL,
     dress,
+    figure_legend,
     new_figure,
 )
 
@@ -57,16 +58,16 @@ def format_map(
     base: str,
     bounds: Mapping[float, str] = MappingProxyType({}),
 ) -> Figure:
-    """Which format each op takes under a strategy, a panel for each τ, whose bound in words `bounds` may say.
+    """Which format each op takes under a strategy, a panel for each τ.
 
-    `plans` and `groups` are the tables so called; ops in `base` are pale, ops that the plan does
-    not decide left out.
+    `bounds` may have a τ's bound in words. `plans` and `groups` are the tables so called; ops in
+    `base` are pale, ops that the plan does not decide left out.
     """
-    rows = plans.filter(pl.col("strategy") == strategy)
+    rows = plans.filter(strategy=strategy)
     panels = [
         (
             bounds.get(tau, f"τ = {tau:g}"),
-            dict(rows.filter(pl.col("tau") == tau).select("op", "format").iter_rows()),
+            dict(rows.filter(tau=tau).select("op", "format").iter_rows()),
         )
         for tau in sorted(rows["tau"].unique())
     ]
@@ -78,8 +79,8 @@ def draw_formats(
 ) -> Figure:
     """Maps of ops to formats as rows of panels, each with its title.
 
-    In a panel each role in a layer has a row, each layer a column; of more layers than _COLUMNS every second, third, …
-    Panels that are too wide to stand side by side stand below each other.
+    In a panel each role in a layer has a row, and each layer a column: of more than _COLUMNS layers
+    every second one, every third, … Panels too wide to stand side by side stand below each other.
     """
     order = dict(groups.select("op", "order").iter_rows())
     found = dict.fromkeys(op for line in panels for _, of in line for op in of)
@@ -133,16 +134,9 @@ def draw_formats(
     used = sorted(
         {f for line in panels for _, of in line for f in of.values()}, key=lambda f: (f != base, f)
     )
-    handles = [Patch(**_look(f, base), label=f"{f} (base)" if f == base else f) for f in used]
+    handles = {f"{f} (base)" if f == base else f: Patch(**_look(f, base)) for f in used}
     if handles:
-        figure.legend(
-            handles=handles,
-            loc="outside upper center",
-            ncols=4,
-            frameon=False,
-            fontsize=SMALL,
-            labelcolor=INK,
-        )
+        figure_legend(figure, handles, "outside upper center", 4)
     return figure
 
 
@@ -261,13 +255,6 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
     axes.set_ylim(-0.1, tallest + 0.6)
     axes.axis("off")
     there = {kind for _, of in shown for kind in of["kind"]}
-    handles = [Patch(facecolor=c, label=label) for k, (label, c) in _KINDS.items() if k in there]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=max(1, len(handles)),
-        frameon=False,
-        fontsize=SMALL,
-        labelcolor=INK,
-    )
+    handles = {label: Patch(facecolor=c) for k, (label, c) in _KINDS.items() if k in there}
+    figure_legend(figure, handles, "outside lower center", len(handles))
     return figure

@@ -1,23 +1,20 @@
-"""The frontier of a finished run: every Pareto-optimal plan of gain against KL (or loss MSE), as a table and a picture."""
+"""The frontier of a finished run: every Pareto-optimal plan of gain against KL, or loss MSE."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import polars as pl
-from matplotlib.figure import Figure
 
 from mpq.errors import MpqError
 from mpq.program.anchors import Scale, scaled
 from mpq.program.bounds import bound_rows
 from mpq.program.choice import Program, chosen_of
 from mpq.program.frontier import Point, frontier
-from mpq.program.gains import NAMES, cost_known
+from mpq.program.gains import cost_known
 from mpq.program.plan import Plan
-from mpq.report.results import OBJECTIVES, Tables, scale_of, sentence
-from mpq.report.style import BLUE, INK, legend, log_axis, new_figure
+from mpq.report.results import OBJECTIVES, Tables, scale_of
 from mpq.spec import BoundsSpec
 from mpq.timing.answer import Further
 from mpq.timing.design import members
@@ -27,7 +24,10 @@ Cost = Literal["kl", "loss_mse"]
 
 @dataclass(frozen=True)
 class Pareto:
-    """The points of one objective's frontier, and the tables that they are of; `gains` has the KL as measured plans say it is."""
+    """The points of one objective's frontier, and the tables that they are of.
+
+    The KL in `gains` is already scaled by what measured plans said of it, `scale`.
+    """
 
     objective: str
     cost: Cost
@@ -47,10 +47,11 @@ def pareto_of(
     points: int = 200,
     bounds: BoundsSpec | None = None,
 ) -> Pareto:
-    """The frontier of an objective of a run's tables (the first, if left out), against KL where that is known.
+    """The frontier of an objective of a run (the first, if left out), against KL where it is known.
 
-    `bounds` hold in every plan beside ties and pins, which are in the gains table. Raises MpqError for a run without
-    gains, an objective or a cost that it does not have, NoPlan where nothing keeps the bounds.
+    `bounds` hold in every plan; ties and pins do too, since the gains table has no others. Raises
+    MpqError for a run without gains, and for an objective or a cost that it does not have; NoPlan
+    where nothing keeps the bounds.
     """
     if "gains" not in tables:
         raise MpqError(
@@ -60,7 +61,7 @@ def pareto_of(
     if objective is not None and objective not in there:
         raise MpqError(f"The run has no objective {objective}: expected {' or '.join(there)}.")
     chosen = objective or there[0]
-    gains = tables["gains"].filter(pl.col("objective") == chosen)
+    gains = tables["gains"].filter(objective=chosen)
     known = cost_known(gains)
     if cost == "kl" and known != "kl":
         raise MpqError("The run's gains have no KL: run its spec again, or ask for loss_mse.")
@@ -79,8 +80,9 @@ def pareto_of(
 
 
 def table_of_points(pareto: Pareto) -> pl.DataFrame:
-    """A row for each point: its number, what it gains (in the objective's unit of the tables) and costs, the upper bound of
-    the gain at this cost, ops lowered, and the change of one group that costs least for what it gains."""
+    """A row for each point: its number, its gain (in the tables' unit) and what it costs, the upper
+    bound of the gain at this cost, ops lowered, and the change of one group that costs least for
+    what it gains."""
     gains, of = pareto.gains, members(pareto.groups, pareto.gains)
     configurations, group = gains["configuration"].to_list(), gains["group"].to_list()
     rows = []
@@ -119,7 +121,7 @@ def _sums(gains: pl.DataFrame, point: Point) -> dict[str, float | None]:
 
 
 def plan_at(pareto: Pareto, number: int, mean_square_loss: float, like: Plan | None = None) -> Plan:
-    """The plan of a point; its bound is what the point costs. `like` is a plan of the run, whose model it is for.
+    """The plan of a point; its bound is what the point costs. `like` is another plan of the run.
 
     Raises MpqError for a number that the frontier does not have.
     """
@@ -150,20 +152,3 @@ def plan_at(pareto: Pareto, number: int, mean_square_loss: float, like: Plan | N
         return plan
     own = {k: v for k, v in like.provenance.items() if k not in ("check", "prices")}
     return replace(plan, fingerprint=like.fingerprint, provenance=own)
-
-
-def picture(pareto: Pareto) -> Figure:
-    """Gain against cost, a step for each point: what no plan of at most this cost exceeds."""
-    unit = OBJECTIVES[pareto.objective]
-    name, of = NAMES[pareto.cost]
-    figure, (axes,) = new_figure(6.4, 4.2)
-    costs = np.array([point.cost for point in pareto.points])
-    saved = np.array([point.gain for point in pareto.points]) * unit.scale
-    axes.step(costs, saved, where="post", color=BLUE, linewidth=1)
-    axes.plot(costs, saved, ".", color=BLUE, markersize=4, label="Pareto-optimal plans")
-    axes.axhline(saved[-1], color=INK, linewidth=0.8, linestyle=(0, (1, 2)), label="everything")
-    axes.set_xlabel(f"{name}, predicted ({of})")
-    axes.set_ylabel(f"{sentence(unit.saved)}, predicted ({unit.unit})")
-    log_axis(axes, "x")
-    legend(axes)
-    return figure

@@ -1,4 +1,5 @@
-"""What it costs to obey each constraint: the plan as it is, and as the program would make it without that one (program/prices.py)."""
+"""What it costs to obey each constraint: the plan as it is, and as the program would make it without
+that one (program/prices.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from mpq.report.sheets import Sheet, amount
 
 
 def prices(tables: Tables) -> Sheet:
-    """A row for each constraint of each plan that the program made, those that cost most first; none where nothing was constrained."""
+    """A row for each constraint of each plan that the program made, the dearest constraint first.
+
+    It has none where nothing was constrained.
+    """
     found = tables.get("prices")
     rows = []
     if found is not None and not found.is_empty():

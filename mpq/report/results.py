@@ -11,7 +11,7 @@ import polars as pl
 
 from mpq.formats.scheme import SCHEMES
 from mpq.program.anchors import Scale
-from mpq.program.memory import bytes_of
+from mpq.program.memory import with_bytes
 from mpq.store.tables import SCHEMAS, validate
 from mpq.timing.drift import carried
 
@@ -21,7 +21,7 @@ Tables = Mapping[str, pl.DataFrame]
 STRATEGIES = ("ip_et", "ip_tt", "ip_m", "random", "prefix")
 RATIO_RANGE = (0.5, 2.0)  # measured / predicted loss MSE outside of it is worth a warning
 
-_KEYS = ["objective", "strategy", "tau"]
+KEYS = ["objective", "strategy", "tau"]
 _NUMBERS = (
     "predicted_loss_mse",
     "measured_loss_mse",
@@ -127,12 +127,12 @@ def results_table(tables: Tables) -> pl.DataFrame:
 
     What was not predicted or not measured is null.
     """
-    return _merged(tables, _KEYS).drop("plan_seed", strict=False)
+    return _merged(tables, KEYS).drop("plan_seed", strict=False)
 
 
 def plan_results(tables: Tables) -> pl.DataFrame:
     """As `results_table`, a row for each plan: random's draws apart, told by `plan_seed`."""
-    return _merged(tables, [*_KEYS, "plan_seed"])
+    return _merged(tables, [*KEYS, "plan_seed"])
 
 
 def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
@@ -148,28 +148,9 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
     solutions = solutions.with_columns(
         pl.lit(None, pl.Float64).alias(c) for c in absent if c not in solutions.columns
     )
-    numbers = (
-        "predicted_loss_mse",
-        "predicted_ttft_s",
-        "solved_base_ttft_s",
-        "share_lowered",
-        "budget",
-        "predicted_gain",
-        "predicted_gain_error",
-        "predicted_kl",
-        "predicted_kl_error",
-        "kl_bound",
-        "kl_scale",
-        "checked_kl",
-        "predicted_loss_mse_error",
-        "predicted_signed_mse",
-        "risk",
-        "predicted_tpot_s",
-        "solved_base_tpot_s",
-        "output",
-        "cache_bytes",
-        "base_cache_bytes",
-    )
+    # the bytes of a plan are those of all its ops, decided or not (_weights)
+    asked = [c for c in (*_NUMBERS, *_FURTHER) if c != "weight_bytes"]
+    numbers = [c for c in asked if c in solutions.columns]
     words = (
         pl.col(c).drop_nulls().unique(maintain_order=True).str.join("; ")
         for c in ("status", "solver", "note")
@@ -201,7 +182,7 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
 
 def _measured(tables: Tables, keys: list[str]) -> list[pl.DataFrame]:
     """A frame for each metric of the held-out text: its mean, its standard deviation, its base."""
-    loss = table_of(tables, "evaluation").filter(pl.col("task") == "loss")
+    loss = table_of(tables, "evaluation").filter(task="loss")
     found = []
     for metric, name, base in _METRICS:
         value = pl.col("value")
@@ -210,21 +191,28 @@ def _measured(tables: Tables, keys: list[str]) -> list[pl.DataFrame]:
             columns.append(pl.col("base_value").mean().alias(base))
         if metric == "loss_mse":
             columns.append(pl.len().cast(pl.Int64).alias("seeds"))
-        found.append(loss.filter(pl.col("metric") == metric).group_by(keys).agg(columns))
+        found.append(loss.filter(metric=metric).group_by(keys).agg(columns))
     return found
 
 
 def _weights(tables: Tables) -> pl.DataFrame:
-    """Bytes of the linears' and experts' weights under each plan, and in base (program.memory): ops not decided are in base."""
+    """Bytes of the linears' and experts' weights under each plan, and in base (program.memory).
+
+    Ops that a plan does not decide are in base.
+    """
     base, plans = base_of(tables, {}), table_of(tables, "plans").rename({"seed": "plan_seed"})
-    ops = {op["op"]: op for op in table_of(tables, "groups").iter_rows(named=True)}
-    in_base = {name: bytes_of(op, base, base) if base else 0.0 for name, op in ops.items()}
-    taken = plans.filter(pl.col("op").is_in(list(ops))).select("op", "format").unique()
-    more = [bytes_of(ops[op], name, base) - in_base[op] for op, name in taken.iter_rows()]
-    whole = math.fsum(in_base.values())
+    ops = table_of(tables, "groups")
+    in_base = with_bytes(ops.with_columns(format=pl.lit(base)), base).select(
+        "op", base_bytes="bytes"
+    )
+    taken = with_bytes(plans.select("op", "format").unique().join(ops, on="op"), base)
+    more = taken.join(in_base, on="op").select(
+        "op", "format", more=pl.col("bytes") - pl.col("base_bytes")
+    )
+    whole = math.fsum(in_base["base_bytes"])
     return (
-        plans.join(taken.with_columns(more=pl.Series(more, dtype=pl.Float64)), on=["op", "format"])
-        .group_by(*_KEYS, "plan_seed")
+        plans.join(more, on=["op", "format"])
+        .group_by(*KEYS, "plan_seed")
         .agg(weight_bytes=whole + pl.col("more").sum())
         .with_columns(base_weight_bytes=pl.lit(whole))
     )
@@ -319,7 +307,10 @@ def sentence(words: str) -> str:
 
 
 def scale_of(tables: Tables, objective: str) -> Scale:
-    """What all measured plans said of the predicted KL: the least of the scales, since plans over their bound got larger ones."""
+    """What all measured plans said of the predicted KL.
+
+    It is the least of the plans' scales: one that was over its bound was given a larger one.
+    """
     solutions = tables.get("solutions", pl.DataFrame())
     if "kl_scale" not in solutions.columns:
         return Scale()

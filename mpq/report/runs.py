@@ -28,7 +28,10 @@ def write_run(
 
 
 def read_record(path: Path) -> tuple[dict[str, Any], dict[str, list[TableRef]]]:
-    """The record in a `run.json`, and the references of its tables. Raises MpqError where it is none."""
+    """The record in a `run.json`, and the references of its tables.
+
+    Raises MpqError where it is none.
+    """
     try:
         record = parse_json(path.read_bytes())
         if not isinstance(record, dict) or not isinstance(record.get("tables"), dict):
@@ -44,9 +47,7 @@ def read_record(path: Path) -> tuple[dict[str, Any], dict[str, list[TableRef]]]:
                 raise ValueError(f"{kind_} is no list of tables")
             references[kind_] = [TableRef.of(ref) for ref in refs]
     except FileNotFoundError:
-        raise MpqError(
-            f"No run at {path}: expected a folder with run.json, as `mpq run` writes under its spec's `out`."
-        ) from None
+        raise _no_run(path) from None
     except (ValueError, OSError) as error:
         raise MpqError(
             f"{path} is not the record of a run ({error}): mend it or take the folder away."
@@ -55,11 +56,12 @@ def read_record(path: Path) -> tuple[dict[str, Any], dict[str, list[TableRef]]]:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
-    """The record of a run and its tables. Raises MpqError where the folder is no run's or a table is gone."""
+    """The record of a run and its tables.
+
+    Raises MpqError where the folder is no run's or a table is gone.
+    """
     if not folder.exists():
-        raise MpqError(
-            f"No run at {folder}: expected a folder with run.json, as `mpq run` writes under its spec's `out`."
-        )
+        raise _no_run(folder)
     record, references = read_record(folder / "run.json" if folder.is_dir() else folder)
     try:
         return record, join_tables(references)
@@ -68,6 +70,13 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
             f"A table of the run is missing or damaged ({damage}): run the spec again, what is "
             "whole is re-used."
         ) from None
+
+
+def _no_run(path: Path) -> MpqError:
+    return MpqError(
+        f"No run at {path}: expected a folder with run.json, as `mpq run` writes under its spec's "
+        "`out`."
+    )
 
 
 def join_tables(references: Mapping[str, Sequence[TableRef]]) -> dict[str, pl.DataFrame]:

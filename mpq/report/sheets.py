@@ -374,7 +374,7 @@ def sensitivity(tables: Tables, noise_model: str) -> Sheet:
     rows = table_of(tables, "sensitivity")
     models = rows["noise_model"].unique().sort().to_list()
     model = noise_model if noise_model in models else next(iter(models), "")
-    by_op = rows.filter(pl.col("noise_model") == model).pivot(
+    by_op = rows.filter(noise_model=model).pivot(
         "format", index="op", values="loss_mse", aggregate_function="sum", sort_columns=True
     )
     formats = [f for f in by_op.columns if f != "op" and (by_op[f] > 0).any()]

@@ -12,6 +12,7 @@ import io
 import math
 import re
 import threading
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import matplotlib
@@ -52,6 +53,7 @@ FORMAT_HATCHES = {
     "fp16": "--",
 }  # told apart in grey print as well
 SMALL = 8.5
+Outside = Literal["outside upper center", "outside upper left", "outside lower center"]
 _render = threading.Lock()
 
 
@@ -166,6 +168,35 @@ def dress(axes: Axes) -> None:
         axis.label.set_color(INK)
         axis.label.set_fontsize(9.5)
     axes.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def to_png(figure: Figure, dpi: int = 150) -> bytes:
+    """The figure on white."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi, facecolor="white")
+    return out.getvalue()
+
+
+def figure_legend(figure: Figure, handles: Mapping[str, Any], where: Outside, columns: int) -> None:
+    """One legend outside of all panels; `handles` by their labels."""
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc=where,
+        ncols=max(1, columns),
+        frameon=False,
+        fontsize=SMALL,
+        labelcolor=INK,
+    )
+
+
+def handles_of(figure: Figure) -> dict[str, Any]:
+    """What the panels of a figure draw, by label, each once."""
+    found = dict[str, Any]()
+    for axes in figure.axes:
+        lines, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, lines, strict=True))
+    return found
 
 
 def legend(axes: Axes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from mpq.program.plan import has_tau, is_uniform
@@ -148,11 +149,8 @@ def _standing(rows: Sequence[Row], objective: str, tau: float) -> Standing | Non
 
 
 def _median_error(pairs: Iterable[tuple[float, float]]) -> float | None:
-    errors = sorted(abs(p / m - 1) for p, m in pairs if p is not None and m)
-    if not errors:
-        return None
-    middle = len(errors) // 2
-    return errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
+    errors = [abs(p / m - 1) for p, m in pairs if p is not None and m]
+    return median(errors) if errors else None
 
 
 def _say_standings(summary: Summary) -> None:

@@ -16,6 +16,8 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _ENVIRONMENT = {
@@ -25,6 +27,16 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """While an engine begins or ends vLLM looks for garbage several times, a second or more: once, after its end, is enough."""
+    collect, gc.collect = gc.collect, lambda generation=2: 0
+    try:
+        yield
+    finally:
+        gc.collect = collect
 
 
 class Engines:
@@ -63,35 +75,32 @@ class Engines:
 
         # vLLM looks at a model's class in a process that imports everything once more, half a minute for each architecture
         registry._run_in_subprocess = lambda look: look()
-        self._engines[name] = llm = LLM(
-            model=folder,
-            dtype=dtype,
-            load_format="dummy" if dummy else "auto",
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            enable_prefix_caching=False,
-            enable_chunked_prefill=False,
-            async_scheduling=False,  # or the first token waits for the second one's step
-            max_model_len=tokens,
-            max_num_seqs=rows,
-            max_num_batched_tokens=max(rows * tokens, tokens),
-            kv_cache_memory_bytes=_cache_bytes(folder, tokens, rows),
-            kv_cache_dtype_skip_layers=skipped or [],
-            disable_log_stats=True,
-        )
+        with _garbage_left():
+            self._engines[name] = llm = LLM(
+                model=folder,
+                dtype=dtype,
+                load_format="dummy" if dummy else "auto",
+                skip_tokenizer_init=True,
+                enforce_eager=True,
+                enable_prefix_caching=False,
+                enable_chunked_prefill=False,
+                async_scheduling=False,  # or the first token waits for the second one's step
+                max_model_len=tokens,
+                max_num_seqs=rows,
+                max_num_batched_tokens=max(rows * tokens, tokens),
+                kv_cache_memory_bytes=_cache_bytes(folder, tokens, rows),
+                kv_cache_dtype_skip_layers=skipped or [],
+                disable_log_stats=True,
+            )
         self._own[name] = llm.apply_model(_linears)[0]
         self._changed[name] = set()
         return {"linears": list(self._own[name]), "packed": llm.apply_model(_packed)[0]}
 
     def close(self, name: str) -> None:
         """Let an engine go."""
-        # while an engine ends vLLM looks for garbage itself, seconds each time: once is enough
-        collect, gc.collect = gc.collect, lambda generation=2: 0
-        try:
+        with _garbage_left():
             for kept in (self._engines, self._own, self._changed):
                 kept.pop(name, None)
-        finally:
-            gc.collect = collect
         gc.collect()
 
     def exchange(self, name: str, linears: dict[str, str]) -> None:
@@ -202,6 +211,7 @@ def _packed(model: Any) -> dict[str, list[str]]:
 
 def main() -> None:
     """Answer requests until standard input ends."""
+    gc.set_threshold(50_000, 20, 50)  # as mpq.cli.main has it: what is imported stays
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
     os.environ.update(_ENVIRONMENT)

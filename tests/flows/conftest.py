@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,31 @@ from prefect.settings import (
 )
 from small import small_spec
 
+from mpq.caches import private_folder
 from mpq.flows.calibrate import calibrate
 from mpq.flows.server import Server
 from mpq.models import graph
 from mpq.report import figures
 from mpq.spec import RunSpec
+
+
+def with_a_database(home: Path) -> Server:
+    """A server that begins with an empty database, which is kept between test runs: Prefect takes five seconds to make one."""
+    small.DATABASE = private_folder("prefect") / f"{version('prefect')}.db"
+    with small.DATABASE.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of pytest may be making it
+        if small.DATABASE.exists():
+            shutil.copy(small.DATABASE, home / "prefect.db")
+            return Server()
+        server, half = Server(), small.DATABASE.with_suffix(".half")
+        server.wait()
+        with (
+            closing(sqlite3.connect(home / "prefect.db")) as source,
+            closing(sqlite3.connect(half)) as copy,
+        ):
+            source.backup(copy)
+        half.replace(small.DATABASE)
+        return server
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,16 +57,10 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("HOME", str(home)), ("SERVER_ANALYTICS_ENABLED", "false")):
             patch.setenv(f"PREFECT_{name}", value)
-        server = Server()
+        server = with_a_database(home)
     try:
         server.wait()
         small.API = server.api
-        small.DATABASE = tmp_path_factory.mktemp("database") / "prefect.db"
-        with (
-            closing(sqlite3.connect(home / "prefect.db")) as source,
-            closing(sqlite3.connect(small.DATABASE)) as copy,
-        ):
-            source.backup(copy)
         settings: dict[Any, Any] = {
             PREFECT_API_URL: server.api,
             PREFECT_HOME: home,

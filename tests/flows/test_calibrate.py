@@ -135,8 +135,8 @@ def test_what_each_change_costs(calibrated: tuple[RunSpec, dict[str, Any]], tmp_
 
 def test_how_times_are_spread_over_tasks_is_in_no_key(spec: RunSpec, tmp_path: Path) -> None:
     """Slices of another size find every time; with some gone and the limit raised, what is missing is measured and no more."""
-    first = calibrate(change(spec, timing={"slice": 3, "limit": 16}))
-    assert computed(calibrate(change(spec, timing={"slice": 7, "limit": 16}))) == set()
+    first = calibrate(change(spec, timing={"slice": 3, "limit": 8}))
+    assert computed(calibrate(change(spec, timing={"slice": 7, "limit": 8}))) == set()
     before = {
         p: p.stat().st_mtime_ns for p in (tmp_path / "store" / "measurement").glob("*/meta.json")
     }

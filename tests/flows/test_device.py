@@ -9,10 +9,13 @@ from pathlib import Path
 import preloaded
 from small import ROOT
 
+from deployments.processes import until
+
 HOLD = """
 import sys, time
 from pathlib import Path
 from mpq.tasks.device import exclusive
+Path(sys.argv[3] + ".asked").touch()
 with exclusive(sys.argv[1], alone=sys.argv[2] == "alone"):
     Path(sys.argv[3]).touch()
     time.sleep(600)
@@ -34,10 +37,13 @@ class Holder:
 
     def wait(self) -> None:
         """Until it has its device."""
-        deadline = time.monotonic() + 120
-        while not self.has_it():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until("the device", self.has_it)
+
+    def is_refused(self) -> bool:
+        """Whether it still has no device half a second after it has asked: where it is free it has it at once."""
+        until("the question", self._mark.with_suffix(".asked").exists)
+        time.sleep(0.5)
+        return not self.has_it()
 
     def kill(self) -> None:
         """With -9."""
@@ -53,14 +59,12 @@ def test_a_device_is_held_by_one_process(tmp_path: Path) -> None:
         holders += [Holder(tmp_path, "second", how="shared"), Holder(tmp_path, "other", "another")]
         _, second, other = holders
         other.wait()
-        time.sleep(2)
-        assert not second.has_it()
+        assert second.is_refused()
         holders[0].kill()
         second.wait()
         holders += [Holder(tmp_path, "beside", how="shared"), Holder(tmp_path, "alone")]
         holders[3].wait()
-        time.sleep(2)
-        assert not holders[4].has_it(), "a timing waits for what is not timed"
+        assert holders[4].is_refused(), "a timing waits for what is not timed"
     finally:
         for holder in holders:
             holder.kill()

@@ -52,7 +52,7 @@ def test_a_mistake_in_a_run_is_one_sentence(spec: RunSpec, tmp_path: Path) -> No
 
 def test_killed_twice_and_started_again(spec: RunSpec, tmp_path: Path) -> None:
     """What was stored before a kill is cached after it, down to the single configuration, and the run ends well."""
-    spec = change(spec, timing={"limit": 16}, taus=[0.01])
+    spec = change(spec, taus=[0.01])
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     # a shard writes `sensitivity`, then `loss`: killed between the two it is rightly computed again

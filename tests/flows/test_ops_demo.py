@@ -8,11 +8,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import small
 import yaml
 from matplotlib.image import imread
 from rich.console import Console
@@ -75,6 +77,8 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One night, and what was to be seen of it while all was up."""
     folder = tmp_path_factory.mktemp("ops")
     home, console, seen = folder / "night", Console(file=io.StringIO(), width=110), dict[str, Any]()
+    (home / "prefect").mkdir(parents=True)
+    shutil.copy(small.DATABASE, home / "prefect" / "prefect.db")  # Prefect takes seconds to make it
 
     def look(services: Services, run: dict[str, Any]) -> None:
         seen["sessions"] = {process.pid for process in services.processes.values()}

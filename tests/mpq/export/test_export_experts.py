@@ -163,8 +163,9 @@ def test_experts_of_one_tensor_are_written_one_by_one(
             export(plan, source, tmp_path / "other", engine="transformers")
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_a_checked_export_of_experts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The exporter's own check of NVFP4, by a fresh process, passes; gate and up of an expert share a scale, all experts that of
+    """The exporter's own check of NVFP4 passes; gate and up of an expert share a scale, all experts that of
     their input, the largest of what the text makes; which engine has answered one is told."""
     more = {**MIXTURES["qwen3_moe"], "moe_intermediate_size": 32}
     source, out = tmp_path / "model", tmp_path / "out"

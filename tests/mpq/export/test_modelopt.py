@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import MIXTURES
 from small_export import checkpoint, linears, plan_of
 
 from mpq.errors import MpqError
@@ -20,6 +22,8 @@ from mpq.export.modelopt import HELD, laid_out
 from mpq.formats.quantize import fake_quantize
 from mpq.formats.scheme import SCHEMES
 from mpq.models.blocks import Blocks
+from mpq.models.checkpoint import load_model
+from mpq.models.experts import dispatched
 
 TEXT = Blocks(np.random.default_rng(0).integers(0, 97, (4, 48)))
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 4}
@@ -67,6 +71,7 @@ def test_modelopt_reads_the_codes_back(tmp_path: Path) -> None:
         assert torch.equal(found[name].bfloat16(), want), name
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_every_scheme_in_one_checkpoint(tmp_path: Path) -> None:
     """A layer in each scheme: mpq's reader of published checkpoints has every weight, the run is the plan's, both sections agree."""
     source = checkpoint(tmp_path / "model", "llama", torch.bfloat16, **WIDE)
@@ -90,6 +95,44 @@ def test_every_scheme_in_one_checkpoint(tmp_path: Path) -> None:
     assert held["model.layers.0.self_attn.q_proj.weight_scale"].shape == (128,)
     assert held["model.layers.1.mlp.up_proj.weight_scale"].shape == (2, 1, 1, 1)
     assert held["model.layers.3.mlp.up_proj.input_scale"].shape == ()
+
+
+def test_experts_are_in_it_one_by_one(tmp_path: Path) -> None:
+    """A layer's experts in NVFP4, the other's in MXFP8, under the checkpoint's names, each in `quantized_layers`: mpq's reader of
+    published checkpoints makes the plan's values of them, stacked, and the run is the plan's."""
+    more = {**MIXTURES["mixtral"], **WIDE, "num_hidden_layers": 3}
+    source = checkpoint(tmp_path / "model", "mixtral", torch.bfloat16, **more)
+    model = load_model(source, "bf16")
+    owners = {n: m for n, m in model.named_modules() if dispatched(m)}
+    of_layer = dict(zip(owners, ("nvfp4", "mxfp8"), strict=False))
+    formats = {f"{n}.{p}": f for n, f in of_layer.items() for p in ("gate_up_proj", "down_proj")}
+    formats["model.layers.0.self_attn.o_proj"] = "fp8_e4m3"
+    plan = plan_of(source, formats, "bf16")
+    made = export(plan, source, tmp_path / "out", to="modelopt", engine="vllm", check=TEXT)
+    assert made.check["passed"], made.check
+    beside = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
+    said, names = beside["quantized_layers"], load_file(source / "model.safetensors")
+    experts = [n.removesuffix(".weight") for n in names if ".experts." in n]
+    lowered = {n for n in experts if ".layers.2." not in n}
+    assert set(said) == {*lowered, "model.layers.0.self_attn.o_proj"}
+    assert {n for n in said if said[n]["quant_algo"] == "NVFP4"} == {
+        n for n in experts if ".layers.0." in n
+    }
+    kept = beside["exclude_modules"]
+    assert any(fnmatch("model.layers.2.block_sparse_moe.experts", pattern) for pattern in kept)
+    assert not any(p in n or fnmatch(n, p) for n in lowered for p in kept)
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(f"{n}.weight_scale" in held for n in lowered)
+    read = load_model(tmp_path / "out", "bf16")
+    for op, name in formats.items():
+        if ".experts." in op:
+            want = [fake_quantize(w, SCHEMES[name].weights, "row") for w in model.get_parameter(op)]
+            assert torch.equal(read.get_parameter(op), torch.stack(want))
+    fp8 = plan_of(source, dict.fromkeys(formats, "fp8_e4m3"), "bf16")
+    with pytest.raises(MpqError, match="a ModelOpt checkpoint has experts in mxfp8, nvfp4"):
+        export(fp8, source, tmp_path / "other", to="modelopt", engine="vllm")
+    with pytest.raises(MpqError, match="mpq writes no experts for tensorrt-llm"):
+        export(plan, source, tmp_path / "other", to="modelopt", engine="tensorrt-llm")
 
 
 def test_what_modelopt_has_no_name_for(tmp_path: Path) -> None:

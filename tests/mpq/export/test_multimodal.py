@@ -9,16 +9,20 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import save_file
 from small import SMALL
 from small_export import plan_of
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from mpq.export.check import compare
 from mpq.export.exporting import export
-from mpq.export.reload import loaded_model, log_probabilities
+from mpq.export.reload import loaded_model, log_probabilities, rounding_experts
+from mpq.formats.quantize import fake_quantize
+from mpq.formats.scheme import get_scheme
 from mpq.method import best_plan, gains_of, groups_of, sensitivity_of
 from mpq.models.blocks import Blocks
 from mpq.models.checkpoint import load_config, load_model
+from mpq.models.dense import dense_tensors
 
 BLOCKS = Blocks(np.random.default_rng(0).integers(5, 90, (4, 24)))
 _TEXT = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
@@ -87,3 +91,41 @@ def test_a_multimodal_checkpoint(tmp_path: Path, model_type: str) -> None:
         elif name.removesuffix(".weight") not in plan.lowered and "experts" not in name:
             assert torch.equal(held[name], weight), name
     assert fused == (2 if model_type == "llama4" else 0)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_experts_of_qwen3_vl_are_written_one_by_one(tmp_path: Path, turned: bool) -> None:
+    """Its checkpoints keep a layer's experts in one tensor, (experts, K, C), or as transformers does, (experts, C, K): either way
+    each expert's matrices are written as its rows, by the checkpoint's names, and the run of them is the plan's."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    of_qwen = {**_QWEN, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
+    how = {"text_config": {**_TEXT, **experts, "rope_parameters": _ROTATED}}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen3_vl_moe", **how, vision_config=of_qwen)
+    model = AutoModelForMultimodalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0, 0.2)
+    source, out = tmp_path / "model", tmp_path / "out"
+    model.save_pretrained(source)
+    stored = dict(model.state_dict())
+    of_experts = [n for n in stored if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    weights = {n: stored[n].clone() for n in of_experts}
+    stored |= {n: (w.mT if turned else w).contiguous() for n, w in weights.items()}
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    plan = plan_of(source, dict.fromkeys(of_experts, "int8"))
+    export(plan, source, out, engine="vllm")
+    held = dense_tensors(out)
+    int8 = get_scheme("int8").weights
+    for op, weight in weights.items():
+        owner, _, product = op.rpartition(".")
+        parts = ("gate_proj", "up_proj") if product == "gate_up_proj" else (product,)
+        for expert, whole in enumerate(weight):
+            for part, matrix in zip(parts, whole.chunk(len(parts)), strict=True):
+                found = held[f"{owner}.{expert}.{part}.weight"][...]
+                assert torch.equal(found, fake_quantize(matrix, int8, "row"))
+    found = loaded_model(out, "fp32", decode_experts=True)
+    with torch.inference_mode(), rounding_experts(found, plan.lowered):
+        log_p = log_probabilities(found, torch.from_numpy(BLOCKS.tokens)).numpy()
+    check = compare(load_model(source, "fp32"), plan.lowered, "fp32", BLOCKS, log_p)
+    assert check.passed, check

@@ -65,14 +65,15 @@ def test_linears_keep_the_checkpoints_names(tmp_path: Path, model_type: str) -> 
 
 
 def test_a_name_whose_scales_transformers_would_lose_is_its_own() -> None:
-    """DeepSeek-V4's checkpoints call the head `head`, which transformers renames with `.weight` at its end alone: it is written as
-    `lm_head`, and all else as they have it."""
-    shared = "layers.0.ffn.shared_experts.w1.weight"
-    model = skeleton(tiny("deepseek_v4"), [shared])
-    assert model.written("head.weight") == "lm_head.weight"
-    assert model.written(shared) == shared
+    """DeepSeek-V4's checkpoints call the head `head`, which transformers renames with `.weight` at its end alone: lowered it is
+    `lm_head`, and all else is as they have it."""
+    shared, head = "layers.0.ffn.shared_experts.w1", "head"
+    model = skeleton(tiny("deepseek_v4"), [f"{shared}.weight", f"{head}.weight", "embed.weight"])
+    assert model.coded("lm_head") == "lm_head"
+    assert model.names_in_file("lm_head") == ("head", "lm_head")
+    assert model.written("head.weight") == "head.weight"
     assert model.written("embed.weight") == "embed.weight" != model.name_of("embed.weight")
-    assert model.name_of(shared) == "model.layers.0.mlp.shared_experts.gate_proj.weight"
+    assert model.coded("model.layers.0.mlp.shared_experts.gate_proj") == shared
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model."])

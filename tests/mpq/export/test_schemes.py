@@ -67,6 +67,7 @@ def test_memory_counts_what_the_file_holds(name: str) -> None:
     )
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_all_schemes_in_one_checkpoint(tmp_path: Path) -> None:
     """Each linear in another scheme, beside base BF16: transformers loads it, holds every code, and is mpq's run of the plan.
     Read as a checkpoint to be calibrated, its weights are what the source's were rounded to."""
@@ -111,6 +112,7 @@ def test_rows_that_are_no_whole_blocks(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("reloaded_here")
 def test_fused_layers_share_one_scale(tmp_path: Path) -> None:
     """q, k and v in NVFP4 have the tensor's scale of the largest of them, as vLLM takes one for all (docs/engines.md)."""
     from safetensors.torch import load_file

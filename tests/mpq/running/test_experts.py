@@ -151,7 +151,7 @@ def test_what_is_no_experts_module_is_told() -> None:
         pass
     op = "model.layers.0.mlp.experts.down_proj"
     assert runs_natively({op: "int8"}, {op: "experts"}, "fp32", "cpu")
-    assert not runs_natively({op: "int8"}, {op: "experts"}, "fp32", "cuda")
+    assert not runs_natively({op: "nvfp4"}, {op: "experts"}, "fp32", "cuda")
 
 
 def test_kinds_are_told_from_the_model() -> None:
