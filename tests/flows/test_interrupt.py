@@ -83,6 +83,19 @@ def states(folder: Path) -> list[str]:
     return [row[0] for row in rows]
 
 
+@contextmanager
+def heard(number: signal.Signals) -> Iterator[None]:
+    """What is started does not ignore the signal, though the tests may (nohup make test)."""
+    before = signal.getsignal(number)
+    if before is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_IGN:
+            signal.signal(number, before)
+
+
 # in this order: each goes on from what the one before has left
 @pytest.mark.parametrize(
     ("number", "kind"),
@@ -97,7 +110,7 @@ def test_a_signal_ends_the_run(folder: Path, number: signal.Signals, kind: str) 
 
     SIGTERM goes the same way, see below.
     """
-    with started(folder) as run:
+    with heard(number), started(folder) as run:
         children = children_once_stored(run, folder, kind)
         assert children, "not even a Prefect server"
         os.kill(run.pid, number)
