@@ -20,7 +20,7 @@ ByContent = dict[
 def evaluate(run: Run, groups: TableRef, plans: Plans, blocks: TableRef) -> TableRef:
     """The evaluation table of all plans."""
     from mpq.kernels import runs_natively
-    from mpq.timing.in_vllm import runs_in_vllm
+    from mpq.serving.schemes import runs_in_vllm
 
     formats: ByContent = {content_key(p["formats"]): p["formats"] for p in plans}
     names = {content_key(p["formats"]): _name(p) for p in reversed(plans)}

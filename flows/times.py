@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ def allowed_of(
     """
     from mpq.formats.scheme import of_cache, of_kind
     from mpq.kernels import native_formats
-    from mpq.timing.in_vllm import formats_in_vllm
+    from mpq.serving.schemes import formats_in_vllm
 
     spec = run.spec
     lowered = spec.objectives[objective].formats
@@ -109,10 +110,12 @@ def _slices(run: Run, groups: TableRef, missing: dict[str, Wanted]) -> Calls:
 def _slice(run: Run, configurations: int) -> int:
     """Configurations per task, from how many there are, how many accelerators, and what a task costs on one."""
     place, part = run.place, run.spec.timing
-    if (
-        place.accelerators <= 1 or part.engine != "torch"
-    ):  # importing an engine takes longer than most measure
+    if place.accelerators <= 1:
         return configurations
+    if part.engine != "torch":
+        # importing an engine takes longer than most measure; but where each configuration begins an engine of its own, that is
+        # most of the time, and no device shall wait for it
+        return math.ceil(configurations / place.accelerators) if part.compile else configurations
     found = run.one(timing.probe, architecture=run.architecture, spec=part)["probe"]
     told = read_json(found)
     seconds = seconds_of(part.repeats, told["ttft_s"])

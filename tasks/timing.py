@@ -100,7 +100,8 @@ def _config_json(architecture: Architecture) -> dict[str, Any]:
 
 def _in_vllm(architecture: Architecture, spec: TimingSpec) -> dict[str, Any]:
     fields = {"batch", "length", "output", "seed", "target", "cap", "threads", "clock"}
-    return {**spec.model_dump(include=fields), "device": architecture.device}
+    how = spec.model_dump(include=fields)
+    return {**how, "device": architecture.device, "compiled": spec.compile}
 
 
 def _how(spec: TimingSpec) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from mpq.export.cache import SECTION
 from mpq.export.layout import Layout
 from mpq.export.skeleton import Skeleton
-from mpq.serving.schemes import EXPORTED, scheme_group
+from mpq.serving.schemes import EXPORTED, scheme_group, section
 
 
 def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
@@ -27,25 +27,14 @@ def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str
         targets[name] += [expert_pattern(op)] if of_experts else model.names_in_file(op)
     if model.expert_ops and not any(op in lowered for op in model.expert_ops):
         targets["fp8_e4m3"].append(_NO_EXPERTS)
-    groups = {
-        f"group_{number}": scheme_group(name, of)
-        for number, (name, of) in enumerate((n, t) for n, t in targets.items() if t)
-    }
-    formats = {group["format"] for group in groups.values()}
+    in_base = (
+        name
+        for op in (*model.linears, *model.weights)
+        if op not in lowered
+        for name in model.names_in_file(op)
+    )
     return {
-        "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": [
-            *(
-                name
-                for op in (*model.linears, *model.weights)
-                if op not in lowered
-                for name in model.names_in_file(op)
-            ),
-            *_experts_in_base(lowered, model),
-        ],
+        **section(targets, (*in_base, *_experts_in_base(lowered, model))),
         "kv_cache_scheme": None,  # cache.py, where one is
         "global_compression_ratio": None,
     }

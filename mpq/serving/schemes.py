@@ -6,9 +6,10 @@ tests read them back with. Each group has its own `format`: vLLM finds no scheme
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mpq.errors import MpqError
 from mpq.formats.format import Format
 from mpq.formats.scheme import SCHEMES, Scheme, with_fitted
 
@@ -32,6 +33,28 @@ OF_EXPERTS = {
 }
 # of these, what vLLM 0.32 has a kernel for on any CPU (docs/engines.md: run)
 ON_CPU = with_fitted("int8", "fp8_e4m3", "w4a8")
+
+
+def formats_in_vllm(kind: str, device: str = "cpu") -> tuple[str, ...]:
+    """The formats beside base that vLLM runs products of a kind in: linears alone have schemes."""
+    if kind != "linear":
+        return ()
+    return ON_CPU if device == "cpu" else EXPORTED
+
+
+def runs_in_vllm(
+    formats: Mapping[str, str], kinds: Mapping[str, str], base: str, device: str = "cpu"
+) -> bool:
+    """Whether a plan (op → format; op → kind) lowers nothing that vLLM has no scheme for."""
+    return all(f == base or f in formats_in_vllm(kinds[op], device) for op, f in formats.items())
+
+
+def check_in_vllm(formats: Iterable[str], kind: str, device: str = "cpu") -> None:
+    """Raise MpqError for formats that vLLM runs no product of this kind in."""
+    known = formats_in_vllm(kind, device)
+    if foreign := [f for f in formats if f not in known]:
+        can = " and ".join(known) or "base alone"
+        raise MpqError(f"vLLM runs no {kind} in {foreign[0]}: expected {can}.")
 
 
 def stored_as(scheme: Scheme) -> str:
@@ -79,13 +102,31 @@ def _arguments(fmt: Format, of_row: str) -> dict[str, Any]:
     return found
 
 
-def all_in(name: str) -> dict[str, Any]:
-    """The `quantization_config` of a model whose linears are all in the scheme `name`, its head and experts in base."""
-    group = scheme_group(name, ["Linear"])
+# a model's head, experts and routers, by the names that most have for them
+_NEVER_LOWERED = ("lm_head", "re:.*[.]experts[.].*", "re:.*[.]gate$", "re:.*[.]router$")
+
+
+def section(targets: Mapping[str, Sequence[str]], ignore: Iterable[str]) -> dict[str, Any]:
+    """A `quantization_config`: a group for each scheme that has targets, in EXPORTED's order; modules in `ignore` stay in base."""
+    groups = {
+        f"group_{number}": scheme_group(name, targets[name])
+        for number, name in enumerate(name for name in EXPORTED if targets.get(name))
+    }
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": group["format"],
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head", "re:.*[.]experts[.].*", "re:.*[.]gate$", "re:.*[.]router$"],
+        "config_groups": groups,
+        "ignore": list(ignore),
     }
+
+
+def all_in(name: str) -> dict[str, Any]:
+    """The `quantization_config` of a model whose linears are all in the scheme `name`, its head and experts in base."""
+    return section({name: ["Linear"]}, _NEVER_LOWERED)
+
+
+def each_in(targets: Mapping[str, Sequence[str]], others: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of a model with linears in schemes (scheme → their names) and all `others` in base."""
+    return section(targets, (*others, *_NEVER_LOWERED))

@@ -3,9 +3,9 @@
 Nothing of mpq is imported here. A request is one line on standard input, `{"do": …, …}`; its answer one line on what was
 standard output, `{"done": …}` or `{"error": …}`. What vLLM itself prints goes to standard error.
 
-Several engines live in this one process, by name: importing vLLM takes half a minute, an engine seconds. Linears of one engine
-run in the place of another's, so that a mixed model is a matter of setting attributes: of models that differ in formats alone
-the exchanged one computes, bit for bit, what an engine of that mixture does (docs/engines.md).
+Several engines live in this one process, by name: importing vLLM takes half a minute, an engine seconds. Linears of one eager
+engine run in the place of another's, so that a mixed model is a matter of setting attributes: of models that differ in formats
+alone the exchanged one computes, bit for bit, what an engine of that mixture does (docs/engines.md).
 """
 
 from __future__ import annotations
@@ -64,11 +64,14 @@ class Engines:
         rows: int,
         dummy: bool,
         skipped: list[str] | None = None,
+        compiled: bool = False,
     ) -> dict[str, Any]:
         """An engine of the checkpoint in `folder`, or with made-up weights of its config.json alone.
 
         It takes `rows` requests of `tokens` tokens at once, each prompt in one pass. `skipped` are numbers of layers whose cache
-        is in base, whatever the checkpoint says.
+        is in base, whatever the checkpoint says. `compiled`: as vLLM serves by default, its linears not to be exchanged; else eager.
+        Of the answer, `linears` are the model's, `packed` says which of the checkpoint's each is made of, and `lowered` which are
+        in no base format.
         """
         from vllm import LLM
         from vllm.model_executor.models import registry
@@ -81,7 +84,7 @@ class Engines:
                 dtype=dtype,
                 load_format="dummy" if dummy else "auto",
                 skip_tokenizer_init=True,
-                enforce_eager=True,
+                enforce_eager=not compiled,
                 enable_prefix_caching=False,
                 enable_chunked_prefill=False,
                 async_scheduling=False,  # or the first token waits for the second one's step
@@ -89,18 +92,27 @@ class Engines:
                 max_num_seqs=rows,
                 max_num_batched_tokens=max(rows * tokens, tokens),
                 kv_cache_memory_bytes=_cache_bytes(folder, tokens, rows),
+                # a share of a GPU that is to be free at first: another engine is there, and the cache's bytes are given
+                gpu_memory_utilization=0.01,
                 kv_cache_dtype_skip_layers=skipped or [],
                 disable_log_stats=True,
             )
+        if compiled and not _compiles(llm):
+            raise RuntimeError("vLLM compiles nothing here: is TORCH_COMPILE_DISABLE set?")
         self._own[name] = llm.apply_model(_linears)[0]
         self._changed[name] = set()
-        return {"linears": list(self._own[name]), "packed": llm.apply_model(_packed)[0]}
+        return {
+            "linears": list(self._own[name]),
+            "packed": llm.apply_model(_packed)[0],
+            "lowered": [linear for linear, module in self._own[name].items() if _lowered(module)],
+        }
 
     def close(self, name: str) -> None:
         """Let an engine go."""
         with _garbage_left():
             for kept in (self._engines, self._own, self._changed):
                 kept.pop(name, None)
+        gc.unfreeze()  # each engine freezes all there is as it begins: what refers to itself would stay
         gc.collect()
 
     def exchange(self, name: str, linears: dict[str, str]) -> None:
@@ -203,6 +215,17 @@ def _linears(model: Any) -> dict[str, Any]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, LinearBase)
     }
+
+
+def _lowered(linear: Any) -> bool:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    return not isinstance(linear.quant_method, UnquantizedLinearMethod)
+
+
+def _compiles(llm: Any) -> bool:
+    how = llm.llm_engine.vllm_config.compilation_config
+    return any(mode.name != "NONE" for mode in (how.mode, how.cudagraph_mode))
 
 
 def _packed(model: Any) -> dict[str, list[str]]:

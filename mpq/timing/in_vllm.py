@@ -1,150 +1,40 @@
 """Times taken inside vLLM: base and configurations as it runs them, in one process, without weights.
 
-An engine in base and one in each format are made from a config.json alone, with made-up weights; a configuration is base's
-engine with linears of the others in its place (serving/vllm_process.py). One run answers `batch` prompts of `length` random tokens
-with one token each: the time to first token, the engine's own scheduling and sampling included. Where an answer has several tokens,
-some of those after the first are timed, and count for all.
+Engines are made from a config.json alone, with made-up weights; which of them a configuration is: vllm_runs.py. One run answers
+`batch` prompts of `length` random tokens with one token each: the time to first token, the engine's own scheduling and sampling
+included. Where an answer has several tokens, some of those after the first are timed, and count for all.
 """
 
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
-import tempfile
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from mpq.caches import private_folder
 from mpq.errors import MpqError
 from mpq.formats.format import get_format
 from mpq.kernels import device_name
 from mpq.running.decode import STEPS
 from mpq.serving.engine_process import EngineDied, EngineProcess
 from mpq.serving.environment import find_environment
-from mpq.serving.schemes import EXPORTED, ON_CPU, all_in
+from mpq.serving.schemes import check_in_vllm
 from mpq.store.tables import table
 from mpq.timing.clock import Clock, Wanted, clock_of
-from mpq.timing.pairs import Timed
-from mpq.timing.session import Progress, Ready, Request, plan_rows, rows_of
-
-_BASE = "base"
+from mpq.timing.session import Progress, Request, plan_rows, rows_of
+from mpq.timing.vllm_runs import Compiled, Eager
 
 
 def vllm_device_name(device: str = "cpu", threads: int | None = None) -> str:
     """The device with the engine's version, as its times are kept under. Raises MpqError where there is no vLLM."""
     return f"{device_name(device, threads)}, vLLM {find_environment().version}"
-
-
-def formats_in_vllm(kind: str, device: str = "cpu") -> tuple[str, ...]:
-    """The formats beside base that products of a kind can be timed in: linears alone have schemes."""
-    if kind != "linear":
-        return ()
-    return ON_CPU if device == "cpu" else EXPORTED
-
-
-def runs_in_vllm(
-    formats: Mapping[str, str], kinds: Mapping[str, str], base: str, device: str = "cpu"
-) -> bool:
-    """Whether a plan (op → format; op → kind) lowers nothing that vLLM has no scheme for."""
-    return all(f == base or f in formats_in_vllm(kinds[op], device) for op, f in formats.items())
-
-
-class _Vllm:
-    """Forwards inside vLLM. `linears` are the model's as vLLM has them, `packed` which of the checkpoint's each is made of."""
-
-    def __init__(
-        self,
-        engine: EngineProcess,
-        linears: Sequence[str],
-        packed: Mapping[str, Sequence[str]],
-        base: str,
-        clock: Clock,
-        device: str,
-        asked: Mapping[str, int],
-    ):
-        self._engine, self._base, self._clock, self._device = engine, base, clock, device
-        self._linears, self._packed, self._asked = frozenset(linears), packed, dict(asked)
-
-    @property
-    def waits(self) -> bool:
-        return self._clock.waits
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        yield
-
-    @contextmanager
-    def block(self) -> Iterator[Ready]:
-        yield self._ready
-
-    def _ready(self, formats: Mapping[str, str]) -> Timed:
-        exchanged = self._exchanged(formats)
-
-        further = self._asked["output"] - 1
-
-        def timed() -> float | tuple[float, float]:
-            first_s, *later_s = self._engine.ask(
-                "time",
-                name=_BASE,
-                linears=exchanged,
-                rows=self._asked["batch"],
-                prompt=self._asked["length"],
-                output=1 + min(further, STEPS),
-                seed=self._asked["seed"],
-                clock=self._clock.reads,
-            )
-            if not later_s:
-                return float(first_s)
-            return first_s, (later_s[-1] - first_s) / len(later_s) * further
-
-        timed()
-        return timed
-
-    def _exchanged(self, formats: Mapping[str, str]) -> dict[str, str]:
-        """vLLM's linear to the engine that it is taken from. Raises MpqError for what vLLM cannot run so."""
-        found: dict[str, set[str]] = {}
-        for op, name in formats.items():
-            linear = self._linear_of(op)
-            if linear:
-                found.setdefault(linear, set()).add(name)
-            elif name != self._base:
-                raise MpqError(
-                    f"vLLM has no linear for {op}: pin it to base, or time with engine torch."
-                )
-        for linear, names in found.items():
-            if len(names) > 1:
-                raise MpqError(
-                    f"vLLM runs {linear} in one format, the configuration has {' and '.join(sorted(names))} in it: tie its parts."
-                )
-        return {linear: name for linear, (name,) in found.items() if name != self._base}
-
-    def _linear_of(self, op: str) -> str | None:
-        parent, _, child = op.rpartition(".")
-        fused = (f"{parent}.{name}" for name, parts in self._packed.items() if child in parts)
-        return next((name for name in (*fused, op) if name in self._linears), None)
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "device": vllm_device_name(self._device, self._clock.threads),
-            "batch": self._asked["batch"],
-            "length": self._asked["length"],
-            **({"output": self._asked["output"]} if self._asked["output"] > 1 else {}),
-            "clock": self._clock.reads,
-            "threads": self._clock.threads,
-            "mode": "vllm eager",
-        }
-
-    def check(self, formats: Sequence[str], kind: str) -> None:
-        _check_formats(formats, kind)
-
-
-def _check_formats(formats: Sequence[str], kind: str) -> None:
-    if foreign := [f for f in formats if f not in formats_in_vllm(kind)]:
-        can = " and ".join(formats_in_vllm(kind)) or "base alone"
-        raise MpqError(f"vLLM runs no {kind} in {foreign[0]}: expected {can}.")
 
 
 _idle: dict[
@@ -186,38 +76,56 @@ def _engines(
     clock: Clock,
     device: str,
     asked: Mapping[str, int],
-) -> Iterator[_Vllm]:
-    """Engines of the model in config.json, one in base and one in each of `formats`."""
-    _check_formats(formats, "linear")
+    compiled: bool,
+) -> Iterator[Eager]:
+    """Engines of the model in config.json, to be run in `formats`."""
+    check_in_vllm(formats, "linear", device)
     dtype = get_format(base).dtype
-    with (
-        vllm_process(device, clock.threads) as engine,
-        tempfile.TemporaryDirectory(prefix="mpq-vllm-") as folder,
-    ):
-        made: dict[str, Any] = {}
-        for name in (_BASE, *formats):
-            of = Path(folder) / name
-            of.mkdir()
-            said = {
-                k: v for k, v in config.items() if k not in ("torch_dtype", "quantization_config")
-            }
-            said |= {"dtype": dtype}
-            if name != _BASE:
-                said |= {"quantization_config": all_in(name)}
-            (of / "config.json").write_text(json.dumps(said), encoding="utf-8")
-            made[name] = engine.ask(
+    said = {k: v for k, v in config.items() if k not in ("torch_dtype", "quantization_config")}
+    with vllm_process(device, clock.threads) as engine:
+
+        def opening(
+            process: EngineProcess, name: str, quantization: Mapping[str, Any] | None = None
+        ) -> dict[str, Any]:
+            more = {"quantization_config": quantization} if quantization else {}
+            made: dict[str, Any] = process.ask(
                 "open",
                 name=name,
-                folder=str(of),
+                folder=str(_folder({**said, "dtype": dtype, **more})),
                 dtype=dtype,
                 tokens=asked["length"] + min(asked["output"], 1 + STEPS),
                 rows=asked["batch"],
                 dummy=True,
+                compiled=compiled,
             )
-        of_base = made[_BASE]
-        yield _Vllm(engine, of_base["linears"], of_base["packed"], base, clock, device, asked)
-        for name in made:
-            engine.ask("close", name=name)
+            return made
+
+        def another() -> AbstractContextManager[EngineProcess]:
+            # vLLM 0.32 has one workspace a process (v1/worker/workspace.py): a second engine there
+            # replaces the one that the first one's CUDA graphs were captured with
+            return nullcontext(engine) if device == "cpu" else vllm_process(device, clock.threads)
+
+        how = base, clock, asked, device, vllm_device_name(device, clock.threads)
+        runner = (
+            Compiled(another, engine, opening, *how)
+            if compiled
+            else Eager(engine, opening, formats, *how)
+        )
+        yield runner
+        runner.close()
+
+
+def _folder(config: Mapping[str, Any]) -> Path:
+    """A folder with this config.json alone, called after its content: what vLLM has compiled for it is found
+    again under its path, in mpq's cache."""
+    text = json.dumps(config)
+    folder = private_folder("vllm") / "models" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    if not (to := folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"config.{os.getpid()}.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(to)
+    return folder
 
 
 def measure_each_in_vllm(
@@ -233,10 +141,12 @@ def measure_each_in_vllm(
     seed: int = 0,
     threads: int | None = None,
     clock: Wanted = "auto",
+    compiled: bool = False,
     wanted: Callable[[int], bool] | None = None,
     **how: Any,
 ) -> Iterator[tuple[int, pl.DataFrame]]:
-    """As measure.measure_each, inside vLLM: `config` is the content of config.json.
+    """As measure.measure_each, inside vLLM: `config` is the content of config.json. `compiled`: as vLLM serves by default, with an
+    engine for each configuration.
 
     Where the engine's process ends while a block is measured, what is left is measured one configuration at a time, each time
     in a new process where it has to be; a configuration at which it ends once more is lost, and no other. Raises MpqError,
@@ -251,7 +161,7 @@ def measure_each_in_vllm(
     while left:
         opened = False
         try:
-            with _engines(config, lowered, base, read, device, asked_for) as runner:
+            with _engines(config, lowered, base, read, device, asked_for, compiled) as runner:
                 opened = True
                 while left:
                     asked = left[:1] if alone else left
@@ -297,14 +207,15 @@ def measure_ttft_in_vllm(
     seed: int = 0,
     threads: int | None = None,
     clock: Wanted = "auto",
+    compiled: bool = False,
     progress: Progress | None = None,
     **how: Any,
 ) -> pl.DataFrame:
-    """As measure.measure_ttft, inside vLLM: `config` is the content of config.json."""
+    """As measure.measure_ttft, inside vLLM: `config` is the content of config.json. `compiled`: as in measure_each_in_vllm."""
     if not plans:
         return table("timing", [])
     lowered = sorted({f for plan in plans for f in plan.values()} - {base})
     read = clock_of(device.partition(":")[0], threads, clock, graph=False)
     asked = {"batch": batch, "length": length, "output": output, "seed": seed}
-    with _engines(config, lowered, base, read, device, asked) as runner:
+    with _engines(config, lowered, base, read, device, asked, compiled) as runner:
         return plan_rows(runner, plans, seed=seed, progress=progress, **how)

@@ -32,7 +32,7 @@ from mpq.store.tables import table
 from mpq.timing.clock import Clock, Wanted, clock_of
 from mpq.timing.gpu_state import gpu_state
 from mpq.timing.pairs import keep_memory
-from mpq.timing.session import Method, Progress, Ready, Request, plan_rows, rows_of
+from mpq.timing.session import BLOCK, Method, Progress, Ready, Request, plan_rows, rows_of
 
 
 def timing_model(config: Any, base: str) -> nn.Module:
@@ -189,6 +189,8 @@ def base_ttft(
 
 class _Torch:
     """Forwards of a model in this process, on the device's native kernels."""
+
+    together = BLOCK
 
     def __init__(
         self,

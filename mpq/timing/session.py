@@ -36,11 +36,16 @@ BUSY, TRIES, PAUSE_S = 1.2, 4, 2.0
 class Runner(Protocol):
     """What runs the forwards that are timed.
 
-    `waits` says whether its clock counts the time that a thread waits for a core.
+    `waits` says whether its clock counts the time that a thread waits for a core, `together` how many configurations it can have
+    ready at once.
     """
 
     @property
     def waits(self) -> bool:
+        """See above."""
+
+    @property
+    def together(self) -> int:
         """See above."""
 
     def opened(self) -> AbstractContextManager[None]:
@@ -85,7 +90,7 @@ def rows_of(
     session = Session(runner, repeats, target, cap)
     done = 0
     with runner.opened():
-        for signature, places in _blocks(every, seed):
+        for signature, places in _blocks(every, seed, runner.together):
             asked = [place for place in places if not wanted or wanted(place)]
             if not asked:
                 continue
@@ -139,14 +144,16 @@ def _row(pairs: Pairs, instances: int, all_base: bool = False) -> dict[str, obje
     }
 
 
-def _blocks(wanted: Sequence[tuple[str, Configuration]], seed: int) -> list[tuple[str, list[int]]]:
-    """Places in `wanted`, signatures one after the other, configurations within each in random order, at most BLOCK together."""
+def _blocks(
+    wanted: Sequence[tuple[str, Configuration]], seed: int, size: int
+) -> list[tuple[str, list[int]]]:
+    """Places in `wanted`, signatures one after the other, configurations within each in random order, at most `size` together."""
     rng = random.Random(seed)
     blocks: list[tuple[str, list[int]]] = []
     for signature in dict.fromkeys(s for s, _ in wanted):
         places = [i for i, (s, _) in enumerate(wanted) if s == signature]
         rng.shuffle(places)
-        blocks += [(signature, places[i : i + BLOCK]) for i in range(0, len(places), BLOCK)]
+        blocks += [(signature, places[i : i + size]) for i in range(0, len(places), size)]
     return blocks
 
 
@@ -164,8 +171,9 @@ def plan_rows(
     session = Session(runner, repeats, target, cap)
     rows: list[dict[str, object]] = []
     with runner.opened():
-        for at in range(0, len(plans), BLOCK):
-            for pairs in session.compare(plans[at : at + BLOCK], seed + TRIES * at):
+        for at in range(0, len(plans), runner.together):
+            some = plans[at : at + runner.together]
+            for pairs in session.compare(some, seed + TRIES * at):
                 row = _row(pairs, 1)
                 kept = {
                     k: row[k] for k in row if k not in ("instances", "significant", "predicted")

@@ -10,6 +10,7 @@ import pytest
 from small import small_config, small_model
 from test_served import SHAPE
 
+from mpq.errors import MpqError
 from mpq.method import groups_of
 from mpq.serving import EngineProcess
 from mpq.timing import in_vllm
@@ -70,3 +71,26 @@ def test_times(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     frame = measure_ttft_in_vllm(config_json(), [dict.fromkeys(OPS, "int8")], **FACTS)
     assert frame["ttft_s"][0] > 0
     assert frame["gain_ci_low_s"][0] <= frame["gain_s"][0] <= frame["gain_ci_high_s"][0]
+
+
+def test_compiled_times(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration and a plan are timed in compiled engines of their own, and nothing stays open; the tests' own process, in
+    which nothing is compiled, refuses."""
+    folder = in_vllm._folder(config_json())
+    how = {"dtype": "float32", "tokens": 34, "rows": 2, "dummy": True, "compiled": True}
+    with pytest.raises(MpqError, match="compiles nothing here"):
+        engine.ask("open", name="refused", folder=str(folder), **how)
+    engine.ask("close", name="refused")
+    monkeypatch.setattr(in_vllm, "_idle", {})
+    groups = groups_of(CONFIG, batch=2, length=16)
+    signature = groups.filter(op="model.layers.0.mlp.down_proj")["signature"][0]
+    ((_, row),) = measure_each_in_vllm(
+        config_json(), groups, [(signature, [("int8",)])], **FACTS, compiled=True
+    )
+    with in_vllm._idle[1]:
+        plans = [dict.fromkeys(groups.filter(signature=signature)["op"], "int8")]
+        frame = measure_ttft_in_vllm(config_json(), plans, **FACTS, compiled=True)
+    for table in (row, frame):
+        assert table["mode"].to_list() == ["vllm compiled"]
+        assert table["ttft_s"][0] > 0
+        assert table["base_ttft_s"][0] > 0

@@ -6,13 +6,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import polars as pl
 import pytest
 
 from bench.simulated import fan_out, intervals
 from deployments.processes import Services
-from mpq.spec import RunnerSpec
+from mpq.flows import times
+from mpq.spec import RunnerSpec, TimingSpec
 
 
 @pytest.fixture
@@ -44,6 +47,14 @@ def strike_midway(begun: Path, strike: Callable[[], None], after: int) -> thread
     thread = threading.Thread(target=wait)
     thread.start()
     return thread
+
+
+def test_engines_of_their_own_are_spread_over_all_devices() -> None:
+    """Where each configuration begins an engine, no device is without; exchanged linears are measured in one task."""
+    for compiled, size in ((True, 3), (False, 11)):
+        spec = SimpleNamespace(timing=TimingSpec(engine="vllm", compile=compiled))
+        run: Any = SimpleNamespace(place=SimpleNamespace(accelerators=4), spec=spec)
+        assert times._slice(run, 11) == size
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def compared(
     timing = import_module("mpq.timing.session")
     monkeypatch.setattr(timing, "compare", compared)
     monkeypatch.setattr(timing, "PAUSE_S", 0.0)
-    monkeypatch.setattr(timing, "BLOCK", 1)
+    monkeypatch.setattr(import_module("mpq.timing.measure")._Torch, "together", 1)
     every = [("o", [("bf16",), ("int8",), *([("bf16",)] if also else [])])]
     model = timing_model(CONFIG, "fp32")
     shape: dict[str, Any] = {"base": "fp32", "batch": 1, "length": 8}
