@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mpq.models.blocks import Blocks
     from mpq.program.memory import Requests
     from mpq.program.plan import Plan
-    from mpq.program.signed import SignedLoss
+    from mpq.program.signed import SignedLoss, Terms
     from mpq.program.solver import SolverName
     from mpq.spec import Objective
 
@@ -204,26 +204,34 @@ def plan_within(
     signed: SignedLoss | None = None,
 ) -> Plan:
     """As best_plan, its bound given as the loss MSE itself (nats²), or as the KL. Raises MpqError for tables of another kind."""
-    from mpq.store.tables import validate
+    from mpq.program.agreement import check_agreement, given, mean_square_of
 
-    groups, loss = validate("groups", groups), validate("loss", loss)
+    groups, loss, gains = given("groups", groups), given("loss", loss), given("gains", gains)
+    square = mean_square_of(loss)
+    check_agreement(groups, gains)
     if cost == "kl":
-        return best_plan(groups, validate("gains", gains), loss, None, base, solver, kl=budget)
-    tau = math.sqrt(max(0.0, budget) / loss["mean_square_loss"][0])
-    return best_plan(groups, validate("gains", gains), loss, tau, base, solver, signed=signed)
+        return best_plan(groups, gains, loss, None, base, solver, kl=budget)
+    tau = math.sqrt(max(0.0, budget) / square)
+    return best_plan(groups, gains, loss, tau, base, solver, signed=signed)
 
 
 def with_signs(
-    gains: pl.DataFrame, sensitivity: pl.DataFrame, effects: pl.DataFrame, base: str
-) -> SignedLoss:
-    """The loss MSE with rounding's signs and the drift, for the plans of a gains table; warns where it is of fewer samples than
-    they take decisions. Raises MpqError for tables of another kind."""
-    from mpq.program.signed import signed_loss, warn_few
-    from mpq.store.tables import validate
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    sensitivity: pl.DataFrame,
+    effects: pl.DataFrame,
+    base: str,
+) -> tuple[SignedLoss, Terms]:
+    """The loss MSE with rounding's signs and the drift, for the plans of a gains table, and the terms of its rows; warns where it
+    is of fewer samples than they take decisions. Raises MpqError for tables of another kind."""
+    from mpq.program.agreement import check_agreement, given
+    from mpq.program.signed import choices_of, signed_loss, warn_few
 
-    found = signed_loss(validate("sensitivity", sensitivity), validate("effects", effects), base)
+    groups, gains = given("groups", groups), given("gains", gains)
+    check_agreement(groups, gains)
+    found = signed_loss(given("sensitivity", sensitivity), given("effects", effects), base)
     warn_few(found, gains["group"].n_unique())
-    return found
+    return found, found.terms(choices_of(groups, gains))
 
 
 def evaluate_plan(

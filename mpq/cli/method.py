@@ -341,7 +341,6 @@ def _with_signs(
         )
     from mpq.cli.console import read_frame
     from mpq.method import with_signs
-    from mpq.program.signed import choices_of
 
-    found = with_signs(gains, read_frame(sensitivity), read_frame(effects), the_base(base))
-    return found, found.terms(choices_of(read_frame(groups), gains))
+    of = (read_frame(groups), gains, read_frame(sensitivity), read_frame(effects))
+    return with_signs(*of, the_base(base))

@@ -353,10 +353,18 @@ def _checked(gains: pl.DataFrame, costs: tuple[str, ...]) -> NDArray[np.int64]:
             raise MpqError(
                 f"The gains table has a {name} that is no number (empty, NaN or infinite): expected one in every row."
             )
+        if not math.isfinite(gains[name].cast(pl.Float64).abs().sum()):
+            raise MpqError(
+                f"The gains table has values of {name} whose sum no float holds: check its unit."
+            )
     if gains.is_empty():
         raise MpqError("The gains table is empty: expected a row for each group and configuration.")
     if "objective" in gains.columns and gains["objective"].n_unique() > 1:
         raise MpqError(
             f"The gains table holds several objectives ({', '.join(map(str, gains['objective'].unique()))}): choose one with --objective."
+        )
+    if gains.select("group", "configuration").is_duplicated().any():
+        raise MpqError(
+            "The gains table has a configuration of a group twice: keep one row for each, since which counts cannot be told."
         )
     return gains["group"].rank("dense").to_numpy().astype(np.int64) - 1

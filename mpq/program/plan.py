@@ -7,8 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NotRequired
 
+from annotated_types import Ge, Len
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+
+from mpq.documents import parse_json
 from mpq.errors import MpqError
 from mpq.formats.scheme import get_scheme
 
@@ -17,6 +21,40 @@ if TYPE_CHECKING:
 
 PLAN_VERSION = 1
 LEAST_LOSS = "ip_loss"  # the strategy of the smallest loss for a target
+
+
+class _Text(TypedDict, total=False):
+    """How the held-out text was read: what a spec says of it."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # type: ignore[misc]  # noqa: RUF012
+    field: str
+    split: str
+    seed: Annotated[int, Ge(0)]
+    revision: str | None
+
+
+class _Price(TypedDict):
+    """What a plan would gain and cost without a constraint."""
+
+    constraint: str
+    gain_without: float
+    kl_without: NotRequired[float | None]
+    loss_mse_without: NotRequired[float | None]
+
+
+class _Provenance(TypedDict, total=False):
+    """What commands take from a plan's provenance; the keys of tables and all else stand beside it."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+    model: str
+    revision: str | None
+    evaluation: str
+    text: _Text
+    prefill: Annotated[list[Annotated[int, Ge(1)]], Len(2, 2)]
+    prices: list[_Price]
+    stored: dict[str, str]
+    check: dict[str, Any]
+    versions: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -120,13 +158,17 @@ class Plan:
         from pydantic import ValidationError
 
         try:
+            parse_json(text)  # which tells what stands twice
             plan = _reader().validate_json(text)
+            _provenance().validate_python({"provenance": plan.provenance})
+            if plan.objective not in ("et", "tt", "m"):
+                raise ValueError("objective: expected et, tt or m")
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             at = ".".join(map(str, first["loc"]))
-            raise MpqError(
-                f"Not a plan: expected the JSON that `mpq run` or `mpq solve` writes ({at + ': ' if at else ''}{first['msg']})."
-            ) from None
+            raise _no_plan(f"{at + ': ' if at else ''}{first['msg']}") from None
+        except ValueError as error:
+            raise _no_plan(str(error)) from None
         if plan.version != PLAN_VERSION:
             raise MpqError(
                 f"The plan has version {plan.version}, this mpq reads {PLAN_VERSION}: "
@@ -146,11 +188,22 @@ class Plan:
             )
 
 
+def _no_plan(why: str) -> MpqError:
+    return MpqError(f"Not a plan: expected the JSON that `mpq run` or `mpq solve` writes ({why}).")
+
+
 @functools.cache
 def _reader() -> TypeAdapter[Plan]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Plan)
+
+
+@functools.cache
+def _provenance() -> TypeAdapter[Any]:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(dict[str, _Provenance], config=ConfigDict(strict=True))
 
 
 def stored_in_words(stored: Mapping[str, str]) -> str:

@@ -166,6 +166,19 @@ LATER = {
     ),
 }
 
+# columns in which a table of that name has a value in every row
+FILLED = {
+    "groups": tuple(c for c in SCHEMAS["groups"] if c not in ("heads", "kv_heads")),
+    "sensitivity": ("op", "operand", "format", "noise_model", "n_samples"),
+    "effects": tuple(SCHEMAS["effects"]),
+    "loss": tuple(SCHEMAS["loss"]),
+    "gains": ("objective", "group", "configuration", "gain", "loss_mse"),
+}
+# of columns that a table may have more, their types
+FURTHER: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
+    "groups": {"feeds": pl.List(pl.String), "tied": pl.Boolean, "window": pl.Int64}
+}
+
 
 def table(name: str, rows: list[dict[str, object]]) -> pl.DataFrame:
     """Rows as the table called `name`, in its column order."""
@@ -197,7 +210,7 @@ def upgraded(name: str, frame: pl.DataFrame) -> pl.DataFrame:
 def validate(name: str, frame: pl.DataFrame) -> pl.DataFrame:
     """The frame with the columns of table `name`, cast to their types; further columns are kept behind them.
 
-    Raises MpqError that names the missing columns or the one that cannot be cast.
+    Raises MpqError that names the missing columns, the one that cannot be cast, or one that lacks a value.
     """
     schema, frame = SCHEMAS[name], upgraded(name, frame)
     missing = [column for column in schema if column not in frame.columns]
@@ -205,10 +218,22 @@ def validate(name: str, frame: pl.DataFrame) -> pl.DataFrame:
         raise MpqError(
             f"The {name} table lacks {', '.join(missing)}: expected the columns {', '.join(schema)}."
         )
-    try:
-        frame = frame.with_columns(pl.col(c).cast(t) for c, t in schema.items())
-    except pl.exceptions.PolarsError as error:
-        raise MpqError(
-            f"The {name} table has a column of the wrong type: {str(error).splitlines()[0]}."
-        ) from None
+    more: dict[str, pl.DataType | type[pl.DataType]]
+    more = {c: t for c, t in FURTHER.get(name, {}).items() if c in frame.columns}
+    for column, kind in {**schema, **more}.items():
+        try:
+            cast = frame[column].cast(kind)
+        except pl.exceptions.PolarsError as error:
+            raise _mistyped(name, column, str(error).splitlines()[0]) from None
+        if cast.dtype != kind:  # of a struct each field is cast
+            raise _mistyped(name, column, f"it holds {frame[column].dtype}")
+        if cast.null_count() and column in FILLED.get(name, ()):
+            raise MpqError(
+                f"The {name} table has rows without a value of {column}: expected one in every row."
+            )
+        frame = frame.with_columns(cast)
     return frame.select(*schema, *(c for c in frame.columns if c not in schema))
+
+
+def _mistyped(name: str, column: str, why: str) -> MpqError:
+    return MpqError(f"The {name} table has the column {column} of the wrong type: {why}.")

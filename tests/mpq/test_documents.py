@@ -16,11 +16,13 @@ from small_store import FRAME
 
 from mpq.cli.console import read_frame
 from mpq.cli.inventory import entries, plan_keys, read_plan, runs, verify
+from mpq.cli.show import diff, show
 from mpq.documents import parse_json
 from mpq.errors import MpqError
 from mpq.program.gains import solve_table
 from mpq.program.plan import Plan
 from mpq.report.runs import read_run, write_run
+from mpq.spec import parse_text
 from mpq.store.entries import Damaged, Store, TableRef
 
 DEEP = b"[" * 200_000
@@ -40,7 +42,19 @@ OTHER = st.one_of(
     st.lists(st.integers(), max_size=2),
     st.dictionaries(st.text(max_size=3), st.none(), max_size=2),
 )
-PLAN = Plan("ip_et", "et", 0.01, "fp32", {"a": "bf16"}, 0, 0, 0, 1, provenance={"gains": "0" * 64})
+PROVENANCE = {
+    "gains": "0" * 64,
+    "model": "m",
+    "revision": None,
+    "evaluation": "t.txt",
+    "text": {"field": "text", "split": "train", "seed": 0, "revision": None},
+    "prefill": [4, 256],
+    "prices": [{"constraint": "c", "gain_without": 1.0, "kl_without": None}],
+    "stored": {"a": "int8"},
+    "check": {"text": "t", "rounds": 1, "note": ""},
+    "versions": {"mpq": "1"},
+}
+PLAN = Plan("ip_et", "et", 0.01, "fp32", {"a": "bf16"}, 0, 0, 0, 1, provenance=PROVENANCE)
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -150,6 +164,11 @@ def test_plans(draw: st.DataObject, tmp_path: Path) -> None:
         assert isinstance(plan.tau, float | int)
         assert plan.share_lowered <= 1
         plan_keys(file)
+        show(file, json_=True)
+        show(file)
+        diff(file, file)
+        own = plan.provenance.get("text") or {}
+        parse_text(**{**own, "source": plan.provenance.get("evaluation") or "x"})
 
     told(ask)
 
@@ -164,6 +183,12 @@ def test_plans(draw: st.DataObject, tmp_path: Path) -> None:
         ("base", None),
         ("seed", 1.5),
         ("more", 1),
+        ("objective", "x"),
+        ("provenance", {"model": 3}),
+        ("provenance", {"text": {"source": "t"}}),
+        ("provenance", {"prefill": [0, 16]}),
+        ("provenance", {"prices": [{}]}),
+        ("provenance", {"stored": ["a"]}),
     ],
 )
 def test_a_plan_of_other_types(field: str, value: Any) -> None:
@@ -247,7 +272,8 @@ def test_gains_of_other_types(column: str, values: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [DEEP, b'{"a":' * 100_000, b"\xff", b"", b"9" * 10_000, b"{'a': 1}"]
+    "text",
+    [DEEP, b'{"a":' * 100_000, b"\xff", b"", b"9" * 10_000, b"{'a': 1}", b'{"a": 1, "a": 2}'],
 )
 def test_json_that_is_none(text: bytes) -> None:
     """One short line, also where Python would end in a RecursionError."""

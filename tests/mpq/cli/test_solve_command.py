@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from synthetic import make_groups
 from typer.testing import CliRunner
 
@@ -114,3 +118,50 @@ def test_mistakes(tables: dict[str, str], arguments: tuple[str, ...], told: str)
     """What it needs and what it does not go with is one sentence."""
     with pytest.raises(MpqError, match=told):
         solved(tables, *arguments)
+
+
+VALUES: list[Any] = [None, 0, -1, 3, 2**62, 1e308, float("nan"), float("inf"), "", "x", True]
+VALUES += [[], ["x"], ["int8", "int8"], {"a": 1}]
+
+
+def altered(frame: pl.DataFrame, draw: st.DataObject) -> pl.DataFrame:
+    """A table as somebody may hand it in: of no rows, fewer or more, without a column, or with another value in one."""
+    how = draw.draw(st.sampled_from(["empty", "half", "twice", "gone", "first", "all", "all"]))
+    if how in ("empty", "half", "twice"):
+        rows = {"empty": frame.clear(), "half": frame.head(max(1, frame.height // 2))}
+        return rows.get(how, pl.concat([frame, frame]))
+    column = draw.draw(st.sampled_from(frame.columns))
+    if how == "gone":
+        return frame.drop(column)
+    value = draw.draw(st.sampled_from(VALUES))
+    kept = [] if how == "all" else frame[column].to_list()[1:]
+    with suppress(TypeError, pl.exceptions.PolarsError):  # values that no column holds together
+        new = pl.Series(column, [value] * (frame.height - len(kept)) + kept, strict=False)
+        return frame.with_columns(new) if new.dtype != pl.Object else frame
+    return frame
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(draw=st.data(), signed=st.booleans())
+def test_any_tables_are_used_or_told(
+    draw: st.DataObject, signed: bool, tables: dict[str, str]
+) -> None:
+    """Whatever is in one of the tables, there is a plan that can be read again, or one sentence."""
+    name = draw.draw(st.sampled_from(list(tables)))
+    frame, file = pl.read_parquet(tables[name]), Path(tables["loss"]).with_name("plan.json")
+    more = [v for n in tables if n != "gains" for v in (f"--{n}", tables[n])]
+    if not signed:
+        more = more[-4:]
+    altered(frame, draw).write_parquet(tables[name])
+    file.unlink(missing_ok=True)
+    told = ""
+    try:
+        solved(tables, *more, *(["--signed"] if signed else []), "--base", "bf16", "--plan", file)
+        Plan.from_json(file.read_text())
+    except MpqError as error:
+        told = str(error)
+    finally:
+        frame.write_parquet(tables[name])
+    assert told.isprintable()
