@@ -88,6 +88,15 @@ def shape_of(config: Any) -> Shape:
         raise MpqError(
             f"The architecture {config.model_type} cannot be built from its config.json ({first_line(error)})."
         ) from None
+    sizes = {
+        name: getattr(text, name, None)
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size")
+    }
+    if lacking := [name for name, size in sizes.items() if not isinstance(size, int)]:
+        raise MpqError(
+            f"The architecture {config.model_type} does not say its {lacking[0]} in config.json, which batches are fitted to: write the spec by hand (docs/spec.md)."
+        )
+    positions = getattr(text, "max_position_embeddings", None)
     dtype = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "bfloat16")
     return Shape(
         parameters=parameters,
@@ -95,7 +104,7 @@ def shape_of(config: Any) -> Shape:
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
-        positions=getattr(text, "max_position_embeddings", None) or 4096,
+        positions=positions if isinstance(positions, int) and positions > 1 else 4096,
     )
 
 

@@ -148,8 +148,9 @@ def measure_ttft(
     The table `groups` tells who reads whose output: neighbours in BF16 then run without casts in between, as in measure.
     Columns: ttft_s, base_ttft_s (medians), gain_s, gain_ci_low_s, gain_ci_high_s, repeats, device, batch, length, clock, threads,
     load_average, steal_share, disturbed, mode, waited_share, clock_mhz; with several `output` tokens those of answer.SCHEMA.
-    Raises MpqError where the model lacks an op or the device a kernel.
+    Raises MpqError where the model lacks an op or the device a kernel, and for prompts beyond its table of positions.
     """
+    check_length(model.config, length + output - 1)
     device = next(model.parameters()).device.type
     prompt = {"batch": batch, "length": length, "output": output}
     answers = {**prompt, "compiled": compiled, "graph": graph, "seed": seed}
@@ -172,6 +173,7 @@ def base_ttft(
 ) -> float:
     """Seconds of an eager run in base (as long as it takes, whatever it stands for): the median of `repeats` after one that is not
     timed. A rough figure, to plan by."""
+    check_length(model.config, length + output - 1)
     read = clock_of(next(model.parameters()).device.type, threads, clock, graph=False)
     mixed = Mixed(model, base=base, backend="native")
     try:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import walk
 import yaml
 from small import DEMO, small_config
 from typer.testing import CliRunner
@@ -130,6 +131,27 @@ def test_shape_of_a_configuration() -> None:
     config = small_config("llama", num_key_value_heads=2, tie_word_embeddings=True)
     layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
     assert shape_of(config).parameters == 97 * 32 + 2 * layer + 32
+
+
+def test_configurations_without_such_a_shape(here: Path) -> None:
+    """Sizes that an architecture does not say, or says as none, and several texts in one: a sentence, or a spec all the same."""
+    walk.tiny("xlnet").save_pretrained(here / "xlnet")  # -1: as many positions as are asked for
+    assert "length: 256" in written(here / "xlnet")
+    for name, told in (
+        ("blt", "does not say its num_hidden_layers"),
+        ("musicgen", "Multiple valid"),
+    ):
+        walk.tiny(name).save_pretrained(here / name)
+        with pytest.raises(MpqError, match=told):
+            written(here / name)
+
+
+def written(folder: Path) -> str:
+    """The spec that `mpq init` writes for a checkpoint."""
+    done = CliRunner().invoke(app, ["init", str(folder), "--out", f"{folder}.yaml"])
+    if isinstance(done.exception, Exception):
+        raise done.exception
+    return Path(f"{folder}.yaml").read_text()
 
 
 def test_a_written_spec_is_yaml_of_one_reading(here: Path) -> None:
