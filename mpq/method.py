@@ -242,9 +242,17 @@ def evaluate_plan(
     batch: int = 8,
     progress: Progress | None = None,
 ) -> pl.DataFrame:
-    """What a plan really does to loss and perplexity, with real quantization: a row a seed and metric, beside base's."""
-    from mpq.evaluation.losses import evaluate_loss, losses
+    """What a plan really does to loss and perplexity, with real quantization: a row a seed and metric, beside base's.
 
+    Raises MpqError for a model whose tokens see the ones after them, an encoder, as sensitivity does.
+    """
+    from mpq.evaluation.losses import evaluate_loss, losses
+    from mpq.loss.cross_entropy import check_causal
+    from mpq.loss.taps import checkpointed
+    from mpq.models.placement import is_spread
+
+    with checkpointed(model, is_spread(model)):
+        check_causal(model)
     return evaluate_loss(
         model,
         plan.formats,

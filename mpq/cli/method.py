@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mpq.cli.console import bar, emit, log, lowered_and_base, the_base, writable, write_frame
-from mpq.cli.options import AsJson, Base, Device, Model, Out, Revision, Trusted
+from mpq.cli.options import AsJson, Base, Device, Model, Out, Revision, Seed, Trusted
 from mpq.errors import MpqError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def sensitivity(
     formats: Annotated[str, typer.Option(help=_FORMATS + ".")] = "bf16,fp8_e4m3,int8",
     base: Base = "fp32",
     device: Device = "auto",
-    seed: int = 0,
+    seed: Seed = 0,
     field: Annotated[str, typer.Option(help="JSONL key or dataset column of the text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
     checkpoint_activations: Annotated[
@@ -185,7 +185,7 @@ def time(
             help="Time the model's blocks through torch.compile, once for each configuration of a signature.",
         ),
     ] = False,
-    seed: int = 0,
+    seed: Seed = 0,
     revision: Revision = None,
     trusted: Trusted = False,
     json_: AsJson = False,

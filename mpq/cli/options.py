@@ -41,5 +41,6 @@ Trusted = Annotated[
         help="Run the Python code that the checkpoint brings along: read it first.",
     ),
 ]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of what is drawn at random.")]
 Store = Annotated[str | None, typer.Option(help="Another store than the spec's.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log.")]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mpq.errors import MpqError
+from mpq.errors import MpqError, first_line, is_out_of_memory
 from mpq.models.placement import device_of
 
 
@@ -62,13 +62,21 @@ def check_causal(model: nn.Module) -> None:
     """Raise MpqError where a token's logits depend on the tokens after it, as in an encoder.
 
     Told by the gradient of all logits but the last with respect to the last token, which is exactly zero in a causal
-    model. Cross entropy of the next token would measure nothing there: the model has seen the answer.
+    model. Cross entropy of the next token would measure nothing there: the model has seen the answer. Also raises MpqError
+    for a model that cannot run at all, as a mistyped value of its config.json leaves it.
     """
     device = device_of(model)
     tokens = torch.arange(1, 5, device=device)[None]
     inputs: list[Tensor] = []
     with frozen(model), differentiable_input(model, inputs), torch.enable_grad():
-        logits = model(input_ids=tokens, use_cache=False).logits
+        try:
+            logits = model(input_ids=tokens, use_cache=False).logits
+        except Exception as error:  # whatever an architecture's own code raises
+            if is_out_of_memory(error):
+                raise
+            raise MpqError(
+                f"{type(model).__name__} does not run on four tokens ({first_line(error)}): check its config.json."
+            ) from None
         (gradient,) = torch.autograd.grad(logits[:, :-1].float().square().sum(), inputs[:1])
     seen = gradient[:, -1]
     if (seen.isfinite() & (seen != 0)).any():  # a broken model's NaN says nothing of it

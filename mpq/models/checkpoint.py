@@ -111,7 +111,8 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         config: Any = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-        config.get_text_config()  # which is not one where there are several
+        if not isinstance(config.get_text_config().vocab_size, int):
+            raise TypeError(f"vocab_size is {config.get_text_config().vocab_size!r}")
     except (
         Exception
     ) as error:  # a mistyped value is whatever its architecture's code raises over it

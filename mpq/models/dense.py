@@ -112,9 +112,27 @@ def _dense(
     dtype: torch.dtype = torch.float32,
     only: Callable[[str], object] = lambda name: True,
 ) -> dict[str, tuple[str, Any]]:
-    """Name → the file that holds it, or its codes, and what reads it."""
+    """Name → the file that holds it, or its codes, and what reads it. Raises MpqError for a layout that cannot be read."""
     config = read_config(folder)
     method, section = method_of(config, folder), section_of(config, folder)
+    try:
+        return _read(folder, method, section, dtype, only)
+    except (MpqError, MemoryError):
+        raise
+    except Exception as error:  # whatever a mistyped value leads to
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise MpqError(
+            f"What {folder} says of how its weights are quantized, by {method}, does not fit them ({why}): fetch the checkpoint again."
+        ) from None
+
+
+def _read(
+    folder: Path,
+    method: str,
+    section: Mapping[str, Any],
+    dtype: torch.dtype,
+    only: Callable[[str], object],
+) -> dict[str, tuple[str, Any]]:
     decoder = _decoders(folder, method, section)
     codes, beside = _ENDS[method]
     held = {key: (f.name, part) for f in weight_files(folder) for key, part in _slices(f).items()}

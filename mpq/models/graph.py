@@ -367,6 +367,7 @@ def _window(text: Any, name: str) -> int:
     """The sliding window of the attention called `name`: it changes the time, so the signature must know."""
     layer = next((int(part) for part in name.split(".") if part.isdigit()), 0)
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * (layer + 1)
-    return (
-        (getattr(text, "sliding_window", None) or 0) if kinds[layer] == "sliding_attention" else 0
-    )
+    window = getattr(text, "sliding_window", None) or 0
+    if not isinstance(window, int):
+        raise TypeError(f"sliding_window is {window!r}, no number of tokens")
+    return window if kinds[layer] == "sliding_attention" else 0

@@ -11,7 +11,9 @@ from test_sensitivity import FORMAT_NAMES, MODELS, ops_of
 from mpq.errors import MpqError
 from mpq.evaluation.losses import evaluate_loss, losses
 from mpq.loss.sensitivity import measure_sensitivity, merge
+from mpq.method import evaluate_plan
 from mpq.models.blocks import Blocks
+from mpq.program.plan import Plan
 
 
 def test_a_model_that_trains_is_left_as_it_was() -> None:
@@ -37,6 +39,9 @@ def test_encoders_are_refused(model_type: str) -> None:
     encoder = small_model(model_type)
     with pytest.raises(MpqError, match="lets each token see the ones after it"):
         measure_sensitivity(encoder, [("lm_head.dense", "linear")], blocks, **options)
+    plan = Plan("ip_m", "m", 0.1, "fp32", {}, 0, 0, 0, 1)
+    with pytest.raises(MpqError, match="lets each token see the ones after it"):
+        evaluate_plan(encoder, plan, blocks)
     decoder = small_model(model_type, is_decoder=True)
     linear = next(n for n, m in decoder.named_modules() if isinstance(m, torch.nn.Linear))
     frame, _ = measure_sensitivity(decoder, [(linear, "linear")], blocks, **options)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
@@ -27,9 +28,11 @@ from mpq.models.checkpoint import (
     load_model,
     marks,
 )
+from mpq.models.dense import dense_tensors
 from mpq.models.graph import trace
 from mpq.models.layout import INDEX, weight_files
-from mpq.models.text import load_tokenizer
+from mpq.models.text import load_tokenizer, read_blocks
+from mpq.spec import TextSpec
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama checkpoint."""
     folder = tmp_path_factory.mktemp("made")
     small_model("llama", num_key_value_heads=2).save_pretrained(folder)
+    np.save(folder / "t.npy", np.arange(8))
     return folder
 
 
@@ -282,19 +286,14 @@ JSON = st.recursive(
     ),
     max_leaves=5,
 )
-KEYS = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "vocab_size",
-    "rope_parameters",
-    "hidden_act",
+BESIDE = (
     "quantization_config",
     "auto_map",
-    "architectures",
-    "dtype",
     "text_config",
+    "sliding_window",
+    "layer_types",
+    "rope_scaling",
+    "vision_config",
 )
 SMALL_NUMBERS = st.integers(-3, 64)
 
@@ -313,6 +312,12 @@ def _load(folder: Path) -> None:
     load_model(folder, "fp32")
 
 
+def _begin(folder: Path) -> None:
+    config = load_config(folder)
+    read_blocks(TextSpec(source=str(folder / "t.npy"), samples=1, length=4), folder, 97)
+    trace(config, length=4)
+
+
 def _is_sentence(text: str) -> bool:
     return "\n" not in text and text.endswith(".")
 
@@ -320,14 +325,56 @@ def _is_sentence(text: str) -> bool:
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(key=st.sampled_from(KEYS), value=JSON | SMALL_NUMBERS)
+@given(draw=st.data(), value=JSON | SMALL_NUMBERS)
 def test_any_value_in_a_config_is_read_or_told(
-    key: str, value: Any, made: Path, tmp_path: Path
+    draw: st.DataObject, value: Any, made: Path, tmp_path: Path
 ) -> None:
-    """A value of any type under any key of config.json is read, or one sentence."""
+    """A value of any type under any key of config.json is read, or one sentence, by whatever reads a checkpoint first."""
     folder = Path(shutil.copytree(made, tmp_path / "m", dirs_exist_ok=True))
-    _configure(folder, **{key: value})
+    keys = (*json.loads((folder / "config.json").read_text()), *BESIDE)
+    _configure(folder, **{draw.draw(st.sampled_from(keys)): value})
     assert _is_sentence(_told(_load, folder))
+    assert _is_sentence(_told(_begin, folder))
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint in FP8, a scale a tensor, that each method of READABLE may be said of."""
+    folder = tmp_path_factory.mktemp("quantized")
+    small_model("llama", num_key_value_heads=2).save_pretrained(folder)
+    _change(folder, lambda name, t: _fp8(name, t, "_scale_inv"))
+    return folder
+
+
+GROUP = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}
+SAID: dict[str, dict[str, Any]] = {
+    "fp8": {"weight_block_size": [128, 128]},
+    "gptq": {"bits": 4, "group_size": 128, "checkpoint_format": "gptq"},
+    "awq": {"bits": 4, "version": "gemm"},
+    "modelopt": {"quant_algo": "FP8", "weight_block_size": None},
+    "compressed-tensors": {
+        "format": "float-quantized",
+        "config_groups": {"group_0": GROUP},
+        "sparsity_config": {},
+        "transform_config": {},
+    },
+}
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(draw=st.data(), value=JSON | SMALL_NUMBERS | st.lists(SMALL_NUMBERS, max_size=3))
+def test_any_word_of_a_quantization_is_read_or_told(
+    draw: st.DataObject, value: Any, quantized: Path, tmp_path: Path
+) -> None:
+    """What a checkpoint says of how it is quantized, one value of it of any type: values, or one sentence."""
+    folder = Path(shutil.copytree(quantized, tmp_path / "m", dirs_exist_ok=True))
+    method = draw.draw(st.sampled_from(list(SAID)))
+    said = {"quant_method": method, **SAID[method]}
+    key = draw.draw(st.sampled_from(list(said)))
+    _configure(folder, quantization_config={**said, key: value})
+    assert _is_sentence(_told(lambda of: (load_config(of), list(dense_tensors(of))), folder))
 
 
 @settings(
