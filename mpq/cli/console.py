@@ -77,13 +77,15 @@ def plain(text: str) -> Text:
 def emit_results(
     results: pl.DataFrame, as_json: bool, out: Path | None, extra: Mapping[str, Any]
 ) -> None:
-    """`emit` a run's results table, and say on stderr where the machine changed speed meanwhile."""
+    """`emit` a run's results table, and say on stderr which predicted times cannot be, and where the machine changed speed."""
     from mpq.cli import shown
     from mpq.timing.drift import drift_of
+    from mpq.timing.plausible import doubts
 
     emit(results, as_json, out, "results", dict(extra), shown.results(results))
-    if changed := drift_of(results):
-        log.print("[yellow]note:[/]", plain(changed), highlight=False)
+    changed = drift_of(results)
+    for note in (*doubts(results), *([changed] if changed else [])):
+        log.print("[yellow]note:[/]", plain(note), highlight=False)
 
 
 def _cell(value: Any) -> str:

@@ -111,7 +111,14 @@ def _letters(plan: Plan) -> dict[str, str]:
 def _facts(plan: Plan) -> dict[str, Any]:
     """What is told of a plan, units in the names; None where it does not say."""
     from mpq.program.plan import stored_in_words
+    from mpq.timing.plausible import TPOT, implausible
 
+    times = (
+        implausible(plan.predicted_ttft_s, plan.base_ttft_s, plan.formats.values(), plan.base),
+        implausible(
+            plan.predicted_tpot_s, plan.base_tpot_s, plan.formats.values(), plan.base, TPOT
+        ),
+    )
     unit, factor = _UNITS.get(plan.objective, ("", 1.0))
     error = plan.predicted_gain_error
     return {
@@ -138,6 +145,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "tokens of an answer, whose time is gained": plan.output if plan.output > 1 else None,
         "predicted time per further token, ms": _ms(plan.predicted_tpot_s),
         "base time per further token, ms": _ms(plan.base_tpot_s),
+        "to doubt": " ".join(filter(None, times)) or None,
         "ops lowered, %": 100 * plan.share_lowered,
         "effective bits": plan.effective_bits,
         "weight bytes": plan.weight_bytes,

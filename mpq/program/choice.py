@@ -20,7 +20,7 @@ from mpq.program.rows import Row
 from mpq.program.signed import SignedLoss
 from mpq.timing.answer import Further
 from mpq.timing.design import members, neighbours
-from mpq.timing.plausible import implausible
+from mpq.timing.plausible import TPOT, implausible
 
 if TYPE_CHECKING:
     from mpq.spec import BoundsSpec, EngineName
@@ -163,9 +163,11 @@ class Program:
         loss, _ = costs["loss_mse"] = self._loss(chosen)
         kl, loss_error, kl_error = costs["kl"][0], *(e and HALF * e for _, e in costs.values())
         doubt = implausible(ttft, self.base_ttft_s, formats.values(), self.base)
+        base_tpot = self.further.base_tpot_s if self.further else None
+        slow = implausible(tpot, base_tpot, formats.values(), self.base, TPOT)
         over = missed(self.groups, formats, self.bounds, self.base) if self.bounds else []
         misses = f"Misses {', '.join(over)}." if over else ""
-        note = " ".join(part for part in (solved["note"], doubt, misses) if part)
+        note = " ".join(part for part in (solved["note"], doubt, slow, misses) if part)
         plan = Plan(
             strategy=strategy,
             objective=self.objective,
@@ -181,7 +183,7 @@ class Program:
             base_ttft_s=self.base_ttft_s,
             predicted_ttft_s=ttft,
             output=self.further.output if self.further else 1,
-            base_tpot_s=self.further.base_tpot_s if self.further else None,
+            base_tpot_s=base_tpot,
             predicted_tpot_s=tpot,
             effective_bits=effective_bits(self.groups, formats, self.base),
             weight_bytes=weight_bytes(self.groups, formats, self.base),

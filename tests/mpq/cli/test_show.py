@@ -90,6 +90,16 @@ def test_show_is_one_screen(files: tuple[Path, Path]) -> None:
     assert told["predicted gain, ms"] == pytest.approx(1.5)
 
 
+def test_a_time_that_cannot_be_is_doubted(tmp_path: Path) -> None:
+    """A plan that promises what no device does says so on its screen; one that does not, says nothing."""
+    for predicted, doubted in ((2.7e-3, True), (0.6, False)):
+        plan = replace(PLAN, base_ttft_s=0.929, predicted_ttft_s=predicted)
+        (tmp_path / "p.json").write_text(plan.to_json())
+        assert ("TTFT of 2.7 ms cannot be: base takes 929" in run("show", tmp_path / "p.json")) is (
+            doubted
+        )
+
+
 def test_diff_tells_what_moved(files: tuple[Path, Path]) -> None:
     """The op that moved, and gain and bits before and after; what is alike is left out."""
     shown = run("diff", *files)

@@ -134,6 +134,11 @@ def test_prediction_is_base_less_gain() -> None:
         base_ttft_s=0.1,
     )
     assert plan.predicted_ttft_s == row["predicted_ttft_s"] == 0.1 - plan.predicted_gain
+    assert "cannot be" not in row["note"]
+    facts = {"mean_square_loss": 4.0, "base": "fp32", "base_ttft_s": 1.01 * plan.predicted_gain}
+    _, doubtful = choose("ip_et", "et", GROUPS, tables("et"), tau=1.0, **facts)
+    assert "The predicted TTFT of" in doubtful["note"]
+    assert "cannot be" in doubtful["note"]
     lower = gains_et(GROUPS, timing(), sensitivity(), "fp32", "ulp", "lower")
     assert lower["gain"].sum() < tables("et")["gain"].sum()
     assert (
