@@ -15,7 +15,9 @@ from typing import Any, TypeAlias
 
 import fsspec
 import polars as pl
+from fsspec.utils import infer_compression
 
+from mpq.documents import parse_json
 from mpq.errors import MpqError, first_line, is_out_of_memory
 from mpq.spec import TextSpec
 
@@ -41,8 +43,13 @@ def read_documents(spec: TextSpec) -> Documents:
     name = _plain_name(source)
     if name.endswith(".parquet"):
         return _documents(_parquet(source, spec.field), spec)
+    if name.endswith(_TABLES):
+        raise MpqError(
+            f"{source} is no text but a table of another kind: give its text as .jsonl, .parquet or .txt."
+        )
     text = _read_text(source)
-    if not name.endswith((".jsonl", ".json")):
+    if not name.endswith(_LINES):
+        _refuse_other(text, source)
         return Documents((text,))
     # at \n alone: JSON strings may hold other line separators as they are
     lines = (line for line in text.split("\n") if line.strip())
@@ -72,7 +79,23 @@ def _may_be_id(name: str) -> bool:
     return bool(name.strip()) and Path(name).suffix not in _ENDINGS and "\0" not in name
 
 
-_ENDINGS = (".txt", ".jsonl", ".json", ".npy", ".parquet", ".gz", ".md", ".csv", ".py")
+_LINES = (".jsonl", ".ndjson", ".json")
+# what is read as a text would be its own syntax
+_TABLES = (".csv", ".tsv", ".arrow", ".feather", ".npz")
+_ENDINGS = (
+    ".ndjson",
+    ".tsv",
+    ".npz",
+    ".txt",
+    ".jsonl",
+    ".json",
+    ".npy",
+    ".parquet",
+    ".gz",
+    ".md",
+    ".csv",
+    ".py",
+)
 
 
 def source_key(spec: TextSpec) -> str:
@@ -104,8 +127,10 @@ def _of_file(source: str) -> str:
 
 
 def _plain_name(source: str) -> str:
-    """The name without the ending of a compression."""
-    return source.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz")
+    """The name in small letters, without the ending of a compression that fsspec opens."""
+    name = source.lower()
+    ending = name.rpartition(".")[2]
+    return name.removesuffix(f".{ending}") if infer_compression(name) else name
 
 
 def _read_text(source: str) -> str:
@@ -114,6 +139,24 @@ def _read_text(source: str) -> str:
             return stream.read().decode("utf-8-sig")  # type: ignore[no-any-return]
     except Exception as error:  # what the system, the storage or the compression's reader raise
         raise _unreadable(source, "UTF-8 text", error) from None
+
+
+def _refuse_other(text: str, source: str) -> None:
+    """Raise MpqError where a file of another name holds JSON, line by line, or bytes that are no text."""
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    if first.lstrip().startswith(("{", "[")):
+        try:
+            parsed = parse_json(first)
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, dict | list):
+            raise MpqError(
+                f"{source} holds JSON, which would be calibrated on as it stands: call it .jsonl, or give its text alone."
+            )
+    if "\0" in text:
+        raise MpqError(
+            f"{source} holds NUL characters, as text in UTF-16 does: expected text in UTF-8."
+        )
 
 
 def _parquet(source: str, field: str) -> Iterable[Any]:
@@ -150,17 +193,37 @@ def _documents(values: Iterable[Any], spec: TextSpec) -> Documents:
     for number, value in enumerate(values, 1):
         if value is None or (isinstance(value, (str, list)) and not value):
             skipped += 1
-        elif isinstance(value, str) or _is_chat(value) or _is_ids(value):
+        elif isinstance(value, str) or _is_ids(value):
             found.append(value)
+        elif _is_chat(value) and (chat := _chat(value)):
+            found.append(chat)
         else:
             raise MpqError(
-                f"Row {number} of {spec.source} holds a {type(value).__name__} in {spec.field!r}: expected text, chat messages (role, content) or token ids."
+                f"Row {number} of {spec.source} holds a {type(value).__name__} in {spec.field!r}: expected text, chat messages (role, content: texts) or token ids."
             )
     return Documents(tuple(found), skipped)
 
 
 def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def _chat(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The messages with texts for contents, or None where a content is none: templates print whatever they are given.
+
+    Parts of a text are joined, as a template for parts would; a message without content, as a call of a tool is, has an empty one.
+    """
+    found = []
+    for message in messages:
+        content = message.get("content")
+        parts = (
+            content if isinstance(content, list) else [{"text": "" if content is None else content}]
+        )
+        texts = [p.get("text") if isinstance(p, dict) else p for p in parts]
+        if not all(isinstance(t, str) for t in texts) or not isinstance(message["role"], str):
+            return None
+        found.append({**message, "content": "".join(texts)})
+    return found
 
 
 def _is_ids(value: Any) -> bool:

@@ -102,7 +102,7 @@ def draw_blocks(
     """
     check_length(load_config(folder, trust_remote_code), spec.length)
     begins, skipped = "", 0
-    if spec.source.endswith(".npy"):
+    if spec.source.lower().endswith(".npy"):
         rows = _npy_rows(spec)
     else:
         found = read_documents(spec)
@@ -169,15 +169,23 @@ def _around(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _templated(tokenizer: Any, messages: Any) -> list[int]:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        # the template writes the special tokens itself
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-    except Exception as error:  # no template, or what its Jinja code raises over these messages
-        raise MpqError(
-            f"The tokenizer's chat template cannot be used for these messages ({first_line(error)}): give text, or the tokenizer of a chat model."
-        ) from None
+    """The ids of a chat. Templates of multimodal models may take lists of parts alone, and silently leave out a plain text."""
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    asked = [m["content"].strip() for m in messages if m["role"] == "user"]
+    why = "it leaves out what users say"
+    for form in (messages, parts):
+        try:
+            text = tokenizer.apply_chat_template(form, tokenize=False)
+        except Exception as error:  # no template, or what its Jinja code raises over these messages
+            why = first_line(error)
+            continue
+        if all(words in text for words in asked):
+            # the template writes the special tokens itself
+            ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return ids
+    raise MpqError(
+        f"The tokenizer's chat template cannot be used for these messages ({why}): give text, or the tokenizer of a chat model."
+    )
 
 
 def _npy_rows(spec: TextSpec) -> np.ndarray:

@@ -17,7 +17,8 @@ from mpq.errors import MpqError, require
 from mpq.spec.export import NEEDS
 from mpq.spec.run import FROM_TASKS, RunSpec, TextSpec
 
-_PLAIN = (".txt", ".md", ".jsonl", ".json")
+_LINES = (".jsonl", ".ndjson", ".json")
+_PLAIN = (".txt", ".md", *_LINES)
 _FILES = (*_PLAIN, ".npy", ".parquet", ".gz")  # a name that ends so is a file, not a dataset's id
 # tokens that a tokenizer may put around a document: begin, end, the space that some set before it
 _AROUND = 3
@@ -135,7 +136,7 @@ def _blocks_at_most(path: Path, text: TextSpec) -> int | None:
     if path.stat().st_size >= enough:  # no more can be said without the tokenizer
         return None
     content = path.read_bytes()
-    documents = content.count(b"\n") + 1 if path.suffix in (".jsonl", ".json") else 1
+    documents = content.count(b"\n") + 1 if path.suffix in _LINES else 1
     size = len(content.strip()) * (1 if content.isascii() else _EXPANSION)
     # a character is one token at most, and its bytes are where a tokenizer falls back on them
     return (size + _AROUND * documents * bool(size)) // text.length

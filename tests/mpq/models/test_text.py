@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import polars as pl
 import pytest
@@ -24,7 +25,7 @@ from mpq.errors import MpqError
 from mpq.evaluation.sampling import draw, in_words
 from mpq.loss.cross_entropy import sample_losses
 from mpq.models.documents import read_documents, source_key
-from mpq.models.text import draw_blocks, load_tokenizer, read_blocks
+from mpq.models.text import draw_blocks, load_tokenizer, read_blocks, tokenized
 from mpq.spec import CalibrationSpec, EvaluationSpec, TextSpec
 
 WORDS = [f"w{i}" for i in range(90)]
@@ -141,6 +142,35 @@ def test_chats_go_through_the_template(with_bos: Path, tmp_path: Path) -> None:
         read_blocks(spec, DEMO, 2048)
 
 
+def test_what_a_template_would_print_is_a_text(with_bos: Path, tmp_path: Path) -> None:
+    """Parts of a text are joined and no content is an empty one; anything else is told, not printed as Python would."""
+
+    def read(length: int, *messages: object) -> list[list[int]]:
+        source = _jsonl(tmp_path / "a.jsonl", *[{"messages": messages}] * 4)
+        spec = TextSpec(source=source, samples=1, length=length, field="messages")
+        return read_blocks(spec, with_bos, 97).tokens.tolist()
+
+    parts = [{"type": "text", "text": "w7 "}, {"type": "text", "text": "w8"}]
+    whole = read(5, {"role": "user", "content": "w7 w8"})
+    assert read(5, {"role": "user", "content": parts}) == whole
+    (silent,) = read(6, {"role": "assistant", "content": None}, {"role": "user", "content": "w9"})
+    assert silent == [1] + [3 + i for i in (1, 2, 1, 9, 2)]
+    for content in (7, {"a": 1}, [{"type": "image"}], [[1]], True):
+        with pytest.raises(MpqError, match="expected text, chat messages"):
+            read(5, {"role": "user", "content": content})
+
+
+def test_a_template_for_parts_is_given_parts(with_bos: Path) -> None:
+    """A template that takes lists of parts leaves a plain text out without a word: it is given parts; one that leaves out both is told."""
+    tokenizer = load_tokenizer(with_bos)
+    chat = [{"role": "user", "content": "w7 w8"}]
+    tokenizer.chat_template = "{% for m in messages %}w1 {% for p in m['content'] %}{{ p['text'] }}{% endfor %} w2{% endfor %}"
+    assert tokenized(tokenizer, [chat]).tokens.tolist() == [3 + i for i in (1, 7, 8, 2)]
+    tokenizer.chat_template = "{% for m in messages %}w1 w2{% endfor %}"
+    with pytest.raises(MpqError, match="leaves out what users say"):
+        tokenized(tokenizer, [chat])
+
+
 def test_token_ids_are_taken_as_ids(with_bos: Path, tmp_path: Path) -> None:
     """Lists of ids are the tokens themselves, with nothing added."""
     source = _jsonl(tmp_path / "a.jsonl", {"input_ids": [5, 6, 7]}, {"input_ids": [8, 9, 10]})
@@ -177,6 +207,35 @@ def test_other_kinds_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert plain.skipped == 1
     with pytest.raises(MpqError, match="has no column 'body': set field to one of text"):
         read_documents(TextSpec(source=str(tmp_path / "a.parquet"), field="body"))
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.JSONL", "a.jsonl.lzma", "a.jsonl.zip"])
+def test_lines_by_other_names(name: str, tmp_path: Path) -> None:
+    """JSONL is read line by line under each name and compression that it goes by, never as a text of braces."""
+    rows = "\n".join(json.dumps({"text": t}) for t in ("one", "two"))
+    with fsspec.open(str(tmp_path / name), "wt", compression="infer") as stream:
+        stream.write(rows)
+    assert read_documents(TextSpec(source=str(tmp_path / name))).documents == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", b'{"text": "one"}\n{"text": "two"}', "holds JSON"),
+        ("a", b'\n["one", "two"]', "holds JSON"),
+        ("a.csv", b"text\none\n", "no text but a table"),
+        ("a.txt", "one two".encode("utf-16-le"), "NUL characters"),
+    ],
+)
+def test_what_only_looks_like_text(name: str, content: bytes, told: str, tmp_path: Path) -> None:
+    """What would be calibrated on with its own syntax is refused; prose that begins with a bracket is not."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MpqError, match=told):
+        read_documents(TextSpec(source=str(tmp_path / name)))
+    (tmp_path / "b.txt").write_text("[1] one\n{two}\n")
+    assert read_documents(TextSpec(source=str(tmp_path / "b.txt"))).documents == (
+        "[1] one\n{two}\n",
+    )
 
 
 def test_a_folder_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
