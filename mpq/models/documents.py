@@ -219,7 +219,7 @@ def _chat(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
         parts = (
             content if isinstance(content, list) else [{"text": "" if content is None else content}]
         )
-        texts = [p.get("text") if isinstance(p, dict) else p for p in parts]
+        texts: list[Any] = [p.get("text") if isinstance(p, dict) else p for p in parts]
         if not all(isinstance(t, str) for t in texts) or not isinstance(message["role"], str):
             return None
         found.append({**message, "content": "".join(texts)})
