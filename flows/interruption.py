@@ -12,13 +12,17 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TypeVar
 
 import psutil
 
+T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIMIT_S = 5.0  # for all of the clean-up
+HEARD_S = 0.3  # until a signal is heard at the latest
 Step = Callable[[], str | None]
 
 _steps: list[Step] = []
@@ -51,6 +55,17 @@ def when_interrupted(step: Step) -> Iterator[None]:
         yield
     finally:
         _steps.remove(step)
+
+
+def awaited(future: Future[T]) -> T:
+    """What a future returns, or raises. Signals are heard meanwhile.
+
+    In short steps: Polars, once imported, has the system restart the wait that Ctrl-C comes in, and Python calls no handler
+    before the wait has ended.
+    """
+    while not wait([future], HEARD_S).done:
+        pass
+    return future.result()
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mpq.errors import MpqError, first_line
 from mpq.flows.calibrate import calibrate
-from mpq.flows.interruption import when_interrupted
+from mpq.flows.interruption import awaited, when_interrupted
 from mpq.flows.reproduce import reproduce
 from mpq.flows.run import listening
 from mpq.paper.table_1 import table_1
@@ -92,7 +92,7 @@ def _beside(flow: Flow[..., Any], *args: Any, **more: Any) -> Any:
     context = contextvars.copy_context()
     with ThreadPoolExecutor(1, thread_name_prefix="flow") as thread:
         try:
-            return thread.submit(context.run, flow, *args, **more).result()
+            return awaited(thread.submit(context.run, flow, *args, **more))
         except httpx.TransportError as error:
             raise MpqError(
                 f"Prefect's server can no longer be reached ({first_line(error)}): what was done is stored, run the same "
