@@ -45,6 +45,9 @@ def main() -> None:
         if end.code == INTERRUPTED:  # which typer does not tell
             log.print("Interrupted.")
         raise
+    except KeyboardInterrupt:  # before typer listens
+        log.print("Interrupted.")
+        sys.exit(INTERRUPTED)
     except MpqError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:

@@ -368,6 +368,6 @@ def _window(text: Any, name: str) -> int:
     layer = next((int(part) for part in name.split(".") if part.isdigit()), 0)
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * (layer + 1)
     window = getattr(text, "sliding_window", None) or 0
-    if not isinstance(window, int):
+    if not (isinstance(window, int) and 0 <= window < 2**31):
         raise TypeError(f"sliding_window is {window!r}, no number of tokens")
     return window if kinds[layer] == "sliding_attention" else 0

@@ -33,16 +33,17 @@ def test_ctrl_c_while_importing(tmp_path: Path) -> None:
     assert (begun.returncode, said) == (-signal.SIGINT, "")
 
 
+@pytest.mark.parametrize("where", ["mpq.formats.scheme.table_of_schemes", "mpq.cli.main.app"])
 def test_ctrl_c_in_a_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is said, and the exit code is the signal's."""
+    """It is said, and the exit code is the signal's, also while the command line is still being read."""
 
     def pressed(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["mpq", "formats"])
-    monkeypatch.setattr("mpq.formats.scheme.table_of_schemes", pressed)
+    monkeypatch.setattr(where, pressed)
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 128 + signal.SIGINT
