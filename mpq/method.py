@@ -207,6 +207,10 @@ def plan_within(
     from mpq.store.tables import validate
 
     groups, loss = validate("groups", groups), validate("loss", loss)
+    if loss.height != 1 or not loss["mean_square_loss"][0]:
+        raise MpqError(
+            f"The loss table has {loss.height} rows, or a mean square loss of nothing: expected the one row that `mpq sensitivity` writes."
+        )
     if cost == "kl":
         return best_plan(groups, validate("gains", gains), loss, None, base, solver, kl=budget)
     tau = math.sqrt(max(0.0, budget) / loss["mean_square_loss"][0])
@@ -222,7 +226,7 @@ def with_signs(
     from mpq.store.tables import validate
 
     found = signed_loss(validate("sensitivity", sensitivity), validate("effects", effects), base)
-    warn_few(found, gains["group"].n_unique())
+    warn_few(found, validate("gains", gains)["group"].n_unique())
     return found
 
 

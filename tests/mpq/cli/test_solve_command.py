@@ -107,6 +107,11 @@ def test_a_budget_with_signs(
     ("arguments", "told"),
     [
         (("--signed",), "--signed needs --groups, --base, --sensitivity and --effects"),
+        (
+            ("--sensitivity", "s.parquet"),
+            "--sensitivity and --effects are read with --signed alone",
+        ),
+        (("--effects", "e.parquet"), "--sensitivity and --effects are read with --signed alone"),
         (("--signed", "--cost", "kl"), "--signed is of the loss MSE, --cost kl of the KL"),
     ],
 )
@@ -114,3 +119,10 @@ def test_mistakes(tables: dict[str, str], arguments: tuple[str, ...], told: str)
     """What it needs and what it does not go with is one sentence."""
     with pytest.raises(MpqError, match=told):
         solved(tables, *arguments)
+
+
+def test_one_file_for_two_tables() -> None:
+    """`mpq sensitivity` refuses to write its effects over its sensitivities, before it loads anything."""
+    command = ["sensitivity", "nowhere", "--calibration", "t.txt", "--out", "s.parquet"]
+    done = CliRunner().invoke(app, [*command, "--effects", "./s.parquet"])
+    assert "--effects and --out both name" in str(done.exception)
