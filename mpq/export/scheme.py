@@ -56,13 +56,16 @@ _NO_EXPERTS = "re:none of the experts"
 
 
 def without_experts(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A `quantization_config` of ours whose experts are in base, empty where nothing else is lowered."""
+    """A `quantization_config` of ours whose experts are in base, empty where nothing else is lowered,
+    the cache of keys and values neither."""
     groups = {}
     for name, group in section["config_groups"].items():
         if targets := [t for t in group["targets"] if not t.startswith("re:")]:
             groups[name] = {**group, "targets": targets}
     none = scheme_group("fp8_e4m3", [_NO_EXPERTS])
-    return {**section, "config_groups": {"experts": none, **groups}} if groups else {}
+    if not groups and not section.get("kv_cache_scheme"):
+        return {}
+    return {**section, "config_groups": {"experts": none, **groups}}
 
 
 # what checkpoints call the parts of the two products of an expert

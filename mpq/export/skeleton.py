@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from mpq.models.attention import dispatched as attends
 from mpq.models.experts import dispatched, products_of
 from mpq.models.graph import build_on_meta
 from mpq.models.linears import is_linear
+from mpq.program.memory import keeping
 
 # whose experts checkpoints keep in one tensor, gate before up, and which vLLM 0.32 alone reads one by one, by the names that it has
 # for those of all others (fused_moe/routed_experts.py: build_expert_params_mapping; granitemoehybrid.py: get_expert_mapping)
@@ -66,7 +67,8 @@ class Skeleton:
         Any, ...
     ] = ()  # how transformers makes its parameters of a checkpoint's tensors
     apart: frozenset[str] = frozenset()  # modules of experts that compressed-tensors takes apart
-    attentions: tuple[str, ...] = ()  # of the decoder, those that keep keys and values of their own
+    attentions: tuple[str, ...] = ()  # of the decoder's layers, with keys and values of their own
+    caches_sized: bool = True  # whether compressed-tensors can tell how large theirs are
     model_type: str = ""
     as_is: bool = False  # whether the checkpoint's names differ from these within a layer
     called: Mapping[str, str] = field(
@@ -155,6 +157,7 @@ def skeleton(config: Any, tensors: Collection[str] = ()) -> Skeleton:
     names_of = {id(module): name for name, module in modules.items()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     linears = tuple(name for name, module in modules.items() if isinstance(module, nn.Linear))
+    attentions = _attentions(modules, names_of.get(id(embedding), ""))
     found = Skeleton(
         linears=linears,
         plain=frozenset(name for name in linears if is_linear(modules[name])),
@@ -191,7 +194,8 @@ def skeleton(config: Any, tensors: Collection[str] = ()) -> Skeleton:
             and "compressed-tensors" in how["quantization_methods"]
         ),
         model_type=config.model_type,
-        attentions=_attentions(modules, names_of.get(id(embedding), "")),
+        attentions=attentions,
+        caches_sized=_caches_sized([modules[name] for name in attentions], config),
     )
     as_is = any(_in_layer(found.name_of(tensor)) != _in_layer(tensor) for tensor in tensors)
     found, called = replace(found, as_is=as_is), {}
@@ -213,17 +217,29 @@ def _in_layer(name: str) -> str:
 
 
 def _attentions(modules: Mapping[str, nn.Module], embedding: str) -> tuple[str, ...]:
-    """The attentions beside or below what holds the input `embedding`, which is the decoder, an image's encoder being elsewhere; not
-    those that keep a latent, and none where one reads the keys of another: an engine would read its cache by its own format."""
-    decoder = embedding.rpartition(".")[0]
-    found = {
-        name: module
+    """The attentions of the decoder's layers, which lie right beside the input `embedding`, those of
+    an encoder elsewhere or deeper: such as keep keys and values of their own, since an engine would
+    read another's by its own format."""
+    in_layer = rf"{re.escape(embedding.rpartition('.')[0])}[.]\w+[.]\d+[.]"
+    found = (
+        name
         for name, module in modules.items()
-        if name.startswith(f"{decoder}.")
-        and "Attention" in type(module).__name__
-        and attends(module)
-        and not hasattr(module, "kv_b_proj")
-    }
-    if any(hasattr(m, "q_proj") and not hasattr(m, "k_proj") for m in found.values()):
-        return ()
-    return tuple(found)
+        if re.match(in_layer, name) and "Attention" in type(module).__name__ and attends(module)
+    )
+    return keeping(found, modules)
+
+
+# what an attention has of which compressed-tensors 0.20 rounds the cache (lifecycle/initialize.py:
+# is_cached_attention_module), and what it asks the configuration for then (utils/helpers.py)
+_SIMULATED = ("k_proj", "v_proj", "qkv_proj")
+_KV_HEADS, _WIDTH = "num_key_value_heads", "head_dim"
+
+
+def _caches_sized(attentions: Iterable[nn.Module], config: Any) -> bool:
+    """Whether compressed-tensors loads a cache of these attentions: those that it knows need a
+    configuration with the heads of keys and their width, one of each for all layers."""
+    if not any(hasattr(module, part) for module in attentions for part in _SIMULATED):
+        return True
+    text = config.get_text_config(decoder=True)
+    by_layer = getattr(text, "per_layer_attributes", None) or set()
+    return not by_layer & {_KV_HEADS, _WIDTH} and hasattr(text, _KV_HEADS)
