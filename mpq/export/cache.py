@@ -1,8 +1,11 @@
-"""The cache of keys and values in a checkpoint: which layers have it in FP8, with which scales, and what a server is told.
+"""The cache of keys and values in a checkpoint: which layers have it in FP8, with which scales, and
+what a server is told.
 
-A file says that the cache is in FP8, and has a scale for K and one for V of each layer; which layers are excepted is a switch of
-vLLM's server (0.32, model_executor/layers/attention/attention.py: kv_cache_dtype_skip_layers). Scales are in the file for these
-as well: a server that is started without the switch rounds more than the plan does, but no worse than FP8 is.
+A file says that the cache is in FP8, and has a scale for K and one for V of each layer; which
+layers are excepted is a switch of vLLM's server (0.32,
+model_executor/layers/attention/attention.py: kv_cache_dtype_skip_layers). Scales are in the file
+for these as well: a server that is started without the switch rounds more than the plan does, but
+no worse than FP8 is.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ SECTION = {
     }
 }
 _ENDS = ("k_scale", "v_scale")  # behind an attention's name, of what its products read
-# what vLLM 0.32 calls the part of an attention that has the scales: it takes `.attn.k_scale` for the
-# name of one in the model (layers/quantization/base_config.py: get_cache_scale_mapper)
+# what vLLM 0.32 calls the part of an attention that has the scales: it takes `.attn.k_scale` for
+# the name of one in the model (layers/quantization/base_config.py: get_cache_scale_mapper)
 _IN_VLLM = "attn"
 _PIN = f"pin {' and '.join(f'*.{p}' for p in PRODUCTS)} to base and solve again"
 
@@ -53,8 +56,8 @@ class Caches:
 
     @property
     def layers(self) -> dict[str, list[int]]:
-        """The numbers of the layers whose cache is lowered, and of those in base; none where no cache
-        is lowered."""
+        """The numbers of the layers whose cache is lowered, and of those in base; none where no
+        cache is lowered."""
         if not self.lowered:
             return {}
         return {self.scheme: [*map(_layer, self.lowered)], "base": [*map(_layer, self.kept)]}
@@ -67,8 +70,8 @@ class Caches:
         return ["--kv-cache-dtype-skip-layers", *map(str, self.layers["base"])]
 
     def notes(self, unread: Collection[str]) -> Iterator[str]:
-        """What is to be known of them, a sentence each; `unread` are those that transformers was seen
-        to leave in base."""
+        """What is to be known of them, a sentence each; `unread` are those that transformers was
+        seen to leave in base."""
         if not self.lowered:
             return
         if self.switches:
@@ -86,7 +89,8 @@ def caches_of(
     """The caches of a plan (op → format), in a kind of file that can say so where it is `held`.
 
     Raises MpqError for other files and engines than those that are known to have one, what reads no
-    cache, a layer with K and V apart, and caches that the model, transformers or vLLM does not have.
+    cache, a layer with K and V apart, and caches that the model, transformers or vLLM does not
+    have.
     """
     lowered = {op: f for op, f in formats.items() if of_cache([f])}
     if not lowered:
@@ -96,7 +100,7 @@ def caches_of(
         name, _, product = op.rpartition(".")
         if not name or product not in PRODUCTS:
             raise MpqError(
-                f"{op} is in {scheme} in this plan, in which a layer's cache alone can be: expected it of {' and '.join(f'ATTENTION.{p}' for p in PRODUCTS)}; solve again."
+                f"{op} is in {scheme} in this plan, a format that a layer's cache alone can have: expected it of {' and '.join(f'ATTENTION.{p}' for p in PRODUCTS)}; solve again."
             )
     if engine != "vllm" or not held:
         raise MpqError(
@@ -117,7 +121,7 @@ def _check_known(name: str, scheme: str, model: Skeleton) -> None:
     """Raise MpqError for an attention whose cache the model, transformers or vLLM does not have."""
     if name not in model.attentions:
         raise MpqError(
-            f"{name} keeps no keys and values that are its alone, in a layer of the decoder, which the plan has in {scheme}: {_PIN}."
+            f"The plan has the cache of {name} in {scheme}, which is no attention of the decoder's layers with keys and values of its own: {_PIN}."
         )
     others = [other for other in model.attentions if _layer(other) == _layer(name)]
     if len(others) > 1:
@@ -126,7 +130,7 @@ def _check_known(name: str, scheme: str, model: Skeleton) -> None:
         )
     if name.endswith(f".{_IN_VLLM}"):
         raise MpqError(
-            f"The plan has the cache of {name} in {scheme}, whose scales vLLM does not find beside an attention called {_IN_VLLM}, which is its own name for what is in one: {_PIN}."
+            f"The plan has the cache of {name} in {scheme}, but vLLM opens no checkpoint with scales beside an attention called {_IN_VLLM}, its own name for a part of one: {_PIN}."
         )
     if other := next((c for m, c in model.called.items() if m.startswith(f"{name}.")), None):
         raise MpqError(
@@ -145,8 +149,8 @@ def _layer(name: str) -> int:
 
 
 def scales_of(caches: Caches, largest: Mapping[str, Tensor]) -> dict[str, float]:
-    """The scale of each layer's K and V by the tensor's name, from their `largest` magnitudes (2,) by
-    attention: none where no cache is lowered, all where one is."""
+    """The scale of each layer's K and V by the tensor's name, from their `largest` magnitudes (2,)
+    by attention: none where no cache is lowered, all where one is."""
     return {
         f"{name}.{end}": float(scale_of(largest_of.reshape(1, 1), OF_TENSOR))
         for name in (*caches.lowered, *caches.kept)
@@ -170,7 +174,8 @@ def excepting(model: nn.Module, lowered: Collection[str]) -> list[str]:
 
 
 def differing_scales(model: nn.Module, scales: Mapping[str, float]) -> list[str]:
-    """Which scales of the caches that transformers rounds are not those of the plan, a line each."""
+    """Which scales of the caches that transformers rounds are not those of the plan, a line
+    each."""
     wrong = []
     for key, scale in scales.items():
         name, _, end = key.rpartition(".")

@@ -48,7 +48,8 @@ FLOOR = {"fp32": 1e-6, "bf16": 1e-4, "fp16": 1e-5}  # nats: the same sums in ano
 
 @dataclass(frozen=True)
 class Check:
-    """What a reloaded checkpoint does to held-out text (nats per token), and what it may do at most.
+    """What a reloaded checkpoint does to held-out text (nats per token), and what it may do at
+    most.
 
     `caches_unread` are attentions whose cache transformers leaves in base: what is compared has it
     so. KL is from the first model's distribution to the second's: base → plan, base → reloaded,

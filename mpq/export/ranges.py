@@ -1,5 +1,6 @@
-"""The largest magnitudes that a text brings about in the source's model, and the scales of blocks that hang on them: what those
-are shares of, for each op that has such, of its weight and of its input."""
+"""The largest magnitudes that a text brings about in the source's model, and the scales of blocks
+that hang on them: what those are shares of, for each op that has such, of its weight and of its
+input."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def _sharing(shards: Sequence[Shard]) -> dict[str, Piece]:
 
 
 def measured_inputs(shards: Sequence[Shard]) -> dict[str, str]:
-    """Op → scheme of those whose input has blocks that share a tensor's scale, which is in the file."""
+    """Op → scheme of those whose input has blocks that share a tensor's scale, which is in the
+    file."""
     pieces = _sharing(shards).values()
     return {p.op: p.format for p in pieces if get_scheme(p.format).activations}
 
@@ -72,7 +74,8 @@ def _share_of_input(piece: Piece, inputs: Mapping[str, Tensor]) -> float | None:
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest magnitudes in a text: of what enters an op, (1,), and of K and V of an attention, (2,), FP32."""
+    """The largest magnitudes in a text: of what enters an op, (1,), and of K and V of an attention,
+    (2,), FP32."""
 
     inputs: Mapping[str, Tensor]
     caches: Mapping[str, Tensor]
@@ -108,8 +111,8 @@ def largest_in(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Largest:
-    """What of the `inputs` (op → scheme) and the `caches` has to be measured, in one pass of the model
-    over the text: all caches where one is lowered. Raises MpqError where there is no text."""
+    """What of the `inputs` (op → scheme) and the `caches` has to be measured, in one pass of the
+    model over the text: all caches where one is lowered. Raises MpqError where there is no text."""
     from mpq.models.checkpoint import load_model
 
     if not inputs and not caches.lowered:

@@ -1,7 +1,8 @@
-"""A checkpoint's tensors, streamed shard by shard: read, rounded where the plan lowers them, written.
+"""A checkpoint's tensors, streamed shard by shard: read, rounded where the plan lowers them,
+written.
 
-A shard of the source becomes one of the export, or several where it is larger than a limit: peak memory is about one
-shard, whatever the model's size.
+A shard of the source becomes one of the export, or several where it is larger than a limit: peak
+memory is about one shard, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the source on its way: written as `name`, in `format` with its scales beside it,
-    or in base ("")."""
+    """One tensor of the source on its way: written as `name`, in `format` with its scales beside
+    it, or in base ("")."""
 
     file: str
     tensor: str
@@ -85,8 +86,8 @@ def shards_of(
     sizes: Callable[[Scheme, tuple[int, ...]], dict[str, int]] = sizes_of,
     stacked: bool = False,
 ) -> tuple[Shard, ...]:
-    """How the checkpoint in `folder` is written anew; only the files' headers are read. `sizes` tells
-    the bytes of a weight's tensors; `stacked`, that a layer's lowered experts stay in one
+    """How the checkpoint in `folder` is written anew; only the files' headers are read. `sizes`
+    tells the bytes of a weight's tensors; `stacked`, that a layer's lowered experts stay in one
     (layout.py).
 
     A lowered weight that is tied becomes a tensor of its own; each expert's keeps its name. Raises
@@ -143,7 +144,8 @@ def shards_of(
 
 
 def _cut(pieces: Iterable[Piece], limit: int) -> Iterator[tuple[Piece, ...]]:
-    """The pieces in their order, so many at once as have `limit` bytes at most; a larger one alone."""
+    """The pieces in their order, so many at once as have `limit` bytes at most; a larger one
+    alone."""
     taken: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -268,8 +270,8 @@ def _experts(of: Any) -> Iterator[Tensor]:
 
 
 def whole(part: Any, piece: Piece) -> Any:
-    """The matrix that a piece is, of its tensor in the source: one expert's of all, and safetensors'
-    slice as it is, to be read in chunks."""
+    """The matrix that a piece is, of its tensor in the source: one expert's of all, and
+    safetensors' slice as it is, to be read in chunks."""
     if piece.part is None:
         return part[...] if isinstance(part, Dense) else part  # decoded once, not in chunks
     expert, rows = piece.part.expert, slice(piece.part.start, piece.part.end)
@@ -291,8 +293,8 @@ def write_index(shards: tuple[Shard, ...], folder: Path) -> None:
 
 
 def in_base(shards: tuple[Shard, ...], base: str) -> int:
-    """Bytes of the same tensors all in base; a tied weight that is lowered counts once, as the source
-    has it."""
+    """Bytes of the same tensors all in base; a tied weight that is lowered counts once, as the
+    source has it."""
     size = get_format(base).bits // 8
     seen: dict[tuple[object, ...], int] = {}
     for piece in (piece for shard in shards for piece in shard.pieces):

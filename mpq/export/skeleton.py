@@ -1,4 +1,5 @@
-"""A model without its weights: what its linears are called, which weights are shared, what the checkpoint calls them."""
+"""A model without its weights: what its linears are called, which weights are shared, what the
+checkpoint calls them."""
 
 from __future__ import annotations
 
@@ -44,9 +45,10 @@ def parts_of(product: str) -> tuple[str, ...]:
 class Skeleton:
     """Names in the model, in its own order.
 
-    `linears` are all nn.Linear, `plain` those of them that compute x Wᵀ + b and nothing else, `transposed` GPT-2's Conv1D.
-    `shared` has the names of each weight that several modules hold, `parameters` all names, `head` the output embedding's
-    module and `embedding` the input embedding's weight, "" where there is none.
+    `linears` are all nn.Linear, `plain` those of them that compute x Wᵀ + b and nothing else,
+    `transposed` GPT-2's Conv1D. `shared` has the names of each weight that several modules hold,
+    `parameters` all names, `head` the output embedding's module and `embedding` the input
+    embedding's weight, "" where there is none.
     """
 
     linears: tuple[str, ...]
@@ -79,8 +81,8 @@ class Skeleton:
     )  # lowered `expert_ops` → each expert's modules in the file
 
     def name_of(self, tensor: str) -> str:
-        """What the model calls a tensor of the checkpoint: old checkpoints leave the base model's prefix out, or have it alone,
-        and many have other names for the model's parts."""
+        """What the model calls a tensor of the checkpoint: old checkpoints leave the base model's
+        prefix out, or have it alone, and many have other names for the model's parts."""
         return next((n for n in self._names(tensor) if n in self.parameters), tensor)
 
     def _names(self, tensor: str) -> Iterator[str]:
@@ -90,22 +92,24 @@ class Skeleton:
             yield from (at, f"{self.prefix}.{at}", at.removeprefix(f"{self.prefix}."))
 
     def written(self, tensor: str) -> str:
-        """What a tensor of the checkpoint is called once more: as in the model, which differs by what holds the layers at most; but
-        as it is where transformers has other names within a layer, since engines know the checkpoint's alone there."""
+        """What a tensor of the checkpoint is called once more: as in the model, which differs by
+        what holds the layers at most; but as it is where transformers has other names within a
+        layer, since engines know the checkpoint's alone there."""
         name, prefix = self.name_of(tensor), f"{self.prefix}."
         if not self.as_is or name in (f"{prefix}{tensor}", tensor.removeprefix(prefix)):
             return name
         return tensor
 
     def coded(self, op: str) -> str:
-        """What a lowered linear is called in the file: as the rest of it, but as in the model where transformers would not know its
-        scales again."""
+        """What a lowered linear is called in the file: as the rest of it, but as in the model where
+        transformers would not know its scales again."""
         name = self.called.get(op, op)
         known = (f"{op}.weight{end}" in self._names(f"{name}.weight{end}") for end in _ENDS)
         return name if all(known) else op
 
     def names_in_file(self, module: str) -> tuple[str, ...]:
-        """What the checkpoint, and so an engine, calls a module, and what transformers does: each looks for its own."""
+        """What the checkpoint, and so an engine, calls a module, and what transformers does: each
+        looks for its own."""
         return tuple(dict.fromkeys((self.called.get(module, module), module)))
 
     @property
@@ -113,13 +117,14 @@ class Skeleton:
         return [c for c in self.conversions if isinstance(c, WeightRenaming)]
 
     def taken_apart(self, tensor: str) -> str:
-        """The module whose experts lie together in this tensor, and which transformers makes of a linear for each in a
-        compressed-tensors checkpoint (Llama 4's); else ""."""
+        """The module whose experts lie together in this tensor, and which transformers makes of a
+        linear for each in a compressed-tensors checkpoint (Llama 4's); else ""."""
         owner = tensor.rpartition(".")[0]
         return owner if owner in self.apart else ""
 
     def expert_op(self, tensor: str) -> str:
-        """The op of experts that transformers stacks this tensor of a checkpoint into, one expert's whole matrix; else ""."""
+        """The op of experts that transformers stacks this tensor of a checkpoint into, one expert's
+        whole matrix; else ""."""
         converters = [c for c in self.conversions if isinstance(c, WeightConverter)]
         name, pattern = rename_source_key(tensor, self._renamings, converters)
         stacks = any(
@@ -135,8 +140,8 @@ class Skeleton:
         return self.model_type in _ONE_BY_ONE_IN_VLLM
 
     def read_one_by_one(self, op: str) -> bool:
-        """Whether the experts of `op`, all in one tensor, are read under a name for each as well: by transformers, which stacks
-        them, or by vLLM alone."""
+        """Whether the experts of `op`, all in one tensor, are read under a name for each as well:
+        by transformers, which stacks them, or by vLLM alone."""
         owner, _, product = op.rpartition(".")
         each = f"{owner}.0.{parts_of(product)[0]}.weight"
         return self.in_vllm_alone or self.expert_op(each) == op
@@ -147,8 +152,8 @@ class Skeleton:
 
 
 def skeleton(config: Any, tensors: Collection[str] = ()) -> Skeleton:
-    """The names in the model of this transformers configuration, and those of a checkpoint with these `tensors`; no weight is
-    read."""
+    """The names in the model of this transformers configuration, and those of a checkpoint with
+    these `tensors`; no weight is read."""
     model: Any = build_on_meta(config)
     modules = dict(model.named_modules())
     holders = defaultdict(set)
@@ -217,9 +222,9 @@ def _in_layer(name: str) -> str:
 
 
 def _attentions(modules: Mapping[str, nn.Module], embedding: str) -> tuple[str, ...]:
-    """The attentions of the decoder's layers, which lie right beside the input `embedding`, those of
-    an encoder elsewhere or deeper: such as keep keys and values of their own, since an engine would
-    read another's by its own format."""
+    """The attentions of the decoder's layers, which lie right beside the input `embedding`, those
+    of an encoder elsewhere or deeper: such as keep keys and values of their own, since an engine
+    would read another's by its own format."""
     in_layer = rf"{re.escape(embedding.rpartition('.')[0])}[.]\w+[.]\d+[.]"
     found = (
         name

@@ -207,12 +207,12 @@ def test_which_attentions_have_no_cache(
 @pytest.mark.parametrize(
     ("kind", "more", "tensors", "name", "why"),
     [
-        ("gpt2", {}, (), "transformer.h.0.attn", "vLLM does not find beside .* called attn"),
-        ("gpt_bigcode", {}, (), "transformer.h.0.attn", "vLLM does not find beside"),
+        ("gpt2", {}, (), "transformer.h.0.attn", "vLLM opens no checkpoint .* called attn"),
+        ("gpt_bigcode", {}, (), "transformer.h.0.attn", "vLLM opens no checkpoint"),
         ("bart", {}, (), "model.decoder.layers.0.self_attn", "2 attentions in layer 0 .*encoder_"),
         ("opt", {}, (), "model.decoder.layers.0.self_attn", "does not say num_key_value_heads"),
         ("gemma4_text", {"global_head_dim": 16}, (), "model.layers.0.self_attn", "once for all"),
-        ("hrm_text", {}, (), "model.L_module.layers.0.self_attn", "keeps no keys and values"),
+        ("hrm_text", {}, (), "model.L_module.layers.0.self_attn", "is no attention of the decoder"),
         (
             "inkling2_text",
             {},
@@ -240,7 +240,11 @@ def test_what_no_file_or_engine_has_is_refused(tmp_path: Path) -> None:
         (CACHE, {"to": "modelopt"}, "not to modelopt for vllm"),
         (CACHE, {}, "whose scales are measured on text before keys and values come"),
         ({f"{ATTENTION}.qk_matmul": "fp8_kv"}, {}, "one of K and V of model.layers.1.self_attn"),
-        ({f"x.{x}_matmul": "fp8_kv" for x in ("qk", "av")}, {}, "x keeps no keys and values"),
+        (
+            {f"x.{x}_matmul": "fp8_kv" for x in ("qk", "av")},
+            {},
+            "of x in fp8_kv, which is no attention of the decoder",
+        ),
         ({f"{ATTENTION}.qk_matmul": "fp8_e4m3"}, {}, "which a checkpoint cannot express"),
         ({**CACHE, f"{ATTENTION}.q_proj": "fp8_kv"}, {}, "q_proj is in fp8_kv in this plan"),
         ({"qk_matmul": "fp8_kv", "av_matmul": "fp8_kv"}, {}, "expected it of ATTENTION.qk_matmul"),
