@@ -18,7 +18,11 @@ from mpq.spec.export import NEEDS
 from mpq.spec.run import FROM_TASKS, RunSpec, TextSpec
 
 _PLAIN = (".txt", ".md", ".jsonl", ".json")
-_FILES = (*_PLAIN, ".npy", ".parquet", ".gz")  # a name that ends so is a file, not a dataset's id
+# a name that ends so is a file's, not a dataset's id
+OF_FILES = (
+    *(*_PLAIN, ".ndjson", ".npy", ".parquet", ".csv", ".tsv", ".py", ".zip", ".tar", ".tgz"),
+    *(".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4"),
+)
 # tokens that a tokenizer may put around a document: begin, end, the space that some set before it
 _AROUND = 3
 # compatibility characters may become many when normalised (U+FDFA: 18 of up to 2 bytes, from 3)
@@ -93,10 +97,11 @@ def _check_model(path: str) -> None:
 
 def _check_text(text: TextSpec, key: str) -> None:
     path = Path(text.source)
-    if "://" in text.source or text.source == FROM_TASKS or path.is_dir():
+    folder = path if path.is_dir() else Path(text.source.partition(":")[0])  # and a configuration
+    if "://" in text.source or text.source == FROM_TASKS or folder.is_dir():
         return
     if not path.is_file():
-        if text.source.startswith((".", "/")) or path.suffix in _FILES:
+        if text.source.startswith((".", "/")) or path.suffix in OF_FILES:
             raise MpqError(
                 f"No text at {text.source} ({key}.source): expected a text file, .jsonl, .npy, an fsspec URL or a "
                 "Hugging Face dataset id."

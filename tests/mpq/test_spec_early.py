@@ -90,6 +90,7 @@ def test_what_only_others_can_tell_is_left_to_them(tmp_path: Path) -> None:
         {"model": {**good["model"], "path": "gpt2"}},
         {"model": {**good["model"], "path": "s3://bucket/model"}},
         {"calibration": {**good["calibration"], "source": "org/data"}},
+        {"calibration": {**good["calibration"], "source": f"{tmp_path / 'model'}:configuration"}},
         {"calibration": {**good["calibration"], "source": "s3://bucket/text.txt"}},
         {"calibration": {**good["calibration"], "source": str(tmp_path / "broken.npy")}},
     ):
