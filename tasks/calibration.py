@@ -66,6 +66,7 @@ def _loaded_from(
     "drawn",
     name="load model",
     key=_loaded_from,
+    reads_files=True,
 )
 def load_model(
     folder: str, calibration: CalibrationSpec, evaluation: EvaluationSpec, trusted: bool = False

@@ -149,6 +149,8 @@ def _writable(out: Path | None, suffixes: tuple[str, ...], option: str) -> Path 
         raise MpqError(
             f"{option} {out} cannot be written: {out.parent} is no folder, or not yours to write to."
         )
+    if out is not None and os.path.lexists(out) and not (out.is_file() and os.access(out, os.W_OK)):
+        raise MpqError(f"--out {out} cannot be written: it is there, and no file of yours.")
     return out
 
 

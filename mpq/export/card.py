@@ -70,7 +70,7 @@ def model_card(
         needed = NEEDS.get(record["to"], "").replace("_", "-")
         where = f" where {needed} is installed" if needed else ""
         served = f"\n`AutoModelForCausalLM.from_pretrained(FOLDER)` loads it{where}.\n"
-    made = {k: v for k, v in plan.provenance.items() if k not in ("model", "versions")}
+    made = {k: v for k, v in plan.provenance.items() if k not in ("model", "folder", "versions")}
     return f"""---
 library_name: transformers
 tags: [{record["to"]}, mpq]

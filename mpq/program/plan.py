@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpq.errors import MpqError
@@ -110,6 +111,15 @@ class Plan:
         """Lowered ops as a share of the ops decided, 0 to 1."""
         return len(self.lowered) / max(1, len(self.formats))
 
+    def origin(self, name: str) -> Any:
+        """What the provenance says under `name`, `model` or `evaluation`: a relative path that is not there from here is one
+        from the folder that the plan was made in."""
+        said, folder = self.provenance.get(name), self.provenance.get("folder")
+        if not said or not folder or "://" in said or Path(said).expanduser().exists():
+            return said
+        there = Path(folder) / said
+        return str(there) if there.exists() else said
+
     def to_json(self) -> str:
         """The plan as JSON text, keys in a fixed order."""
         return json.dumps(asdict(self), indent=1)
@@ -119,8 +129,11 @@ class Plan:
         """Read a plan back. Raises MpqError where the text is not a plan that this version reads."""
         from pydantic import ValidationError
 
+        from mpq.program.provenance import Provenance
+
         try:
             plan = _reader().validate_json(text)
+            Provenance.model_validate(plan.provenance)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             at = ".".join(map(str, first["loc"]))

@@ -218,6 +218,23 @@ def test_cut_off_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
 
 
+def test_places_that_others_made_are_not_used(tmp_path: Path) -> None:
+    """A lock that is a link is not followed, nor is what a shared folder holds under the name of the one to be written."""
+    source, out = checkpoint(tmp_path / "model"), tmp_path / "out"
+    plan = plan_of(source, mixed(linears(source)))
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "theirs")
+    with pytest.raises(MpqError, match=r"The lock .* cannot be opened .*: take it away"):
+        export(plan, source, out)
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    (tmp_path / ".out.lock").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(MpqError, match="was put there by someone else"):
+        export(plan, source, out)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_other_work_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What another plan's export left behind is written anew."""
     source, out = checkpoint(tmp_path / "model"), tmp_path / "out"
