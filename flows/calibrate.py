@@ -24,12 +24,13 @@ from mpq.flows.times import allowed_of
 from mpq.program.bounds import check_possible
 from mpq.program.plan import stored_in_words
 from mpq.redaction import redact
-from mpq.spec import BoundsSpec, RunSpec
+from mpq.spec import BoundsSpec, RunSpec, check_out
 from mpq.store.entries import TableRef
 from mpq.tasks import calibration, evaluation
 from mpq.tasks.stage import References, read, read_json
 from mpq.urls import UrlParameter
 
+_LONGEST = 180  # bytes of a run's name, to which watch adds some
 Evaluate = Callable[[Run, TableRef, Plans, TableRef], TableRef]
 
 
@@ -58,6 +59,12 @@ def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
     if not checkpoint:
         return spec
     name = f"{spec.name}-{checkpoint.rstrip('/').rpartition('/')[2]}"
+    # a folder is called by it, whatever others call theirs
+    name = (
+        "".join(c if c.isprintable() else "-" for c in name)
+        .encode()[:_LONGEST]
+        .decode(errors="ignore")
+    )
     model = spec.model.model_copy(update={"path": checkpoint, "revision": None})
     more: dict[str, Any] = {}
     if spec.export and spec.export.out:
@@ -72,6 +79,7 @@ def chain(run: Run, evaluate: Evaluate = evaluate, appendix: str = "") -> dict[s
 
     `appendix` is what the report ends with: `paper`, its figures and Table 1, where a run reproduces them.
     """
+    check_out(run.spec)
     found = tables_of(run, evaluate)
     facts = facts_of(run, found.tables["drawn"][0])
     facts |= {"appendix": appendix} if appendix else {}
@@ -166,7 +174,7 @@ def partition(run: Run) -> TableRef:
 
 
 def sensitivity(run: Run, groups: TableRef, blocks: TableRef) -> References:
-    """Sensitivity, loss and effects tables: a task a shard of the calibration blocks, and their sum."""
+    """Sensitivity, loss and effects tables: a task a shard of the calibration blocks, their sum, and the first layer's KL."""
     part = run.spec.calibration
     shards = len(calibration.blocks_of(blocks).shards(part.shards))
     calls = {
@@ -185,11 +193,18 @@ def sensitivity(run: Run, groups: TableRef, blocks: TableRef) -> References:
         for shard in range(shards)
     }
     found = run.map(calibration.sensitivity_shard, calls)
-    return run.one(
+    sums = run.one(
         calibration.merge_shards,
         sensitivities=[shard["sensitivity"] for shard in found],
         losses=[shard["loss"] for shard in found],
         effects=[shard["effects"] for shard in found],
+    )
+    return sums | run.one(
+        calibration.first_layer,
+        weights=run.weights,
+        sensitivity=sums["sensitivity"],
+        blocks=blocks,
+        batch=part.batch,
     )
 
 

@@ -40,6 +40,7 @@ def write_outputs(
     text = spec.evaluation or spec.calibration
     belongs = {
         "model": spec.model.path,
+        "folder": str(Path.cwd()),  # from which relative paths lead
         "revision": spec.model.revision,
         "evaluation": text.source,
         "text": text.model_dump(include={"field", "split", "seed", "revision"}),

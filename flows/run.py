@@ -18,7 +18,7 @@ from mpq.devices import resolve
 from mpq.errors import MpqError
 from mpq.flows.place import Place, placed
 from mpq.spec import EvaluationSpec, Objective, ObjectiveSpec, RunSpec, TextSpec, resolved
-from mpq.store.entries import Store
+from mpq.store.entries import Damaged, Store
 from mpq.store.transport import absolute
 from mpq.tasks.checkpoint import Architecture, Weights, source_of
 from mpq.tasks.device import timed_name
@@ -268,5 +268,12 @@ def running(
     timed = "et" in spec.objectives if timing is None else timing
     with placed(spec.runner, spec.model.device, timed) as place:
         spec = resolved(spec, lambda device: place.ask(resolve, device))
-        subject = Subject(spec, place)
-        yield Run(subject, objectives, formats or spec.formats, evaluating, only, unwritable)
+        run = Run(
+            Subject(spec, place), objectives, formats or spec.formats, evaluating, only, unwritable
+        )
+        try:
+            yield run
+        except Damaged as damage:  # found when it was asked for, gone or spoilt since
+            raise MpqError(
+                f"A table of this run is not in {spec.store} any more as it was found ({damage}): run it again, which computes it anew."
+            ) from None

@@ -36,9 +36,7 @@ _SHORTEST = 8  # a shorter value is as likely a word of the message
 
 def has_credentials(url: str) -> bool:
     """Whether a URL carries a password (`user:password@`) or a parameter that is a key, a token or a signature."""
-    if "://" not in url:
-        return False
-    query = url.partition("?")[2]
+    query = url.partition("://")[2].partition("?")[2]  # a `?` before is no URL's
     return bool(_USERINFO.search(url) or (query and _PARAMETER.search("?" + query)))
 
 

@@ -13,7 +13,7 @@ from mpq.redaction import PUBLIC_PATTERN, without_credentials
 PublicUrl = Annotated[
     str,
     AfterValidator(without_credentials),
-    WithJsonSchema({"type": "string", "pattern": PUBLIC_PATTERN}),
+    WithJsonSchema({"type": "string", "minLength": 1, "pattern": PUBLIC_PATTERN}),
 ]
 # the same for a flow's parameters, which check it in their body: of a parameter that a validator refuses Prefect logs the value
 UrlParameter = Annotated[str, WithJsonSchema({"type": "string", "pattern": PUBLIC_PATTERN})]

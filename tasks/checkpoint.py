@@ -27,6 +27,13 @@ class Weights:
         """What of it a table depends on."""
         return self.fingerprint, self.base, self.device
 
+    def check_unchanged(self) -> None:
+        """Raise MpqError where other files were put in place since the content was taken: loaded weights are pages of these files."""
+        from mpq.models.checkpoint import check_unchanged
+
+        if self.marks:
+            check_unchanged(Path(self.source), self.marks)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -89,12 +96,11 @@ def loaded(weights: Weights) -> Any:
 
     Raises MpqError where other files were put in place since the checkpoint's content was taken.
     """
-    from mpq.models.checkpoint import check_unchanged, load_model
+    from mpq.models.checkpoint import load_model
 
     folder = at_hand(weights.source, weights.fingerprint, weights.trusted)
     model = load_model(folder, weights.base, weights.device, weights.trusted, weights.memory)
-    if weights.marks:
-        check_unchanged(folder, weights.marks)
+    weights.check_unchanged()
     return model
 
 
@@ -107,8 +113,14 @@ def with_random_weights(architecture: Architecture) -> Any:
 
 
 def configuration(architecture: Architecture) -> Any:
-    """The model's transformers configuration."""
+    """The model's transformers configuration. Raises MpqError where it is another one than when the run began."""
+    from mpq.models.architecture import architecture_key
     from mpq.models.checkpoint import load_config
 
     trusted = architecture.trusted
-    return load_config(at_hand(architecture.source, trusted=trusted), trusted)
+    config = load_config(at_hand(architecture.source, trusted=trusted), trusted)
+    if architecture_key(config) != architecture.key:
+        raise MpqError(
+            f"The config.json of {architecture.source} has changed since the run began: run it again for the new checkpoint."
+        )
+    return config

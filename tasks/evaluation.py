@@ -134,10 +134,17 @@ def evaluate_plan_task(
 
 @lru_cache(maxsize=16)
 def _opened(task: str, data_dir: str | None, data: str) -> Any:
-    """The harness's task with its dataset read, kept for the next plan; `data` is the key of the dataset's content."""
-    from mpq.evaluation.task_data import open_tasks
+    """The harness's task with its dataset read, kept for the next plan; `data` is the key of the dataset's content.
+
+    Raises MpqError where files of another content lie there now: hours may have passed since the key was taken.
+    """
+    from mpq.evaluation.task_data import data_key, open_tasks
 
     with open_tasks([task], data_dir) as tasks:
+        if data_dir and data_key([task], data_dir) != data:
+            raise MpqError(
+                f"The files of task {task} in {data_dir} changed since the run began: run it again for those that are there now."
+            )
         return tasks
 
 

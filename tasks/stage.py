@@ -59,7 +59,11 @@ class Stage:
             content = self.content(**inputs)
         else:
             content = {name: value for name, value in inputs.items() if name not in self.free}
-        return content_key(self.kinds, content_of(content), code_version(self.compute))
+        return _key(self.kinds, content, self.compute)
+
+
+def _key(kinds: Sequence[str], content: Any, compute: Callable[..., Any]) -> str:
+    return content_key(kinds, content_of(content), code_version(compute))
 
 
 def content_of(value: Any) -> Any:
@@ -73,6 +77,13 @@ def content_of(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [content_of(part) for part in value]
     return value
+
+
+def _check_unchanged(inputs: Mapping[str, Any]) -> None:
+    """Raise MpqError where an input that can change while it is used says that it did: what was computed is of something else."""
+    for value in inputs.values():
+        if hasattr(value, "check_unchanged"):
+            value.check_unchanged()
 
 
 class _Stored(Exception):
@@ -108,13 +119,16 @@ def stage(
     on: On = "flow",
     free: Sequence[str] = (),
     key: Callable[..., Any] | None = None,
+    reads_files: bool = False,
     **options: Any,
 ) -> Callable[[Callable[..., Output]], Stage]:
     """Make a stage that writes `kinds` from a function that computes them.
 
     Its task is called with the key, the store's URL, a label for people and the function's own arguments as `inputs`; it
-    returns a reference for each kind. `options` are Prefect's.
+    returns a reference for each kind. With `reads_files` what `key` says is of files that others may write to: it is asked
+    again before anything is stored. `options` are Prefect's.
     """
+    content = key
 
     def wrap(compute: Callable[..., Output]) -> Stage:
         @functools.wraps(compute, assigned=_NAMES, updated=())
@@ -131,6 +145,11 @@ def stage(
                 log.info("%s: computing", label)
                 with _asking(stop_if_stored):
                     output = compute(**inputs)
+                _check_unchanged(inputs)
+                if reads_files and content and _key(kinds, content(**inputs), compute) != key:
+                    raise MpqError(
+                        f"What {label} reads changed while it was read: run it again for what is there now."
+                    )
                 # of two runs that measured the same thing, both go on with what was stored first
                 stop_if_stored()
             except _Stored as stored:
@@ -141,7 +160,7 @@ def stage(
 
         made = _task(run, compute.__name__, options)
         of = name or compute.__name__.replace("_", " ")
-        return Stage(of, kinds, made, compute, on, frozenset(free), key)
+        return Stage(of, kinds, made, compute, on, frozenset(free), content)
 
     return wrap
 
@@ -168,6 +187,7 @@ def batch(
                 return entry not in found
 
             for entry, frame in compute(**inputs, missing=missing):
+                _check_unchanged(inputs)
                 computed += 1
                 if missing(entry):  # of two runs, both go on with what was stored first
                     found[entry] = _write(where, kind, entry, frame, _upstream(inputs), label)

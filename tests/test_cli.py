@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,12 @@ MISTAKES = {
         ["sensitivity", "no/such/model", "--calibration", "x.txt", "--out", "no/such/t.csv"],
         "no/such is no folder",
     ),
+    "a folder in the place of what takes long": (
+        ["time", "no/such/model", "--out", "{folder}"],
+        "it is there, and no file of yours",
+    ),
+    "a name that no file can have": (["report", "x" * 300], "the name is too long"),
+    "documents of tasks alone": (["eval", "{of_tasks}", "--model", "{model}"], "give --text"),
     "usage": (["partition"], "Missing argument"),
 }
 
@@ -265,12 +272,17 @@ def test_a_mistake_is_one_sentence(mistake: str, checkpoint: Path, tmp_path: Pat
         fingerprint="f" * 64,
     )
     (tmp_path / "plan.json").write_text(plan.to_json())
+    of_tasks = replace(plan, fingerprint="", provenance={"evaluation": "tasks"})
+    (tmp_path / "of_tasks.json").write_text(of_tasks.to_json())
+    (tmp_path / "folder.json").mkdir()
     (tmp_path / "taken").write_text("a file in the folder's place")
     (tmp_path / "run").mkdir()
     write_run(tmp_path / "run", "empty", {}, {})
     places = {
         "run": tmp_path / "run",
         "taken": tmp_path / "taken",
+        "folder": tmp_path / "folder.json",
+        "of_tasks": tmp_path / "of_tasks.json",
         "plan": tmp_path / "plan.json",
         "tokens": checkpoint.parent / "tokens.npy",
         "model": checkpoint,
@@ -362,6 +374,47 @@ def test_names_are_printed_as_they_are(
     done = mpq("report", "[bold]no[/red]\x1b[31m")
     assert done.returncode == 2
     assert "No run at [bold]no[/red]\\x1b[31m" in " ".join(done.stderr.split())
+
+
+def test_log_lines_do_not_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is logged is shown as sentences are: a name of others' in it, and a URL's password."""
+
+    def warn() -> None:
+        logging.getLogger("mpq").warning("%s left out", "\x1b[2Jlayer s3://a:secret@b/c")
+
+    monkeypatch.setattr(cli, "app", warn)
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])  # pytest's own
+    cli.main()
+    assert capsys.readouterr().err == "\\x1b[2Jlayer s3://***@b/c left out\n"
+
+
+def test_an_evaluation_reads_what_it_is_told(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan's own revision and way to read a text are of its own model and text: of others there is --field, and no revision."""
+    of = {"model": str(checkpoint), "revision": "v2", "text": {"field": "body", "split": "test"}}
+    plan = Plan("ip_m", "m", 0.1, "fp32", {}, 0.0, 0.0, 0.0, 1.0, provenance=of)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    asked: list[object] = []
+
+    def read_text(folder: Path, source: str, **how: object) -> None:
+        asked.append((source, how.get("field"), how.get("split")))
+        raise MpqError("enough")
+
+    def fetch(path: str, revision: str | None, trusted: bool) -> Path:
+        asked.append(revision)
+        return checkpoint
+
+    monkeypatch.setattr("mpq.method.read_text", read_text)
+    monkeypatch.setattr("mpq.models.checkpoint.fetch", fetch)
+    told = ("--text", "a.jsonl", "--field", "words")
+    for more in (("--text", "a.jsonl"), told, (*told, "--model", "other/model")):
+        assert "enough" in mpq("eval", tmp_path / "plan.json", "--device", "cpu", *more).stderr
+    asked_of_others = ("a.jsonl", None, None), ("a.jsonl", "words", None)
+    assert asked == ["v2", asked_of_others[0], "v2", asked_of_others[1], None, asked_of_others[1]]
 
 
 def test_what_an_extra_would_bring_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,10 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help="Held-out text; the run's own if left out.")
     ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(help="JSONL key or dataset column of the text; the run's own if left out."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Blocks of tokens to evaluate on.")] = 64,
     length: Annotated[int, typer.Option(min=2, help="Tokens per block.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Blocks per pass.")] = 8,
@@ -50,20 +54,28 @@ def evaluate(
 
     And TTFT beside base's, where the device has kernels for all of the plan's formats.
     """
-    chosen = _read_plan(plan)
+    from mpq.cli.inventory import read_plan
+    from mpq.spec import FROM_TASKS
+
+    chosen = read_plan(plan)
     of = chosen.provenance
-    own = {} if text else of.get("text") or {}  # how the run read its own text
-    model, text = model or of.get("model"), text or of.get("evaluation")
+    # how the run read its own text, and which revision of its own model
+    own = {} if text else of.get("text") or {}
+    own |= {"field": field} if field else {}
+    revision = None if model else of.get("revision")
+    model, text = model or chosen.origin("model"), text or chosen.origin("evaluation")
     if not model or not text:
         raise MpqError(
             "The plan does not say which model and text it belongs to: give --model and --text."
         )
+    if text == FROM_TASKS:
+        raise MpqError("The plan's run was evaluated on documents of its tasks: give --text.")
     from mpq.devices import found_device
     from mpq.method import evaluate_plan, read_text
     from mpq.models.checkpoint import fetch, fingerprint, load_config, load_model
     from mpq.models.placement import is_spread
 
-    device, folder = found_device(device), fetch(model, of.get("revision"), trusted)
+    device, folder = found_device(device), fetch(model, revision, trusted)
     chosen.check_model(fingerprint(folder))
     blocks = read_text(
         folder,
@@ -84,17 +96,6 @@ def evaluate(
         )
         extra |= native
     emit(frame, json_, out, "evaluation", extra)
-
-
-def _read_plan(path: Path) -> Plan:
-    from mpq.program.plan import Plan
-
-    try:
-        return Plan.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise MpqError(
-            f"The plan {path} cannot be read ({error}): expected the JSON that `mpq run` writes."
-        ) from None
 
 
 def _with_ttft(

@@ -68,8 +68,8 @@ def export(
     from mpq.spec.export import NEEDS
 
     chosen = read_plan(plan)
-    of = chosen.provenance
-    model = model or of.get("model")
+    revision = None if model else chosen.provenance.get("revision")
+    model = model or chosen.origin("model")
     if not model:
         raise MpqError("The plan does not say which model it belongs to: give --model.")
     if check and to in NEEDS:
@@ -80,7 +80,7 @@ def export(
     from mpq.models.checkpoint import fetch
 
     loads = to not in WITHOUT_WEIGHTS
-    device, folder = found_device(device), fetch(model, of.get("revision"), trusted)
+    device, folder = found_device(device), fetch(model, revision, trusted)
     blocks = _blocks(chosen, folder, text, samples, length, trusted) if check and loads else None
     with bar("export") as progress:
         made = exported(
@@ -124,9 +124,8 @@ def _blocks(
     """Held-out text for the check: --text, or the run's own, read as the run read it."""
     from mpq.method import read_text
 
-    of = plan.provenance
-    own = {} if text else of.get("text") or {}
-    source = text or of.get("evaluation")
+    own = {} if text else plan.provenance.get("text") or {}
+    source = text or plan.origin("evaluation")
     if not source or source == "tasks":
         raise MpqError("The plan does not say which text to check on: give --text, or --no-check.")
     how = {**own, "samples": samples, "length": length}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import logging
@@ -16,6 +17,7 @@ from mpq.cli import evaluate, export, frontier, init, method, run, show
 from mpq.cli.console import log, plain
 from mpq.cli.store import store_app
 from mpq.errors import EXTRAS, MpqError, is_out_of_memory, missing_extra
+from mpq.redaction import printable, redact
 
 app = typer.Typer(
     name="mpq",
@@ -29,6 +31,14 @@ app = typer.Typer(
 INTERRUPTED = 128 + signal.SIGINT
 
 
+class _Plain(logging.Formatter):
+    """Log lines as a terminal may be given them: names in them are other people's, as in sentences (errors.py)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without what would steer the terminal and without credentials."""
+        return printable(redact(super().format(record)))
+
+
 def main() -> None:
     """Run the CLI; a user's mistake is one sentence on stderr and exit code 2."""
     # what torch and transformers bring stays: looking for garbage takes a sixth of the time that they load
@@ -38,7 +48,9 @@ def main() -> None:
             stream, io.TextIOWrapper
         ):  # a terminal that knows ASCII alone is shown escapes
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Plain("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         app()
     except SystemExit as end:
@@ -55,6 +67,10 @@ def main() -> None:
         if module not in EXTRAS:
             raise
         _fail(str(missing_extra(module)))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _fail(f"No file can be called {str(error.filename)[:60]}…: the name is too long.")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

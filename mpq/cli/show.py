@@ -54,7 +54,7 @@ def show(plan: _File, json_: AsJson = False) -> None:
     legend = {"formats": ", ".join(f"{letter} {name}" for name, letter in known.items())}
     emit(pl.DataFrame(rows), False, None, chosen.name, legend | told)
     if prices:
-        unit, factor = _UNITS[chosen.objective]
+        unit, factor = _UNITS.get(chosen.objective, ("", 1.0))
         costs = {"kl_without": "KL without", "loss_mse_without": "loss MSE without"}
         priced = [c for c in costs if any(price.get(c) is not None for price in prices)]
         table = pl.DataFrame(prices).select(

@@ -91,7 +91,7 @@ def data_key(names: Sequence[str], data_dir: str | Path | None) -> str:
     digest = hashlib.sha256(repr(sorted(names)).encode())
     if data_dir:
         for name in sorted(names):
-            for path in sorted((Path(data_dir).expanduser() / name).glob("*")):
+            for path in filter(Path.is_file, sorted((Path(data_dir) / name).glob("*"))):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
     elif names:
         with open_tasks(names) as opened:

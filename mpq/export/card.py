@@ -51,12 +51,13 @@ def model_card(
         )
     found = record["check"]
     if found.get("done"):
+        how = ", caches in base" if found["caches_unread"] else ""
         rows += [
             (
-                "loss on held-out text",
+                f"loss on held-out text{how}",
                 f"{found['loss_reloaded']:.4f} nats a token reloaded, {found['loss_plan']:.4f} in mpq, base {found['loss_base']:.4f}",
             ),
-            ("KL from base", f"{found['kl_base_reloaded']:.3g} nats a token"),
+            (f"KL from base{how}", f"{found['kl_base_reloaded']:.3g} nats a token"),
         ]
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
     named = [*counts, *(name for name in record["caches"] if name != "base")]
@@ -69,7 +70,7 @@ def model_card(
         needed = NEEDS.get(record["to"], "").replace("_", "-")
         where = f" where {needed} is installed" if needed else ""
         served = f"\n`AutoModelForCausalLM.from_pretrained(FOLDER)` loads it{where}.\n"
-    made = {k: v for k, v in plan.provenance.items() if k not in ("model", "versions")}
+    made = {k: v for k, v in plan.provenance.items() if k not in ("model", "folder", "versions")}
     return f"""---
 library_name: transformers
 tags: [{record["to"]}, mpq]

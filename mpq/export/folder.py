@@ -95,6 +95,10 @@ class Aside:
         if not self._done:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.is_symlink() or self.folder.lstat().st_uid != os.getuid():
+            raise MpqError(
+                f"{self.folder}, in which the export is written, was put there by someone else: take it away."
+            )
 
     def shard(self, name: str, write: Callable[[Path], None]) -> bool:
         """Have a shard written, unless it is there and right; whether it was written now."""
@@ -168,7 +172,13 @@ def alone(out: Path) -> Iterator[None]:
     """Nobody else exports to `out` meanwhile. Raises MpqError where somebody does."""
     lock = out.resolve().with_name(f".{out.resolve().name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as stream:
+    try:  # where others may write, too: a link that someone put there is not followed
+        opened = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise MpqError(
+            f"The lock {lock}, by which one export at a time goes to {out}, cannot be opened ({error.strerror}): take it away."
+        ) from None
+    with os.fdopen(opened) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 
 import fsspec
 import polars as pl
-from fsspec.utils import infer_compression
 
 from mpq.documents import parse_json
 from mpq.errors import MpqError, first_line, is_out_of_memory
 from mpq.spec import TextSpec
+from mpq.spec.early import OF_FILES
 
 Document: TypeAlias = str | list[dict[str, Any]] | list[int]
 
@@ -43,12 +43,16 @@ def read_documents(spec: TextSpec) -> Documents:
     name = _plain_name(source)
     if name.endswith(".parquet"):
         return _documents(_parquet(source, spec.field), spec)
-    if name.endswith(_TABLES):
+    if name.endswith(_OTHERS):
         raise MpqError(
-            f"{source} is no text but a table of another kind: give its text as .jsonl, .parquet or .txt."
+            f"{source} is a table or an archive, whose commas or headers would be read as text: save it as .parquet or .jsonl."
         )
     text = _read_text(source)
     if not name.endswith(_LINES):
+        if spec.field != TextSpec.model_fields["field"].default:
+            raise MpqError(
+                f"{source} is read as plain text, which has no {spec.field!r}: expected a name that ends in {', '.join(_LINES)} or .parquet, or no field."
+            )
         _refuse_other(text, source)
         return Documents((text,))
     # at \n alone: JSON strings may hold other line separators as they are
@@ -65,8 +69,8 @@ def is_dataset(source: str) -> bool:
     """Whether a source is a dataset's folder or hub id. Raises MpqError where it is nothing at all."""
     if "://" in source or Path(source).is_file():
         return False
-    name = source.partition(":")[0]
-    if Path(source).is_dir():
+    name, _ = _named(source)
+    if Path(name).is_dir():
         return True
     if name.count("/") <= 1 and not name.startswith((".", "/", "~")) and _may_be_id(name):
         return True
@@ -75,42 +79,37 @@ def is_dataset(source: str) -> bool:
     )
 
 
+def _named(source: str) -> tuple[str, str]:
+    """A dataset's folder or id, and which of its configurations is meant, "" where none is named."""
+    if Path(source).is_dir():
+        return source, ""
+    name, _, configuration = source.partition(":")
+    return name, configuration
+
+
 def _may_be_id(name: str) -> bool:
-    return bool(name.strip()) and Path(name).suffix not in _ENDINGS and "\0" not in name
+    return bool(name.strip()) and Path(name).suffix not in OF_FILES and "\0" not in name
 
 
-_LINES = (".jsonl", ".ndjson", ".json")
-# what is read as a text would be its own syntax
-_TABLES = (".csv", ".tsv", ".arrow", ".feather", ".npz")
-_ENDINGS = (
-    ".ndjson",
-    ".tsv",
-    ".npz",
-    ".txt",
-    ".jsonl",
-    ".json",
-    ".npy",
-    ".parquet",
-    ".gz",
-    ".md",
-    ".csv",
-    ".py",
-)
+_LINES = (".jsonl", ".ndjson", ".json")  # a JSON object a line
+_OTHERS = (".csv", ".tsv", ".zip", ".tar", ".tgz")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4")  # as fsspec tells them
 
 
 def source_key(spec: TextSpec) -> str:
-    """Hash of a text source's content, without making it into tokens: of a file's or a folder's bytes.
+    """Hash of a text source's content, without making it into tokens: of a file's or a folder's bytes, and what they are read as.
 
     A hub id counts by id, configuration, split, revision and datasets' own fingerprint of what they name now, which
     fetches it where it is not at hand. Raises MpqError where it cannot be read.
     """
     source = local(spec.source)
     if not is_dataset(source):
-        return _of_file(source)
-    if Path(source).is_dir():
-        files = sorted(f for f in Path(source).rglob("*") if f.is_file())
-        content = [[str(f.relative_to(source)), _of_file(str(f))] for f in files]
-        return _digest(["folder", content, spec.split])
+        return _digest(["file", _kind(source), _of_file(source)])
+    name, configuration = _named(source)
+    if Path(name).is_dir():
+        files = sorted(f for f in Path(name).rglob("*") if f.is_file())
+        content = [[str(f.relative_to(name)), _of_file(str(f))] for f in files]
+        return _digest(["folder", content, configuration, spec.split])
     return _digest(["id", source, spec.split, spec.revision, _dataset(spec)._fingerprint])
 
 
@@ -126,11 +125,17 @@ def _of_file(source: str) -> str:
         raise MpqError(f"{source} cannot be read ({first_line(error)}).") from None
 
 
+def _kind(source: str) -> str:
+    """What a file is read as, by its ending: the same bytes are another text in another kind of file."""
+    name = _plain_name(source)
+    kind = next((end for end in (*_LINES, ".npy", ".parquet") if name.endswith(end)), "")
+    return ("lines" if kind in _LINES else kind) + source.lower()[len(name) :]
+
+
 def _plain_name(source: str) -> str:
-    """The name in small letters, without the ending of a compression that fsspec opens."""
+    """The name in small letters, without the ending of a compression."""
     name = source.lower()
-    ending = name.rpartition(".")[2]
-    return name.removesuffix(f".{ending}") if infer_compression(name) else name
+    return name[: -len(end)] if (end := next(filter(name.endswith, _COMPRESSED), "")) else name
 
 
 def _read_text(source: str) -> str:
@@ -235,15 +240,13 @@ def _is_ids(value: Any) -> bool:
 def _dataset(spec: TextSpec) -> Any:
     from datasets import load_dataset
 
-    source = local(spec.source)
-    folder = Path(source).is_dir()
-    name, _, configuration = (source, "", "") if folder else source.partition(":")
+    name, configuration = _named(local(spec.source))
     try:
         rows = load_dataset(
             name,
             configuration or None,
             split=spec.split,
-            revision=None if folder else spec.revision,
+            revision=None if Path(name).is_dir() else spec.revision,
         )
     except Exception as error:  # datasets and the hub's client raise many kinds
         raise MpqError(

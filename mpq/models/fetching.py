@@ -20,7 +20,7 @@ from mpq.caches import private_folder
 from mpq.errors import MpqError, first_line
 from mpq.models.hashes import content_hash
 from mpq.models.layout import INDEX, OTHER_LAYOUTS, is_weight_name, listed_weights
-from mpq.store.transport import carry, open_filesystem
+from mpq.store.transport import advice_of, carry, open_filesystem
 
 _BESIDE = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]  # configuration, tokenizer
 _MANIFEST = ".mpq-files.json"  # in a fetched copy: name → [bytes, SHA-256]
@@ -46,6 +46,10 @@ def fetch(path: str, revision: str | None = None, trust_remote_code: bool = Fals
     if "://" in path:
         folder = _fetch_url(path, trust_remote_code)
     elif not folder.is_dir():
+        if folder.is_file():
+            raise MpqError(
+                f"{path} is a file: expected the folder that it lies in, with config.json and *.safetensors."
+            )
         if not is_hub_id(path):
             raise MpqError(
                 f"No checkpoint at {path}: expected a folder with config.json and *.safetensors, a hub id or an fsspec URL."
@@ -84,6 +88,10 @@ def _fetch_hub(name: str, revision: str | None, trust_remote_code: bool) -> Path
 
 
 def _unreachable(name: str, error: Exception) -> MpqError:
+    if advice := advice_of(error):
+        return MpqError(
+            f"{name} could not be fetched from the hub ({first_line(error)}): {advice}."
+        )
     return MpqError(
         f"{name} is no local folder and could not be fetched from the hub ({first_line(error)}): check the name, the network or HF_TOKEN."
     )

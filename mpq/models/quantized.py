@@ -63,7 +63,14 @@ def method_of(config: Mapping[str, Any], folder: Path | None = None) -> str:
     said = section_of(config, folder)
     if not said:
         return ""
-    method = str(said.get("quant_method") or ("modelopt" if "quant_algo" in said else "unnamed"))
+    # what older checkpoints leave out: ModelOpt's, and bitsandbytes', which transformers tells likewise
+    marks = {
+        "quant_algo": "modelopt",
+        "load_in_8bit": "bitsandbytes",
+        "load_in_4bit": "bitsandbytes",
+    }
+    told = next((method for mark, method in marks.items() if said.get(mark)), "unnamed")
+    method = str(said.get("quant_method") or told)
     return "modelopt" if method.startswith("modelopt") else method.lower()
 
 
@@ -72,7 +79,11 @@ def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
     method = method_of(config, folder)
     if method and method not in READABLE:
         raise already_quantized(
-            folder, f"by {_NAMES.get(method, method)}", _WHAT_TO_DO.get(method, "")
+            folder,
+            f"by {_NAMES.get(method, method)}"
+            if method != "unnamed"
+            else "in a way that is not named",
+            _WHAT_TO_DO.get(method, ""),
         )
 
 

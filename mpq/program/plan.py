@@ -7,10 +7,8 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NotRequired
-
-from annotated_types import Ge, Len
-from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpq.documents import parse_json
 from mpq.errors import MpqError
@@ -21,40 +19,6 @@ if TYPE_CHECKING:
 
 PLAN_VERSION = 1
 LEAST_LOSS = "ip_loss"  # the strategy of the smallest loss for a target
-
-
-class _Text(TypedDict, total=False):
-    """How the held-out text was read: what a spec says of it."""
-
-    __pydantic_config__ = {"extra": "forbid"}  # type: ignore[misc]  # noqa: RUF012
-    field: str
-    split: str
-    seed: Annotated[int, Ge(0)]
-    revision: str | None
-
-
-class _Price(TypedDict):
-    """What a plan would gain and cost without a constraint."""
-
-    constraint: str
-    gain_without: float
-    kl_without: NotRequired[float | None]
-    loss_mse_without: NotRequired[float | None]
-
-
-class _Provenance(TypedDict, total=False):
-    """What commands take from a plan's provenance; the keys of tables and all else stand beside it."""
-
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
-    model: str
-    revision: str | None
-    evaluation: str
-    text: _Text
-    prefill: Annotated[list[Annotated[int, Ge(1)]], Len(2, 2)]
-    prices: list[_Price]
-    stored: dict[str, str]
-    check: dict[str, Any]
-    versions: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -148,6 +112,15 @@ class Plan:
         """Lowered ops as a share of the ops decided, 0 to 1."""
         return len(self.lowered) / max(1, len(self.formats))
 
+    def origin(self, name: str) -> Any:
+        """What the provenance says under `name`, `model` or `evaluation`: a relative path that is not there from here is one
+        from the folder that the plan was made in."""
+        said, folder = self.provenance.get(name), self.provenance.get("folder")
+        if not said or not folder or "://" in said or Path(said).expanduser().exists():
+            return said
+        there = Path(folder) / said
+        return str(there) if there.exists() else said
+
     def to_json(self) -> str:
         """The plan as JSON text, keys in a fixed order."""
         return json.dumps(asdict(self), indent=1)
@@ -157,10 +130,12 @@ class Plan:
         """Read a plan back. Raises MpqError where the text is not a plan that this version reads."""
         from pydantic import ValidationError
 
+        from mpq.program.provenance import Provenance
+
         try:
             parse_json(text)  # which tells what stands twice
             plan = _reader().validate_json(text)
-            _provenance().validate_python({"provenance": plan.provenance})
+            Provenance.model_validate(plan.provenance)
             if plan.objective not in ("et", "tt", "m"):
                 raise ValueError("objective: expected et, tt or m")
         except ValidationError as error:
@@ -197,13 +172,6 @@ def _reader() -> TypeAdapter[Plan]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Plan)
-
-
-@functools.cache
-def _provenance() -> TypeAdapter[Any]:
-    from pydantic import ConfigDict, TypeAdapter
-
-    return TypeAdapter(dict[str, _Provenance], config=ConfigDict(strict=True))
 
 
 def stored_in_words(stored: Mapping[str, str]) -> str:

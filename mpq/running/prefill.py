@@ -17,6 +17,7 @@ it is told that no row is packed, and that it may look, for without padding ther
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,12 +25,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import masking_utils
 
+from mpq.caches import private_folder
 from mpq.errors import MpqError
 from mpq.running.apply import Mixed
 
 Timed: TypeAlias = Callable[[], float]  # one forward; returns its seconds
+_COMPILED_IN = "TORCHINDUCTOR_CACHE_DIR"
 CONFIGURATIONS = (
     4096  # torch.compile gives up on a function after this many versions; its own default is 8
 )
@@ -158,6 +162,9 @@ def compiled_blocks(model: nn.Module, compiled: bool = True) -> Iterator[None]:
         raise MpqError(
             f"{type(model).__name__} has no list of repeated blocks to compile: time it without compile."
         )
+    if os.environ.get(_COMPILED_IN) in (None, default_cache_dir()):
+        # torch's own choice is a folder in the temporary one, called after the user: whoever makes it first has code run
+        os.environ[_COMPILED_IN] = str(private_folder("inductor"))
     torch.compiler.reset()
     try:
         with torch._dynamo.config.patch(

@@ -52,6 +52,7 @@ class Environment:
             **kept,
             **count,
             **dict.fromkeys(("VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "TRITON_CACHE_DIR"), cache),
+            "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_DO_NOT_TRACK": "1",
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),

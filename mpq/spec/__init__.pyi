@@ -5,6 +5,7 @@ from .constraints import ConstraintSpec as ConstraintSpec
 from .constraints import EngineName as EngineName
 from .constraints import TargetSpec as TargetSpec
 from .early import check_early as check_early
+from .early import check_out as check_out
 from .early import resolved as resolved
 from .estimate import Estimate as Estimate
 from .estimate import estimate as estimate

@@ -7,6 +7,7 @@ can tell is told later, by those who ask them.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,11 @@ from mpq.spec.run import FROM_TASKS, RunSpec, TextSpec
 
 _LINES = (".jsonl", ".ndjson", ".json")
 _PLAIN = (".txt", ".md", *_LINES)
-_FILES = (*_PLAIN, ".npy", ".parquet", ".gz")  # a name that ends so is a file, not a dataset's id
+# a name that ends so is a file's, not a dataset's id
+OF_FILES = (
+    *(*_PLAIN, ".npy", ".parquet", ".csv", ".tsv", ".py", ".zip", ".tar", ".tgz"),
+    *(".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4"),
+)
 # tokens that a tokenizer may put around a document: begin, end, the space that some set before it
 _AROUND = 3
 # compatibility characters may become many when normalised (U+FDFA: 18 of up to 2 bytes, from 3)
@@ -41,7 +46,7 @@ def check_early(spec: RunSpec) -> None:
     Checked are the folder for plans and report, what must be installed, the model's folder, the texts, and last, since
     torch has to be loaded for it, a GPU that is asked for.
     """
-    _check_out(Path(spec.out) / spec.name)
+    check_out(spec)
     _check_installed(spec)
     _check_model(spec.model.path)
     _check_text(spec.calibration, "calibration")
@@ -56,15 +61,24 @@ def check_early(spec: RunSpec) -> None:
         devices.check_device(spec.model.device)
 
 
-def _check_out(folder: Path) -> None:
-    place = folder
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        why = "is not yours to write to" if place.is_dir() else "is no folder"
-        raise MpqError(
-            f"The output folder {folder} cannot be written: {place} {why}. Set `out` in the spec to a folder of yours."
-        )
+def check_out(spec: RunSpec) -> None:
+    """Raise MpqError unless plans and report can be written where the spec says: asked before hours of work, not after.
+
+    A file without a name is made and gone: what a mode or an owner allows, the file system may refuse.
+    """
+    folder = Path(spec.out) / spec.name
+    for place in (folder, folder / "plans"):
+        while not os.path.lexists(place) and place != place.parent:
+            place = place.parent
+        try:
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            why = (
+                f"is not yours to write to ({error.strerror})" if place.is_dir() else "is no folder"
+            )
+            raise MpqError(
+                f"The output folder {folder} cannot be written: {place} {why}. Set `out` in the spec to a folder of yours."
+            ) from None
 
 
 def _check_installed(spec: RunSpec) -> None:
@@ -86,7 +100,7 @@ def _check_model(path: str) -> None:
             raise MpqError(
                 f"{path} has no config.json: expected a checkpoint in Hugging Face layout."
             )
-    elif path.startswith((".", "/")):
+    elif path.startswith((".", "/")) or Path(path).is_file():
         raise MpqError(
             f"No checkpoint at {path}: expected a folder with config.json and *.safetensors, a hub id or an fsspec URL."
         )
@@ -94,10 +108,11 @@ def _check_model(path: str) -> None:
 
 def _check_text(text: TextSpec, key: str) -> None:
     path = Path(text.source)
-    if "://" in text.source or text.source == FROM_TASKS or path.is_dir():
+    folder = path if path.is_dir() else Path(text.source.partition(":")[0])  # and a configuration
+    if "://" in text.source or text.source == FROM_TASKS or folder.is_dir():
         return
     if not path.is_file():
-        if text.source.startswith((".", "/")) or path.suffix in _FILES:
+        if text.source.startswith((".", "/")) or path.suffix in OF_FILES:
             raise MpqError(
                 f"No text at {text.source} ({key}.source): expected a text file, .jsonl, .npy, an fsspec URL or a "
                 "Hugging Face dataset id."

@@ -17,6 +17,7 @@ from pydantic import (
 
 from mpq.formats.scheme import get_scheme
 from mpq.redaction import without_credentials
+from mpq.urls import PublicUrl
 
 
 def _format(name: str) -> str:
@@ -49,9 +50,7 @@ _MOST = 2**31 - 1  # what a count may be: more is a slip, and overflows somewher
 Count = Annotated[int, BeforeValidator(number), Field(ge=1, le=_MOST)]
 Whole = Annotated[int, BeforeValidator(number), Field(ge=0, le=_MOST)]
 # a local path, with ~ for the user's home, or a URL, which may not carry credentials
-Url = Annotated[
-    str, Field(min_length=1), AfterValidator(_at_home), AfterValidator(without_credentials)
-]
+Url = Annotated[PublicUrl, Field(min_length=1), AfterValidator(_at_home)]
 LocalFolder = Annotated[Url, AfterValidator(_local)]
 
 

@@ -215,11 +215,16 @@ def why(error: BaseException) -> str:
     return (told if len(told) <= 200 else told[:199] + "…") or type(error).__name__
 
 
+def advice_of(error: BaseException) -> str:
+    """What helps where a disk or this process has run out of something; "" where that is not what is wrong."""
+    known = (_FULL[c.errno] for c in _chain(error) if isinstance(c, OSError) and c.errno in _FULL)
+    return next(known, "")
+
+
 def _sentence(error: BaseException, url: str, doing: str, what: str) -> MpqError:
     local = url.startswith("file:") or "://" not in url
-    known = [_FULL[c.errno] for c in _chain(error) if isinstance(c, OSError) and c.errno in _FULL]
-    if known:
-        advice = known[0]
+    if known := advice_of(error):
+        advice = known
     elif _codes(error) & _SKEWED:
         advice = "this machine's clock differs from the service's; set it right (date -u)"
     elif _codes(error) & _NO_CONTAINER:

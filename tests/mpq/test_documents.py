@@ -179,12 +179,16 @@ def test_plans(draw: st.DataObject, tmp_path: Path) -> None:
         ("formats", ["a"]),
         ("formats", {"a": 3}),
         ("provenance", ["x"]),
+        ("provenance", {"model": 3}),
+        ("provenance", {"prefill": [4, 0]}),
+        ("provenance", {"text": {"source": "x"}}),
+        ("provenance", {"prices": [{"constraint": "a"}]}),
+        ("provenance", {"stored": {"a": 1}}),
         ("tau", "0.01"),
         ("base", None),
         ("seed", 1.5),
         ("more", 1),
         ("objective", "x"),
-        ("provenance", {"model": 3}),
         ("provenance", {"text": {"source": "t"}}),
         ("provenance", {"prefill": [0, 16]}),
         ("provenance", {"prices": [{}]}),
@@ -194,7 +198,8 @@ def test_plans(draw: st.DataObject, tmp_path: Path) -> None:
 def test_a_plan_of_other_types(field: str, value: Any) -> None:
     """The sentence names the field, and does not repeat what is in it."""
     text = json.dumps({**json.loads(PLAN.to_json()), field: value})
-    with pytest.raises(MpqError, match=rf"^Not a plan: .*\({field}.*\)\.$"):
+    named = next(iter(value)) if isinstance(value, dict) and field == "provenance" else field
+    with pytest.raises(MpqError, match=rf"^Not a plan: .*\({named}.*\)\.$"):
         Plan.from_json(text)
     assert Plan.from_json(PLAN.to_json()) == PLAN
 

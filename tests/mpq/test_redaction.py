@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from mpq.errors import MpqError
 from mpq.redaction import has_credentials, printable
+from mpq.spec import RunSpec
 from mpq.urls import PublicUrl
 
 PIECES = [
@@ -36,6 +38,8 @@ PATTERN = re.compile(TypeAdapter(PublicUrl).json_schema()["pattern"])
 
 
 @settings(max_examples=300, deadline=None)
+@example("?sig=://")
+@example("?a://x?sig=1")
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
 def test_the_schema_refuses_what_the_code_refuses(url: str) -> None:
     """A server, which knows the JSON schema alone, refuses exactly the URLs that the validator refuses, before it stores them."""
@@ -58,6 +62,46 @@ def test_prefects_server_refuses_by_the_schema() -> None:
     assert not validation.validate({"store": "s3://bucket/x"}, schema)
     with pytest.raises(validation.ValidationError):
         validation.validate({"store": "s3://a:b@bucket/x"}, schema, raise_on_error=True)
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        ("store",),
+        ("model", "path"),
+        ("calibration", "source"),
+        ("evaluation", "source"),
+        ("evaluation", "data_dir"),
+        ("runner", "address"),
+        ("export", "out"),
+        ("out",),
+    ],
+)
+def test_no_url_of_a_spec_is_kept_with_credentials(at: tuple[str, ...]) -> None:
+    """A deployment's server checks a spec by its JSON schema before it keeps it: each URL in it is of the type that refuses."""
+    validation = pytest.importorskip("prefect.utilities.schema_tools.validation")
+    schema = RunSpec.model_json_schema()
+
+    def spec(url: str) -> dict[str, Any]:
+        text = {"source": "a.txt"}
+        whole: dict[str, Any] = {
+            "model": {"path": "m"},
+            "calibration": dict(text),
+            "evaluation": dict(text),
+            "objectives": {"m": {"formats": ["int8"]}},
+            "runner": {},
+            "export": {},
+        }
+        part = whole
+        for name in at[:-1]:
+            part = part[name]
+        part[at[-1]] = url
+        return whole
+
+    assert not validation.validate(spec("tcp://host:1"), schema)
+    for url in ("s3://a:secret@bucket/x", "https://host/x?sig=secret"):
+        with pytest.raises(validation.ValidationError):
+            validation.validate(spec(url), schema, raise_on_error=True)
 
 
 @settings(max_examples=200, deadline=None)

@@ -49,6 +49,8 @@ def test_what_is_wrong_is_told_early(tmp_path: Path) -> None:
     good = spec_with(tmp_path, "words " * 100)
     assert not told(good)
     (tmp_path / "file").touch()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "plans").touch()
     np.save(tmp_path / "rows.npy", np.zeros((1, 8), np.int64))
     np.save(tmp_path / "short.npy", np.zeros((5, 7), np.int64))
     text = good["calibration"]
@@ -59,6 +61,9 @@ def test_what_is_wrong_is_told_early(tmp_path: Path) -> None:
         "No text at nope.jsonl": {"calibration": {**text, "source": "nope.jsonl"}},
         "No text at ./nope": {"evaluation": {"source": "./nope"}},
         "file is no folder": {"out": str(tmp_path / "file" / "below")},
+        "/proc is not yours to write to": {"out": "/proc/nothing/runs"},  # whoever asks
+        "plans is no folder": {"out": str(tmp_path), "name": "taken"},
+        "No checkpoint at": {"model": {**good["model"], "path": str(tmp_path / "file")}},
         "holds at most 1 blocks of 8 tokens, 2 were asked for": {
             "calibration": {**text, "source": str(tmp_path / "rows.npy")}
         },
@@ -90,6 +95,7 @@ def test_what_only_others_can_tell_is_left_to_them(tmp_path: Path) -> None:
         {"model": {**good["model"], "path": "gpt2"}},
         {"model": {**good["model"], "path": "s3://bucket/model"}},
         {"calibration": {**good["calibration"], "source": "org/data"}},
+        {"calibration": {**good["calibration"], "source": f"{tmp_path / 'model'}:configuration"}},
         {"calibration": {**good["calibration"], "source": "s3://bucket/text.txt"}},
         {"calibration": {**good["calibration"], "source": str(tmp_path / "broken.npy")}},
     ):

@@ -112,6 +112,13 @@ def test_diff_tells_what_moved(files: tuple[Path, Path]) -> None:
     assert json.loads(run("diff", files[0], files[0], "--json"))["moved"] == []
 
 
+def test_an_objective_of_others(tmp_path: Path) -> None:
+    """A plan for an objective that this version does not know is shown as far as it is known, its prices too."""
+    file = tmp_path / "a.json"
+    file.write_text(replace(PLAN, objective="energy").to_json())
+    assert "tie q k v" in run("show", file)
+
+
 def test_files_that_are_no_plans(files: tuple[Path, Path], tmp_path: Path) -> None:
     """A file that is not there, one that is no plan, and a plan of another model."""
     with pytest.raises(MpqError, match="cannot be read"):

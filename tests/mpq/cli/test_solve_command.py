@@ -111,6 +111,11 @@ def test_a_budget_with_signs(
     ("arguments", "told"),
     [
         (("--signed",), "--signed needs --groups, --base, --sensitivity and --effects"),
+        (
+            ("--sensitivity", "s.parquet"),
+            "--sensitivity and --effects are read with --signed alone",
+        ),
+        (("--effects", "e.parquet"), "--sensitivity and --effects are read with --signed alone"),
         (("--signed", "--cost", "kl"), "--signed is of the loss MSE, --cost kl of the KL"),
     ],
 )
@@ -165,3 +170,10 @@ def test_any_tables_are_used_or_told(
     finally:
         frame.write_parquet(tables[name])
     assert told.isprintable()
+
+
+def test_one_file_for_two_tables() -> None:
+    """`mpq sensitivity` refuses to write its effects over its sensitivities, before it loads anything."""
+    command = ["sensitivity", "nowhere", "--calibration", "t.txt", "--out", "s.parquet"]
+    done = CliRunner().invoke(app, [*command, "--effects", "./s.parquet"])
+    assert "--effects and --out both name" in str(done.exception)

@@ -218,6 +218,23 @@ def test_cut_off_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
 
 
+def test_places_that_others_made_are_not_used(tmp_path: Path) -> None:
+    """A lock that is a link is not followed, nor is what a shared folder holds under the name of the one to be written."""
+    source, out = checkpoint(tmp_path / "model"), tmp_path / "out"
+    plan = plan_of(source, mixed(linears(source)))
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "theirs")
+    with pytest.raises(MpqError, match=r"The lock .* cannot be opened .*: take it away"):
+        export(plan, source, out)
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    (tmp_path / ".out.lock").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(MpqError, match="was put there by someone else"):
+        export(plan, source, out)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_other_work_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What another plan's export left behind is written anew."""
     source, out = checkpoint(tmp_path / "model"), tmp_path / "out"
@@ -292,6 +309,23 @@ def test_conv1d(tmp_path: Path) -> None:
     config = QuantizationConfig.model_validate({"config_groups": group})
     apply_quantization_config(model, config, show_progress=False)
     assert not hasattr(model.get_submodule(op), "quantization_scheme")
+
+
+@pytest.mark.usefixtures("reloaded_here")
+def test_transposed_weights_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Conv1D whose weight is another by what no loss would show is named by the check; as it was, it passes."""
+    source = checkpoint(tmp_path / "model", "gpt2", n_positions=64)
+    op, save = "transformer.h.0.mlp.c_fc", shards.save_file
+    made = export(plan_of(source, {}), source, tmp_path / "out", check=BLOCKS)
+    assert made.check["passed"]
+
+    def spoilt(tensors: dict[str, torch.Tensor], *how: object, **more: object) -> None:
+        tensors[f"{op}.weight"][0, 0] *= 1 + 2**-20
+        save(tensors, *how, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards, "save_file", spoilt)
+    with pytest.raises(MpqError, match=f"first of 1 differences: the weight of {op} is another"):
+        export(plan_of(source, {}), source, tmp_path / "other", check=BLOCKS)
 
 
 def test_not_finite(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -65,10 +66,11 @@ def _change(folder: Path, change: Callable[[str, torch.Tensor], dict[str, torch.
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"quantization_config": {"quant_method": "torchao"}}, "torchao"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
-        ({"quantization_config": {"bits": 4}}, "unnamed"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "by torchao"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "by bitsandbytes"),
+        ({"quantization_config": {"load_in_8bit": True}}, "by bitsandbytes"),
+        ({"quantization_config": {"bits": 4}}, "in a way that is not named"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "by MLX"),
     ],
 )
 def test_quantized_checkpoints_are_called_by_name(
@@ -76,7 +78,7 @@ def test_quantized_checkpoints_are_called_by_name(
 ) -> None:
     """What quantized the weights is said before anything is traced or loaded; it is no damage."""
     _configure(checkpoint, **more)
-    with pytest.raises(MpqError, match=f"quantized already, by {said}") as told:
+    with pytest.raises(MpqError, match=f"quantized already, {said}") as told:
         load_config(checkpoint)
     assert "damaged" not in str(told.value)
 
@@ -139,6 +141,25 @@ def test_other_names_of_weights_are_told(checkpoint: Path) -> None:
     (checkpoint / "adapter_config.json").write_text("{}")
     with pytest.raises(MpqError, match="an adapter, not a model"):
         load_model(checkpoint, "fp32")
+
+
+def test_a_file_is_no_checkpoint(checkpoint: Path) -> None:
+    """A file in the folder's place is told so: the hub does not know it, and the network is not to blame."""
+    for name in ("model.safetensors", "config.json"):
+        with pytest.raises(MpqError, match="is a file: expected the folder"):
+            fetch(str(checkpoint / name))
+
+
+def test_a_full_disk_is_no_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what the hub sends does not fit, neither name nor network nor token is to be looked at."""
+
+    def full(*args: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(MpqError, match="the disk is full; make room") as told:
+        fetch("org/name")
+    assert "HF_TOKEN" not in str(told.value)
 
 
 def test_too_little_memory_is_no_damage(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

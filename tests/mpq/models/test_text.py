@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import lzma
 import shutil
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import polars as pl
 import pytest
@@ -209,21 +209,11 @@ def test_other_kinds_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         read_documents(TextSpec(source=str(tmp_path / "a.parquet"), field="body"))
 
 
-@pytest.mark.parametrize("name", ["a.ndjson", "a.JSONL", "a.jsonl.lzma", "a.jsonl.zip"])
-def test_lines_by_other_names(name: str, tmp_path: Path) -> None:
-    """JSONL is read line by line under each name and compression that it goes by, never as a text of braces."""
-    rows = "\n".join(json.dumps({"text": t}) for t in ("one", "two"))
-    with fsspec.open(str(tmp_path / name), "wt", compression="infer") as stream:
-        stream.write(rows)
-    assert read_documents(TextSpec(source=str(tmp_path / name))).documents == ("one", "two")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
         ("a.txt", b'{"text": "one"}\n{"text": "two"}', "holds JSON"),
         ("a", b'\n["one", "two"]', "holds JSON"),
-        ("a.csv", b"text\none\n", "no text but a table"),
         ("a.txt", "one two".encode("utf-16-le"), "NUL characters"),
     ],
 )
@@ -238,8 +228,38 @@ def test_what_only_looks_like_text(name: str, content: bytes, told: str, tmp_pat
     )
 
 
+def test_kinds_of_files_are_told_by_their_names(tmp_path: Path) -> None:
+    """Rows of JSON are rows under each of their endings; tables, archives and fields of plain text are refused, where they would
+    calibrate on commas, headers and braces."""
+    rows = [{"text": "one"}, {"text": "two"}]
+    content = Path(_jsonl(tmp_path / "a.jsonl", *rows)).read_bytes()
+    (tmp_path / "a.ndjson").write_bytes(content)
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(content))
+    (tmp_path / "a.jsonl.lzma").write_bytes(lzma.compress(content, lzma.FORMAT_ALONE))
+    for name in ("a.ndjson", "A.JSONL.GZ", "a.jsonl.lzma"):
+        assert read_documents(TextSpec(source=str(tmp_path / name))).documents == ("one", "two")
+    for name in ("a.csv", "a.tsv.gz", "a.jsonl.zip", "a.tar.gz"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(MpqError, match="is a table or an archive"):
+            read_documents(TextSpec(source=str(tmp_path / name)))
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(MpqError, match="is read as plain text, which has no 'messages'"):
+        read_documents(TextSpec(source=str(tmp_path / "a.txt"), field="messages"))
+
+
+def test_the_same_bytes_read_otherwise_have_another_key(tmp_path: Path) -> None:
+    """JSON that was read as plain text, and then called .jsonl, is another text; where it lies and what else it is called is not."""
+    content = Path(_jsonl(tmp_path / "a.jsonl", {"text": "one"})).read_bytes()
+    keys = {}
+    for name in ("a.txt", "b.txt", "a.jsonl", "b.ndjson", "a.jsonl.gz"):
+        (tmp_path / name).write_bytes(content)
+        keys[name] = source_key(TextSpec(source=str(tmp_path / name)))
+    assert keys["a.txt"] == keys["b.txt"] != keys["a.jsonl"]
+    assert keys["a.jsonl"] == keys["b.ndjson"] != keys["a.jsonl.gz"]
+
+
 def test_a_folder_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An absolute folder is read, keyed by its files' content wherever it lies, and by nothing else."""
+    """An absolute folder is read, one of its configurations too, keyed by its files' content wherever it lies and by which is meant."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     for name, text in (("a", "one"), ("b", "two")):
         (tmp_path / name).mkdir()
@@ -248,6 +268,13 @@ def test_a_folder_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     a, b, c = (TextSpec(source=str(tmp_path / name)) for name in "abc")
     assert read_documents(b).documents == ("two",)
     assert source_key(a) == source_key(c) != source_key(b)
+    (tmp_path / "a" / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: other, data_files: other.jsonl}\n---\n"
+    )
+    _jsonl(tmp_path / "a" / "other.jsonl", {"text": "three"})
+    other = TextSpec(source=f"{tmp_path / 'a'}:other")
+    assert read_documents(other).documents == ("three",)
+    assert source_key(other) != source_key(TextSpec(source=str(tmp_path / "a")))
 
 
 def test_a_datasets_key_says_which_and_what(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partialmethod
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import AutoConfig, masking_utils
 from transformers.utils import import_utils
 
+from mpq.caches import private_folder
 from mpq.errors import MpqError
 from mpq.kernels import int8_attention
 from mpq.running.apply import Mixed
@@ -41,6 +44,23 @@ if int8_attention.available():
 def in_every_layer(formats: dict[str, str]) -> dict[str, str]:
     """The formats of one attention's ops, for all three."""
     return {LAYER.format(i) + op: f for i in range(3) for op, f in formats.items()}
+
+
+def test_what_is_compiled_lies_where_nobody_else_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles into a folder of the temporary one by itself, and runs what it finds there; a folder that is named stays."""
+    monkeypatch.setattr(nn.Module, "compile", WITHOUT_INDUCTOR)
+    model = timing_model(CONFIG, "fp32")
+    for given, used in (
+        (None, str(private_folder("inductor"))),
+        (default_cache_dir(), str(private_folder("inductor"))),
+        ("/mine", "/mine"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+            if given:
+                patch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+            with compiled_blocks(model):
+                assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == used
 
 
 def test_a_block_is_compiled_once_for_each_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

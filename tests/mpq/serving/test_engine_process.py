@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mpq.caches import private_folder
 from mpq.errors import MpqError
 from mpq.serving import EngineDied, EngineProcess, Environment, find_environment
 
@@ -80,4 +81,5 @@ def test_nothing_of_others_reaches_it(
         monkeypatch.setenv(name, "x")
     found = environment.variables(threads=3)
     assert not {"PYTHONPATH", "PREFECT_HOME", "VLLM_USE_MODELSCOPE"} & set(found)
+    assert found["TORCHINDUCTOR_CACHE_DIR"].startswith(str(private_folder("vllm")))
     assert (found["OMP_NUM_THREADS"], found["VLLM_NO_USAGE_STATS"]) == ("3", "1")
