@@ -188,7 +188,6 @@ def test_plans(draw: st.DataObject, tmp_path: Path) -> None:
         ("base", None),
         ("seed", 1.5),
         ("more", 1),
-        ("objective", "x"),
         ("provenance", {"text": {"source": "t"}}),
         ("provenance", {"prefill": [0, 16]}),
         ("provenance", {"prices": [{}]}),
