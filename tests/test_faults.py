@@ -321,7 +321,9 @@ def test_hostile_inputs(tmp_path: Path) -> None:
     ]
     for family, file, whole, ask in cases:
         for damage in DAMAGE.values():
-            file.write_bytes(damage(whole, b"{}"))
+            if (new := damage(whole, b"{}")) == whole:
+                continue
+            file.write_bytes(new)
             try:
                 ask(file)
                 count(f"hostile {family}", "used as they say")
