@@ -237,7 +237,7 @@ def with_signs(
     from mpq.store.tables import handed_in
 
     found = signed_loss(handed_in("sensitivity", sensitivity), handed_in("effects", effects), base)
-    warn_few(found, gains["group"].n_unique())
+    warn_few(found, handed_in("gains", gains)["group"].n_unique())
     return found
 
 

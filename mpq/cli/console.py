@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -131,29 +132,30 @@ def lowered_and_base(formats: str, base: str) -> tuple[list[str], str]:
     return names, of
 
 
-def writable(out: Path | None) -> Path | None:
-    """The file that --out names, or None. Raises MpqError where a table cannot go there: asked before hours of measuring, not after."""
-    return _writable(out, SUFFIXES)
+def writable(option: typer.CallbackParam, out: Path | None) -> Path | None:
+    """The file that an option names, or None. Raises MpqError where a table cannot go there: asked before hours of measuring,
+    not after."""
+    return _writable(out, SUFFIXES, option.opts[0])
 
 
-def report_file(out: Path | None) -> Path | None:
+def report_file(option: typer.CallbackParam, out: Path | None) -> Path | None:
     """`writable`, for what may be a page or a picture as well."""
-    return _writable(out, (".html", ".png", *SUFFIXES))
+    return _writable(out, (".html", ".png", *SUFFIXES), option.opts[0])
 
 
-def _writable(out: Path | None, suffixes: tuple[str, ...]) -> Path | None:
+def _writable(out: Path | None, suffixes: tuple[str, ...], option: str) -> Path | None:
     if out is not None and out.suffix not in suffixes:
-        raise MpqError(f"--out {out}: expected a name that ends in {', '.join(suffixes)}.")
+        raise MpqError(f"{option} {out}: expected a name that ends in {', '.join(suffixes)}.")
     if out is not None and (why := unwritable(out.parent)):
-        raise MpqError(f"--out {out} cannot be written: {out.parent} {why}.")
+        raise MpqError(f"{option} {out} cannot be written: {out.parent} {why}.")
     if out is not None and os.path.lexists(out) and not (out.is_file() and os.access(out, os.W_OK)):
-        raise MpqError(f"--out {out} cannot be written: it is there, and no file of yours.")
+        raise MpqError(f"{option} {out} cannot be written: it is there, and no file of yours.")
     return out
 
 
 def write_frame(frame: pl.DataFrame, out: Path) -> None:
     """Write a table as Parquet, JSON or CSV by suffix. Raises MpqError for another suffix or a folder that is not there."""
-    writable(out)
+    _writable(out, SUFFIXES, "--out")
     writers: dict[str, Callable[[Path], Any]] = {
         ".parquet": frame.write_parquet,
         ".json": frame.write_json,

@@ -93,6 +93,10 @@ def sensitivity(
 ) -> None:
     """Measure how much rounding each operand of each product would move the loss (nats²)."""
     names, base = lowered_and_base(formats, base)
+    if effects and out and effects.resolve() == out.resolve():
+        raise MpqError(
+            f"--effects and --out both name {out}: one table would overwrite the other; give two files."
+        )
     from mpq.cli import shown
     from mpq.devices import found_device
     from mpq.method import groups_of, losses_of, read_text
@@ -307,6 +311,10 @@ def solve(
     if plan and not (groups and loss and base):
         raise MpqError(
             "--plan needs --groups, --loss and --base: a plan names ops, its τ and what it leaves alone."
+        )
+    if not signed and (sensitivity or effects):
+        raise MpqError(
+            "--sensitivity and --effects are read with --signed alone: add it, or leave them out."
         )
     if signed and cost == "kl":
         raise MpqError("--signed is of the loss MSE, --cost kl of the KL: leave one of them out.")

@@ -51,12 +51,13 @@ def model_card(
         )
     found = record["check"]
     if found.get("done"):
+        how = ", caches in base" if found["caches_unread"] else ""
         rows += [
             (
-                "loss on held-out text",
+                f"loss on held-out text{how}",
                 f"{found['loss_reloaded']:.4f} nats a token reloaded, {found['loss_plan']:.4f} in mpq, base {found['loss_base']:.4f}",
             ),
-            ("KL from base", f"{found['kl_base_reloaded']:.3g} nats a token"),
+            (f"KL from base{how}", f"{found['kl_base_reloaded']:.3g} nats a token"),
         ]
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
     named = [*counts, *(name for name in record["caches"] if name != "base")]

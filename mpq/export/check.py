@@ -1,14 +1,18 @@
-"""Whether an exported checkpoint is the plan: loaded by a fresh process in transformers, beside mpq's own run of the plan.
+"""Whether an exported checkpoint is the plan: loaded by a fresh process in transformers, beside
+mpq's own run of the plan.
 
 Asked of the loaded model:
 
-- every linear has the plan's format and holds the codes that mpq rounds to, bit for bit, with their scales (in a 16-bit
-  base within half a unit of its last place: transformers casts them to the base, engines do not);
-- KL(plan ‖ loaded), per token, is at most that between two runs of mpq whose scales are drawn anew, which is what another
-  rounding of the same formats does, and three standard errors of it (a token that goes to another expert weighs much);
-  or a floor for the base's own arithmetic. (compressed-tensors divides INT8
-  activations by amax / 127.5, engines and mpq by amax / 127: other rounding points, of the same noise);
-- the mean loss moves by no more than chance lets such a KL move it: 4 √(2 KL / n) for n tokens, and the floor.
+- every linear has the plan's format and holds the codes that mpq rounds to, bit for bit, with
+  their scales (in a 16-bit base within half a unit of its last place: transformers casts them to
+  the base, engines do not);
+- KL(plan ‖ loaded), per token, is at most that between two runs of mpq whose scales are drawn anew,
+  which is what another rounding of the same formats does, and three standard errors of it (a token
+  that goes to another expert weighs much); or a floor for the base's own arithmetic.
+  (compressed-tensors divides INT8 activations by amax / 127.5, engines and mpq by amax / 127: other
+  rounding points, of the same noise);
+- the mean loss moves by no more than chance lets such a KL move it: 4 √(2 KL / n) for n tokens, and
+  the floor.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from mpq.errors import MpqError
 from mpq.export.cache import Caches
 from mpq.export.layout import Reading
 from mpq.export.reload import log_probabilities
+from mpq.formats.scheme import of_cache
 from mpq.models.blocks import Blocks
 from mpq.models.placement import device_of
 from mpq.running.apply import Mixed
@@ -43,10 +48,12 @@ FLOOR = {"fp32": 1e-6, "bf16": 1e-4, "fp16": 1e-5}  # nats: the same sums in ano
 
 @dataclass(frozen=True)
 class Check:
-    """What a reloaded checkpoint does to held-out text (nats per token), and what it may do at most.
+    """What a reloaded checkpoint does to held-out text (nats per token), and what it may do at
+    most.
 
-    `caches_unread` are attentions whose cache transformers leaves in base: what is compared has it so. KL is from the first model's distribution to the second's: base → plan, base → reloaded, plan → reloaded; `kl_noise`
-    is that between runs of the plan with other scales.
+    `caches_unread` are attentions whose cache transformers leaves in base: what is compared has it
+    so. KL is from the first model's distribution to the second's: base → plan, base → reloaded,
+    plan → reloaded; `kl_noise` is that between runs of the plan with other scales.
     """
 
     tokens: int
@@ -78,8 +85,8 @@ class Check:
 
 
 def reloaded(request: Mapping[str, Any], work: Path) -> tuple[np.ndarray, list[str], list[str]]:
-    """Have a fresh process load the folder: its log-probabilities, where it differs from the plan, and the attentions whose cache
-    transformers does not round.
+    """Have a fresh process load the folder: its log-probabilities, where it differs from the plan,
+    and the attentions whose cache transformers does not round.
 
     Raises MpqError where it cannot be loaded or run.
     """
@@ -109,11 +116,16 @@ def compare(
     differing: Iterable[str] = (),
     caches_unread: Iterable[str] = (),
 ) -> Check:
-    """mpq's own run of the plan on `model`, in its base format, beside the log-probabilities `found`, (N, T − 1, V).
+    """mpq's own run of the plan on `model`, in its base format, beside the log-probabilities
+    `found`, (N, T − 1, V).
 
     Caches of attentions that are named `caches_unread` are compared in base."""
     unread = tuple(caches_unread)
-    formats = {op: f for op, f in formats.items() if op.rpartition(".")[0] not in unread}
+    formats = {
+        op: name
+        for op, name in formats.items()
+        if not (of_cache([name]) and op.rpartition(".")[0] in unread)
+    }
     sums: dict[str, float] = {}
     device = str(device_of(model))
     runs = {"plan": Mixed(model, base=base)} | {
@@ -187,9 +199,10 @@ def check_export(
 ) -> Check:
     """Reload the export in a fresh process, then run the plan here, and compare.
 
-    One after the other: two models are never in memory at once. With `decode_experts` transformers gets experts as values, for
-    it does not read what engines do (reload.py); `reading` says as what all weights are read. `scales` are those of `caches`. Raises MpqError where the export
-    cannot be loaded.
+    One after the other: two models are never in memory at once. With `decode_experts` transformers
+    gets experts as values, for it does not read what engines do (reload.py); `reading` says as what
+    all weights are read. `scales` are those of `caches`. Raises MpqError where the export cannot be
+    loaded.
     """
     from mpq.models.checkpoint import load_model
 

@@ -8,13 +8,13 @@ from mpq.errors import MpqError
 from mpq.export.engines import check_engine, split_ties
 from mpq.export.skeleton import Skeleton
 from mpq.formats.scheme import get_scheme, of_cache
+from mpq.running.attention import PRODUCTS
 from mpq.serving.schemes import EXPORTED, OF_EXPERTS, stored_as
 
 # experts for transformers, which rounds their weights alone and reads integers where they are packed
 _WEIGHTS_ALONE = {"int8": "w8a16", "w4a8": "w4a16", "w4a8_mse": "w4a16_mse"}
 # what compressed-tensors 0.20 decompresses to BF16 whatever the model is in (compressors/nvfp4, mx_utils)
 _BF16_ONLY = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
-_PRODUCTS = ("qk_matmul", "av_matmul")
 
 
 def lowered_linears(
@@ -28,7 +28,7 @@ def lowered_linears(
     """
     check_engine(engine)
     lowered = {op: f for op, f in formats.items() if f != base and not of_cache([f])}
-    if products := [op for op in lowered if op.rpartition(".")[2] in _PRODUCTS]:
+    if products := [op for op in lowered if op.rpartition(".")[2] in PRODUCTS]:
         raise MpqError(
             f"The plan lowers {len(products)} of attention's products ({products[0]} among them), which a checkpoint cannot express: pin them to base (*.qk_matmul, *.av_matmul), solve again, and export that plan."
         )
@@ -38,7 +38,7 @@ def lowered_linears(
                 f"{op} is a Conv1D, whose weight lies transposed: compressed-tensors reads nn.Linear alone and transformers would leave its codes as they are, so plans that lower {op} run in mpq only."
             )
         if op in model.expert_ops:
-            _check_experts(op, formats, engine)
+            _check_experts(op, formats, base, model, engine)
             if model.in_vllm_alone and engine != "vllm":
                 raise MpqError(
                     f"{op} is lowered in this plan, but of a {model.model_type} vllm alone reads lowered experts: export it for vllm, or solve again with *.experts.* pinned to base."
@@ -96,8 +96,11 @@ def unread_experts(lowered: Mapping[str, str], base: str, model: Skeleton) -> st
     return ""
 
 
-def _check_experts(op: str, formats: Mapping[str, str], engine: str) -> None:
-    """Raise MpqError for experts in a format that is none of theirs, or that differs within a layer where the engine has one."""
+def _check_experts(
+    op: str, formats: Mapping[str, str], base: str, model: Skeleton, engine: str
+) -> None:
+    """Raise MpqError for experts in a format that is none of theirs, or that differs within a layer
+    where the engine has one; what the plan does not name is in `base`."""
     name, owner = formats[op], op.rpartition(".")[0]
     if name not in OF_EXPERTS.get(engine, ()):
         can = ", ".join(OF_EXPERTS.get(engine, ()))
@@ -105,10 +108,11 @@ def _check_experts(op: str, formats: Mapping[str, str], engine: str) -> None:
         raise MpqError(
             f"{op} runs in {name} in this plan, but mpq writes {told}: solve again with *.experts.* pinned to base{', or to one of those' if can else ''}."
         )
-    others = {o: f for o, f in formats.items() if o.startswith(f"{owner}.") and f != name}
-    if others and engine != "transformers":
+    of_layer = (o for o in model.expert_ops if o.rpartition(".")[0] == owner)
+    other = next((o for o in of_layer if formats.get(o, base) != name), None)
+    if other and engine != "transformers":
         raise MpqError(
-            f"{engine} has one format for all experts of a layer, but the plan has {op} in {name} and {min(others)} in {min(others.values())}: it would answer wrongly; tie them and solve again, or export with --engine transformers."
+            f"{engine} has one format for all experts of a layer, but the plan has {op} in {name} and {other} in {formats.get(other, base)}: it would answer wrongly; tie them and solve again, or export with --engine transformers."
         )
 
 

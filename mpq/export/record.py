@@ -14,11 +14,13 @@ from mpq.export.folder import RECORD
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported: `formats` counts the lowered linears by format, `check` is what reloading it found.
+    """What was exported: `formats` counts the lowered linears by format, `check` is what reloading
+    it found.
 
-    `key` is what the caller calls its content, "" where it calls it nothing.
-    `caches` says which layers, by number, keep keys and values in FP8 and which in base, where any does; `serve` how vLLM's server
-    is started, with what no file can say. `weight_bytes` are those of the exported tensors, `base_weight_bytes` of the same model all in its base format.
+    `key` is what the caller calls its content, "" where it calls it nothing. `caches` says which
+    layers, by number, keep keys and values in FP8 and which in base, where any does; `serve` how
+    vLLM's server is started, with what no file can say. `weight_bytes` are those of the exported
+    tensors, `base_weight_bytes` of the same model all in its base format.
     """
 
     folder: str

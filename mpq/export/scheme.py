@@ -1,4 +1,5 @@
-"""A checkpoint in compressed-tensors' way: the `quantization_config` of config.json. What a weight becomes: codes.py.
+"""A checkpoint in compressed-tensors' way: the `quantization_config` of config.json. What a weight
+becomes: codes.py.
 
 Written by hand, so that a checkpoint is streamed and never is a model in memory.
 """
@@ -16,10 +17,12 @@ from mpq.serving.schemes import EXPORTED, scheme_group, section
 
 
 def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str, Any]:
-    """The section of config.json: a group for each format, targets by module name, every other linear in `ignore`.
+    """The section of config.json: a group for each format, targets by module name, every other
+    linear in `ignore`.
 
-    Modules that transformers calls otherwise than the checkpoint are there under both names. Experts are targets by a pattern: a
-    checkpoint and engines have a module for each, transformers has none.
+    Modules that transformers calls otherwise than the checkpoint are there under both names.
+    Experts are targets by a pattern: a checkpoint and engines have a module for each, transformers
+    has none.
     """
     targets: dict[str, list[str]] = {name: [] for name in EXPORTED}
     for op, name in lowered.items():
@@ -41,7 +44,8 @@ def quantization_config(lowered: Mapping[str, str], model: Skeleton) -> dict[str
 
 
 def _experts_in_base(lowered: Mapping[str, str], model: Skeleton) -> Iterator[str]:
-    """Patterns of experts in base: an engine that fuses them asks for each by a name that no module has here."""
+    """Patterns of experts in base: an engine that fuses them asks for each by a name that no module
+    has here."""
     for name in model.experts:
         ops = [op for op in model.expert_ops if op.rpartition(".")[0] == name]
         if any(op in lowered for op in ops):
@@ -56,13 +60,16 @@ _NO_EXPERTS = "re:none of the experts"
 
 
 def without_experts(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A `quantization_config` of ours whose experts are in base, empty where nothing else is lowered."""
+    """A `quantization_config` of ours whose experts are in base, empty where nothing else is
+    lowered, the cache of keys and values neither."""
     groups = {}
     for name, group in section["config_groups"].items():
         if targets := [t for t in group["targets"] if not t.startswith("re:")]:
             groups[name] = {**group, "targets": targets}
     none = scheme_group("fp8_e4m3", [_NO_EXPERTS])
-    return {**section, "config_groups": {"experts": none, **groups}} if groups else {}
+    if not groups and not section.get("kv_cache_scheme"):
+        return {}
+    return {**section, "config_groups": {"experts": none, **groups}}
 
 
 # what checkpoints call the parts of the two products of an expert
@@ -70,14 +77,16 @@ _PARTS = {"down_proj": "down_proj|w2"}
 
 
 def expert_pattern(op: str) -> str:
-    """What matches the modules of every expert that `op` stands for: in the op's layer, by any of their usual names."""
+    """What matches the modules of every expert that `op` stands for: in the op's layer, by any of
+    their usual names."""
     owner, _, product = op.rpartition(".")
     return f"re:{_place(owner)}{owner.rpartition('.')[2]}[.]\\d+[.]({_PARTS.get(product, 'gate_proj|up_proj|w1|w3')})$"
 
 
 def _place(module: str) -> str:
-    """What matches whatever is before a layer's experts: the layer, below the modules that hold all of them, which engines call
-    as transformers does but order otherwise (`language_model.model.layers` of a multimodal model)."""
+    """What matches whatever is before a layer's experts: the layer, below the modules that hold all
+    of them, which engines call as transformers does but order otherwise
+    (`language_model.model.layers` of a multimodal model)."""
     place = re.match(r"(.*[.])?([^.]+[.]\d+[.])", module)
     if not place:
         return ".*"

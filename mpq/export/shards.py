@@ -1,14 +1,15 @@
-"""A checkpoint's tensors, streamed shard by shard: read, rounded where the plan lowers them, written.
+"""A checkpoint's tensors, streamed shard by shard: read, rounded where the plan lowers them,
+written.
 
-A shard of the source becomes one of the export, or several where it is larger than a limit: peak memory is about one
-shard, whatever the model's size.
+A shard of the source becomes one of the export, or several where it is larger than a limit: peak
+memory is about one shard, whatever the model's size.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,8 +35,8 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Part:
-    """One expert's matrix in a tensor of all: the rows from `start` to `end` of (experts, C, K), or as many columns of
-    (experts, K, C) where it is `transposed`."""
+    """One expert's matrix in a tensor of all: the rows from `start` to `end` of (experts, C, K), or
+    as many columns of (experts, K, C) where it is `transposed`."""
 
     expert: int
     start: int
@@ -45,7 +46,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of the source on its way: written as `name`, in `format` with its scales beside it, or in base ("")."""
+    """One tensor of the source on its way: written as `name`, in `format` with its scales beside
+    it, or in base ("")."""
 
     file: str
     tensor: str
@@ -84,11 +86,13 @@ def shards_of(
     sizes: Callable[[Scheme, tuple[int, ...]], dict[str, int]] = sizes_of,
     stacked: bool = False,
 ) -> tuple[Shard, ...]:
-    """How the checkpoint in `folder` is written anew; only the files' headers are read. `sizes` tells the bytes of a weight's
-    tensors; `stacked`, that a layer's lowered experts stay in one (layout.py).
+    """How the checkpoint in `folder` is written anew; only the files' headers are read. `sizes`
+    tells the bytes of a weight's tensors; `stacked`, that a layer's lowered experts stay in one
+    (layout.py).
 
-    A lowered weight that is tied becomes a tensor of its own; each expert's keeps its name. Raises MpqError where the
-    checkpoint has no weight of a lowered op under its name, or all experts in one tensor.
+    A lowered weight that is tied becomes a tensor of its own; each expert's keeps its name. Raises
+    MpqError where the checkpoint has no weight of a lowered op under its name, or all experts in
+    one tensor.
     """
     held = {
         file: {model.name_of(key): (key, *_told(part)) for key, part in parts.items()}
@@ -97,9 +101,10 @@ def shards_of(
     names = {name for tensors in held.values() for name in tensors}
     taken_from = {_source(op, model, names): op for op in lowered if op not in model.expert_ops}
     of_experts = _of_experts(set(lowered) & set(model.expert_ops), model, names, stacked)
-    groups: list[list[Piece]] = []
+    linears = {*model.linears, *model.transposed}
+    groups: list[tuple[Piece, ...]] = []
     for file, tensors in held.items():
-        groups.append([])
+        of_file: list[Piece] = []
         for name, (tensor, kind, shape) in tensors.items():
             op, into = taken_from.get(name), ""
             kept = {model.written(tensor)}
@@ -109,7 +114,7 @@ def shards_of(
             elif op := of_experts.get(name):
                 into, kept = name, set()
             linear = name.removesuffix(".weight")
-            linear = linear if linear in model.linears and not op else ""
+            linear = "" if op or linear not in linears else linear
             pieces = [
                 Piece(file, tensor, n, "", shape, _bytes(kind, shape, base), op=linear)
                 for n in sorted(kept)
@@ -128,25 +133,38 @@ def shards_of(
                     _check_width(op, lowered[op], each)
                     coded = sum(sizes(get_scheme(lowered[op]), each).values())
                     pieces.append(Piece(file, tensor, to, lowered[op], each, coded, part, op))
-            for piece in pieces:
-                if groups[-1] and sum(p.bytes for p in groups[-1]) + piece.bytes > limit:
-                    groups.append([])
-                groups[-1].append(piece)
-    groups = [g for g in groups if g]
+            of_file += pieces
+        groups += _cut(of_file, limit)
     if len(groups) == 1:
-        return (Shard("model.safetensors", tuple(groups[0])),)
+        return (Shard("model.safetensors", groups[0]),)
     return tuple(
-        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(pieces))
-        for number, pieces in enumerate(groups, 1)
+        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", of_shard)
+        for number, of_shard in enumerate(groups, 1)
     )
+
+
+def _cut(pieces: Iterable[Piece], limit: int) -> Iterator[tuple[Piece, ...]]:
+    """The pieces in their order, so many at once as have `limit` bytes at most; a larger one
+    alone."""
+    taken: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if taken and size + piece.bytes > limit:
+            yield tuple(taken)
+            taken, size = [], 0
+        taken.append(piece)
+        size += piece.bytes
+    if taken:
+        yield tuple(taken)
 
 
 def _one_by_one(
     name: str, tensor: str, shape: tuple[int, ...], transposed: bool = False
 ) -> Iterator[tuple[str, tuple[int, ...], Part | None]]:
-    """What each expert's matrices of a tensor (experts, C, K), or (experts, K, C) where it is `transposed`, are called, their
-    shapes and where they lie: gate and up one after the other where it holds both. The experts are called as the checkpoint does
-    if it calls the tensor as the model does."""
+    """What each expert's matrices of a tensor (experts, C, K), or (experts, K, C) where it is
+    `transposed`, are called, their shapes and where they lie: gate and up one after the other where
+    it holds both. The experts are called as the checkpoint does if it calls the tensor as the model
+    does."""
     owner, _, product = name.rpartition(".")
     owner = tensor.rpartition(".")[0] if tensor.endswith(f".{product}") else owner
     experts, rows, columns = shape
@@ -160,7 +178,8 @@ def _one_by_one(
 
 
 def _check_width(op: str, name: str, shape: tuple[int, ...]) -> None:
-    """Raise MpqError where rows are not whole blocks of the scheme's, which no file and no kernel holds."""
+    """Raise MpqError where rows are not whole blocks of the scheme's, which no file and no kernel
+    holds."""
     for fmt in get_scheme(name).formats:
         if fmt.block[1] and shape[1] % fmt.block[1]:
             raise MpqError(
@@ -173,7 +192,8 @@ def _told(part: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def _source(op: str, model: Skeleton, names: set[str]) -> str:
-    """The name under which the checkpoint holds the weight of `op`: its own, or that of what it is tied to."""
+    """The name under which the checkpoint holds the weight of `op`: its own, or that of what it is
+    tied to."""
     own = f"{op}.weight"
     for name in (own, *sorted(model.sharing(own))):
         if name in names:
@@ -184,7 +204,8 @@ def _source(op: str, model: Skeleton, names: set[str]) -> str:
 
 
 def _of_experts(ops: set[str], model: Skeleton, names: set[str], stacked: bool) -> dict[str, str]:
-    """Each tensor that holds one expert's matrix of one of `ops`, or those of all where they are `stacked`, and the op."""
+    """Each tensor that holds one expert's matrix of one of `ops`, or those of all where they are
+    `stacked`, and the op."""
     if not ops:
         return {}
     if stacked:
@@ -213,9 +234,10 @@ def write_shard(
     metadata: Mapping[str, str],
     more: Mapping[str, float],
 ) -> None:
-    """Read, round and write one shard; `shares` are of ops whose blocks' scales are shares of a tensor's, `laid_out` makes of a
-    weight's tensors and its scheme those that are written (layout.py), `more` are scales that no tensor of the source has. Raises MpqError for values that are not finite where they
-    have to be."""
+    """Read, round and write one shard; `shares` are of ops whose blocks' scales are shares of a
+    tensor's, `laid_out` makes of a weight's tensors and its scheme those that are written
+    (layout.py), `more` are scales that no tensor of the source has. Raises MpqError for values that
+    are not finite where they have to be."""
     dtype = getattr(torch, get_format(base).dtype)
     written = {name: torch.tensor([scale]) for name, scale in more.items()}
     files = dict(tensors_by_file(source, {piece.file for piece in shard.pieces}))
@@ -248,8 +270,8 @@ def _experts(of: Any) -> Iterator[Tensor]:
 
 
 def whole(part: Any, piece: Piece) -> Any:
-    """The matrix that a piece is, of its tensor in the source: one expert's of all, and safetensors' slice as it is, to be read
-    in chunks."""
+    """The matrix that a piece is, of its tensor in the source: one expert's of all, and
+    safetensors' slice as it is, to be read in chunks."""
     if piece.part is None:
         return part[...] if isinstance(part, Dense) else part  # decoded once, not in chunks
     expert, rows = piece.part.expert, slice(piece.part.start, piece.part.end)
@@ -271,7 +293,8 @@ def write_index(shards: tuple[Shard, ...], folder: Path) -> None:
 
 
 def in_base(shards: tuple[Shard, ...], base: str) -> int:
-    """Bytes of the same tensors all in base; a tied weight that is lowered counts once, as the source has it."""
+    """Bytes of the same tensors all in base; a tied weight that is lowered counts once, as the
+    source has it."""
     size = get_format(base).bits // 8
     seen: dict[tuple[object, ...], int] = {}
     for piece in (piece for shard in shards for piece in shard.pieces):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mpq.export.card import model_card
 from mpq.export.expressible import lowered_linears, unread_experts
 from mpq.export.folder import Aside, check_room, copy_beside
 from mpq.export.layout import Layout
-from mpq.export.ranges import shares_of
+from mpq.export.ranges import largest_in, measured_inputs, shares_of
 from mpq.export.record import Exported, write_record
 from mpq.export.shards import SHARD_BYTES, Shard, Shares, in_base, shards_of, write_index
 from mpq.export.skeleton import Skeleton, skeleton
@@ -40,7 +40,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 _OF_SOURCE = ("dtype", "torch_dtype", "quantization_config")  # in config.json: said anew
 _VERSION = 1  # of what is written: shards of another are not taken over
-_NO_CHECK = {"done": False, "why": "it was not asked for (--no-check)"}
+_NO_CHECK: dict[str, Any] = {"done": False, "why": "it was not asked for (--no-check)"}
 
 
 def digest(content: Any) -> str:
@@ -78,8 +78,8 @@ class Writing:
         self.config, self.model = read_source(source, trust_remote_code, self.layout.as_is)
         linears = {o: f for o, f in formats.items() if f != base and not o.endswith("_matmul")}
         self.layout.check_held(linears, base, self.model)
-        self.lowered = lowered_linears(formats, base, self.model, engine)
         self.caches = caches_of(formats, self.model, to, engine, bool(self.layout.cache))
+        self.lowered = lowered_linears(formats, base, self.model, engine)
         limit, sizes = shard_bytes or SHARD_BYTES, self.layout.sizes
         how = (limit, sizes, self.layout.stacked)
         self.shards = shards_of(source, self.model, self.lowered, base, *how)
@@ -101,9 +101,10 @@ class Writing:
         """Write the checkpoint of `plan` to `out`, checked on `check`; see exporting.export."""
         before, of = marks(self.source), fingerprint(self.source)
         plan.check_model(of)
-        how = (check, device, self.trusted)
-        shares = shares_of(self.shards, self.source, self.base, self.engine, *how)
-        scales = scales_of(self.caches, self.source, self.base, *how)
+        measured = (measured_inputs(self.shards), self.caches)
+        largest = largest_in(check, *measured, self.source, self.base, device, self.trusted)
+        shares = shares_of(self.shards, self.source, self.base, self.engine, largest.inputs)
+        scales = scales_of(self.caches, largest.caches)
         aside = Aside(out, self._key(of, shares, scales))
         check_room(out, self._missing(aside) + self._room_of(check))
         aside.begin()
@@ -134,7 +135,7 @@ class Writing:
             fingerprint=of,
             check=found,
             files=aside.digests,
-            notes=self._notes(),
+            notes=self._notes(found.get("caches_unread", ())),
             key=key,
             caches=self.caches.layers,
             serve=self._serve(),
@@ -218,8 +219,9 @@ class Writing:
         how = (device, self.trusted, decode, self.layout.reading)
         return check_export(*of, *how, caches=self.caches, scales=scales).as_json()
 
-    def _notes(self) -> tuple[str, ...]:
-        """What is to be known of the checkpoint, told as warnings as well."""
+    def _notes(self, unread: Collection[str]) -> tuple[str, ...]:
+        """What is to be known of the checkpoint, told as warnings as well; `unread` are attentions
+        whose cache the check found in base."""
         notes: tuple[str, ...] = ()
         if self.engine == "vllm" and self.model.head in self.lowered:
             notes += (
@@ -229,7 +231,7 @@ class Writing:
             notes += (
                 "experts are lowered: transformers alone leaves their activations as they are, and of engines vLLM alone was seen to answer such exports, in int8 and w4a16_g32 on a CPU; see docs/engines.md",
             )
-        notes += self.caches.notes
+        notes += tuple(self.caches.notes(unread))
         for note in notes:
             log.warning("%s.", note)
         return notes
@@ -238,7 +240,7 @@ class Writing:
 def _wrong(found: Mapping[str, Any], folder: Path) -> MpqError:
     """What the check found, with the folder in which the export is left to be looked at."""
     if found["differing"]:
-        why = f"{len(found['differing'])} linears differ, first: {found['differing'][0]}"
+        why = f"the first of {len(found['differing'])} differences: {found['differing'][0]}"
     else:
         why = f"loss {found['loss_reloaded']:.5f} against {found['loss_plan']:.5f} of mpq's own run, ± {found['loss_tolerance']:.2g} allowed; KL {found['kl_plan_reloaded']:.2g}, {found['kl_tolerance']:.2g} allowed"
     return MpqError(

@@ -35,11 +35,15 @@ _SLICE_ELSEWHERE = 2**23
 class Tally:
     """Sums over samples, by loss and (op, operand), of what kernels.errors.weighted_sums gives for each sample.
 
-    `sums[loss][op, operand]` is (2, 3 + schemes) float64: Σ_i v_i and Σ_i v_i² of the squares. `shared[loss][op, operand]`
-    (3, schemes), of activations: Σ_i of what the squares and `shared` are together, of its square, and of `spread`. `tokens[loss][op]` (experts,) int64 says how
-    many tokens each expert of an op got. `effects[loss][op]` has for each batch that ran through the op the number of its first
-    sample, and (samples, schemes) float64: Σ_n ∂g_i/∂w_n (Q(w_n) − w_n), what rounding the op's weight does to each sample's loss in
-    first order. `done[loss]` says how many samples there were.
+    float64, and all by loss:
+
+    - `sums[loss][op, operand]` (2, 3 + schemes): Σ_i v_i and Σ_i v_i² of the squares v;
+    - `shared[loss][op, operand]` (3, schemes), of activations: Σ_i w_i and Σ_i w_i² of w, the squares with what signs in common
+      add, and Σ of its `spread`;
+    - `tokens[loss][op]` (experts,) int64: how many tokens each expert of an op got;
+    - `effects[loss][op]`, for each batch that ran through the op: the number of its first sample, and (samples, schemes)
+      Σ_n ∂g_i/∂w_n (Q(w_n) − w_n), what rounding the op's weight does to each sample's loss in first order;
+    - `done[loss]`: how many samples there were.
     """
 
     def __init__(self, schemes: Sequence[Scheme]) -> None:

@@ -226,7 +226,17 @@ def _by_decision(
     parts = []
     for together in decisions:
         first = rows[together[0]]
-        may = allowed.formats[first["op"]] if allowed else of_kind(first["kind"], free)
+        # of memory, attention's products have what their cache is stored in alone
+        fitting = (
+            of_cache(free)
+            if objective == "m" and first["kind"] == "bgemm"
+            else of_kind(first["kind"], free)
+        )
+        may = (
+            allowed.formats[first["op"]]
+            if allowed
+            else tuple(dict.fromkeys((costs.base, *fitting)))
+        )
         options = {(f,) * len(together): added([worth(op, f) for op in together]) for f in may}
         parts.append(_Part(first["order"], tuple(together), options))
     return _table(objective, parts, tuple(more))

@@ -4,7 +4,7 @@ of keys and values does."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +30,25 @@ class Requests:
     tokens: int
 
 
+def keeping(attentions: Iterable[str], modules: Collection[str]) -> tuple[str, ...]:
+    """Those of the attentions of a model with these modules, all by name, whose K and V are what a
+    server keeps of each token, for their layer alone: not those that have a latent kept in its
+    place, and none where one reads the keys of another."""
+    names = tuple(attentions)
+    with_queries = [name for name in names if f"{name}.{_OF_QUERIES}" in modules]
+    if any(f"{name}.{_OF_KEYS}" not in modules for name in with_queries):
+        return ()
+    return tuple(name for name in names if f"{name}.{_OF_LATENT}" not in modules)
+
+
 def cached(groups: pl.DataFrame) -> frozenset[str]:
-    """The ops of a groups table whose second operand, K or V, is what a server keeps of each token, for its layer alone. Not those
-    that have a latent kept in its place, and none where layers share keys."""
+    """The ops of a groups table whose second operand is the K or V of an attention that is
+    `keeping` them."""
     linears = set(groups.filter(pl.col("kind") == "linear")["op"])
     products = groups.filter(pl.col("kind") == "bgemm")["op"].to_list()
     owners = {op: op.rpartition(".")[0] for op in products}
-    with_queries = [o for o in owners.values() if f"{o}.{_OF_QUERIES}" in linears]
-    if any(f"{o}.{_OF_KEYS}" not in linears for o in with_queries):
-        return frozenset()
-    return frozenset(op for op, o in owners.items() if f"{o}.{_OF_LATENT}" not in linears)
+    kept = set(keeping(owners.values(), linears))
+    return frozenset(op for op, owner in owners.items() if owner in kept)
 
 
 def cache_bytes_of(op: Mapping[str, Any], name: str, base: str, requests: Requests) -> float:

@@ -106,8 +106,9 @@ def choices_of(groups: pl.DataFrame, gains: pl.DataFrame) -> list[dict[str, str]
 
 
 def signed_loss(sensitivity: pl.DataFrame, effects: pl.DataFrame, base: str) -> SignedLoss:
-    """From the tables of one measurement."""
+    """From the tables of one measurement. Raises MpqError for effects of other samples than the sensitivities are of."""
     actual = sensitivity.filter(pl.col("noise_model") == "actual")
+    _check_samples(effects, max(actual["n_samples"], default=0))
     activations = actual.with_columns(
         pl.when(pl.col("operand") == "weight").then(0.0).otherwise(pl.col(c)).alias(c)
         for c in ("loss_mse", "loss_mse_stderr")
@@ -128,6 +129,19 @@ def signed_loss(sensitivity: pl.DataFrame, effects: pl.DataFrame, base: str) -> 
         by_op(activations, "loss_mse_stderr"),
         frozenset(weights.iter_rows()),
     )
+
+
+def _check_samples(effects: pl.DataFrame, samples: int) -> None:
+    """Raise MpqError where a row is of no sample, or of one that the measurement does not have, or comes twice."""
+    at = effects["sample"]
+    if len(at) and (at.null_count() or (at.min(), at.max()) != (0, samples - 1)):
+        raise MpqError(
+            f"The effects table is not of the {samples} samples of the sensitivity table: give both of one `mpq sensitivity`."
+        )
+    if effects.select("op", "format", "sample").is_duplicated().any():
+        raise MpqError(
+            "The effects table has a sample of an op twice: give the table of one measurement."
+        )
 
 
 def warn_few(signed: SignedLoss, decisions: int) -> None:

@@ -80,7 +80,8 @@ def _x_label(results: pl.DataFrame, objective: str) -> str:
     if objective == "tt":
         return "MAC time gained (billion BF16 MACs)"
     if objective == "m":
-        return "Memory of linear weights (MB)"
+        caches = results["base_cache_bytes"].is_not_null().any()
+        return f"Memory of linear weights{' and KV cache' if caches else ''} (MB)"
     of = results.filter(objective="et")
     return f"{name_of_time(of)}, {'measured' if of['measured_ttft_s'].is_not_null().any() else 'predicted'} (ms)"
 

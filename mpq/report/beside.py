@@ -24,16 +24,20 @@ import polars as pl
 
 from mpq.errors import MpqError
 from mpq.formats.scheme import get_scheme
-from mpq.program.gains import cost_known
+from mpq.program.bounds import bound_rows
+from mpq.program.gains import cost_known, least_cost
 from mpq.program.memory import STORED, bytes_of, weights_of
+from mpq.program.rows import Row
 from mpq.program.signed import choices_of
+from mpq.program.solver import NoPlan
 from mpq.program.strategies import head_of
-from mpq.report.pareto import pareto_of
-from mpq.report.results import OBJECTIVES, Tables, base_of, plan_results, table_of
+from mpq.report.pareto import Pareto, pareto_of
+from mpq.report.results import KEYS, OBJECTIVES, Tables, base_of, plan_results, table_of
 from mpq.report.sheets import Sheet
 from mpq.spec import BoundsSpec
 
 BASE_BITS = 16.0  # what a tool leaves alone counts as
+TEXTS = ("tool", "case", "fingerprint", "checkpoint", "base")
 BITS = (1.0, 33.0)  # that a weight can take: FP32, and a row's scale
 POINTS = 60
 
@@ -109,6 +113,10 @@ class _Sizes:
         bits = BASE_BITS if fmt == self.base else min(BASE_BITS, get_scheme(fmt).bits)
         return bits * float(op["parameters"]) / self.weights
 
+    def stores(self, name: str) -> bool:
+        """Whether an op has weights."""
+        return name in self._ops and self._ops[name]["kind"] in STORED
+
     def saved(self, formats: Mapping[str, str]) -> float:
         """By how much ops in these formats are smaller than in base."""
         return math.fsum(self.of(op, self.base) - self.of(op, f) for op, f in formats.items())
@@ -132,30 +140,46 @@ def beside(frame: pl.DataFrame, file: str, tables: Tables, facts: Mapping[str, s
     _check_values(rows, file, count, 8 / sizes.weights if count == "weight_bytes" else 1.0)
     objective, gains = _gains_with_kl(tables)
     smaller = [sizes.saved(choice) for choice in choices_of(groups, gains)]
+    bounds = BoundsSpec.model_validate_json(facts["bounds"]) if "bounds" in facts else None
     found = pareto_of(
         {**tables, "gains": gains.with_columns(gain=pl.Series(smaller))},
         base,
         objective=objective,
         cost="kl",
         points=POINTS,
-        bounds=BoundsSpec.model_validate_json(facts["bounds"]) if "bounds" in facts else None,
+        bounds=bounds,
     )
     frontier = pl.DataFrame(
         [(sizes.in_base - point.gain, point.cost) for point in found.points],
         schema={"size": pl.Float64, "kl": pl.Float64},
         orient="row",
     ).sort("size")
-    case = pl.col("case").cast(pl.String) if "case" in rows.columns else pl.lit("")
+    case = pl.col("case").fill_null("") if "case" in rows.columns else pl.lit("")
     others = rows.select(
-        pl.col("tool").cast(pl.String),
+        "tool",
         case=case,
         size=pl.col(count).cast(pl.Float64),
         kl=pl.col("kl").cast(pl.Float64),
     )
-    known = frontier.rename({"kl": "own_kl"}).with_columns(pl.col("size") * (1 - 1e-9))
-    order = others.with_row_index("row").sort("size").join_asof(known, on="size").sort("row")
+    own = {size: _least_kl(found, bounds, size, sizes.in_base) for size in others["size"].unique()}
+    others = others.with_columns(own_kl=pl.col("size").replace_strict(own, return_dtype=pl.Float64))
     measured = _measured(tables, objective, sizes)
-    return Beside(count, order.drop("row"), measured, frontier, matched)
+    return Beside(count, others, measured, frontier, matched)
+
+
+def _least_kl(
+    found: Pareto, bounds: BoundsSpec | None, most: float, in_base: float
+) -> float | None:
+    """The smallest KL, as predicted, of the run's plans of at most that size; None where there is none so small.
+
+    Solved for this size: the points of the frontier are fewer than its plans.
+    """
+    size = Row("size", -found.gains["gain"].to_numpy(), most * (1 + 1e-9) - in_base)
+    rows = bound_rows(found.gains, found.groups, bounds, found.base) if bounds else []
+    try:
+        return -least_cost(found.gains, [size, *rows])[1].gain
+    except NoPlan:
+        return None
 
 
 def _count_of(frame: pl.DataFrame, file: str) -> str:
@@ -170,6 +194,11 @@ def _count_of(frame: pl.DataFrame, file: str) -> str:
         )
     if frame.is_empty():
         raise MpqError(f"{file} has no rows: expected one for each plan of another tool.")
+    for column in {*TEXTS, "kl", count} & set(frame.columns):
+        dtype = frame[column].dtype
+        if not (dtype in (pl.String, pl.Null) or (column not in TEXTS and dtype.is_numeric())):
+            what = "text" if column in TEXTS else "numbers"
+            raise MpqError(f"{file} has {dtype} as {column}: expected {what}.")
     return count
 
 
@@ -186,7 +215,11 @@ def _of_this_model(
     for column in (by, "base"):
         if column not in frame.columns:
             continue
-        values = frame[column].cast(pl.String)
+        if frame[column].null_count():
+            raise MpqError(
+                f"{file} has a plan without a {column}: give each one, or leave the column out."
+            )
+        values = frame[column]
         # the record has the beginning of a fingerprint
         same = (
             values.str.starts_with(own[column])
@@ -201,7 +234,7 @@ def _of_this_model(
             )
         frame = frame.filter(same)
     if by in frame.columns:
-        return frame, {"fingerprint": "", "checkpoint": "by its name alone"}[by]
+        return frame, "" if by == "fingerprint" else "by its name alone"
     return frame, "by whoever gave the table: it names no checkpoint"
 
 
@@ -221,7 +254,7 @@ def _check_values(rows: pl.DataFrame, file: str, count: str, bits: float) -> Non
         if wrong.len():
             limits = f", between {low:,.0f} and {high:,.0f}" if column == count else ""
             raise MpqError(f"{file} has {wrong[0]} as {column}: expected {what}{limits}.")
-    if rows["tool"].null_count():
+    if rows["tool"].null_count() or (rows["tool"].str.strip_chars() == "").any():
         raise MpqError(f"{file} has a plan without a tool: name who made it.")
 
 
@@ -238,14 +271,15 @@ def _gains_with_kl(tables: Tables) -> tuple[str, pl.DataFrame]:
 
 
 def _measured(tables: Tables, objective: str, sizes: _Sizes) -> pl.DataFrame:
-    """The run's plans for that objective, the program's and uniform ones, whose KL was measured."""
+    """The run's plans for that objective, the program's and uniform ones, whose KL was measured and which lower weights alone."""
     results = plan_results(tables).filter(pl.col("measured_kl") > 0, objective=objective)
     results = results.filter(pl.col("strategy").str.contains("^(ip|uniform)_"))
-    plan = ["objective", "strategy", "tau"]
     rows = []
-    for at, ops in table_of(tables, "plans").group_by(plan, maintain_order=True):
+    for at, ops in table_of(tables, "plans").group_by(KEYS, maintain_order=True):
         formats = dict(ops.select("op", "format").iter_rows())
-        for kl in results.filter(**dict(zip(plan, at, strict=True)))["measured_kl"]:
+        if any(not sizes.stores(op) and f != sizes.base for op, f in formats.items()):
+            continue  # its KL is of attention's products as well, which no size here counts
+        for kl in results.filter(**dict(zip(KEYS, at, strict=True)))["measured_kl"]:
             rows.append((str(at[1]), sizes.in_base - sizes.saved(formats), kl))
     schema = {"strategy": pl.String, "size": pl.Float64, "kl": pl.Float64}
     return pl.DataFrame(rows, schema=schema, orient="row")

@@ -50,7 +50,7 @@ def beside_others(found: Beside) -> Figure:
         dress(axes)
         _draw_own(axes, found)
         _draw_others(axes, found, found.others.filter(case=case), tools)
-        axes.set_title(case, fontsize=SMALL + 1, color=INK)
+        axes.set_title(_plain(case), fontsize=SMALL + 1, color=INK)
         log_axis(axes, "y")
         if not i % across:
             axes.set_ylabel("KL from base (nats per token)")
@@ -93,5 +93,11 @@ def _draw_others(axes: Axes, found: Beside, rows: pl.DataFrame, tools: list[str]
             linewidth=0.7,
             linestyle=":",
             zorder=3,
-            label=tool,
+            label=_plain(tool),
         )
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib shows as it is: a dollar begins no formula, and what begins with _ is not left out of the legend."""
+    shown = text.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown

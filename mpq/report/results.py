@@ -88,7 +88,7 @@ class Objective(NamedTuple):
 OBJECTIVES = {
     "et": Objective("time to first token", "time saved", "ms", 1e3),
     "tt": Objective("MAC time", "MAC time saved", "billion BF16 MACs", 1e-9),
-    "m": Objective("weight memory", "memory saved", "MB", 1e-6),
+    "m": Objective("memory", "memory saved", "MB", 1e-6),
 }
 
 

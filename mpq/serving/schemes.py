@@ -112,10 +112,10 @@ def section(targets: Mapping[str, Sequence[str]], ignore: Iterable[str]) -> dict
         f"group_{number}": scheme_group(name, targets[name])
         for number, name in enumerate(name for name in EXPORTED if targets.get(name))
     }
-    formats = {group["format"] for group in groups.values()}
+    formats = {group["format"] for group in groups.values()} or {"dense"}
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
+        "format": "mixed-precision" if len(formats) > 1 else formats.pop(),
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(ignore),

@@ -70,7 +70,8 @@ class BoundsSpec(Strict):
         None, description="Bytes of the linears' weights and scales at most: a number, or 20 GiB"
     )
     min_share: dict[FormatName, Number] = Field(
-        {}, description="Format: at least this share of the ops decided, 0 to 1"
+        {},
+        description="Format: at least this share of the ops decided, attention's products among them, 0 to 1",
     )
 
     @field_validator("min_share")

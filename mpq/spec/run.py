@@ -294,9 +294,16 @@ class RunSpec(Strict):
                 raise ValueError(
                     f"objectives.{objective}.formats lists the base format {self.model.base}: list what to lower to"
                 )
-            if objective != "m" and (caches := of_cache(part.formats)):
+            caches = of_cache(part.formats)
+            if objective != "m" and caches:
                 raise ValueError(
                     f"objectives.{objective}.formats lists {caches[0]}, which gains bytes of the cache alone: list it under m"
+                )
+            said = self.workload or {"batch", "length"} <= self.timing.model_fields_set
+            if caches and not said:
+                raise ValueError(
+                    f"objectives.m.formats lists {caches[0]}, which gains bytes of the cache: say of which requests, "
+                    "as workload: {prompt: 1024, output: 128, batch: 8}"
                 )
         return self
 

@@ -107,6 +107,11 @@ def test_a_budget_with_signs(
     ("arguments", "told"),
     [
         (("--signed",), "--signed needs --groups, --base, --sensitivity and --effects"),
+        (
+            ("--sensitivity", "s.parquet"),
+            "--sensitivity and --effects are read with --signed alone",
+        ),
+        (("--effects", "e.parquet"), "--sensitivity and --effects are read with --signed alone"),
         (("--signed", "--cost", "kl"), "--signed is of the loss MSE, --cost kl of the KL"),
     ],
 )
@@ -131,7 +136,7 @@ def test_mistakes(tables: dict[str, str], arguments: tuple[str, ...], told: str)
         ("loss", "mean_square_loss", ..., "loss table has no rows"),
         ("sensitivity", "operand", None, "without a value in operand"),
         ("effects", "sample", -1, "in sample: expected 0 or more"),
-        ("effects", "sample", 2**40, "effects table has a row twice"),
+        ("effects", "sample", 2**40, "effects table is not of the 3 samples"),
         ("effects", "effect", float("inf"), "without a value in effect"),
     ],
 )
@@ -153,3 +158,10 @@ def test_tables_of_other_values(
             *(("--signed", *signs) if name in ("effects", "sensitivity") else ()),
         )
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_one_file_for_two_tables() -> None:
+    """`mpq sensitivity` refuses to write its effects over its sensitivities, before it loads anything."""
+    command = ["sensitivity", "nowhere", "--calibration", "t.txt", "--out", "s.parquet"]
+    done = CliRunner().invoke(app, [*command, "--effects", "./s.parquet"])
+    assert "--effects and --out both name" in str(done.exception)

@@ -311,6 +311,23 @@ def test_conv1d(tmp_path: Path) -> None:
     assert not hasattr(model.get_submodule(op), "quantization_scheme")
 
 
+@pytest.mark.usefixtures("reloaded_here")
+def test_transposed_weights_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Conv1D whose weight is another by what no loss would show is named by the check; as it was, it passes."""
+    source = checkpoint(tmp_path / "model", "gpt2", n_positions=64)
+    op, save = "transformer.h.0.mlp.c_fc", shards.save_file
+    made = export(plan_of(source, {}), source, tmp_path / "out", check=BLOCKS)
+    assert made.check["passed"]
+
+    def spoilt(tensors: dict[str, torch.Tensor], *how: object, **more: object) -> None:
+        tensors[f"{op}.weight"][0, 0] *= 1 + 2**-20
+        save(tensors, *how, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards, "save_file", spoilt)
+    with pytest.raises(MpqError, match=f"first of 1 differences: the weight of {op} is another"):
+        export(plan_of(source, {}), source, tmp_path / "other", check=BLOCKS)
+
+
 def test_not_finite(tmp_path: Path) -> None:
     """A weight that is not a number has no codes: an export of plausible zeros is refused."""
     source = checkpoint(tmp_path / "model")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import MIXTURES, small_model, write_checkpoint
+from small import MIXTURES, small_config, small_model, write_checkpoint
 from torch import nn
 
 from mpq.errors import MpqError
@@ -215,6 +215,15 @@ def test_experts_that_cannot_be_exported(
     with pytest.raises(MpqError, match=told):
         export(plan_of(source, experts), source, tmp_path / "out", engine=engine)
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_a_plan_does_not_name_are_in_base() -> None:
+    """One product of a layer's experts lowered and the other left out is the same as that one in base, and refused as that is."""
+    model = skeleton(small_config("qwen3_moe", **MIXTURES["qwen3_moe"]))
+    lowered, other = model.expert_ops[:2]
+    for formats in ({lowered: "int8"}, {lowered: "int8", other: "bf16"}):
+        with pytest.raises(MpqError, match=f"has {lowered} in int8 and {other} in bf16"):
+            lowered_linears(formats, "bf16", model, "vllm")
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])

@@ -83,6 +83,16 @@ def test_without_it_in_the_menu_nothing_changes() -> None:
         gains_of("m", GROUPS, sensitivity(), FORMATS, "bf16")
 
 
+def test_attention_takes_its_cache_alone_where_nothing_is_constrained() -> None:
+    """Of memory, attention's products gain by their cache: INT8, which a menu has for linears, is no choice of theirs, and a
+    layer's two products are one decision."""
+    gains = gains_of("m", GROUPS, sensitivity(), FORMATS, "bf16", requests=LONG)
+    products = gains.filter(pl.col("ops").list.get(0).str.contains("matmul"))
+    by_layer = products.group_by("ops", maintain_order=True).agg(pl.col("configuration"))
+    assert by_layer["ops"].to_list() == LAYERS
+    assert by_layer["configuration"].to_list() == [[[f] * 2 for f in ("bf16", "fp8_kv")]] * 2
+
+
 def test_a_sliding_window_holds_no_more_than_itself() -> None:
     """Of Gemma 2's layers the first sees 16 tokens and the second all 100; K and V in two bytes, heads of 8."""
     config = small_config("gemma2", num_key_value_heads=2, head_dim=8, sliding_window=16)
@@ -124,6 +134,8 @@ def test_a_latent_stays_in_base_and_is_named(caplog: pytest.LogCaptureFixture) -
     [
         ({"objectives": {"tt": {"formats": ["fp8_kv"]}}}, "fp8_kv, which gains bytes of the cache"),
         ({"noise_model": "ulp"}, "ulp knows no variance of fp8_kv"),
+        ({"workload": None}, "say of which requests, as workload"),
+        ({"workload": None, "timing": {"batch": 8}}, "say of which requests, as workload"),
     ],
 )
 def test_specs_that_cannot_be_are_refused(change: dict[str, object], why: str) -> None:
@@ -132,6 +144,7 @@ def test_specs_that_cannot_be_are_refused(change: dict[str, object], why: str) -
         "model": {"path": "m", "base": "bf16"},
         "calibration": {"source": "t.txt"},
         "objectives": {"m": {"formats": ["fp8_kv"]}},
+        "workload": {"prompt": 8, "output": 2, "batch": 1},
     }
     with pytest.raises(MpqError, match=why):
         parse_spec({**spec, **change})

@@ -81,6 +81,22 @@ def test_what_was_not_measured_is_told() -> None:
         signed_loss(sensitivity, effects.filter(pl.col("op") != "a"), BASE).of({"a": "int8"})
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (pl.col("sample") + 1, "not of the 4 samples"),
+        (pl.col("sample") - 1, "not of the 4 samples"),
+        (pl.lit(None, pl.Int64), "not of the 4 samples"),
+        (pl.col("sample").replace(2, 3), "has a sample of an op twice"),
+    ],
+)
+def test_effects_of_other_samples_are_refused(change: pl.Expr, told: str) -> None:
+    """Effects that are numbered otherwise than the samples whose sensitivity stands beside them belong to another measurement."""
+    sensitivity, effects = tables(3)
+    with pytest.raises(MpqError, match=told):
+        signed_loss(sensitivity, effects.with_columns(sample=change), BASE)
+
+
 def measured(plan: dict[str, str], blocks: Blocks) -> tuple[float, SignedLoss, Costs]:
     """The mean square change of the samples' losses when the plan runs, and what is predicted on
     the same samples."""

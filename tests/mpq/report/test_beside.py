@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from mpq.errors import MpqError
 from mpq.program.memory import effective_bits, weight_bytes
 from mpq.report.beside import Beside, beside
 from mpq.report.beside_figure import beside_others
-from mpq.report.runs import read_run
 from mpq.store.tables import table
 
 FACTS = {"model": "models/demo", "fingerprint": "af39cabdf57fd430", "base": "bf16"}
@@ -149,6 +149,16 @@ def test_no_plan_so_small() -> None:
             "of another model: its fingerprint is 0",
         ),
         (PEERS.with_columns(base=pl.lit("fp32")), "its base is fp32, this run's is bf16"),
+        (PEERS.with_columns(tool=pl.lit(" ")), "a plan without a tool"),
+        (PEERS.with_columns(tool=pl.lit(date(2026, 1, 1))), "has Date as tool: expected text"),
+        (PEERS.with_columns(case=pl.lit(True)), "has Boolean as case: expected text"),
+        (PEERS.with_columns(kl=pl.lit(True)), "has Boolean as kl: expected numbers"),
+        (PEERS.with_columns(kl=pl.concat_list("kl")), r"has List\(Float64\) as kl"),
+        (
+            PEERS.with_columns(fingerprint=pl.Series([FACTS["fingerprint"], None])),
+            "has a plan without a fingerprint",
+        ),
+        (PEERS.with_columns(base=pl.Series(["bf16", None])), "has a plan without a base"),
     ],
 )
 def test_tables_that_are_refused(frame: pl.DataFrame, told: str) -> None:
@@ -163,6 +173,92 @@ def test_a_run_without_kl() -> None:
     gains = tables_of()["gains"].drop("kl", "kl_stderr")
     with pytest.raises(MpqError, match="no KL, by which plans"):
         beside(PEERS, "peers.csv", tables_of(gains=gains), FACTS)
+
+
+def test_between_the_points_of_the_frontier() -> None:
+    """Where there are more Pareto-optimal plans than points, other tools' plans still stand beside the run's best of their size:
+    ten ops of unlike sizes and costs, against every one of their 1024 plans."""
+    groups = GROUPS.head(1).select(pl.all().repeat_by(10).explode())
+    ops = [f"model.layers.{i}.mlp.up_proj" for i in range(10)]
+    parameters = [1000 * 2**i + 37 * i for i in range(10)]
+    cost = [1e-6 * (p + 500 * (i % 3)) for i, p in enumerate(parameters)]
+    groups = groups.with_columns(
+        op=pl.Series(ops), parameters=pl.Series(parameters), order=pl.Series(range(10))
+    )
+    gains = [
+        {"objective": "m", "group": i, "configuration": [f], "gain": 1.0 * (f == "int8")}
+        | {"loss_mse": 0.0, "kl": cost[i] * (f == "int8"), "kl_stderr": 0.0}
+        for i in range(10)
+        for f in ("bf16", "int8")
+    ]
+    of = {"groups": groups, "gains": table("gains", gains)}
+    of["gains"] = of["gains"].with_columns(ops=pl.Series([[op] for op in ops for _ in range(2)]))
+    every = [
+        (
+            sum(p * (8 if low else 16) for p, low in zip(parameters, plan, strict=True)),
+            2 * sum(c for c, low in zip(cost, plan, strict=True) if low),
+        )
+        for plan in itertools.product((False, True), repeat=10)
+    ]
+    bits = [sum(parameters) * b for b in (8.31, 9.77, 11.4, 12.93, 15.2)]
+    sizes = [b / sum(parameters) for b in bits]
+    peers = pl.DataFrame({"tool": "a", "kl": 1e-3, "bits": sizes})
+    found = beside(peers, "t.csv", tables_of(**of), FACTS)
+    least = [min(kl for size, kl in every if size <= b) for b in bits]
+    assert found.others["own_kl"].to_list() == pytest.approx(least)
+    by_points = [found.frontier.filter(pl.col("size") <= s)["kl"].min() for s in sizes]
+    assert by_points != pytest.approx(least), "the points alone do not tell it"
+
+
+def test_what_is_measured_lowers_weights_alone() -> None:
+    """A plan that lowers attention's products as well is left out: its KL is of them too, which no size here counts."""
+    tables = tables_of()
+    product = {"strategy": "ip_m", "objective": "m", "tau": 1.0, "seed": 0, "format": "int8"}
+    more = table("plans", [{**product, "op": "model.layers.0.self_attn.qk_matmul"}])
+    found = beside(PEERS, "t.csv", tables | {"plans": pl.concat([tables["plans"], more])}, FACTS)
+    assert found.measured.is_empty()
+
+
+def test_plans_of_chance_and_of_no_kl_are_not_drawn() -> None:
+    """Random's plans are no choice of the run's, and a KL of zero has no place on a log axis."""
+    tables = tables_of()
+    for change in ({"strategy": pl.lit("random")}, {"value": pl.lit(0.0)}):
+        of = {
+            name: frame.with_columns(**{k: v for k, v in change.items() if k in frame.columns})
+            for name, frame in tables.items()
+        }
+        assert beside(PEERS, "t.csv", of, FACTS).measured.is_empty()
+
+
+def test_base_is_sixteen_bits_whatever_it_runs_in() -> None:
+    """In FP32 the model counts as 16 bits a weight in `bits`, as the tools count what they leave alone."""
+    tables = tables_of()
+    for name, column in (("gains", "configuration"), ("plans", "format")):
+        text = pl.element() if column == "configuration" else pl.col(column)
+        new = text.replace("bf16", "fp32")
+        frame = tables[name]
+        of = pl.col(column).list.eval(new) if column == "configuration" else new.alias(column)
+        tables[name] = frame.with_columns(of)
+    found = beside(PEERS, "t.csv", tables, FACTS | {"base": "fp32"})
+    assert found.frontier["size"].max() == pytest.approx(16.0)
+
+
+def test_names_with_what_a_picture_reads_as_a_formula(tmp_path: Path) -> None:
+    """A tool called `a$b{$` and one that begins with _ are drawn and named as they are called; sizes in bytes are in MB there
+    and in the table."""
+    size = size_by_hand("weight_bytes", dict.fromkeys(OPS, "int8"))
+    rows = {"tool": ["a$b{$", "_b"], "case": ["$x", None], "kl": [1e-3, 2e-3]}
+    peers = pl.DataFrame(rows | {"weight_bytes": [size, size]})
+    found = beside(peers, "t.csv", tables_of(), FACTS)
+    figure = beside_others(found)
+    figure.savefig(tmp_path / "t.svg")
+    drawn = (tmp_path / "t.svg").read_text()
+    assert "a$b{$" in drawn
+    named = [text.get_text().strip() for text in figure.legends[0].get_texts()]
+    assert "_b" in named, "what begins so is left out of legends otherwise"
+    others = [x for axes in figure.axes for line in axes.lines[-2:] for x in line.get_xdata()]
+    assert others == [size / 1e6] * 2
+    assert [row["shown"] for row in found.sheet.rows] == [size / 1e6] * 2
 
 
 def test_matched_by_content() -> None:
@@ -193,4 +289,4 @@ def test_the_command(tmp_path: Path) -> None:
     assert picture.read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(MpqError, match="--beside is drawn"):
         run("report", folder, "--beside", file, "--out", tmp_path / "t.csv")
-    assert read_run(folder)[0]["name"] == "made-up"
+    assert not (tmp_path / "t.csv").exists()
