@@ -204,17 +204,28 @@ def plan_within(
     signed: SignedLoss | None = None,
 ) -> Plan:
     """As best_plan, its bound given as the loss MSE itself (nats²), or as the KL. Raises MpqError for tables of another kind."""
-    from mpq.store.tables import validate
+    from mpq.store.tables import handed_in
 
-    groups, loss = validate("groups", groups), validate("loss", loss)
-    if loss.height != 1 or not loss["mean_square_loss"][0]:
-        raise MpqError(
-            f"The loss table has {loss.height} rows, or a mean square loss of nothing: expected the one row that `mpq sensitivity` writes."
-        )
+    groups, loss = handed_in("groups", groups), handed_in("loss", loss)
+    gains = fitting(handed_in("gains", gains), groups)
     if cost == "kl":
-        return best_plan(groups, validate("gains", gains), loss, None, base, solver, kl=budget)
+        return best_plan(groups, gains, loss, None, base, solver, kl=budget)
     tau = math.sqrt(max(0.0, budget) / loss["mean_square_loss"][0])
-    return best_plan(groups, validate("gains", gains), loss, tau, base, solver, signed=signed)
+    return best_plan(groups, gains, loss, tau, base, solver, signed=signed)
+
+
+def fitting(gains: pl.DataFrame, groups: pl.DataFrame) -> pl.DataFrame:
+    """The gains table. Raises MpqError where the groups table has not the ops that its rows choose formats of."""
+    from mpq.timing.design import members
+
+    of = members(groups, gains)
+    for group, formats in gains.select("group", "configuration").iter_rows():
+        if len(of.get(group, ())) != len(formats):
+            raise MpqError(
+                f"The gains table has {len(formats)} formats for group {group}, which has {len(of.get(group, ()))} ops in the groups table: "
+                "give the groups table that the gains are of."
+            )
+    return gains
 
 
 def with_signs(
@@ -223,10 +234,10 @@ def with_signs(
     """The loss MSE with rounding's signs and the drift, for the plans of a gains table; warns where it is of fewer samples than
     they take decisions. Raises MpqError for tables of another kind."""
     from mpq.program.signed import signed_loss, warn_few
-    from mpq.store.tables import validate
+    from mpq.store.tables import handed_in
 
-    found = signed_loss(validate("sensitivity", sensitivity), validate("effects", effects), base)
-    warn_few(found, validate("gains", gains)["group"].n_unique())
+    found = signed_loss(handed_in("sensitivity", sensitivity), handed_in("effects", effects), base)
+    warn_few(found, handed_in("gains", gains)["group"].n_unique())
     return found
 
 
