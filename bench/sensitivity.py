@@ -4,7 +4,8 @@
 
 For two sizes of Llama on the CPU and four formats: seconds (median of interleaved rounds) and peak memory (each in a
 process of its own, less what the loaded model takes, plus its weights), of the pass for the loss, the pass for KL, and
-both through one forward. The plain step is transformers' own: SDPA attention, gradients on every parameter. `--smoke`
+both through one forward; and seconds of the first layer's KL, which is run (first_layer.py): on at most 2048 tokens, which are
+all here, however long the calibration is. The plain step is transformers' own: SDPA attention, gradients on every parameter. `--smoke`
 takes one round of the small size and records nothing. Last line: JSON.
 """
 
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from record import record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mpq.loss.cross_entropy import sample_losses
+from mpq.loss.first_layer import with_first_layer
 from mpq.loss.sensitivity import Measure, measure_sensitivity
 from mpq.models.blocks import Blocks
 from mpq.models.graph import trace
@@ -67,9 +70,8 @@ def ours(
     model: LlamaForCausalLM, blocks: Blocks, ops: list[tuple[str, str]], measures: Sequence[Measure]
 ) -> None:
     model.requires_grad_(False)
-    measure_sensitivity(
-        model, ops, blocks, formats=FORMATS, base="fp32", batch=BATCH, measures=measures
-    )
+    how = {"formats": FORMATS, "base": "fp32", "batch": BATCH, "measures": measures}
+    measure_sensitivity(model, ops, blocks, **how, first_layer=False)
 
 
 def seconds_of(step: Callable[[], None]) -> float:
@@ -105,32 +107,35 @@ def _high_water() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measured(size: str, rounds: int) -> dict[str, object]:
+def measured(size: str, rounds: int) -> dict[str, Any]:
     model = model_of(size)
     ops = [(op.name, op.kind) for group in partition(trace(model.config)) for op in group.ops]
     blocks = Blocks(np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH)))
     steps: dict[str, Callable[[], None]] = {"plain": partial(plain_step, model, blocks)}
     steps |= {name: partial(ours, model, blocks, ops, of) for name, of in PASSES.items()}
+    table, _ = measure_sensitivity(model, ops, blocks, formats=FORMATS, base="fp32", batch=BATCH)
+    steps["first_layer"] = partial(with_first_layer, table, model, blocks, BATCH)
     for step in steps.values():
         step()
     times = [{name: seconds_of(step) for name, step in steps.items()} for _ in range(rounds)]
     weights = sum(p.numel() * 4 for p in model.parameters())
-    peaks = {name: peak_bytes(size, name) + weights for name in steps}
-    found: dict[str, object] = {
+    peaks = {name: peak_bytes(size, name) + weights for name in ("plain", *PASSES)}
+    found: dict[str, Any] = {
         "size": size,
         "parameters": weights // 4,
         "plain_s": float(np.median([t["plain"] for t in times])),
         "plain_peak_bytes": peaks["plain"],
     }
-    for name in PASSES:
+    for name in (*PASSES, "first_layer"):
         ratios = [t[name] / t["plain"] for t in times]
         found[name] = {
             "seconds": float(np.median([t[name] for t in times])),
             "time_ratio": float(np.median(ratios)),
             "time_ratio_range": [min(ratios), max(ratios)],
-            "peak_bytes": peaks[name],
-            "peak_ratio": peaks[name] / peaks["plain"],
         }
+        if name in peaks:
+            peak = {"peak_bytes": peaks[name], "peak_ratio": peaks[name] / peaks["plain"]}
+            found[name] |= peak
     return found
 
 

@@ -174,7 +174,7 @@ def partition(run: Run) -> TableRef:
 
 
 def sensitivity(run: Run, groups: TableRef, blocks: TableRef) -> References:
-    """Sensitivity, loss and effects tables: a task a shard of the calibration blocks, and their sum."""
+    """Sensitivity, loss and effects tables: a task a shard of the calibration blocks, their sum, and the first layer's KL."""
     part = run.spec.calibration
     shards = len(calibration.blocks_of(blocks).shards(part.shards))
     calls = {
@@ -193,11 +193,18 @@ def sensitivity(run: Run, groups: TableRef, blocks: TableRef) -> References:
         for shard in range(shards)
     }
     found = run.map(calibration.sensitivity_shard, calls)
-    return run.one(
+    sums = run.one(
         calibration.merge_shards,
         sensitivities=[shard["sensitivity"] for shard in found],
         losses=[shard["loss"] for shard in found],
         effects=[shard["effects"] for shard in found],
+    )
+    return sums | run.one(
+        calibration.first_layer,
+        weights=run.weights,
+        sensitivity=sums["sensitivity"],
+        blocks=blocks,
+        batch=part.batch,
     )
 
 

@@ -153,6 +153,7 @@ def sensitivity_shard(
             base_term=base_term,
             checkpoint_activations=checkpoint_activations,
             labels=labels,
+            first_layer=False,  # that of the text, not of each of its shards
             progress=progress,
         )
     return found._asdict()
@@ -176,3 +177,17 @@ def merge_shards(
     sensitivity, loss = merge([read(s) for s in sensitivities], of_losses)
     joint = joined([read(e) for e in effects], of_losses)
     return {"sensitivity": sensitivity, "loss": loss, "effects": joint}
+
+
+def _what_runs(weights: Weights, sensitivity: TableRef, blocks: TableRef, **_: Any) -> Any:
+    return weights, sensitivity, blocks
+
+
+@stage("sensitivity", name="first layer", on="workers", key=_what_runs, retries=1)
+def first_layer(weights: Weights, sensitivity: TableRef, blocks: TableRef, batch: int) -> Output:
+    """The table with the KL of the first layer's attention as run, which sums get wrong."""
+    from mpq.loss.first_layer import with_first_layer
+
+    with exclusive(weights.device, alone=False):
+        whole = with_first_layer(read(sensitivity), loaded(weights), blocks_of(blocks), batch)
+    return {"sensitivity": whole}

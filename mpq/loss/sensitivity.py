@@ -40,6 +40,7 @@ from mpq.loss.cross_entropy import (
     of_labels,
 )
 from mpq.loss.effects import effects_table
+from mpq.loss.first_layer import SUMMED, with_first_layer
 from mpq.loss.heap import give_back_large_tensors
 from mpq.loss.shared import estimated, mean, merged
 from mpq.loss.taps import Tally, checkpointed, tapped
@@ -82,6 +83,7 @@ def measure(
     measures: Collection[Measure] = ("loss", "kl"),
     label_seed: int = 0,
     labels: int = 1,
+    first_layer: bool = True,
     progress: Progress | None = None,
 ) -> Measured:
     """The `sensitivity`, `loss` and `effects` tables of (name, kind) ops over calibration blocks, in one pass.
@@ -90,6 +92,7 @@ def measure(
     `kl` in nats per predicted token, of noise model `actual`, with `kl_stderr`, its standard error over samples. Each of
     the `measures` costs a backward pass; what is not measured is null. `label_seed` draws the labels of `kl`,
     `labels` times, each a backward pass more: `kl` is the mean over draws, and its error is smaller.
+    With `first_layer` the KL of its attention is run, not summed (first_layer.py): off for a part of a text, whose sums are merged.
     With `base_term` false, the base format's own noise is not subtracted: the paper's form.
     Where the model has experts, `expert_tokens` says how many tokens each of an op's got (unseen.py).
     The model comes back as it was. Raises MpqError for a loss or a gradient that is not finite, for a format that is
@@ -140,6 +143,8 @@ def measure(
     got = next(iter(tally.tokens.values()), {})  # the same of every loss
     sensitivity = with_tokens(sensitivity, {op: counts.tolist() for op, counts in got.items()})
     effects = effects_table(tally.effects["loss"], tally.done["loss"], tally.schemes)
+    if first_layer and "kl" in measures:
+        sensitivity = with_first_layer(sensitivity, model, blocks, batch)
     return Measured(sensitivity, of_loss, effects)
 
 
@@ -231,7 +236,7 @@ def merge(
     """
     by = ["op", "operand", "format", "noise_model"]
     groups = pl.concat(sensitivities).group_by(by, maintain_order=True)
-    means = [mean("sensitivity"), *merged("loss_mse"), *merged("kl")]
+    means = [mean("sensitivity"), *merged("loss_mse"), *merged("kl"), mean(SUMMED)]
     sensitivity = groups.agg(pl.col("n_samples").sum(), *means)
     n = pl.col("n_samples").sum()
     loss = pl.concat(losses).select(n, mean("mean_square_loss"), mean("mean_loss"))

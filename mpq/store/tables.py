@@ -41,6 +41,7 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "loss_mse_shared_stderr": pl.Float64,
         "kl_shared": pl.Float64,
         "kl_shared_stderr": pl.Float64,
+        "kl_summed": pl.Float64,
     },
     # one row a calibration sample, op and format: what rounding the op's weight does to the sample's loss, first order, nats
     "effects": {
@@ -152,6 +153,7 @@ LATER = {
         "loss_mse_shared_stderr",
         "kl_shared",
         "kl_shared_stderr",
+        "kl_summed",
     ),
     "gains": ("loss_mse_stderr", "kl", "kl_stderr"),
     "solutions": (
