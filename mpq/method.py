@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mpq.models.blocks import Blocks
     from mpq.program.memory import Requests
     from mpq.program.plan import Plan
-    from mpq.program.signed import SignedLoss, Terms
+    from mpq.program.signed import SignedLoss
     from mpq.program.solver import SolverName
     from mpq.spec import Objective
 
@@ -204,34 +204,41 @@ def plan_within(
     signed: SignedLoss | None = None,
 ) -> Plan:
     """As best_plan, its bound given as the loss MSE itself (nats²), or as the KL. Raises MpqError for tables of another kind."""
-    from mpq.program.agreement import check_agreement, given, mean_square_of
+    from mpq.store.tables import handed_in
 
-    groups, loss, gains = given("groups", groups), given("loss", loss), given("gains", gains)
-    square = mean_square_of(loss)
-    check_agreement(groups, gains)
+    groups, loss = handed_in("groups", groups), handed_in("loss", loss)
+    gains = fitting(handed_in("gains", gains), groups)
     if cost == "kl":
         return best_plan(groups, gains, loss, None, base, solver, kl=budget)
-    tau = math.sqrt(max(0.0, budget) / square)
+    tau = math.sqrt(max(0.0, budget) / loss["mean_square_loss"][0])
     return best_plan(groups, gains, loss, tau, base, solver, signed=signed)
 
 
-def with_signs(
-    groups: pl.DataFrame,
-    gains: pl.DataFrame,
-    sensitivity: pl.DataFrame,
-    effects: pl.DataFrame,
-    base: str,
-) -> tuple[SignedLoss, Terms]:
-    """The loss MSE with rounding's signs and the drift, for the plans of a gains table, and the terms of its rows; warns where it
-    is of fewer samples than they take decisions. Raises MpqError for tables of another kind."""
-    from mpq.program.agreement import check_agreement, given
-    from mpq.program.signed import choices_of, signed_loss, warn_few
+def fitting(gains: pl.DataFrame, groups: pl.DataFrame) -> pl.DataFrame:
+    """The gains table. Raises MpqError where the groups table has not the ops that its rows choose formats of."""
+    from mpq.timing.design import members
 
-    groups, gains = given("groups", groups), given("gains", gains)
-    check_agreement(groups, gains)
-    found = signed_loss(given("sensitivity", sensitivity), given("effects", effects), base)
-    warn_few(found, gains["group"].n_unique())
-    return found, found.terms(choices_of(groups, gains))
+    of = members(groups, gains)
+    for group, formats in gains.select("group", "configuration").iter_rows():
+        if len(of.get(group, ())) != len(formats):
+            raise MpqError(
+                f"The gains table has {len(formats)} formats for group {group}, which has {len(of.get(group, ()))} ops in the groups table: "
+                "give the groups table that the gains are of."
+            )
+    return gains
+
+
+def with_signs(
+    gains: pl.DataFrame, sensitivity: pl.DataFrame, effects: pl.DataFrame, base: str
+) -> SignedLoss:
+    """The loss MSE with rounding's signs and the drift, for the plans of a gains table; warns where it is of fewer samples than
+    they take decisions. Raises MpqError for tables of another kind."""
+    from mpq.program.signed import signed_loss, warn_few
+    from mpq.store.tables import handed_in
+
+    found = signed_loss(handed_in("sensitivity", sensitivity), handed_in("effects", effects), base)
+    warn_few(found, handed_in("gains", gains)["group"].n_unique())
+    return found
 
 
 def evaluate_plan(

@@ -238,6 +238,10 @@ MISTAKES = {
         ["time", "no/such/model", "--out", "{folder}"],
         "it is there, and no file of yours",
     ),
+    "a folder of the system's": (
+        ["time", "no/such/model", "--out", "/proc/t.csv"],
+        "/proc is not yours to write to",
+    ),
     "a name that no file can have": (["report", "x" * 300], "the name is too long"),
     "documents of tasks alone": (["eval", "{of_tasks}", "--model", "{model}"], "give --text"),
     "usage": (["partition"], "Missing argument"),

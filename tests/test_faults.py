@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,12 @@ import fsspec
 import polars as pl
 import pytest
 from object_storage import FaultyProxy, s3_server
-from small import ROOT
+from small import DEMO, ROOT, write_checkpoint
 
 from mpq.cli.console import read_frame
 from mpq.cli.inventory import entries, read_plan, runs, verify
 from mpq.errors import MpqError
+from mpq.models.layout import INDEX
 from mpq.program.gains import solve_table
 from mpq.program.plan import Plan
 from mpq.report.runs import read_run, write_run
@@ -36,6 +38,7 @@ pytestmark = pytest.mark.faults
 FRAME = pl.DataFrame({"op": [f"layer.{i}" for i in range(500)], "gain_s": [0.5] * 500})
 OTHER = FRAME.with_columns(gain_s=pl.lit(7.0))
 FIGURES: dict[str, Counter[str]] = {}
+PAGE = (ROOT / "docs" / "storage.md").read_text(encoding="utf-8")
 
 
 def count(family: str, outcome: str) -> None:
@@ -53,6 +56,9 @@ def figures(request: pytest.FixtureRequest) -> Iterator[None]:
         lines.append(f"| {family} | {outcomes.total()} | {told} |")
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print("\n".join(lines))
+    # what no timing decides
+    figures = {line for line in lines if line.startswith(("| damage", "| hostile"))}
+    assert figures <= set(PAGE.splitlines()), "docs/storage.md shows other figures"
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +278,60 @@ def test_hostile_files(tmp_path: Path) -> None:
     with pytest.raises(Damaged):
         store.read_table(store.write_bytes("gains", "k3", b"PAR1", "parquet"))
     assert {e.state for e in entries(store)} == {"whole"}
+
+
+def test_hostile_inputs(tmp_path: Path) -> None:
+    """The files of a checkpoint, specs and texts, each damaged in each way: read as they are, or one sentence."""
+    from mpq.models.checkpoint import fingerprint, load_model
+    from mpq.models.text import load_tokenizer, read_blocks
+    from mpq.spec import TextSpec, load_spec
+
+    model = write_checkpoint(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, model)
+    index = json.dumps({"weight_map": {"lm_head.weight": "model.safetensors"}}).encode()
+    spec = (ROOT / "examples" / "demo.yaml").read_bytes()
+    text = b'{"text": "one and another"}\n' * 9
+    checkpoint: Callable[[Path], object] = lambda _: (fingerprint(model), load_model(model, "fp32"))  # noqa: E731
+    cases: list[tuple[str, Path, bytes, Callable[[Path], object]]] = [
+        *(
+            ("checkpoints", model / name, (model / name).read_bytes(), checkpoint)
+            for name in ("config.json", "model.safetensors")
+        ),
+        ("checkpoints", model / INDEX, index, checkpoint),
+        *(
+            (
+                "tokenizers",
+                model / name,
+                (model / name).read_bytes(),
+                lambda _: load_tokenizer(model),
+            )
+            for name in ("tokenizer.json", "tokenizer_config.json")
+        ),
+        ("specs", tmp_path / "spec.yaml", spec, load_spec),
+        *(
+            (
+                "texts",
+                tmp_path / f"text.{ending}",
+                text,
+                lambda p: read_blocks(TextSpec(source=str(p), samples=1, length=4), DEMO, 2048),
+            )
+            for ending in ("jsonl", "txt", "npy", "parquet", "jsonl.gz")
+        ),
+    ]
+    for family, file, whole, ask in cases:
+        for damage in DAMAGE.values():
+            if (new := damage(whole, b"{}")) == whole:
+                continue
+            file.write_bytes(new)
+            try:
+                ask(file)
+                count(f"hostile {family}", "used as they say")
+            except MpqError as error:
+                told = str(error)
+                assert not {"\n", "\x1b"} & set(told), told
+                count(f"hostile {family}", "told in a sentence")
+        if file.name == INDEX:
+            file.unlink()
+        else:
+            file.write_bytes(whole)

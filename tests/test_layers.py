@@ -15,7 +15,7 @@ from small import ROOT
 ROOMS = [
     ["redaction"],
     ["errors"],
-    ["caches", "documents", "urls"],
+    ["caches", "documents", "folders", "urls"],
     ["devices", "formats"],
     ["spec"],
     ["store"],

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from mpq.documents import parse_json
 from mpq.errors import MpqError, first_line
+from mpq.folders import unwritable
 from mpq.redaction import printable
 
 if TYPE_CHECKING:  # polars takes as long to load as all of `mpq --help` may
@@ -147,12 +148,10 @@ def report_file(option: typer.CallbackParam, out: Path | None) -> Path | None:
 def _writable(out: Path | None, suffixes: tuple[str, ...], option: str) -> Path | None:
     if out is not None and out.suffix not in suffixes:
         raise MpqError(f"{option} {out}: expected a name that ends in {', '.join(suffixes)}.")
-    if out is not None and not os.access(out.parent, os.W_OK | os.X_OK):
-        raise MpqError(
-            f"{option} {out} cannot be written: {out.parent} is no folder, or not yours to write to."
-        )
+    if out is not None and (why := unwritable(out.parent)):
+        raise MpqError(f"{option} {out} cannot be written: {out.parent} {why}.")
     if out is not None and os.path.lexists(out) and not (out.is_file() and os.access(out, os.W_OK)):
-        raise MpqError(f"--out {out} cannot be written: it is there, and no file of yours.")
+        raise MpqError(f"{option} {out} cannot be written: it is there, and no file of yours.")
     return out
 
 

@@ -348,7 +348,11 @@ def _with_signs(
             "--signed needs --groups, --base, --sensitivity and --effects: the loss MSE with signs is computed from them."
         )
     from mpq.cli.console import read_frame
-    from mpq.method import with_signs
+    from mpq.method import fitting, with_signs
+    from mpq.program.signed import choices_of
+    from mpq.store.tables import handed_in
 
-    of = (read_frame(groups), gains, read_frame(sensitivity), read_frame(effects))
-    return with_signs(*of, the_base(base))
+    of = handed_in("groups", read_frame(groups))
+    gains = fitting(handed_in("gains", gains), of)
+    found = with_signs(gains, read_frame(sensitivity), read_frame(effects), the_base(base))
+    return found, found.terms(choices_of(of, gains))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpq.errors import MpqError, first_line
+from mpq.folders import unwritable
 from mpq.models.layout import TOKENIZER_FILES
 
 RECORD = "export.json"  # beside the weights: what was exported, and what the check found
@@ -57,8 +58,8 @@ def check_target(out: Path, source: Path | None, overwrite: bool, asked: Asked =
     place = at.parent
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise MpqError(f"{said} cannot be written: {place} is no folder of yours.")
+    if why := unwritable(place):
+        raise MpqError(f"{said} cannot be written: {place} {why}.")
 
 
 def holds(out: Path, key: str) -> bool:

@@ -35,6 +35,8 @@ from mpq.models.quantized import method_of, refuse_left_over, refuse_narrow, ref
 
 log = logging.getLogger("mpq")
 
+# weights, configuration, code, tokenizers
+_OF_CHECKPOINTS = (".safetensors", ".json", ".py", ".model", ".txt", ".tiktoken", ".jinja")
 Marks = tuple[tuple[str, int, int, int], ...]
 
 
@@ -63,11 +65,14 @@ def fingerprint_of(folder: Path, patterns: Sequence[str]) -> str:
 
 
 def marks(folder: Path) -> Marks:
-    """What tells cheaply that a checkpoint was exchanged: (name, bytes, mtime in ns, inode) of each file, by name."""
+    """What tells cheaply that a checkpoint was exchanged: (name, bytes, mtime in ns, inode) of each of its files, by name.
+
+    A log or a page that somebody writes beside them is none.
+    """
     return tuple(
         (file.name, of.st_size, of.st_mtime_ns, of.st_ino)
         for file in sorted(folder.iterdir())
-        if file.is_file()
+        if file.suffix in _OF_CHECKPOINTS and file.is_file()
         for of in (file.stat(),)
     )
 

@@ -7,7 +7,6 @@ can tell is told later, by those who ask them.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from mpq import devices
 from mpq.errors import MpqError, require
+from mpq.folders import unwritable
 from mpq.spec.export import NEEDS
 from mpq.spec.run import FROM_TASKS, RunSpec, TextSpec
 
@@ -62,23 +62,15 @@ def check_early(spec: RunSpec) -> None:
 
 
 def check_out(spec: RunSpec) -> None:
-    """Raise MpqError unless plans and report can be written where the spec says: asked before hours of work, not after.
-
-    A file without a name is made and gone: what a mode or an owner allows, the file system may refuse.
-    """
+    """Raise MpqError unless plans and report can be written where the spec says: asked before hours of work, not after."""
     folder = Path(spec.out) / spec.name
     for place in (folder, folder / "plans"):
         while not os.path.lexists(place) and place != place.parent:
             place = place.parent
-        try:
-            tempfile.TemporaryFile(dir=place).close()
-        except OSError as error:
-            why = (
-                f"is not yours to write to ({error.strerror})" if place.is_dir() else "is no folder"
-            )
+        if why := unwritable(place):
             raise MpqError(
                 f"The output folder {folder} cannot be written: {place} {why}. Set `out` in the spec to a folder of yours."
-            ) from None
+            )
 
 
 def _check_installed(spec: RunSpec) -> None:

@@ -168,14 +168,6 @@ LATER = {
     ),
 }
 
-# columns in which a table of that name has a value in every row
-FILLED = {
-    "groups": tuple(c for c in SCHEMAS["groups"] if c not in ("heads", "kv_heads")),
-    "sensitivity": ("op", "operand", "format", "noise_model", "n_samples"),
-    "effects": tuple(SCHEMAS["effects"]),
-    "loss": tuple(SCHEMAS["loss"]),
-    "gains": ("objective", "group", "configuration", "gain", "loss_mse"),
-}
 # of columns that a table may have more, their types
 FURTHER: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
     "groups": {"feeds": pl.List(pl.String), "tied": pl.Boolean, "window": pl.Int64}
@@ -212,7 +204,7 @@ def upgraded(name: str, frame: pl.DataFrame) -> pl.DataFrame:
 def validate(name: str, frame: pl.DataFrame) -> pl.DataFrame:
     """The frame with the columns of table `name`, cast to their types; further columns are kept behind them.
 
-    Raises MpqError that names the missing columns, the one that cannot be cast, or one that lacks a value.
+    Raises MpqError that names the missing columns or the one that cannot be cast.
     """
     schema, frame = SCHEMAS[name], upgraded(name, frame)
     missing = [column for column in schema if column not in frame.columns]
@@ -229,13 +221,75 @@ def validate(name: str, frame: pl.DataFrame) -> pl.DataFrame:
             raise _mistyped(name, column, str(error).splitlines()[0]) from None
         if cast.dtype != kind:  # of a struct each field is cast
             raise _mistyped(name, column, f"it holds {frame[column].dtype}")
-        if cast.null_count() and column in FILLED.get(name, ()):
-            raise MpqError(
-                f"The {name} table has rows without a value of {column}: expected one in every row."
-            )
         frame = frame.with_columns(cast)
     return frame.select(*schema, *(c for c in frame.columns if c not in schema))
 
 
 def _mistyped(name: str, column: str, why: str) -> MpqError:
     return MpqError(f"The {name} table has the column {column} of the wrong type: {why}.")
+
+
+_MOST = 1e150  # whose square, and sums of it, floats still hold
+# what no row lacks in a table that people hand in, and which of these columns tell its rows apart
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "groups": (
+        "group",
+        "order",
+        "op",
+        "kind",
+        "signature",
+        "in_features",
+        "out_features",
+        "parameters",
+    ),
+    "gains": ("objective", "group", "configuration", "gain", "loss_mse"),
+    "loss": ("mean_square_loss",),
+    "sensitivity": ("op", "operand", "format", "noise_model"),
+    "effects": ("sample", "op", "format", "effect"),
+}
+_ONCE = {
+    "groups": ("op",),
+    "sensitivity": ("op", "operand", "format", "noise_model"),
+}
+
+
+def handed_in(name: str, frame: pl.DataFrame) -> pl.DataFrame:
+    """`validate`, for a table that people hand in: nothing is missing in its rows, none stands twice, and counts are counts.
+
+    Raises MpqError that names the column.
+    """
+    frame, needed = validate(name, frame), _NEEDED[name]
+    if not frame.height:
+        raise MpqError(f"The {name} table has no rows.")
+    numbers = [c for c in needed if frame[c].dtype.is_float()]
+    for values in frame.select(pl.col(pl.Float64)):  # infinite ones say that a format overflows
+        known = values.is_null() | values.is_infinite() | (values.abs() <= _MOST)
+        if values.is_nan().any() or not known.all():
+            raise MpqError(
+                f"The {name} table has a {values.name} that no measurement gives, NaN or beyond {_MOST:g}."
+            )
+    for column in needed:
+        values = frame[column]
+        if values.null_count() or (column in numbers and not values.is_finite().all()):
+            raise MpqError(
+                f"The {name} table has a row without a value in {column}: expected one in each."
+            )
+        if values.dtype.is_integer() and (below := values.filter(values < 0)).len():
+            raise MpqError(f"The {name} table has {below[0]} in {column}: expected 0 or more.")
+    if name in _ONCE and frame.select(_ONCE[name]).is_duplicated().any():
+        raise MpqError(
+            f"The {name} table has a row twice: expected each {', '.join(_ONCE[name])} once."
+        )
+    of_weights = pl.col("kind").is_in(["linear", "experts"])
+    if (
+        name == "groups"
+        and frame.filter(of_weights, pl.col("in_features") * pl.col("out_features") == 0).height
+    ):
+        raise MpqError(
+            "The groups table has a linear without in_features or out_features: expected 1 or more."
+        )
+    if name == "loss" and (frame.height > 1 or frame["mean_square_loss"][0] <= 0):
+        raise MpqError(
+            "The loss table must be one row, its mean_square_loss above zero: it is E[g²] (nats²)."
+        )
+    return frame

@@ -172,6 +172,45 @@ def test_any_tables_are_used_or_told(
     assert told.isprintable()
 
 
+@pytest.mark.parametrize(
+    ("name", "column", "value", "told"),
+    [
+        ("groups", "op", None, "groups table has a row without a value in op"),
+        ("groups", "op", "twice", "groups table has a row twice"),
+        ("gains", "ops", ["a", "b"], "1 formats for group 0, which has 2 ops"),
+        ("groups", "parameters", None, "without a value in parameters"),
+        ("groups", "in_features", 0, "a linear without in_features or out_features"),
+        ("gains", "loss_mse", None, "gains table .*loss_mse"),
+        ("gains", "group", -1, "a configuration of a group twice"),
+        ("loss", "mean_square_loss", 0.0, "mean_square_loss above zero"),
+        ("loss", "mean_square_loss", float("nan"), "mean_square_loss that no measurement gives"),
+        ("loss", "mean_square_loss", ..., "loss table has no rows"),
+        ("sensitivity", "operand", None, "without a value in operand"),
+        ("effects", "sample", -1, "in sample: expected 0 or more"),
+        ("effects", "sample", 2**40, "effects table is not of the 3 samples"),
+        ("effects", "effect", float("inf"), "without a value in effect"),
+    ],
+)
+def test_tables_of_other_values(
+    name: str, column: str, value: object, told: str, tables: dict[str, str], tmp_path: Path
+) -> None:
+    """A plan is not made of a table that lacks values, has rows twice, or is another model's: one sentence names the column."""
+    frame = pl.read_parquet(tables[name])
+    changed = frame.clear() if value is ... else frame.with_columns(pl.lit(value).alias(column))
+    changed.write_parquet(tables[name])
+    plan = ("--plan", tmp_path / "plan.json", "--loss", tables["loss"])
+    of = ("--groups", tables["groups"], "--base", "bf16")
+    signs = ("--sensitivity", tables["sensitivity"], "--effects", tables["effects"])
+    with pytest.raises(MpqError, match=told):
+        solved(
+            tables,
+            *plan,
+            *of,
+            *(("--signed", *signs) if name in ("effects", "sensitivity") else ()),
+        )
+    assert not (tmp_path / "plan.json").exists()
+
+
 def test_one_file_for_two_tables() -> None:
     """`mpq sensitivity` refuses to write its effects over its sensitivities, before it loads anything."""
     command = ["sensitivity", "nowhere", "--calibration", "t.txt", "--out", "s.parquet"]

@@ -213,6 +213,7 @@ def test_code_is_part_of_the_fingerprint(checkpoint: Path) -> None:
 def test_an_exchange_is_noticed(checkpoint: Path) -> None:
     """Marks stay while the files do, and change with another content of the same size."""
     before = marks(checkpoint)
+    (checkpoint / "README.md").write_text("a page beside it")
     check_unchanged(checkpoint, before)
     new = checkpoint / "new"
     new.write_bytes((checkpoint / "model.safetensors").read_bytes()[::-1])
