@@ -69,6 +69,14 @@ def test_the_scale_of_measured_plans() -> None:
     assert fitted([Measured({}, 0.0, 0.0, 0.0)]) == Scale(1.0, 0.1)
 
 
+def test_one_anchor_that_is_off_moves_the_error_alone() -> None:
+    """Of six plans one measures 2.4 times what the others do: the scale is theirs, and its error says that plans stray."""
+    plans = [Measured({}, 1e-3, kl, 0.0) for kl in (1.0e-3, 1.01e-3, 1.03e-3, 1.04e-3, 1.05e-3)]
+    scale = fitted([*plans, Measured({}, 1e-3, 2.4e-3, 0.0)])
+    assert scale.value == pytest.approx(1.035, abs=0.01)
+    assert scale.error > 3 * fitted(plans).error
+
+
 def test_a_robust_bound_holds_at_its_probability() -> None:
     """A plan whose prediction is drawn anew from its error breaks a robust bound in at most that share of the draws."""
     draw = random.Random(1)
