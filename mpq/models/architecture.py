@@ -6,11 +6,12 @@ import hashlib
 import json
 from typing import Any
 
-_NAMES = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures"}
+_NAMES = {"_name_or_path", "transformers_version", "torch_dtype", "dtype"}
 
 
 def architecture_key(config: Any) -> str:
-    """SHA-256 over what of a configuration shapes the computation."""
+    """SHA-256 over what of a configuration shapes the computation; `architectures` too, which says whether tokens see later ones
+    and whether there is more than a language model."""
     shaping = {k: v for k, v in config.to_dict().items() if k not in _NAMES}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True, default=str).encode()).hexdigest()
 

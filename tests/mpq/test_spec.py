@@ -92,6 +92,7 @@ def test_examples_are_valid() -> None:
         ({"bound": {"kl": 0}}, "bound.kl.0: a bound must be a number above zero, not 0"),
         ({"bound": {"kl": [0.02, 0.01]}}, "kl must rise from value to value, by 1 % at least"),
         ({"bound": {"perplexity": "x %"}}, "expected a share, such as 0.5 % or 0.005, not 'x %'"),
+        ({"bound": {"perplexity": 0.5}}, "0.5 is 50%: write 0.5 %, or 50% if it is meant"),
         ({"bound": {"perplexity": "-1 %"}}, "must be a number above zero, not -0.01"),
         ({"bound": {"kl": [0.01, 0.02], "tau": 0.1}}, "kl has 2, tau has 1: give each as many"),
         ({"bound": {"kl": 0.01}, "taus": [0.1]}, "move taus into bound, as tau"),
