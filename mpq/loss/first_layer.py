@@ -36,6 +36,14 @@ from mpq.formats.scheme import Operand, Scheme, get_scheme
 from mpq.kernels import emulated
 from mpq.models.attention import PlainAttention, intercept
 from mpq.models.blocks import Blocks
+from mpq.models.experts import (
+    ExpertProduct,
+    Products,
+    Routing,
+    dispatched,
+    intercept_experts,
+    products_of,
+)
 from mpq.models.linears import weight_of
 from mpq.models.placement import comes_and_goes, device_of, with_forward
 from mpq.running.attention import EmulatedAttention
@@ -194,6 +202,8 @@ def _erring(model: nn.Module, part: _Part, errors: _Errors, tangents: bool) -> I
             module = model.get_submodule(op)
             stack.enter_context(with_forward(module, _with_error(module, error, tangents)))
         stack.enter_context(intercept(model, {o: attention(o, of) for o, of in schemes.items()}))
+        if tangents:
+            stack.enter_context(intercept_experts(model, _one_by_one(model)))
         yield
 
 
@@ -227,6 +237,20 @@ def _with_error(module: Any, error: emulated.Linear, tangents: bool) -> emulated
         return _dual(y, error(forward_ad.unpack_dual(x).primal.float()))
 
     return forward
+
+
+def _one_by_one(model: nn.Module) -> Products:
+    """All experts' products, an expert after the other: what groups them has no forward derivative."""
+    modules = {name: module for name, module in model.named_modules() if dispatched(module)}
+    return {
+        name: {product: _OneByOne(module, product) for product in products_of(module)}
+        for name, module in modules.items()
+    }
+
+
+class _OneByOne(ExpertProduct):
+    def multiply(self, x: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+        return torch.cat([x[rows] @ weights[expert] for expert, rows in routing.of_experts()])
 
 
 class _Erring(EmulatedAttention):

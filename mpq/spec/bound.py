@@ -35,7 +35,9 @@ class Bound:
 def _share(value: Any) -> Any:
     """`0.5 %` as 0.005; numbers stay as they are. One of a tenth or more is taken for a percentage whose sign is missing."""
     if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0.1:
-        raise ValueError(f"{value:g} is {value:.0%}: write {value:g} %, or {value:.0%} if it is meant")
+        raise ValueError(
+            f"{value:g} is {value:.0%}: write {value:g} %, or {value:.0%} if it is meant"
+        )
     text = value.strip() if isinstance(value, str) else ""
     if not text.endswith("%"):
         return value

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from small import small_model
+from small import MIXTURES, small_model
 
 from mpq.evaluation.losses import divergences
 from mpq.loss import first_layer, measure, merge
@@ -104,6 +104,20 @@ def test_which_ops_it_is_of(
     linears = [n for n, m in model.named_modules() if kind_of(model, n) == "linear"]
     found = with_first_layer(summed(model, linears), model, BLOCKS)
     assert set(found.drop_nulls("kl_summed")["op"]) == set(attention)
+
+
+def test_a_mixture_of_experts_in_sixteen_bits(caplog: pytest.LogCaptureFixture) -> None:
+    """Grouped products have no forward derivative: experts run one by one, and q, k and v get the KL of the same weights in
+    FP32, where they run as they round."""
+    model = small_model("qwen3_moe", dtype=torch.bfloat16, **MIXTURES["qwen3_moe"])
+    exact = small_model("qwen3_moe", **MIXTURES["qwen3_moe"])
+    exact.load_state_dict(model.state_dict())
+    table = summed(exact, LINEARS + OTHERS[:1])
+    run = kl_of(with_first_layer(table, exact, BLOCKS), LINEARS, "int8")
+    in_bf16 = with_first_layer(summed(model, LINEARS + OTHERS[:1], "bf16"), model, BLOCKS)
+    assert "stays as it was summed" not in caplog.text
+    assert in_bf16["kl_summed"].null_count() < in_bf16.height
+    assert kl_of(in_bf16, LINEARS, "int8") == pytest.approx(run, rel=0.4)
 
 
 def test_text_without_a_token_twice() -> None:
