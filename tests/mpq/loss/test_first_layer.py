@@ -87,6 +87,21 @@ def test_beside_a_base_in_sixteen_bits() -> None:
         assert divergences(model, plan, BLOCKS, base="bf16").mean() > 1.5 * alone
 
 
+def test_small_errors_beside_fp16() -> None:
+    """FP16 holds nothing below 6e-8, and little below 6e-5: errors that cost 1e-9 nats are stretched into its range."""
+    model = llama(torch.float16)
+    model.lm_head.weight.mul_(1e-3)
+    exact = llama()
+    exact.load_state_dict(model.state_dict())
+    table = summed(exact, [*LINEARS, *PRODUCTS, *OTHERS])
+    found = with_first_layer(table, model, BLOCKS)
+    in_fp64 = with_first_layer(table, copy.deepcopy(exact).double(), BLOCKS)
+    for part in (LINEARS, PRODUCTS):
+        kl = kl_of(in_fp64, part, "int8")
+        assert 0 < kl < 1e-8
+        assert kl_of(found, part, "int8") == pytest.approx(kl, rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("architecture", "more", "attention"),
     [

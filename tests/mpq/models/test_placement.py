@@ -133,7 +133,8 @@ def test_backward_holds_the_weights_of_one_layer(tmp_path: Path) -> None:
     with ExitStack() as stack:
         for k in (0, 1):
             stack.enter_context(placement.with_forward(gates[k], partial(noted, k)))
-        measure_sensitivity(model, ops, BLOCKS, formats=["int8"], base="fp32", batch=4)
+        how = {"formats": ["int8"], "base": "fp32", "batch": 4, "first_layer": False}
+        measure_sensitivity(model, ops, BLOCKS, **how)
     # whether it is causal, forward and backward; then one forward and two backward passes
     assert runs == [0, 1, 1, 0, 0, 1, 1, 0, 1, 0]
 
