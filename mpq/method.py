@@ -204,7 +204,7 @@ def plan_within(
     signed: SignedLoss | None = None,
 ) -> Plan:
     """As best_plan, its bound given as the loss MSE itself (nats²), or as the KL. Raises MpqError for tables of another kind."""
-    from mpq.store.tables import handed_in
+    from mpq.store.handed_in import handed_in
 
     groups, loss = handed_in("groups", groups), handed_in("loss", loss)
     gains = fitting(handed_in("gains", gains), groups)
@@ -234,7 +234,7 @@ def with_signs(
     """The loss MSE with rounding's signs and the drift, for the plans of a gains table; warns where it is of fewer samples than
     they take decisions. Raises MpqError for tables of another kind."""
     from mpq.program.signed import signed_loss, warn_few
-    from mpq.store.tables import handed_in
+    from mpq.store.handed_in import handed_in
 
     found = signed_loss(handed_in("sensitivity", sensitivity), handed_in("effects", effects), base)
     warn_few(found, handed_in("gains", gains)["group"].n_unique())

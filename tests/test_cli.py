@@ -395,32 +395,6 @@ def test_log_lines_do_not_steer_the_terminal(
     assert capsys.readouterr().err == "\\x1b[2Jlayer s3://***@b/c left out\n"
 
 
-def test_an_evaluation_reads_what_it_is_told(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A plan's own revision and way to read a text are of its own model and text: of others there is --field, and no revision."""
-    of = {"model": str(checkpoint), "revision": "v2", "text": {"field": "body", "split": "test"}}
-    plan = Plan("ip_m", "m", 0.1, "fp32", {}, 0.0, 0.0, 0.0, 1.0, provenance=of)
-    (tmp_path / "plan.json").write_text(plan.to_json())
-    asked: list[object] = []
-
-    def read_text(folder: Path, source: str, **how: object) -> None:
-        asked.append((source, how.get("field"), how.get("split")))
-        raise MpqError("enough")
-
-    def fetch(path: str, revision: str | None, trusted: bool) -> Path:
-        asked.append(revision)
-        return checkpoint
-
-    monkeypatch.setattr("mpq.method.read_text", read_text)
-    monkeypatch.setattr("mpq.models.checkpoint.fetch", fetch)
-    told = ("--text", "a.jsonl", "--field", "words")
-    for more in (("--text", "a.jsonl"), told, (*told, "--model", "other/model")):
-        assert "enough" in mpq("eval", tmp_path / "plan.json", "--device", "cpu", *more).stderr
-    asked_of_others = ("a.jsonl", None, None), ("a.jsonl", "words", None)
-    assert asked == ["v2", asked_of_others[0], "v2", asked_of_others[1], None, asked_of_others[1]]
-
-
 def test_what_an_extra_would_bring_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run without Prefect, and whatever else is missing while a command runs; a module that is no extra stays a bug."""
 

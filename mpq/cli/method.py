@@ -350,7 +350,7 @@ def _with_signs(
     from mpq.cli.console import read_frame
     from mpq.method import fitting, with_signs
     from mpq.program.signed import choices_of
-    from mpq.store.tables import handed_in
+    from mpq.store.handed_in import handed_in
 
     of = handed_in("groups", read_frame(groups))
     gains = fitting(handed_in("gains", gains), of)

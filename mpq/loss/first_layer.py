@@ -22,7 +22,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import polars as pl
@@ -62,11 +61,6 @@ class _Part:
     ops: tuple[str, ...]
     scheme: Scheme
     summed: float
-
-    @property
-    def stretch(self) -> float:
-        """How many times their errors tangents are: KL then is about a nat, and in FP16 nothing is lost below its range."""
-        return 1 / math.sqrt(self.summed)
 
 
 def with_first_layer(
@@ -165,10 +159,7 @@ def _run(
             for part, error, found in zip(parts, errors, of_samples, strict=True):
                 with forward_ad.dual_level(), _erring(model, part, error, not exact):
                     logits, tangent = forward_ad.unpack_dual(_logits(model, tokens))
-                if base is None:
-                    of = _quadratic(logits, tangent) / part.stretch**2
-                else:
-                    of = _divergence(base, logits)
+                of = _quadratic(logits, tangent) if base is None else _divergence(base, logits)
                 found.append(of.mean(1).cpu())
     each = [torch.cat(found) for found in of_samples]
     return [
@@ -200,17 +191,16 @@ def _quadratic(logits: Tensor, tangent: Tensor | None) -> Tensor:
 
 @contextmanager
 def _erring(model: nn.Module, part: _Part, errors: _Errors, tangents: bool) -> Iterator[None]:
-    """Within, the part's ops run as they round; or with `tangents`, all in base, with their errors, stretched, as tangents."""
+    """Within, the part's ops run as they round; or with `tangents`, all in base, with their errors as tangents."""
     schemes: dict[str, dict[str, Scheme]] = defaultdict(dict)
     for op in part.ops:
         if op not in errors:
             schemes[_owner(op)][op.rpartition(".")[2]] = part.scheme
-    attention = partial(_Erring, part.stretch) if tangents else EmulatedAttention
-    stretch = part.stretch if tangents else None
+    attention = _Erring if tangents else EmulatedAttention
     with ExitStack() as stack:
         for op, error in errors.items():
             module = model.get_submodule(op)
-            stack.enter_context(with_forward(module, _with_error(module, error, stretch)))
+            stack.enter_context(with_forward(module, _with_error(module, error, tangents)))
         stack.enter_context(intercept(model, {o: attention(o, of) for o, of in schemes.items()}))
         if tangents:
             stack.enter_context(intercept_experts(model, _one_by_one(model)))
@@ -237,14 +227,14 @@ def _errors_of(model: nn.Module, part: _Part) -> _Errors:
     return {op: error(op) for op in part.ops if op in modules}
 
 
-def _with_error(module: Any, error: emulated.Linear, stretch: float | None) -> emulated.Linear:
-    """The module's forward, and the error on top of it, or `stretch` × the error as its tangent."""
+def _with_error(module: Any, error: emulated.Linear, tangents: bool) -> emulated.Linear:
+    """The module's forward, and the error on top of it or as its tangent."""
 
     def forward(x: Tensor) -> Tensor:
         y = F.linear(x, weight_of(module), module.bias)
-        if stretch is None:
+        if not tangents:
             return y + error(x)
-        return _dual(y, stretch * error(forward_ad.unpack_dual(x).primal.float()))
+        return _dual(y, error(forward_ad.unpack_dual(x).primal.float()))
 
     return forward
 
@@ -264,11 +254,7 @@ class _OneByOne(ExpertProduct):
 
 
 class _Erring(EmulatedAttention):
-    """Attention as in base, with `stretch` × the errors of its rounded operands as tangents."""
-
-    def __init__(self, stretch: float, name: str, schemes: Mapping[str, Scheme]) -> None:
-        super().__init__(name, schemes)
-        self._stretch = stretch
+    """Attention as in base, with the errors of its rounded operands as tangents."""
 
     def fused(self, attention: PlainAttention) -> Tensor | None:  # type: ignore[override]
         """None: what is fused writes into its output, where no tangent goes."""
@@ -276,7 +262,7 @@ class _Erring(EmulatedAttention):
 
     def _round(self, x: Tensor, product: str, operand: Operand) -> Tensor:
         exact = forward_ad.unpack_dual(x).primal.float()
-        return _dual(x, self._stretch * (super()._round(exact, product, operand) - exact))
+        return _dual(x, super()._round(exact, product, operand) - exact)
 
 
 def _dual(x: Tensor, error: Tensor) -> Tensor:

@@ -36,7 +36,18 @@ from mpq.models.quantized import method_of, refuse_left_over, refuse_narrow, ref
 log = logging.getLogger("mpq")
 
 # weights, configuration, code, tokenizers
-_OF_CHECKPOINTS = (".safetensors", ".json", ".py", ".model", ".txt", ".tiktoken", ".jinja")
+_OF_CHECKPOINTS = (
+    ".safetensors",
+    ".json",
+    ".py",
+    ".model",
+    ".txt",
+    ".tiktoken",
+    ".jinja",
+    ".spm",
+    ".codes",
+    ".bpe",
+)
 Marks = tuple[tuple[str, int, int, int], ...]
 
 

@@ -88,18 +88,17 @@ def test_beside_a_base_in_sixteen_bits() -> None:
 
 
 def test_small_errors_beside_fp16() -> None:
-    """FP16 holds nothing below 6e-8, and little below 6e-5: errors that cost 1e-9 nats are stretched into its range."""
+    """FP16 holds nothing below 6e-8: errors that an output projection makes as small as 1e-9 nats still come out right."""
     model = llama(torch.float16)
-    model.lm_head.weight.mul_(1e-3)
+    model.model.layers[0].self_attn.o_proj.weight.mul_(1e-4)
     exact = llama()
     exact.load_state_dict(model.state_dict())
-    table = summed(exact, [*LINEARS, *PRODUCTS, *OTHERS])
+    table = summed(exact, [*LINEARS, *OTHERS])
     found = with_first_layer(table, model, BLOCKS)
     in_fp64 = with_first_layer(table, copy.deepcopy(exact).double(), BLOCKS)
-    for part in (LINEARS, PRODUCTS):
-        kl = kl_of(in_fp64, part, "int8")
-        assert 0 < kl < 1e-8
-        assert kl_of(found, part, "int8") == pytest.approx(kl, rel=0.2)
+    kl = kl_of(in_fp64, LINEARS, "int8")
+    assert 0 < kl < 1e-9
+    assert kl_of(found, LINEARS, "int8") == pytest.approx(kl, rel=0.2)
 
 
 @pytest.mark.parametrize(
