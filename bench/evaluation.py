@@ -25,8 +25,9 @@ from mpq.evaluation.harness import score
 from mpq.evaluation.losses import losses
 from mpq.evaluation.task_data import Tasks, open_tasks, quiet
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_config, load_model
+from mpq.models.checkpoint import load_config
 from mpq.models.graph import trace
+from mpq.models.loading import load_model
 from mpq.models.partition import partition
 from mpq.models.text import load_tokenizer, read_blocks
 from mpq.running.apply import apply_plan

@@ -27,8 +27,9 @@ from mpq.formats.format import NOISE_MODELS
 from mpq.formats.scheme import get_scheme
 from mpq.loss.sensitivity import measure
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_config, load_model
+from mpq.models.checkpoint import load_config
 from mpq.models.graph import trace
+from mpq.models.loading import load_model
 from mpq.models.partition import partition
 from mpq.models.text import read_blocks
 from mpq.program.anchors import Measured, fitted

@@ -9,7 +9,7 @@ import torch
 
 from mpq.loss.cross_entropy import log_probabilities, of_labels
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_model
+from mpq.models.loading import load_model
 from mpq.running.apply import Mixed
 
 BASE, AT_ONCE = "fp32", 2048  # tokens

@@ -33,7 +33,7 @@ from transformers import LlamaConfig
 
 from mpq.evaluation.losses import evaluate_loss, losses
 from mpq.loss.sensitivity import measure_sensitivity
-from mpq.models import checkpoint
+from mpq.models import loading
 from mpq.models.blocks import Blocks
 from mpq.models.graph import trace
 from mpq.models.partition import partition
@@ -117,7 +117,7 @@ def _measured(folder: Path, how: str, ops: list[tuple[str, str]]) -> dict[str, A
     if how != "free":
         _watch(LIMIT)
     if how == "whole":
-        checkpoint.spread_of = lambda *_: None  # type: ignore[assignment]
+        loading.spread_of = lambda *_: None  # type: ignore[assignment]
     seconds: dict[str, float] = {}
     tables: dict[str, pl.DataFrame] = {}
 
@@ -128,7 +128,7 @@ def _measured(folder: Path, how: str, ops: list[tuple[str, str]]) -> dict[str, A
         return result
 
     memory = LIMIT if how == "limited" else None
-    model = timed("load", lambda: checkpoint.load_model(folder, "fp32", memory=memory))
+    model = timed("load", lambda: loading.load_model(folder, "fp32", memory=memory))
     blocks = Blocks(np.random.default_rng(0).integers(0, 4096, (BATCH, LENGTH)))
     tables["sensitivity"], tables["loss"] = timed(
         "sensitivity",

@@ -291,7 +291,8 @@ def fine_tuned(
     """A copy of a checkpoint in `folder` after some steps of AdamW on the calibration text."""
     import torch
 
-    from mpq.models.checkpoint import load_config, load_model
+    from mpq.models.checkpoint import load_config
+    from mpq.models.loading import load_model
     from mpq.models.text import read_blocks
 
     config = load_config(source)

@@ -6,6 +6,7 @@ import contextvars
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any
 
 import httpx
@@ -49,9 +50,12 @@ def in_terminal(
         state = (
             "cached" if cached == tasks else f"{cached} of {tasks} cached" if cached else "computed"
         )
+        again = name in stages and cached == tasks
         stages.append(name)
+        if again:  # rounds ask for the same once more
+            return
         bars.console.print(
-            f"  [green]✓[/] {name:<14} {tasks:>3} task{'s' if tasks != 1 else ' '}  {state:<16} {seconds:6.1f} s",
+            f"  [green]✓[/] {name:<25} {tasks:>3} task{'s' if tasks != 1 else ' '}  {state:<16} {seconds:6.1f} s",
             highlight=False,
         )
 
@@ -74,6 +78,7 @@ def in_terminal(
         style="bold",
     )
     console.print(f"  on {spec.model.device}: {estimate(spec)}", highlight=False, markup=False)
+    import_module("mpq.models.graph")  # takes a second or two, and so does the server to start
     ready()
     with (
         when_interrupted(lambda: _cancel(runs)),

@@ -8,7 +8,7 @@ from .method import sensitivity_of as sensitivity_of
 from .method import times_of as times_of
 from .models.checkpoint import fetch as fetch
 from .models.checkpoint import load_config as load_config
-from .models.checkpoint import load_model as load_model
+from .models.loading import load_model as load_model
 from .program.plan import Plan as Plan
 from .report.runs import read_run as read_run
 from .running.apply import apply_plan as apply_plan

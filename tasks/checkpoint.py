@@ -96,7 +96,7 @@ def loaded(weights: Weights) -> Any:
 
     Raises MpqError where other files were put in place since the checkpoint's content was taken.
     """
-    from mpq.models.checkpoint import load_model
+    from mpq.models.loading import load_model
 
     folder = at_hand(weights.source, weights.fingerprint, weights.trusted)
     model = load_model(folder, weights.base, weights.device, weights.trusted, weights.memory)

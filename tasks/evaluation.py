@@ -53,6 +53,7 @@ def evaluate_plan(
             seeds=[seed],
             batch=batch,
             kl=seed == 0,
+            predicted=_predicted(weights, blocks, batch) if seed == 0 else None,
             progress=progress,
         )
     return {"plan_losses": frame}
@@ -67,9 +68,22 @@ def measure_kl(
 
     with exclusive(weights.device, alone=False):
         found = divergences(
-            loaded(weights), formats, blocks_of(blocks), base=weights.base, batch=batch
+            loaded(weights),
+            formats,
+            blocks_of(blocks),
+            base=weights.base,
+            batch=batch,
+            predicted=_predicted(weights, blocks, batch),
         )
     return {"block_kl": pl.DataFrame({"kl": found})}
+
+
+@lru_cache(maxsize=1)
+def _predicted(weights: Weights, blocks: TableRef, batch: int) -> Any:
+    """What base predicts, kept for the next plan on the same text."""
+    from mpq.evaluation.losses import base_predictions
+
+    return base_predictions(loaded(weights), blocks_of(blocks), batch)
 
 
 def _scored(

@@ -12,7 +12,8 @@ import torch
 from small import small_model
 
 from mpq.export import reload
-from mpq.models.checkpoint import fingerprint, load_model
+from mpq.models.checkpoint import fingerprint
+from mpq.models.loading import load_model
 from mpq.program.plan import Plan
 
 MORE: dict[str, dict[str, object]] = {

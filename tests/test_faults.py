@@ -282,7 +282,8 @@ def test_hostile_files(tmp_path: Path) -> None:
 
 def test_hostile_inputs(tmp_path: Path) -> None:
     """The files of a checkpoint, specs and texts, each damaged in each way: read as they are, or one sentence."""
-    from mpq.models.checkpoint import fingerprint, load_model
+    from mpq.models.checkpoint import fingerprint
+    from mpq.models.loading import load_model
     from mpq.models.text import load_tokenizer, read_blocks
     from mpq.spec import TextSpec, load_spec
 

@@ -15,7 +15,7 @@ from small import ROOT, small_model
 
 from mpq.evaluation.losses import divergences, losses
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_model
+from mpq.models.loading import load_model
 from mpq.running.apply import apply_plan
 
 

@@ -16,7 +16,7 @@ from task import Plan, Task, answer
 from mpq.formats.quantize import fake_quantize
 from mpq.formats.scheme import get_scheme
 from mpq.loss.cross_entropy import log_probabilities
-from mpq.models.checkpoint import load_model
+from mpq.models.loading import load_model
 
 NOISE, BLOCKS = 0.1, 4
 

@@ -10,7 +10,7 @@ from task import Plan, Task, answer
 
 from mpq.loss.sensitivity import measure_sensitivity
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_model
+from mpq.models.loading import load_model
 from mpq.program.costs import Costs as Predicted
 
 BASE, BATCH = "fp32", 2

@@ -72,7 +72,8 @@ def evaluate(
         raise MpqError("The plan's run was evaluated on documents of its tasks: give --text.")
     from mpq.devices import found_device
     from mpq.method import evaluate_plan, read_text
-    from mpq.models.checkpoint import fetch, fingerprint, load_config, load_model
+    from mpq.models.checkpoint import fetch, fingerprint, load_config
+    from mpq.models.loading import load_model
     from mpq.models.placement import is_spread
 
     device, folder = found_device(device), fetch(model, revision, trusted)

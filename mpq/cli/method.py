@@ -100,7 +100,8 @@ def sensitivity(
     from mpq.cli import shown
     from mpq.devices import found_device
     from mpq.method import groups_of, losses_of, read_text
-    from mpq.models.checkpoint import fetch, load_config, load_model
+    from mpq.models.checkpoint import fetch, load_config
+    from mpq.models.loading import load_model
 
     device, folder = found_device(device), fetch(model, revision, trusted)
     blocks = read_text(

@@ -58,6 +58,7 @@ def run(
     from mpq.flows.server import prefect_api
 
     with prefect_api(verbose) as ready:  # it starts while this imports torch
+        checked = _placed(checked)
         from mpq.flows.terminal import run_in_terminal
 
         results, where = run_in_terminal(checked, log, ready)
@@ -98,6 +99,7 @@ def reproduce(
     from mpq.flows.server import prefect_api
 
     with prefect_api(verbose) as ready:
+        checked = _placed(checked)
         from mpq.flows.terminal import reproduce_in_terminal
         from mpq.paper.table_1 import for_people
 
@@ -183,8 +185,8 @@ def _others(file: str, tables: Tables, facts: Mapping[str, str]) -> Beside:
 
 
 def _checked(path: Path, store: str | None) -> RunSpec:
-    """The spec, with another store where one is given, on the device that it will run on."""
-    from mpq.spec import check_early, load_spec, parse_spec, resolved
+    """The spec, with another store where one is given."""
+    from mpq.spec import check_early, load_spec, parse_spec
 
     spec = load_spec(path)
     if store:
@@ -192,4 +194,11 @@ def _checked(path: Path, store: str | None) -> RunSpec:
     check_early(spec)
     require("prefect", "mpq run")
     require("matplotlib", "a run's report")
+    return spec
+
+
+def _placed(spec: RunSpec) -> RunSpec:
+    """The spec on the device that it will run on: asking for one takes torch."""
+    from mpq.spec import resolved
+
     return resolved(spec) if spec.runner.kind == "local" else spec

@@ -16,8 +16,8 @@ def results(table: pl.DataFrame) -> pl.DataFrame:
         columns = ("tau", "predicted_loss_mse", "measured_loss_mse")
     names = ("KL ≤", "KL pred.", "KL meas.") if bounded else ("τ", "MSE pred.", "MSE meas.")
     cost = [
-        pl.col(column).round_sig_figs(digits).alias(name)
-        for column, name, digits in zip(columns, names, (4, 3, 3), strict=True)
+        pl.col(column).round_sig_figs(3).alias(name)
+        for column, name in zip(columns, names, strict=True)
     ]
 
     def milliseconds(column: str) -> pl.Expr:
@@ -25,7 +25,8 @@ def results(table: pl.DataFrame) -> pl.DataFrame:
 
     return table.select(
         pl.col("objective").alias("for"),
-        "strategy",
+        # a name too long for its column breaks between words
+        pl.col("strategy").str.replace("uniform_", "uniform ").str.replace("_but_", " but "),
         *cost,
         milliseconds("predicted_ttft_s").alias("ms pred."),
         milliseconds("measured_ttft_s").alias("ms meas."),

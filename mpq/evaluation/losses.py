@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import polars as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpq.errors import MpqError
 from mpq.loss.cross_entropy import log_probabilities, sample_losses
@@ -21,6 +21,7 @@ from mpq.running.apply import Mixed, apply_plan
 
 log = logging.getLogger("mpq")
 
+KEPT_BYTES = 2**29
 LOSS_METRICS = ("loss_mse", "loss_drift", "loss", "perplexity")
 
 
@@ -46,23 +47,47 @@ def losses(model: nn.Module, blocks: Blocks, batch: int = 8) -> np.ndarray:
     return all_losses
 
 
+def base_predictions(model: nn.Module, blocks: Blocks, batch: int = 8) -> list[Tensor] | None:
+    """The base model's log-probabilities for `divergences` of many plans on one text: (batch, length - 1, vocabulary) FP32 each.
+
+    None where they take more than KEPT_BYTES: each plan then has base run beside it.
+    """
+    check_length(model.config, blocks.tokens.shape[1])
+    kept: list[Tensor] = []
+    with torch.inference_mode():
+        for tokens in blocks.batches(batch, str(device_of(model))):
+            kept.append(log_probabilities(model, tokens))
+            if kept[0][0].nbytes * len(blocks.tokens) > KEPT_BYTES:
+                return None
+    return kept
+
+
 def divergences(
-    model: nn.Module, formats: Mapping[str, str], blocks: Blocks, *, base: str, batch: int = 8
+    model: nn.Module,
+    formats: Mapping[str, str],
+    blocks: Blocks,
+    *,
+    base: str,
+    batch: int = 8,
+    predicted: Sequence[Tensor] | None = None,
 ) -> np.ndarray:
     """KL divergence (nats per predicted token) of a plan's predictions from base's on each block, (samples,) float64, as
     the plan runs: at the kernels' own scales, which no seed perturbs.
 
-    Σ p (ln p − ln p̂) over the vocabulary, p base's probabilities and p̂ the plan's. Both run block by block, so that no
-    more than a batch of logits is kept. Raises MpqError where it is not finite.
+    Σ p (ln p − ln p̂) over the vocabulary, p base's probabilities and p̂ the plan's: `predicted` of base_predictions, or both
+    run batch by batch, so that no more than a batch of logits is kept. Raises MpqError where it is not finite.
     """
     check_length(model.config, blocks.tokens.shape[1])
     device = str(device_of(model))
     mixed, found = Mixed(model, base=base, backend="emulated"), []
     try:
         with torch.inference_mode():
-            for tokens in blocks.batches(batch, device):
-                mixed.clear()
-                p = log_probabilities(model, tokens)
+            for at, tokens in enumerate(blocks.batches(batch, device)):
+                if predicted is None:
+                    mixed.clear()
+                    p = log_probabilities(model, tokens)
+                else:
+                    p = predicted[at]
                 mixed.set(formats)
                 q = log_probabilities(model, tokens)
                 # a label that base rules out adds nothing, whatever the plan makes of it
@@ -97,6 +122,7 @@ def evaluate_loss(
     seeds: Sequence[int],
     batch: int = 8,
     kl: bool = True,
+    predicted: Sequence[Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> pl.DataFrame:
     """Metrics of a plan, a row for each seed and metric: columns seed, metric, value, base_value.
@@ -105,11 +131,13 @@ def evaluate_loss(
     `loss` and `perplexity` stand beside the base model's. Each seed perturbs the scales before quantization (Sec. 3).
     With `kl`, a row for the first seed says the KL divergence from base (`divergences`), beside 0: that of the plan
     unperturbed. A perturbed scale moves the largest element off its code, and in attention's P, whose largest is most of
-    a row, that error is the same all over.
+    a row, that error is the same all over. `predicted` is as in `divergences`.
     """
     rows: list[dict[str, object]] = []
     if kl:
-        value = float(divergences(model, formats, blocks, base=base, batch=batch).mean())
+        value = float(
+            divergences(model, formats, blocks, base=base, batch=batch, predicted=predicted).mean()
+        )
         rows.append({"seed": seeds[0], "metric": "kl", "value": value, "base_value": 0.0})
     for done, seed in enumerate(seeds):
         with apply_plan(model, formats, base=base, backend="emulated", seed=seed):

@@ -204,7 +204,7 @@ def check_export(
     all weights are read. `scales` are those of `caches`. Raises MpqError where the export cannot be
     loaded.
     """
-    from mpq.models.checkpoint import load_model
+    from mpq.models.loading import load_model
 
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.check") as name:
         work = Path(name)

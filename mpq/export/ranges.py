@@ -113,7 +113,7 @@ def largest_in(
 ) -> Largest:
     """What of the `inputs` (op → scheme) and the `caches` has to be measured, in one pass of the
     model over the text: all caches where one is lowered. Raises MpqError where there is no text."""
-    from mpq.models.checkpoint import load_model
+    from mpq.models.loading import load_model
 
     if not inputs and not caches.lowered:
         return Largest({}, {})

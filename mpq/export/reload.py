@@ -29,10 +29,10 @@ from mpq.formats.format import Format, get_format
 from mpq.formats.quantize import fake_quantize, share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.architecture import auto_class
-from mpq.models.checkpoint import load_model
 from mpq.models.dense import dense_tensors, tensors_by_file
 from mpq.models.experts import ExpertProduct, dispatched, intercept_experts, products_of
 from mpq.models.graph import build_on_meta
+from mpq.models.loading import load_model
 from mpq.running.experts import RoundedInput
 from mpq.serving.schemes import stored_as
 

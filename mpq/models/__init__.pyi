@@ -5,12 +5,12 @@ from .blocks import Blocks as Blocks
 from .checkpoint import fetch as fetch
 from .checkpoint import fingerprint as fingerprint
 from .checkpoint import load_config as load_config
-from .checkpoint import load_model as load_model
 from .discovery import checkpoints as checkpoints
 from .discovery import settled as settled
 from .graph import Graph as Graph
 from .graph import Op as Op
 from .graph import trace as trace
+from .loading import load_model as load_model
 from .partition import feeds_of as feeds_of
 from .partition import groups_table as groups_table
 from .text import load_tokenizer as load_tokenizer

@@ -17,8 +17,8 @@ from mpq.errors import MpqError
 from mpq.export.exporting import export
 from mpq.export.reload import loaded_model, log_probabilities
 from mpq.method import read_text
-from mpq.models.checkpoint import load_model
 from mpq.models.experts import dispatched, products_of
+from mpq.models.loading import load_model
 from mpq.running.apply import apply_plan
 from mpq.serving import EngineProcess
 

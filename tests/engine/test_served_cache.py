@@ -17,7 +17,7 @@ from mpq.errors import MpqError
 from mpq.export.exporting import export
 from mpq.method import read_text
 from mpq.models.attention import AttentionHandler, intercept
-from mpq.models.checkpoint import load_model
+from mpq.models.loading import load_model
 from mpq.running.apply import apply_plan
 from mpq.serving import EngineProcess
 

@@ -11,7 +11,7 @@ import pytest
 from mpq.evaluation.losses import divergences
 from mpq.flows.calibrate import calibrate
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_model
+from mpq.models.loading import load_model
 from mpq.models.text import draw_blocks
 from mpq.program.plan import Plan
 from mpq.report.runs import join_tables

@@ -10,8 +10,9 @@ from small import DEMO, ROOT
 
 from mpq.evaluation.losses import evaluate_loss, losses
 from mpq.loss.sensitivity import measure_sensitivity
-from mpq.models.checkpoint import load_config, load_model
+from mpq.models.checkpoint import load_config
 from mpq.models.graph import trace
+from mpq.models.loading import load_model
 from mpq.models.partition import partition
 from mpq.models.text import read_blocks
 from mpq.spec import TextSpec, load_spec

@@ -20,7 +20,7 @@ from mpq.errors import MpqError
 from mpq.evaluation.harness import Scores, evaluate_tasks, paired_stderr, score
 from mpq.evaluation.sampling import draw_documents
 from mpq.evaluation.task_data import open_tasks
-from mpq.models.checkpoint import load_model
+from mpq.models.loading import load_model
 from mpq.models.text import load_tokenizer
 from mpq.running.apply import apply_plan
 from mpq.spec import EvaluationSpec

@@ -9,11 +9,11 @@ import torch
 from small import DEMO, small_model
 
 from mpq.errors import MpqError
-from mpq.evaluation.losses import divergences, evaluate_loss, losses
+from mpq.evaluation.losses import base_predictions, divergences, evaluate_loss, losses
 from mpq.loss.sensitivity import measure_sensitivity
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_model
 from mpq.models.graph import trace
+from mpq.models.loading import load_model
 from mpq.models.partition import partition
 from mpq.models.text import read_blocks
 from mpq.running.apply import apply_plan
@@ -43,6 +43,26 @@ def test_measured_kl_is_that_of_the_definition() -> None:
     model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(MpqError, match="KL divergence from base is nan"):
         divergences(model, formats, blocks, base=BASE)
+
+
+def test_predictions_of_base_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what base predicts kept, a plan's KL is bit for bit what it is beside base, without a run of base; too much of it
+    is not kept."""
+    model = small_model("llama")
+    blocks = Blocks(np.random.default_rng(0).integers(0, 97, (5, 12)))
+    formats = {"model.layers.0.mlp.up_proj": "int8", "model.layers.1.self_attn.qk_matmul": "bf16"}
+    beside = divergences(model, formats, blocks, base=BASE, batch=2)
+    kept = base_predictions(model, blocks, batch=2)
+    assert kept is not None
+    assert [len(p) for p in kept] == [2, 2, 1]
+    runs: list[object] = []
+    hook = model.register_forward_hook(lambda *run: runs.append(run))
+    found = divergences(model, formats, blocks, base=BASE, batch=2, predicted=kept)
+    assert (found == beside).all()
+    assert len(runs) == 3
+    hook.remove()
+    monkeypatch.setattr("mpq.evaluation.losses.KEPT_BYTES", 5 * 11 * 97 * 4 - 1)
+    assert base_predictions(model, blocks, batch=2) is None
 
 
 def test_predicted_kl_is_what_plans_show() -> None:

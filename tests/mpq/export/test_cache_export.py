@@ -25,7 +25,8 @@ from mpq.export.ranges import largest_in
 from mpq.export.skeleton import skeleton
 from mpq.models.attention import AttentionHandler, intercept
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_config, load_model
+from mpq.models.checkpoint import load_config
+from mpq.models.loading import load_model
 from mpq.running.attention import PRODUCTS
 
 TEXT = Blocks(np.random.default_rng(0).integers(0, 97, (4, 32)))
@@ -159,7 +160,7 @@ def test_one_pass_measures_inputs_and_caches(
         for tokens in TEXT.batches(2, "cpu"):
             model(input_ids=tokens, use_cache=False)
     hook.remove()
-    monkeypatch.setattr("mpq.models.checkpoint.load_model", lambda *_: loads.append(1) or model)
+    monkeypatch.setattr("mpq.models.loading.load_model", lambda *_: loads.append(1) or model)
     for text in (TEXT, Blocks(TEXT.tokens[::-1].copy())):
         found = largest_in(text, {op: "nvfp4"}, Caches((ATTENTION,), (), "fp8_kv"), source, "bf16")
         assert float(found.inputs[op]) == max(entered)

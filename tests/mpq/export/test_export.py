@@ -25,7 +25,7 @@ from mpq.export.reload import differing, loaded_model, log_probabilities
 from mpq.formats.format import get_format
 from mpq.formats.quantize import fake_quantize
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_model
+from mpq.models.loading import load_model
 from mpq.program.engines import ENGINES as PLANNED
 from mpq.program.plan import Plan
 from mpq.serving.fused import FUSED

@@ -25,9 +25,10 @@ from mpq.formats.format import get_format
 from mpq.formats.quantize import fake_quantize, share_of
 from mpq.formats.scheme import get_scheme
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import fingerprint, load_config, load_model
+from mpq.models.checkpoint import fingerprint, load_config
 from mpq.models.dense import dense_tensors
 from mpq.models.experts import dispatched, products_of
+from mpq.models.loading import load_model
 from mpq.program.plan import Plan
 
 BLOCKS = Blocks(np.random.default_rng(0).integers(0, 97, (4, 32)))

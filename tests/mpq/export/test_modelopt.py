@@ -22,8 +22,8 @@ from mpq.export.modelopt import HELD, laid_out
 from mpq.formats.quantize import fake_quantize
 from mpq.formats.scheme import SCHEMES
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_model
 from mpq.models.experts import dispatched
+from mpq.models.loading import load_model
 
 TEXT = Blocks(np.random.default_rng(0).integers(0, 97, (4, 48)))
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 4}

@@ -21,8 +21,9 @@ from mpq.formats.quantize import fake_quantize
 from mpq.formats.scheme import get_scheme
 from mpq.method import best_plan, gains_of, groups_of, sensitivity_of
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_config, load_model
+from mpq.models.checkpoint import load_config
 from mpq.models.dense import dense_tensors
+from mpq.models.loading import load_model
 
 BLOCKS = Blocks(np.random.default_rng(0).integers(5, 90, (4, 24)))
 _TEXT = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}

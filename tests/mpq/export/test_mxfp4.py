@@ -19,7 +19,7 @@ from mpq.export.reload import loaded_model, log_probabilities
 from mpq.formats.quantize import fake_quantize
 from mpq.formats.scheme import get_scheme
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_model
+from mpq.models.loading import load_model
 
 BLOCKS = Blocks(np.random.default_rng(0).integers(0, 97, (4, 32)))
 EXPERTS = [

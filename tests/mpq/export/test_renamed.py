@@ -20,7 +20,8 @@ from mpq.export.reload import differing, loaded_model, log_probabilities
 from mpq.export.scheme import expert_pattern
 from mpq.export.skeleton import skeleton
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_config, load_model
+from mpq.models.checkpoint import load_config
+from mpq.models.loading import load_model
 
 BLOCKS = Blocks(np.random.default_rng(0).integers(5, 97, (4, 16)))
 #: what a checkpoint calls the shared expert of a layer

@@ -21,7 +21,7 @@ from mpq.export.skeleton import Skeleton
 from mpq.formats.quantize import fake_quantize
 from mpq.formats.scheme import SCHEMES
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_model
+from mpq.models.loading import load_model
 from mpq.program.memory import bytes_of
 from mpq.serving.schemes import EXPORTED, stored_as
 

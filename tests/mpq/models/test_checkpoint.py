@@ -26,12 +26,12 @@ from mpq.models.checkpoint import (
     fetch,
     fingerprint,
     load_config,
-    load_model,
     marks,
 )
 from mpq.models.dense import dense_tensors
 from mpq.models.graph import trace
 from mpq.models.layout import INDEX, weight_files
+from mpq.models.loading import load_model
 from mpq.models.text import load_tokenizer, read_blocks
 from mpq.spec import TextSpec
 

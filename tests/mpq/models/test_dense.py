@@ -16,8 +16,9 @@ from small import MIXTURES, small_model
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.models.checkpoint import load_config, load_model
+from mpq.models.checkpoint import load_config
 from mpq.models.graph import trace
+from mpq.models.loading import load_model
 from mpq.models.stored import stored_formats
 
 # of a weight (C, K): the tensors that a method stores, by the ends of their names, and the values that they stand for

@@ -14,7 +14,8 @@ from small import DEMO, small_model
 from mpq.errors import MpqError
 from mpq.loss.cross_entropy import sample_losses
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import fetch, fingerprint, load_config, load_model
+from mpq.models.checkpoint import fetch, fingerprint, load_config
+from mpq.models.loading import load_model
 from mpq.models.text import read_blocks
 from mpq.spec import TextSpec
 

@@ -26,10 +26,11 @@ from mpq import devices
 from mpq.errors import MpqError
 from mpq.evaluation.losses import evaluate_loss, losses
 from mpq.loss.sensitivity import measure_sensitivity
-from mpq.models import checkpoint, placement
+from mpq.models import loading, placement
 from mpq.models.blocks import Blocks
-from mpq.models.checkpoint import load_config, load_model
+from mpq.models.checkpoint import load_config
 from mpq.models.graph import trace
+from mpq.models.loading import load_model
 from mpq.models.partition import partition
 from mpq.models.placement import Spread, device_of, is_spread
 from mpq.running.apply import Mixed
@@ -103,7 +104,7 @@ def test_some_in_memory_and_some_on_disk(tmp_path: Path, monkeypatch: pytest.Mon
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     part = Spread({"device_map": places}, "part of it")
-    monkeypatch.setattr(checkpoint, "spread_of", lambda *_: part)
+    monkeypatch.setattr(loading, "spread_of", lambda *_: part)
     spread = load_model(folder, "fp32")
     kept = _weights(spread)
     assert is_spread(spread)
