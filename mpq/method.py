@@ -208,6 +208,7 @@ def plan_of(
 
     Raises MpqError for tables of another kind, and a bound that is not above zero.
     """
+    from mpq.program.gains import fitting
     from mpq.program.strategies import as_plan
     from mpq.store.handed_in import handed_in
 
@@ -217,20 +218,6 @@ def plan_of(
     bound = {"kl": budget} if cost == "kl" else {"tau": math.sqrt(max(0.0, budget) / square)}
     facts: Facts = {"mean_square_loss": square, "base": base, "signed": signed}
     return as_plan(objective, groups, gains, solution, **bound, **facts)
-
-
-def fitting(gains: pl.DataFrame, groups: pl.DataFrame) -> pl.DataFrame:
-    """The gains table. Raises MpqError where the groups table has not the ops that its rows choose formats of."""
-    from mpq.timing.design import members
-
-    of = members(groups, gains)
-    for group, formats in gains.select("group", "configuration").iter_rows():
-        if len(of.get(group, ())) != len(formats):
-            raise MpqError(
-                f"The gains table has {len(formats)} formats for group {group}, which has {len(of.get(group, ()))} ops in the groups table: "
-                "give the groups table that the gains are of."
-            )
-    return gains
 
 
 def with_signs(

@@ -106,7 +106,7 @@ def solve(
     what each constraint costs goes into a table and each plan's provenance. `scales` are what measured
     plans say of the predicted KL, one for each limit. `sensitivity` and `effects` tell the loss MSE with rounding's signs. `anchor` is the measured TTFT of the plans of design.anchors.
     """
-    from mpq.program.prices import SCHEMA, prices
+    from mpq.program.prices import prices
     from mpq.program.signed import signed_loss, warn_few
     from mpq.program.strategies import choose, gain_errors, least_loss_plan, uniform_plans
     from mpq.timing.answer import answers, further_of
@@ -218,7 +218,7 @@ def solve(
                 if all(name in row for _, row in solved)
             ),
         ),
-        "prices": pl.DataFrame([row for own in priced for row in own], schema=SCHEMA),
+        "prices": table("prices", [row for own in priced for row in own]),
         "plan_files": (json.dumps([asdict(p) for p in plans]).encode(), "json"),
     }
 

@@ -31,6 +31,7 @@ from mpq.program.gains import solve_table
 from mpq.program.plan import Plan
 from mpq.report.runs import read_run, write_run
 from mpq.store.entries import Damaged, Store
+from mpq.store.tables import table
 
 pytest.importorskip("s3fs")
 pytestmark = pytest.mark.faults
@@ -243,8 +244,10 @@ def test_hostile_files(tmp_path: Path) -> None:
     plan = Plan("ip_et", "et", 0.01, "fp32", {"a": "bf16"}, 0, 0, 0, 1).to_json().encode()
     run = tmp_path / "run"
     run.mkdir()
-    write_run(run, "n", {"model": "m"}, {"gains": [store.write_table("gains", "k1", FRAME)]})
-    gains = json.dumps([{"group": 0, "configuration": ["fp32"], "gain": 0.0, "loss_mse": 0.0}])
+    row = {"group": 0, "configuration": ["fp32"], "gain": 0.0, "loss_mse": 0.0}
+    made = store.write_table("gains", "k1", table("gains", [{"objective": "m", **row}]))
+    write_run(run, "n", {"model": "m"}, {"gains": [made]})
+    gains = json.dumps([row])
     cases: dict[str, tuple[Path, bytes, Callable[[Path], object]]] = {
         "plans": (tmp_path / "plan.json", plan, read_plan),
         "records of runs": (

@@ -47,9 +47,10 @@ def frontier(
 
     from mpq.cli.inventory import read_plan
     from mpq.report.pareto import pareto_of, plan_at, table_of_points
-    from mpq.report.results import OBJECTIVES
+    from mpq.report.results import OBJECTIVES, table_of
     from mpq.report.runs import read_run
     from mpq.spec import BoundsSpec
+    from mpq.store.handed_in import handed_in
 
     if plan is not None and (out is None or out.suffix != ".json"):
         raise MpqError("--plan needs --out FILE.json: where the plan shall go.")
@@ -81,7 +82,7 @@ def frontier(
     if plan is not None and out:
         folder = (run if run.is_dir() else run.parent) / "plans"
         like = next(iter(sorted(folder.glob(f"{found.objective}-*.json"))), None)
-        loss = float(tables["loss"]["mean_square_loss"][0])
+        loss = float(handed_in("loss", table_of(tables, "loss"))["mean_square_loss"][0])
         made = plan_at(found, plan, loss, read_plan(like) if like else None)
         write_file(out, made.to_json().encode())
         extra["plan"] = str(out)

@@ -349,7 +349,8 @@ def _with_signs(
             "--signed needs --groups, --base, --sensitivity and --effects: the loss MSE with signs is computed from them."
         )
     from mpq.cli.console import read_frame
-    from mpq.method import fitting, with_signs
+    from mpq.method import with_signs
+    from mpq.program.gains import fitting
     from mpq.program.signed import choices_of
     from mpq.store.handed_in import handed_in
 

@@ -27,6 +27,7 @@ from mpq.program.signed import Terms
 from mpq.program.solver import Solution, SolverName, solve
 from mpq.store.tables import table
 from mpq.timing.answer import answers
+from mpq.timing.design import members
 
 log = logging.getLogger("mpq")
 Gain: TypeAlias = Callable[[dict[str, Any], str], float]  # of an op (a row of groups) in a format
@@ -347,6 +348,18 @@ def cost_row(gains: pl.DataFrame, column: str, limit: float) -> Row:
     """The bound on a column of the gains table as a row of the program."""
     name, unit = NAMES[column]
     return Row(name, gains[column].to_numpy(), limit, unit)
+
+
+def fitting(gains: pl.DataFrame, groups: pl.DataFrame) -> pl.DataFrame:
+    """The gains table. Raises MpqError where the groups table has not the ops that its rows choose formats of."""
+    of = members(groups, gains)
+    for group, formats in gains.select("group", "configuration").iter_rows():
+        if (ops := len(of.get(group) or ())) != len(formats):
+            raise MpqError(
+                f"The gains table has {len(formats)} formats for group {group}, which has {ops} ops in the groups table: "
+                "give the groups table that the gains are of."
+            )
+    return gains
 
 
 def _checked(gains: pl.DataFrame, costs: tuple[str, ...]) -> NDArray[np.int64]:

@@ -18,19 +18,6 @@ from mpq.program.signed import SignedLoss, choices_of
 from mpq.program.solver import SolverName
 from mpq.spec import BoundsSpec, TargetSpec
 
-SCHEMA = {
-    "strategy": pl.String,
-    "objective": pl.String,
-    "tau": pl.Float64,
-    "constraint": pl.String,
-    "gain": pl.Float64,
-    "gain_without": pl.Float64,
-    "loss_mse": pl.Float64,
-    "loss_mse_without": pl.Float64,
-    "kl": pl.Float64,
-    "kl_without": pl.Float64,
-}
-
 
 def prices(
     plan: Plan,

@@ -12,7 +12,7 @@ from mpq.program.anchors import Scale, scaled
 from mpq.program.bounds import bound_rows
 from mpq.program.choice import Program, chosen_of
 from mpq.program.frontier import Point, frontier
-from mpq.program.gains import cost_known
+from mpq.program.gains import cost_known, fitting
 from mpq.program.plan import Plan
 from mpq.report.results import OBJECTIVES, Tables, scale_of
 from mpq.spec import BoundsSpec
@@ -53,15 +53,16 @@ def pareto_of(
     MpqError for a run without gains, and for an objective or a cost that it does not have; NoPlan
     where nothing keeps the bounds.
     """
-    if "gains" not in tables:
-        raise MpqError(
-            "The run has no gains table: it was made by an earlier version. Run its spec again, what is whole is re-used."
-        )
+    for name in ("gains", "groups"):
+        if name not in tables or tables[name].is_empty():
+            raise MpqError(
+                f"The run has no {name} table: it was made by an earlier version. Run its spec again, what is whole is re-used."
+            )
     there = [o for o in OBJECTIVES if o in tables["gains"]["objective"]]
     if objective is not None and objective not in there:
         raise MpqError(f"The run has no objective {objective}: expected {' or '.join(there)}.")
     chosen = objective or there[0]
-    gains = tables["gains"].filter(objective=chosen)
+    gains = fitting(tables["gains"].filter(objective=chosen), tables["groups"])
     known = cost_known(gains)
     if cost == "kl" and known != "kl":
         raise MpqError("The run's gains have no KL: run its spec again, or ask for loss_mse.")

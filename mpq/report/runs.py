@@ -12,7 +12,10 @@ import polars as pl
 
 from mpq.documents import parse_json
 from mpq.errors import MpqError, first_line
+from mpq.report.results import OBJECTIVES
 from mpq.store.entries import Damaged, Store, TableRef
+from mpq.store.handed_in import complete
+from mpq.store.tables import SCHEMAS
 
 
 def write_run(
@@ -56,20 +59,38 @@ def read_record(path: Path) -> tuple[dict[str, Any], dict[str, list[TableRef]]]:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
-    """The record of a run and its tables.
+    """The record of a run and its tables, with the columns that earlier versions did not have.
 
-    Raises MpqError where the folder is no run's or a table is gone.
+    Raises MpqError where the folder is no run's, a table is gone, or is none of its kind.
     """
     if not folder.exists():
         raise _no_run(folder)
     record, references = read_record(folder / "run.json" if folder.is_dir() else folder)
     try:
-        return record, join_tables(references)
+        joined = join_tables(references)
     except Damaged as damage:
         raise MpqError(
             f"A table of the run is missing or damaged ({damage}): run the spec again, what is "
             "whole is re-used."
         ) from None
+    return record, {kind: _checked(kind, frame) for kind, frame in joined.items()}
+
+
+def _checked(kind: str, frame: pl.DataFrame) -> pl.DataFrame:
+    """A run's table as this version writes it. Raises MpqError for one that no version wrote."""
+    if kind not in SCHEMAS:
+        return frame
+    try:
+        frame = complete(kind, frame)
+        if "objective" in SCHEMAS[kind] and (of := set(frame["objective"]) - set(OBJECTIVES)):
+            raise MpqError(
+                f"The {kind} table has the objective {min(of)}: expected {', '.join(OBJECTIVES)}."
+            )
+    except MpqError as error:
+        raise MpqError(
+            f"{error} No stage of mpq wrote this table of the run: run the spec again with another `store`."
+        ) from None
+    return frame
 
 
 def _no_run(path: Path) -> MpqError:

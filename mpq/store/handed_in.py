@@ -8,7 +8,7 @@ from mpq.errors import MpqError
 from mpq.store.tables import validate
 
 _MOST = 1e150  # whose square, and sums of it, floats still hold
-# what no row lacks in a table that people hand in, and which of these columns tell its rows apart
+# what no row lacks, and in a table that people hand in which of these columns tell its rows apart
 _NEEDED: dict[str, tuple[str, ...]] = {
     "groups": (
         "group",
@@ -24,11 +24,27 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "loss": ("mean_square_loss",),
     "sensitivity": ("op", "operand", "format", "noise_model"),
     "effects": ("sample", "op", "format", "effect"),
+    "timing": ("signature", "group", "configuration", "instances", "repeats", "gain_s", "device"),
+    "plans": ("strategy", "objective", "tau", "seed", "op", "format"),
+    "solutions": ("strategy", "objective", "tau", "seed"),
+    "prices": ("strategy", "objective", "tau", "constraint", "gain", "gain_without"),
+    "evaluation": ("strategy", "objective", "tau", "plan_seed", "seed", "task", "metric"),
 }
 _ONCE = {
     "groups": ("op",),
     "sensitivity": ("op", "operand", "format", "noise_model"),
 }
+
+
+def complete(name: str, frame: pl.DataFrame) -> pl.DataFrame:
+    """`validate`, and of what tells rows apart nothing is missing. Raises MpqError that names the column."""
+    frame = validate(name, frame)
+    for column in _NEEDED.get(name, ()):
+        if frame[column].null_count():
+            raise MpqError(
+                f"The {name} table has a row without a value in {column}: expected one in each."
+            )
+    return frame
 
 
 def handed_in(name: str, frame: pl.DataFrame) -> pl.DataFrame:

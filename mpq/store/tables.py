@@ -129,6 +129,19 @@ SCHEMAS: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
         "predicted_signed_mse": pl.Float64,
         "risk": pl.Float64,
     },
+    # one row a plan of the program and a constraint: what it gains and costs as it is, and without that one
+    "prices": {
+        "strategy": pl.String,
+        "objective": pl.String,
+        "tau": pl.Float64,
+        "constraint": pl.String,
+        "gain": pl.Float64,
+        "gain_without": pl.Float64,
+        "loss_mse": pl.Float64,
+        "loss_mse_without": pl.Float64,
+        "kl": pl.Float64,
+        "kl_without": pl.Float64,
+    },
     # metric: loss_mse, ttft_s, perplexity, ...; task is `loss` for the held-out text itself
     "evaluation": {
         "strategy": pl.String,
@@ -166,11 +179,32 @@ LATER = {
         "predicted_signed_mse",
         "risk",
     ),
+    "prices": ("kl", "kl_without"),
 }
 
 # of columns that a table may have more, their types
 FURTHER: dict[str, dict[str, pl.DataType | type[pl.DataType]]] = {
-    "groups": {"feeds": pl.List(pl.String), "tied": pl.Boolean, "window": pl.Int64}
+    "groups": {"feeds": pl.List(pl.String), "tied": pl.Boolean, "window": pl.Int64},
+    "timing": {
+        "pooled_gain_s": pl.Float64,
+        "pooled_error_s": pl.Float64,
+        "output": pl.Int64,
+        "tpot_s": pl.Float64,
+        "base_tpot_s": pl.Float64,
+        "ttft_gain_s": pl.Float64,
+        "tpot_gain_s": pl.Float64,
+    },
+    "gains": {"ops": pl.List(pl.String)},
+    "solutions": {
+        "predicted_gain_error": pl.Float64,
+        "effective_bits": pl.Float64,
+        "weight_bytes": pl.Float64,
+        "output": pl.Float64,
+        "base_tpot_s": pl.Float64,
+        "predicted_tpot_s": pl.Float64,
+        "cache_bytes": pl.Float64,
+        "base_cache_bytes": pl.Float64,
+    },
 }
 
 
@@ -206,7 +240,13 @@ def validate(name: str, frame: pl.DataFrame) -> pl.DataFrame:
 
     Raises MpqError that names the missing columns or the one that cannot be cast.
     """
-    schema, frame = SCHEMAS[name], upgraded(name, frame)
+    schema = SCHEMAS[name]
+    try:
+        frame = upgraded(name, frame)
+    except pl.exceptions.PolarsError as error:
+        raise MpqError(
+            f"The {name} table has a column of the wrong type: {str(error).splitlines()[0]}."
+        ) from None
     missing = [column for column in schema if column not in frame.columns]
     if missing:
         raise MpqError(

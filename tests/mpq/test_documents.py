@@ -24,6 +24,7 @@ from mpq.program.plan import Plan
 from mpq.report.runs import read_run, write_run
 from mpq.spec import parse_text
 from mpq.store.entries import Damaged, Store, TableRef
+from mpq.store.tables import table
 
 DEEP = b"[" * 200_000
 QUICKLY = settings(
@@ -208,8 +209,9 @@ def test_a_plan_of_other_types(field: str, value: Any) -> None:
 def test_records_of_runs(draw: st.DataObject, tmp_path: Path) -> None:
     """run.json: the run's tables, or one sentence, for a report and for the listing of a store."""
     store = Store((tmp_path / "store").as_uri())
-    refs = [store.write_table("gains", "k1", FRAME), store.write_table("gains", "k2", FRAME)]
-    write_run(tmp_path, "nightly", {"model": "tiny"}, {"gains": refs})
+    frame = table("loss", [{"n_samples": 1, "mean_square_loss": 4.0, "mean_loss": 2.0}])
+    refs = [store.write_table("loss", "k1", frame), store.write_table("loss", "k2", frame)]
+    write_run(tmp_path, "nightly", {"model": "tiny"}, {"loss": refs})
     file = tmp_path / "run.json"
     file.write_bytes(damaged(file.read_bytes(), draw))
     told(lambda: read_run(tmp_path))
