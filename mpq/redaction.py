@@ -14,6 +14,10 @@ HIDDEN = "***"
 
 # scheme://user:password@host; a port is none, nor is the `::` of a chained URL, nor abfs' container@account
 _USERINFO = re.compile(r"://[^\s/:@]*:(?!:|\d+(?:/|$))[^\s@]*@(?:[^\s/@]*@)*")
+# https://token@host and s3://key@bucket: no password, but no mere name either, as it is in ssh://user@host; what is before the @
+# is a container in abfs, and in hf://org/name@revision it is behind the host
+_SECRET_USER = r"(?:[hH][tT][tT][pP][sS]?|[sS]3[aA]?)://"
+_TOKEN = re.compile(rf"({_SECRET_USER})[^\s/?#:@]+@(?:[^\s/?#@]*@)*")
 _NAME = (
     r"(?:sig|sas|key|pwd?|auth|"
     r"[\w.-]*(?:secret|passw|token|signature|credential|access_?key|account_?key|api_?key|[-_]key)[\w.-]*)"
@@ -35,9 +39,11 @@ _SHORTEST = 8  # a shorter value is as likely a word of the message
 
 
 def has_credentials(url: str) -> bool:
-    """Whether a URL carries a password (`user:password@`) or a parameter that is a key, a token or a signature."""
+    """Whether a URL carries a password (`user:password@`), a token or key as the user, or a parameter that is one of these or a
+    signature."""
     query = url.partition("://")[2].partition("?")[2]  # a `?` before is no URL's
-    return bool(_USERINFO.search(url) or (query and _PARAMETER.search("?" + query)))
+    in_front = _USERINFO.search(url) or _TOKEN.search(url)
+    return bool(in_front or (query and _PARAMETER.search("?" + query)))
 
 
 def without_credentials(url: str) -> str:
@@ -56,7 +62,7 @@ def _any_case(pattern: str) -> str:
 
 # what `without_credentials` takes, in the dialect of JSON schemas, which is JavaScript's as well: no flags
 PUBLIC_PATTERN = (
-    rf"^(?![\s\S]*{_USERINFO.pattern})"
+    rf"^(?![\s\S]*{_USERINFO.pattern})(?![\s\S]*{_TOKEN.pattern})"
     rf"(?![\s\S]*://[^?]*\?(?:[\s\S]*[?&;,\s'\"(])?{_any_case(_NAME)}=[^&;,\s'\")])"
 )
 
@@ -66,6 +72,7 @@ def redact(text: str) -> str:
     for value in sorted(_environment(), key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     text = _USERINFO.sub(f"://{HIDDEN}@", text)
+    text = _TOKEN.sub(rf"\1{HIDDEN}@", text)
     return _PARAMETER.sub(rf"\1{HIDDEN}", text)
 
 

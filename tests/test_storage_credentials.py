@@ -14,6 +14,8 @@ from mpq.redaction import has_credentials, redact
 from mpq.spec import TextSpec, parse_spec
 from mpq.store.entries import Store
 
+TOKEN = "hf_planted"
+
 
 def test_credentials_in_a_checkpoints_url_are_refused() -> None:
     """Before anything is asked of the server, wherever a checkpoint's URL is taken from."""
@@ -40,6 +42,20 @@ def test_a_connection_string_that_is_none(monkeypatch: pytest.MonkeyPatch) -> No
         ("https://host/x?sv=2024&sig=abcdefgh%3D", True),
         ("https://host/x?X-Amz-Signature=0123456789", True),
         ("abfs://c/x?account_key=abcdefgh", True),
+        (f"https://{TOKEN}@host/x", True),
+        (f"HTTPS://{TOKEN}@host:8080/x", True),
+        (f"s3://{TOKEN}@bucket/x", True),
+        (f"s3a://a@{TOKEN}@bucket/x", True),
+        (f"simplecache::https://{TOKEN}@host/x", True),
+        ("hf://org/name@revision", False),
+        ("hf://name@revision", False),
+        ("ssh://me@host/x", False),
+        ("sftp://me@host:22/x", False),
+        ("gs://bucket/x@y", False),
+        ("memory://x@y", False),
+        ("https://host/@org/name@1.2", False),
+        ("https://host?mail=me@home", False),
+        ("s3://bucket/design@2/x", False),
         ("abfs://container@account.dfs.core.windows.net/x", False),
         ("http://host:8080/a@b/c", False),
         ("s3://bucket/design=1/token", False),
@@ -55,7 +71,8 @@ def test_urls_with_credentials(url: str, carries: bool) -> None:
         assert redact(url) == url
         assert Store(url).url == url
         return
-    secret = SECRET if SECRET in url else url.rpartition("=")[2] if "=" in url else "pass"
+    of_url = url.rpartition("=")[2] if "=" in url else "pass"
+    secret = next((s for s in (SECRET, TOKEN) if s in url), of_url)
     spec = {
         "model": {"path": "m"},
         "calibration": {"source": "t"},

@@ -17,6 +17,9 @@ from mpq.urls import PublicUrl
 
 PIECES = [
     "s3",
+    "hTTps",
+    "ssh",
+    "#",
     "://",
     "user",
     ":",
@@ -99,7 +102,7 @@ def test_no_url_of_a_spec_is_kept_with_credentials(at: tuple[str, ...]) -> None:
         return whole
 
     assert not validation.validate(spec("tcp://host:1"), schema)
-    for url in ("s3://a:secret@bucket/x", "https://host/x?sig=secret"):
+    for url in ("s3://a:secret@bucket/x", "https://secret@host/x", "https://host/x?sig=secret"):
         with pytest.raises(validation.ValidationError):
             validation.validate(spec(url), schema, raise_on_error=True)
 
