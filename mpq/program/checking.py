@@ -65,7 +65,7 @@ def delivered(
         kl_bound=bound,
         risk=plan.risk if plan.risk is None else risk(costs, plan.budgets),
         checked_kl=own.kl,
-        checked_kl_error=HALF * own.error,
+        checked_kl_error=None if own.error is None else HALF * own.error,
         provenance=plan.provenance | {"check": {"text": text, "rounds": tried, "note": note}},
     )
 

@@ -52,13 +52,15 @@ def gains_et(
     signature's configurations say of it: design.complete). A configuration measured twice counts
     as it was the last time, unless pooled. What `allowed` rules out is left out, and groups that a
     tie joins are one, whose gain and loss add. Of times of whole answers the columns `ttft_gain` and
-    `tpot_gain` (s) say what the first token gains, and each one after it. Raises MpqError where that leaves a group nothing.
+    `tpot_gain` (s) say what the first token gains, and each one after it. Raises MpqError where that leaves a group nothing,
+    and for times that were measured beside another base.
     """
     costs = Costs(sensitivity, noise_model, base)
     if bound == "pooled" and "pooled_gain_s" not in timing.columns:
         raise MpqError(
             "The timing table has no pooled gains: expected what design.complete makes of it, or another bound."
         )
+    _check_base(timing, base)
     measured: dict[str, dict[tuple[str, ...], tuple[float, ...]]] = {}
     parts_of, more = (_parts, _PARTS) if answers(timing) else (lambda *_: (), ())
     for row in timing.iter_rows(named=True):
@@ -91,6 +93,17 @@ def gains_et(
             )
         parts.append(_Part(group["group"], tuple(group["op"]), rows))
     return _table("et", _joined(parts, allowed) if allowed else parts, more)
+
+
+def _check_base(timing: pl.DataFrame, base: str) -> None:
+    """Raise MpqError where what gains nothing for certain, since it is the base of the timing table, is not all in `base`."""
+    certain = pl.all_horizontal(pl.col("gain_s", "gain_ci_low_s", "gain_ci_high_s") == 0.0)
+    for configuration in timing.filter(certain)["configuration"]:
+        if set(configuration) != {base}:
+            raise MpqError(
+                f"The timing table's gains are counted from {' '.join(dict.fromkeys(configuration))}, not from {base}: "
+                "give the base that was timed, or measure times beside this one."
+            )
 
 
 def _parts(row: Mapping[str, Any], bound: str) -> tuple[float, float]:

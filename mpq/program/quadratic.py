@@ -72,7 +72,6 @@ def solve_signed(
         best,
         terms.mse(program.best),
         bound,
-        (bound - best) / abs(best) if best else (math.inf if bound > 0 else 0.0),
         "optimal" if answer.finished and math.isfinite(bound) else "time_limit",
         used,
         time.perf_counter() - start,

@@ -99,7 +99,6 @@ def solve_within(
         best,
         total(rows[0].values, answer.plan),
         bound,
-        (bound - best) / abs(best) if best else 0.0,
         "optimal" if answer.finished else "time_limit",
         used,
         time.perf_counter() - start,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -36,18 +36,23 @@ BEAMS = (2_000, 200_000)  # states: a narrow front for a good incumbent first
 
 @dataclass(frozen=True)
 class Solution:
-    """One row of each group, within the budget. `solver` 'presolve': none was needed; `bound` is an upper bound of the
-    gain, `gap` = (bound - gain) / |gain|."""
+    """One row of each group, within the budget. `solver` 'presolve': none was needed; `bound` is an upper bound of the gain,
+    `gap` = (bound - gain) / |gain|: of a plan that gains nothing infinite, unless nothing can be gained."""
 
     chosen: tuple[int, ...]
     gain: float
     cost: float
     bound: float
-    gap: float
+    gap: float = field(init=False)
     status: Literal["optimal", "time_limit"]
     solver: Literal["highs", "gurobi", "presolve"]
     seconds: float
     note: str = ""
+
+    def __post_init__(self) -> None:
+        left = self.bound - self.gain
+        gap = left / abs(self.gain) if self.gain else (math.inf if left > 0 else 0.0)
+        object.__setattr__(self, "gap", gap)
 
 
 def solve(
@@ -138,13 +143,11 @@ def solve(
                 f"{used} {what}; the plan found in float64 gains {best_gain:.12g} and is returned"
             )
     bound = best_gain if exact else max(bound, best_gain)
-    gap = (bound - best_gain) / abs(best_gain) if best_gain else (math.inf if bound > 0 else 0.0)
     return Solution(
         tuple(int(r) for r in best),
         best_gain,
         total(cost, best),
         bound,
-        gap,
         "optimal" if finished else "time_limit",
         used,
         time.perf_counter() - start,
