@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -38,7 +39,11 @@ def _bounds(taus: tuple[float, ...]) -> tuple[float, ...]:
                 f"τ must lie between {low:g} and {high:g}, got {tau:g}: "
                 "it is a share of the loss, 0.002 allows 0.2 %"
             )
-    return tuple(sorted(set(taus)))
+    different = tuple(sorted(set(taus)))
+    for one, other in pairwise(different):
+        if f"{one:g}" == f"{other:g}":  # plans are called by it
+            raise ValueError(f"two τ are {one:g} in six digits: leave one of them out")
+    return different
 
 
 def _inside(name: str) -> str:

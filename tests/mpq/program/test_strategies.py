@@ -329,6 +329,13 @@ def test_bad_tau_is_told(tau: float) -> None:
         choose("prefix", "tt", GROUPS, tables("tt"), tau=tau, mean_square_loss=4.0, base="fp32")
 
 
+def test_times_beside_another_base_are_told() -> None:
+    """The timing table's own base gains nothing for certain, by which it is known: gains over another are refused."""
+    ends = pl.col("gain_ci_low_s", "gain_ci_high_s") * (pl.col("gain_s") != 0)
+    with pytest.raises(MpqError, match="counted from fp32, not from bf16"):
+        gains_et(GROUPS, timing().with_columns(ends), sensitivity(), "bf16", "ulp")
+
+
 def test_missing_rows_are_told() -> None:
     """A format that was not calibrated and a signature that was not timed are named."""
     with pytest.raises(MpqError, match=r"no row for .* in int8"):
