@@ -60,17 +60,13 @@ def aimed_at(spec: RunSpec, checkpoint: str | None) -> RunSpec:
         return spec
     name = f"{spec.name}-{checkpoint.rstrip('/').rpartition('/')[2]}"
     # a folder is called by it, whatever others call theirs
-    name = (
-        "".join(c if c.isprintable() else "-" for c in name)
-        .encode()[:_LONGEST]
-        .decode(errors="ignore")
-    )
+    printable = "".join(c if c.isprintable() else "-" for c in name)
+    name = printable.encode()[:_LONGEST].decode(errors="ignore")
     model = spec.model.model_copy(update={"path": checkpoint, "revision": None})
     more: dict[str, Any] = {}
     if spec.export and spec.export.out:
-        more["export"] = spec.export.model_copy(
-            update={"out": f"{spec.export.out.rstrip('/')}/{name}"}
-        )
+        out = f"{spec.export.out.rstrip('/')}/{name}"
+        more["export"] = spec.export.model_copy(update={"out": out})
     return spec.model_copy(update={"name": name, "model": model, **more})
 
 

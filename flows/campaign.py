@@ -55,18 +55,17 @@ def campaign(
         runner: Where to time.
         device_kind: Part of the device's name that must be there.
     """
-    # the text of a run is never read here, its spec wants one
-    text = CalibrationSpec(source="none").model_dump()
     data = {
         "name": "campaign",
         "model": model.model_dump(),
+        # the text of a run is never read here, its spec wants one
+        "calibration": CalibrationSpec(source="none").model_dump(),
+        "objectives": {"et": {"formats": formats}},
         "timing": timing.model_dump(),
+        "store": store,
         "runner": runner.model_dump(),
     }
-    spec = parse_spec(
-        {**data, "calibration": text, "objectives": {"et": {"formats": formats}}, "store": store},
-        "campaign",
-    )
+    spec = parse_spec(data, "campaign")
     with running(spec) as run:
         device = run.architecture.device_name
         if device_kind and device_kind.lower() not in device.lower():

@@ -49,8 +49,8 @@ def checked_plans(
         for objective, of in chosen.items():
             scales[objective] = []
             for limit in run.spec.limits(objective):
-                scale, plan = of_all, of.get(limit.kl)
-                if plan and limit.kl:
+                scale = of_all
+                if limit.kl and (plan := of.get(limit.kl)):
                     if len(rounds) > 1:
                         scale = Scale(plan["kl_scale"], plan["kl_scale_error"])
                     own = known[content_key(plan["formats"])]
@@ -89,16 +89,15 @@ def _measured(
 ) -> dict[str, Measured]:
     """The plans that are not known yet, measured on the text, a task each."""
     new = {key: formats for formats in plans if (key := content_key(formats)) not in known}
-    calls = {
-        f"plan {len(known) + i + 1}": {
+    calls: dict[str, dict[str, Any]] = {}
+    for number, formats in enumerate(new.values(), len(known) + 1):
+        calls[f"plan {number}"] = {
             "weights": run.weights,
             "formats": formats,
             "blocks": text,
             "batch": run.held_out.batch,
-            "what": f"plan {len(known) + i + 1}",
+            "what": f"plan {number}",
         }
-        for i, formats in enumerate(new.values())
-    }
     found = run.map(evaluation.measure_kl, calls) if calls else []
     measured = {}
     for (key, formats), ref in zip(new.items(), found, strict=True):

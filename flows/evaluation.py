@@ -12,9 +12,8 @@ from mpq.tasks import evaluation
 from mpq.tasks.stage import read
 
 Plans = Sequence[dict[str, Any]]
-ByContent = dict[
-    str, Any
-]  # of plans: those with equal formats are evaluated once, whatever made them
+# of plans, by the key of their formats: equal ones are evaluated once, whatever made them
+ByContent = dict[str, Any]
 
 
 def evaluate(run: Run, groups: TableRef, plans: Plans, blocks: TableRef) -> TableRef:
@@ -30,12 +29,14 @@ def evaluate(run: Run, groups: TableRef, plans: Plans, blocks: TableRef) -> Tabl
     native = []
     if "et" in run.objectives:
         kinds, model = dict(read(groups).select("op", "kind").iter_rows()), run.spec.model
-        where, vllm = (kinds, model.base, model.device), run.spec.timing.engine == "vllm"
-        native = [
-            key
-            for key, f in formats.items()
-            if (runs_in_vllm(f, *where) if vllm else run.place.ask(runs_natively, f, *where))
-        ]
+        where = kinds, model.base, model.device
+        for key, f in formats.items():
+            if run.spec.timing.engine == "vllm":
+                runs = runs_in_vllm(f, *where)
+            else:
+                runs = run.place.ask(runs_natively, f, *where)
+            if runs:
+                native.append(key)
     timed = [formats[k] for k in native]
     ttft = times_of_plans(run, groups, timed, "TTFT of plans") if timed else None
     rows = []
@@ -72,7 +73,7 @@ def _losses(run: Run, formats: ByContent, names: dict[str, str], blocks: TableRe
         for seed in range(part.seeds)
     }
     results = [found["plan_losses"] for found in run.map(evaluation.evaluate_plan, calls)]
-    return _by_plan(formats, results)
+    return _by_plan(formats, results, part.seeds)
 
 
 def _scores(run: Run, formats: ByContent, names: dict[str, str]) -> ByContent:
@@ -107,9 +108,10 @@ def _scores(run: Run, formats: ByContent, names: dict[str, str]) -> ByContent:
         for task in part.tasks
     }
     results = [found["plan_tasks"] for found in run.map(evaluation.evaluate_plan_task, calls)]
-    return _by_plan(formats, results)
+    return _by_plan(formats, results, part.seeds * len(part.tasks))
 
 
-def _by_plan(formats: ByContent, results: list[TableRef]) -> ByContent:
-    each = len(results) // max(1, len(formats))
-    return {key: results[i * each : (i + 1) * each] for i, key in enumerate(formats)}
+def _by_plan(formats: ByContent, results: list[TableRef], each: int) -> ByContent:
+    """Results in the order of the plans, `each` many of one after the other. Raises ValueError for another number of them."""
+    parts = (results[at : at + each] for at in range(0, len(results), each))
+    return dict(zip(formats, parts, strict=True))

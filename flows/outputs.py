@@ -109,18 +109,12 @@ def publish(
         description=f"Frontier: {spec.name}",
     )
     for key, stored in (("report", f"; in the store: {drawn['report'].uri}"), ("plan", "")):
-        path = Path(out[key]).absolute()
-        create_link_artifact(
-            path.as_uri(),
-            str(path),
-            key=key,
-            description=f"{key.capitalize()}: {spec.name}{stored}",
-        )
+        path, what = Path(out[key]).absolute(), f"{key.capitalize()}: {spec.name}{stored}"
+        create_link_artifact(path.as_uri(), str(path), key=key, description=what)
 
 
 def rows_for_people(frame: pl.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table with four significant digits."""
-    rows: list[dict[str, Any]] = json.loads(
-        frame.with_columns(cs.float().round_sig_figs(4)).write_json()
-    )
+    rounded = frame.with_columns(cs.float().round_sig_figs(4))
+    rows: list[dict[str, Any]] = json.loads(rounded.write_json())
     return rows

@@ -50,9 +50,7 @@ class Cluster(Place):
 
     shared = True
     kind: str
-    dying: tuple[
-        str, ...
-    ]  # what its exceptions are called, of workers that keep dying under a task
+    dying: tuple[str, ...]  # its exceptions, by name, of workers that keep dying under a task
 
     def __init__(self, runner: Any, device: str):
         self._runner = runner
@@ -103,20 +101,16 @@ class DaskPlace(Cluster):
 
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function` says on a worker that has the device."""
-        where = _offering(self._runner.client) or None
-        return self._runner.client.submit(function, *args, workers=where, pure=False).result(
-            timeout=120
-        )
+        client = self._runner.client
+        where = _offering(client) or None
+        return client.submit(function, *args, workers=where, pure=False).result(timeout=120)
 
 
 def _offering(client: Any) -> list[str]:
     """The addresses of the Dask workers that offer an accelerator just now: some die, others join."""
     workers = client.scheduler_info(n_workers=-1)["workers"]
-    return [
-        a
-        for a, w in workers.items()
-        if (w.get("resources") or {}).get("accel", 0) >= ACCELERATOR["accel"]
-    ]
+    offered = {a: (w.get("resources") or {}).get("accel", 0) for a, w in workers.items()}
+    return [address for address, count in offered.items() if count >= ACCELERATOR["accel"]]
 
 
 class RayPlace(Cluster):
@@ -242,9 +236,8 @@ def _ray(address: str, device: str) -> Iterator[Place]:
 
     try:
         host, _, port = address.removeprefix("ray://").rpartition(":")
-        socket.create_connection(
-            (host, int(port)), timeout=10
-        ).close()  # ray.init would wait for minutes
+        # ray.init would wait for minutes
+        socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(
             address,
             namespace="mpq",

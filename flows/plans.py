@@ -20,8 +20,6 @@ from mpq.tasks.stage import References, read, read_json, read_together
 from mpq.tasks.timing import Wanted
 
 MAKERS = ("mpq", "torch", "transformers", "highspy", "gurobipy")
-
-
 Scales = Mapping[Objective, list[Scale]]  # one for each limit; of an objective that is not there, 1
 
 
@@ -32,16 +30,16 @@ def make_plans(
 
     `scales` are what measured plans say of the predicted KL.
     """
-    if "et" not in run.objectives:
-        objectives = list(run.objectives)
+    objectives = list(run.objectives)
+    if "et" not in objectives:
         built, without = (make(run, objectives, groups, sums) for make in (gains, gains_without))
         return solve(run, objectives, groups, sums, built, scales, without=without), []
-    timed = refined(run, groups, sums, scales)
-    built = gains(run, list(run.objectives), groups, sums, timed)
-    anchor = anchors_of(run, groups, built[list(run.objectives).index("et")]["gains"])
-    without = gains_without(run, list(run.objectives), groups, sums, timed)
-    solved = solve(run, list(run.objectives), groups, sums, built, scales, timed, anchor, without)
-    left = unmeasured_of(run, groups, timed, solved[list(run.objectives).index("et")])
+    timed, et = refined(run, groups, sums, scales), objectives.index("et")
+    built = gains(run, objectives, groups, sums, timed)
+    anchor = anchors_of(run, groups, built[et]["gains"])
+    without = gains_without(run, objectives, groups, sums, timed)
+    solved = solve(run, objectives, groups, sums, built, scales, timed, anchor, without)
+    left = unmeasured_of(run, groups, timed, solved[et])
     if left:
         announce(
             f"{len(left)} configurations of the plans for et are predicted, not measured: "
@@ -142,12 +140,9 @@ def gains_without(
 ) -> list[dict[str, TableRef]]:
     """For each objective, the gains tables in which one rule does not hold, of the rules that rule something out."""
     found: list[dict[str, TableRef]] = [{} for _ in objectives]
+    held = {o: allowed_of(run, groups, o) for o in objectives}
     for rule in rules_of(run.spec.constraints, run.spec.engine):
-        felt = [
-            objective
-            for objective in objectives
-            if allowed_of(run, groups, objective) != allowed_of(run, groups, objective, [rule.name])
-        ]
+        felt = [o for o in objectives if allowed_of(run, groups, o, [rule.name]) != held[o]]
         built = gains(run, felt, groups, sums, timed, [rule.name]) if felt else []
         for objective, table in zip(felt, built, strict=True):
             found[objectives.index(objective)][rule.name] = table["gains"]

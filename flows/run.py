@@ -26,9 +26,8 @@ from mpq.tasks.progress import tracked
 from mpq.tasks.stage import References, Stage
 from mpq.tasks.timing import made_with
 
-Calls = Mapping[
-    str, Mapping[str, Any]
-]  # what sets a task apart from its stage's others → its inputs
+# what sets a task apart from its stage's others → its inputs
+Calls = Mapping[str, Mapping[str, Any]]
 Account = tuple[str, int, int, float]  # stage, tasks, of them cached, seconds
 Listener = Callable[[str, int, int, float], None]
 
@@ -112,9 +111,8 @@ class Subject:
         from mpq.models.checkpoint import load_config
         from mpq.models.stored import stored_formats
 
-        return stored_formats(
-            self.folder, load_config(self.folder, self.spec.model.trust_remote_code)
-        )
+        config = load_config(self.folder, self.spec.model.trust_remote_code)
+        return stored_formats(self.folder, config)
 
     @property
     def _source(self) -> str:
@@ -188,11 +186,8 @@ class Run:
                 future.wait()
                 progress(done, len(futures))
         results = [self.place.result(future) for future in futures]
-        cached = sum(
-            future.state.name == "Cached"
-            for future, result in zip(futures, results, strict=True)
-            if isinstance(result, dict)
-        )
+        ended = zip(futures, results, strict=True)
+        cached = sum(f.state.name == "Cached" for f, result in ended if isinstance(result, dict))
         self._account(name, len(futures), cached, start)
         for detail, result in zip(calls, results, strict=True):
             if isinstance(result, BaseException):

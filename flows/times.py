@@ -36,11 +36,10 @@ def allowed_of(
     lowered = spec.objectives[objective].formats
     formats = {str(kind): of_kind(kind, lowered) for kind in KINDS}
     for kind in KINDS if objective == "et" else ():
-        native = (
-            formats_in_vllm(kind, spec.model.device)
-            if spec.timing.engine == "vllm"
-            else run.place.ask(native_formats, spec.model.device, kind)
-        )
+        if spec.timing.engine == "vllm":
+            native = formats_in_vllm(kind, spec.model.device)
+        else:
+            native = run.place.ask(native_formats, spec.model.device, kind)
         formats[kind] = tuple(f for f in lowered if f in native)
     if objective == "m":
         caches = of_cache(formats.pop("bgemm"))

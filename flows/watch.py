@@ -103,11 +103,9 @@ def _one(path: str, spec: RunSpec, lease_s: float) -> dict[str, Any]:
             raise MpqError(
                 f"{path} changed while it was calibrated: the next run takes it up again."
             )
-        previous = records.latest(result["architecture"])
-        changes = (
-            compare(_plans(previous["plans"]), _plans(result["plan_files"])) if previous else []
-        )
+        previous, changes = records.latest(result["architecture"]), list[Change]()
         if previous:
+            changes = compare(_plans(previous["plans"]), _plans(result["plan_files"]))
             publish_changes(changes, f"{previous['name']} → {aimed.name}")
         records.write(content, result["architecture"], aimed.name, path, result["plan_files"])
     return {

@@ -37,11 +37,8 @@ def exclusive(device: str, alone: bool = True) -> Iterator[None]:
     Non-blocking attempts, so that a waiting task can still be cancelled.
     """
     # two workers may each call their own card `cuda`
-    which = (
-        f"{device}-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
-        if device.startswith("cuda")
-        else device
-    )
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    which = f"{device}-{cards}" if device.startswith("cuda") else device
     name = f"{re.sub(r'[^A-Za-z0-9]+', '-', which).strip('-')}.lock"
     path = private_temporary_folder("devices") / name
     how = fcntl.LOCK_EX if alone or device != "cpu" else fcntl.LOCK_SH
@@ -90,9 +87,9 @@ def identity(device: str | None = None) -> str:
     """The device's name, or without one the versions of mpq's code and torch: equal where tables are interchangeable."""
     from mpq.kernels import device_name
 
-    return (
-        device_name(resolve(device)) if device else f"mpq {_code()[:12]}, torch {version('torch')}"
-    )
+    if device:
+        return device_name(resolve(device))
+    return f"mpq {_code()[:12]}, torch {version('torch')}"
 
 
 def reaches(url: str) -> bool:

@@ -202,25 +202,23 @@ def collect_evaluation(plans: list[dict[str, Any]], ttft: TableRef | None) -> Ou
             "plan_seed": plan["seed"],
         }
         for ref in plan["measured"]:  # task scores name their task, the rest is the held-out text's
-            rows += [
-                {**who, "task": "loss", **row} for row in frames[ref.key].iter_rows(named=True)
-            ]
+            rows += [{**who, "task": "loss"} | row for row in frames[ref.key].iter_rows(named=True)]
         if seconds is not None and plan["ttft"] is not None:
             timed = seconds.row(plan["ttft"], named=True)
-            for metric in ("ttft_s", "gain_s", "gain_ci_low_s", "gain_ci_high_s", "tpot_s"):
+            bases = dict.fromkeys(
+                ("ttft_s", "gain_s", "gain_ci_low_s", "gain_ci_high_s"), "base_ttft_s"
+            )
+            for metric, base in (bases | {"tpot_s": "base_tpot_s"}).items():
                 if metric in timed:
-                    measured = {"metric": metric, "value": timed[metric]}
-                    base = timed[f"base_{'tpot' if metric == 'tpot_s' else 'ttft'}_s"]
-                    beside = {"seed": 0, "base_value": base}
-                    rows.append({**who, "task": "loss", **measured, **beside})
+                    measured = {"metric": metric, "value": timed[metric], "base_value": timed[base]}
+                    rows.append({**who, "seed": 0, "task": "loss", **measured})
     return {"evaluation": table("evaluation", rows)}
 
 
 def _with_template(**inputs: Any) -> Any:
     """Everything, and the page's template."""
-    return inputs, (files("mpq.report") / "templates" / "report.html.j2").read_text(
-        encoding="utf-8"
-    )
+    template = files("mpq.report") / "templates" / "report.html.j2"
+    return inputs, template.read_text(encoding="utf-8")
 
 
 @stage("report", "frontier", name="report", key=_with_template)

@@ -102,9 +102,10 @@ def solve(
     a target.
 
     `limits` are what KL or τ bounds; one under which no plan keeps the `bounds` is left out with a
-    warning; where none has a plan, that is a mistake. `without` are the gains tables in which one rule does not hold, by its name:
-    what each constraint costs goes into a table and each plan's provenance. `scales` are what measured
-    plans say of the predicted KL, one for each limit. `sensitivity` and `effects` tell the loss MSE with rounding's signs. `anchor` is the measured TTFT of the plans of design.anchors.
+    warning; where none has a plan, that is a mistake. `without` are the gains tables in which one rule does not hold, by its
+    name: what each constraint costs goes into a table and each plan's provenance. `scales` are what measured plans say of the
+    predicted KL, one for each limit. `sensitivity` and `effects` tell the loss MSE with rounding's signs. `anchor` is the
+    measured TTFT of the plans of design.anchors.
     """
     from mpq.program.prices import prices
     from mpq.program.signed import signed_loss, warn_few
@@ -113,9 +114,9 @@ def solve(
     from mpq.timing.design import anchors, interaction, neighbours, sums
 
     tables, mean_square = (read(groups), read(gains)), read(loss)["mean_square_loss"][0]
-    signed = (
-        signed_loss(read(sensitivity), read(effects), base) if sensitivity and effects else None
-    )
+    signed = None
+    if sensitivity and effects:
+        signed = signed_loss(read(sensitivity), read(effects), base)
     asked = any(limit.signed for limit in limits)
     if asked and not signed:
         raise MpqError("A bound with signs needs the tables sensitivity and effects: give both.")
@@ -148,9 +149,8 @@ def solve(
     common = min((scale for _, scale in under), key=lambda s: s.value, default=Scale())
     solved = []
     if target and (objective == "et" or target.ttft_ms is None):
-        solved.append(
-            least_loss_plan(objective, *tables, target, solver=solver, scale=common, **how)
-        )
+        least = least_loss_plan(objective, *tables, target, solver=solver, scale=common, **how)
+        solved.append(least)
     if "uniform" in part.strategies:
         solved += uniform_plans(objective, *tables, scale=common, **how)
     refused: list[NoPlan] = []

@@ -47,7 +47,7 @@ def frontier(
 
     from mpq.cli.inventory import read_plan
     from mpq.report.pareto import pareto_of, plan_at, table_of_points
-    from mpq.report.results import OBJECTIVES, table_of
+    from mpq.report.results import OBJECTIVES, base_of, table_of
     from mpq.report.runs import read_run
     from mpq.spec import BoundsSpec
     from mpq.store.handed_in import handed_in
@@ -63,7 +63,7 @@ def frontier(
     bounds = BoundsSpec.model_validate_json(facts["bounds"]) if "bounds" in facts else None
     found = pareto_of(
         tables,
-        facts.get("base", "bf16"),
+        base_of(tables, facts),
         objective=objective,
         cost=cost,
         points=points,

@@ -15,6 +15,8 @@ from statistics import NormalDist, median, stdev
 
 import polars as pl
 
+from mpq.errors import MpqError
+
 # what is known of the spread of ln(measured / predicted) beforehand, and how many plans that knowledge counts as
 PRIOR_SPREAD, PRIOR_PLANS = 0.1, 4
 
@@ -30,16 +32,27 @@ class Scale:
 
 @dataclass(frozen=True)
 class Measured:
-    """A plan (op → format), its KL as predicted at first, and as measured, with its standard error over blocks of text."""
+    """A plan (op → format), its KL as predicted at first, and as measured, with its standard error over blocks of text:
+    None of one block."""
 
     formats: dict[str, str]
     predicted: float
     kl: float
-    error: float
+    error: float | None
 
     def at_most(self, robust: float | None) -> float:
-        """What is held against a bound: the KL, or with `robust` what it is below at that probability."""
-        return self.kl + (NormalDist().inv_cdf(robust) * self.error if robust else 0.0)
+        """What is held against a bound: the KL, or with `robust` what it is below at that probability.
+
+        Raises MpqError for `robust` where the standard error is not known.
+        """
+        if robust is None:
+            return self.kl
+        if self.error is None:
+            raise MpqError(
+                "bound.robust needs the spread of the KL over blocks of text, and plans are measured on one block: "
+                "set evaluation.samples to 2 or more."
+            )
+        return self.kl + NormalDist().inv_cdf(robust) * self.error
 
 
 def fitted(plans: Sequence[Measured]) -> Scale:
@@ -72,7 +85,7 @@ def measured_of(
 ) -> Measured:
     """A plan with what was measured of it block by block."""
     n = len(of_blocks)
-    error = stdev(of_blocks) / math.sqrt(n) if n > 1 else 0.0
+    error = stdev(of_blocks) / math.sqrt(n) if n > 1 else None
     return Measured(dict(formats), predicted, math.fsum(of_blocks) / n, error)
 
 

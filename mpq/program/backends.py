@@ -73,11 +73,9 @@ def ask(
     """
     notes: list[str] = []
     if solver in ("auto", "gurobi"):
+        size = max(program.rows, program.groups + len(program.costs))
         try:
-            if (
-                solver == "auto"
-                and max(program.rows, program.groups + len(program.costs)) > SIZE_LIMITED
-            ):
+            if solver == "auto" and size > SIZE_LIMITED:
                 raise Unavailable(
                     f"{program.rows} variables are more than the {SIZE_LIMITED} of its free licence"
                 )
@@ -98,36 +96,38 @@ def highs_model(program: Program) -> Any:
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = n, groups + k
     lp.col_cost_, lp.col_lower_, lp.col_upper_ = program.gain, np.zeros(n), np.ones(n)
-    lp.row_lower_, lp.row_upper_ = (
-        np.r_[np.ones(groups), np.full(k, -highspy.kHighsInf)],
-        np.ones(groups + k),
-    )
+    lp.row_lower_ = np.r_[np.ones(groups), np.full(k, -highspy.kHighsInf)]
+    lp.row_upper_ = np.ones(groups + k)
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     lp.a_matrix_.start_ = np.arange(n + 1) * (1 + k)
-    lp.a_matrix_.index_ = np.column_stack(
-        (program.group, *(np.full(n, groups + i) for i in range(k)))
-    ).ravel()
+    rows_of_costs = (np.full(n, groups + i) for i in range(k))
+    lp.a_matrix_.index_ = np.column_stack((program.group, *rows_of_costs)).ravel()
     lp.a_matrix_.value_ = np.column_stack((np.ones(n), *program.costs)).ravel()
     lp.integrality_ = [highspy.HighsVarType.kInteger] * n
     lp.sense_ = highspy.ObjSense.kMaximize
-    h = (
-        _Highs()
-    )  # highspy.Highs enables callbacks first, which prints the banner before it can be silenced
-    h.setOptionValue("output_flag", False)  # before all else, or the banner is printed
-    h.setOptionValue("threads", 1)
-    for option in ("mip_rel_gap", "mip_abs_gap"):
-        h.setOptionValue(option, 0.0)
-    for option in (
-        "mip_feasibility_tolerance",
-        "primal_feasibility_tolerance",
-        "dual_feasibility_tolerance",
-    ):
-        h.setOptionValue(option, 1e-10)
-    h.setOptionValue(
-        "small_matrix_value", 1e-12
-    )  # its least; by default costs below 1e-9 would count as none
+    # highspy.Highs enables callbacks first, which prints the banner before it can be silenced
+    h = _Highs()
+    for option, value in {
+        "output_flag": False,  # before all else, or the banner is printed
+        "threads": 1,
+        "mip_rel_gap": 0.0,
+        "mip_abs_gap": 0.0,
+        "mip_feasibility_tolerance": 1e-10,
+        "primal_feasibility_tolerance": 1e-10,
+        "dual_feasibility_tolerance": 1e-10,
+        "small_matrix_value": 1e-12,  # its least; by default costs below 1e-9 would count as none
+    }.items():
+        h.setOptionValue(option, value)
     h.passModel(lp)
     return h
+
+
+def exclude(h: Any, chosen: Ints) -> None:
+    """Cut a plan off in HiGHS: the rows `chosen`, one of each group, not all together again."""
+    import highspy
+
+    n = len(chosen)
+    h.addRow(-highspy.kHighsInf, n - 1.0, n, chosen.astype(np.int32), np.ones(n))
 
 
 def least_violation(program: Program, seconds: float) -> Ints | None:
@@ -149,7 +149,7 @@ def least_violation(program: Program, seconds: float) -> Ints | None:
 def _highs(program: Program, seconds: float) -> Answer:
     import highspy
 
-    h, groups = highs_model(program), program.groups
+    h = highs_model(program)
     deadline, bound = time.perf_counter() + seconds, math.inf
     for _ in range(MAX_CUTS):
         h.setOptionValue("time_limit", h.getRunTime() + max(deadline - time.perf_counter(), 0.1))
@@ -162,9 +162,7 @@ def _highs(program: Program, seconds: float) -> Answer:
         chosen, plan = program.read(np.array(h.getSolution().col_value))
         if program.fits(plan) or not finished:
             return Answer(plan, bound, finished)
-        h.addRow(
-            -highspy.kHighsInf, groups - 1.0, groups, chosen.astype(np.int32), np.ones(groups)
-        )  # not this plan again
+        exclude(h, chosen)
     return Answer(None, bound, False)
 
 
@@ -192,10 +190,10 @@ def _gurobi_model(
         "FeasibilityTol": 1e-9,
         "IntFeasTol": 1e-9,
         "OptimalityTol": 1e-9,
+        "NumericFocus": 2,
+        "Threads": 1,  # ties are broken alike on every machine
     }.items():
         model.setParam(name, value)
-    model.setParam("NumericFocus", 2)
-    model.setParam("Threads", 1)  # ties are broken alike on every machine
     x = list(model.addVars(program.rows, vtype=gp.GRB.BINARY, obj=program.gain.tolist()).values())
     model.ModelSense = gp.GRB.MAXIMIZE
     ends = [*np.flatnonzero(np.diff(program.group, prepend=-1)).tolist(), program.rows]
@@ -216,7 +214,6 @@ def _gurobi_model(
         chosen, plan = program.read(np.array(model.getAttr("X", x)))
         if program.fits(plan) or not finished:
             return Answer(plan, bound, finished)
-        model.addConstr(
-            gp.quicksum(x[i] for i in chosen.tolist()) <= program.groups - 1
-        )  # not this plan again
+        # not this plan again
+        model.addConstr(gp.quicksum(x[i] for i in chosen.tolist()) <= program.groups - 1)
     return Answer(None, bound, False)

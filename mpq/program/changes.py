@@ -53,30 +53,30 @@ def compare(before: Iterable[Plan], after: Iterable[Plan]) -> list[Change]:
             new.objective,
             new.tau,
             new.seed,
-            moved=moves(old[_who(new)], new),
-            gain_before=old[_who(new)].predicted_gain,
+            moved=moves(was, new),
+            gain_before=was.predicted_gain,
             gain_after=new.predicted_gain,
-            loss_mse_before=old[_who(new)].predicted_loss_mse,
+            loss_mse_before=was.predicted_loss_mse,
             loss_mse_after=new.predicted_loss_mse,
         )
         for new in after
-        if _who(new) in old
+        if (was := old.get(_who(new)))
     ]
 
 
 def moves(before: Plan, after: Plan) -> dict[str, tuple[str, str]]:
     """The ops whose format differs, op → (before, after); an op that a plan does not decide is in its base format."""
-    ops = dict.fromkeys([*before.formats, *after.formats])
-    pairs = {
-        op: (before.formats.get(op, before.base), after.formats.get(op, after.base)) for op in ops
-    }
-    return {op: (a, b) for op, (a, b) in pairs.items() if a != b}
+    found = {}
+    for op in dict.fromkeys([*before.formats, *after.formats]):
+        was, now = before.formats.get(op, before.base), after.formats.get(op, after.base)
+        if was != now:
+            found[op] = was, now
+    return found
 
 
 def _who(plan: Plan) -> tuple[object, ...]:
     if not has_tau(plan.strategy):
         return plan.strategy, plan.objective, plan.seed
-    tau = (
-        None if plan.budget is None else plan.tau
-    )  # under KL alone τ hangs on the checkpoint's loss
+    # under KL alone τ hangs on the checkpoint's loss
+    tau = None if plan.budget is None else plan.tau
     return plan.strategy, plan.objective, plan.seed, tau, plan.kl_bound

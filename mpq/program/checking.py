@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,15 +30,15 @@ def delivered(
     if own is None:
         return plan
     bound, chosen, note = plan.kl_bound, plan, ""
+    tried = [
+        (p, m)
+        for p in itertools.chain.from_iterable(rounds)
+        if p.strategy == plan.strategy and (m := found.get(_key(p.formats)))
+    ]
     if plan.strategy.startswith("ip_") and bound is not None:
         budget = math.inf if plan.budget is None else plan.budget
         inside = [
-            p
-            for p in (q for plans in rounds for q in plans)
-            if p.strategy == plan.strategy
-            and p.predicted_loss_mse <= budget
-            and (m := found.get(_key(p.formats))) is not None
-            and m.at_most(robust) <= bound
+            p for p, m in tried if p.predicted_loss_mse <= budget and m.at_most(robust) <= bound
         ]
         if inside:
             best = max(inside, key=lambda p: p.predicted_gain)
@@ -46,16 +47,15 @@ def delivered(
         else:
             note = f"Measured, the plan's KL is {own.at_most(robust) / bound:.2f} times its bound; no plan that was tried is inside."
     own = found[_key(chosen.formats)]
-    tried = [
+    told = [
         {"scale": p.kl_scale, "predicted_kl": p.predicted_kl, "measured_kl": m.kl}
-        for plans in rounds
-        for p in plans
-        if (p.strategy, p.seed, p.kl_bound) == (plan.strategy, plan.seed, bound)
-        and (m := found.get(_key(p.formats))) is not None
+        for p, m in tried
+        if (p.seed, p.kl_bound) == (plan.seed, bound)
     ]
+    loss, half = chosen.predicted_loss_mse, chosen.predicted_loss_mse_error
     costs = {
         "kl": (own.kl, own.error),
-        "loss_mse": (chosen.predicted_loss_mse, _standard(chosen.predicted_loss_mse_error)),
+        "loss_mse": (loss, None if half is None else half / HALF),
     }
     return replace(
         _rescaled(chosen, plan),
@@ -65,8 +65,8 @@ def delivered(
         kl_bound=bound,
         risk=plan.risk if plan.risk is None else risk(costs, plan.budgets),
         checked_kl=own.kl,
-        checked_kl_error=HALF * own.error,
-        provenance=plan.provenance | {"check": {"text": text, "rounds": tried, "note": note}},
+        checked_kl_error=None if own.error is None else HALF * own.error,
+        provenance=plan.provenance | {"check": {"text": text, "rounds": told, "note": note}},
     )
 
 
@@ -87,10 +87,6 @@ def _rescaled(plan: Plan, like: Plan) -> Plan:
         kl_scale=like.kl_scale,
         kl_scale_error=like.kl_scale_error,
     )
-
-
-def _standard(half: float | None) -> float | None:
-    return None if half is None else half / HALF
 
 
 def _key(formats: dict[str, str]) -> tuple[tuple[str, str], ...]:

@@ -14,6 +14,7 @@ import polars as pl
 from mpq.program.anchors import Scale
 from mpq.program.bounds import bound_rows, missed
 from mpq.program.certainty import ERRORS, HALF, risk
+from mpq.program.costs import summed
 from mpq.program.memory import effective_bits, weight_bytes
 from mpq.program.plan import Plan, has_tau
 from mpq.program.rows import Row
@@ -25,9 +26,8 @@ from mpq.timing.plausible import TPOT, implausible
 if TYPE_CHECKING:
     from mpq.spec import BoundsSpec, EngineName
 
-Rows: TypeAlias = dict[
-    tuple[str, ...], Mapping[str, Any]
-]  # configuration → its row of the gains table
+# configuration → its row of the gains table
+Rows: TypeAlias = dict[tuple[str, ...], Mapping[str, Any]]
 Chosen: TypeAlias = dict[int, tuple[str, ...]]  # group → its configuration
 HEURISTIC = {"bound": None, "status": "heuristic", "solver": "none", "seconds": 0.0, "note": ""}
 
@@ -89,8 +89,7 @@ class Program:
 
     def total(self, chosen: Chosen, column: str) -> float | None:
         """The sum of a column over the chosen configurations; None where one of them has none."""
-        values = [self.options[g][c].get(column) for g, c in chosen.items()]
-        return None if None in values else math.fsum(v for v in values if v is not None)
+        return summed([self.options[g][c].get(column) for g, c in chosen.items()])
 
     def sure(self, chosen: Chosen, column: str) -> float:
         """The sum of a column that every row has."""
@@ -160,8 +159,8 @@ class Program:
         costs: dict[str, tuple[float | None, float | None]] = {
             c: (self.total(chosen, c), self.total(chosen, e)) for c, e in ERRORS.items()
         }
-        loss, _ = costs["loss_mse"] = self._loss(chosen)
-        kl, loss_error, kl_error = costs["kl"][0], *(e and HALF * e for _, e in costs.values())
+        loss, loss_error = costs["loss_mse"] = self._loss(chosen)
+        kl, kl_error = costs["kl"]
         doubt = implausible(ttft, self.base_ttft_s, formats.values(), self.base)
         base_tpot = self.further.base_tpot_s if self.further else None
         slow = implausible(tpot, base_tpot, formats.values(), self.base, TPOT)
@@ -191,9 +190,9 @@ class Program:
             base_cache_bytes=self.total(chosen, "base_cache_bytes"),
             engine=self.engine,
             predicted_kl=kl,
-            predicted_kl_error=kl_error,
+            predicted_kl_error=None if kl_error is None else HALF * kl_error,
             predicted_loss_change=kl,
-            predicted_loss_mse_error=loss_error,
+            predicted_loss_mse_error=None if loss_error is None else HALF * loss_error,
             kl_bound=budgets.get("kl"),
             kl_scale=scale.value,
             kl_scale_error=scale.error,

@@ -105,29 +105,26 @@ def allowed(
     rows = of_groups.select("op", "kind", "in_features").rows()
     kinds = {op: kind for op, kind, _ in rows}
     held = cached(groups) if caches else frozenset()
-    may = {
-        op: (
-            base,
-            *(
-                f
-                for f in dict.fromkeys(formats.get(kind, ()))
-                if f != base and _fits(f, k) and (f not in caches or op in held)
-            ),
-        )
-        for op, kind, k in rows
-    }
+    may: dict[str, tuple[str, ...]] = {}
+    for op, kind, k in rows:
+        lower = (f for f in dict.fromkeys(formats.get(kind, ())) if f != base and _fits(f, k))
+        may[op] = (base, *(f for f in lower if f not in caches or op in held))
     if caches and (without := [op for op, kind, _ in rows if kind == "bgemm" and op not in held]):
         log.warning(
             "%s is not for %d products of attention, %s among them: the cache holds a latent there, or keys of several layers.",
-            *(min(caches), len(without), without[0]),
+            min(caches),
+            len(without),
+            without[0],
         )
     for name in dict.fromkeys(f for of in formats.values() for f in of):
-        if unfit := [
-            op for op, kind, k in rows if name in formats.get(kind, ()) and not _fits(name, k)
-        ]:
+        asked = [(op, k) for op, kind, k in rows if name in formats.get(kind, ())]
+        if unfit := [op for op, k in asked if not _fits(name, k)]:
             log.warning(
                 "%s is not for %d ops, %s among them: their inputs are no multiple of %d wide.",
-                *(name, len(unfit), unfit[0], get_scheme(name).weights.block[1]),
+                name,
+                len(unfit),
+                unfit[0],
+                get_scheme(name).weights.block[1],
             )
     why: dict[str, list[str]] = {op: [] for op in may}
     together = nx.Graph()
@@ -144,10 +141,11 @@ def allowed(
         for op in matched:
             if kinds[op] not in formats:
                 continue
-            if not wanted & {base, *formats.get(kinds[op], ())}:
+            measured = dict.fromkeys((base, *formats[kinds[op]]))
+            if not wanted & measured.keys():
                 raise MpqError(
                     f"{op} cannot be in {' or '.join(sorted(wanted))} ({rule.name}): what is "
-                    f"measured of it is {' and '.join(dict.fromkeys((base, *formats.get(kinds[op], ()))))}."
+                    f"measured of it is {' and '.join(measured)}."
                 )
             may[op] = tuple(f for f in may[op] if f in wanted)
             why[op].append(rule.name)

@@ -10,9 +10,8 @@ import polars as pl
 from mpq.errors import MpqError
 
 COSTS = ("loss_mse", "loss_mse_stderr", "kl", "kl_stderr")
-Cost = tuple[
-    float | None, ...
-]  # loss MSE (nats²), KL (nats per token), each with its standard error
+# loss MSE (nats²), KL (nats per token), each with its standard error
+Cost = tuple[float | None, ...]
 Losses = dict[tuple[str, str], float]  # (op, format) → what it costs
 
 
@@ -47,8 +46,9 @@ class Costs:
         return kl
 
     def _sum(self, of: Losses, pairs: Sequence[tuple[str, str]]) -> float | None:
-        found = [0.0 if f == self.base else of.get((op, f)) for op, f in pairs] if of else [None]
-        return None if None in found else math.fsum(v for v in found if v is not None)
+        if not of:
+            return None
+        return summed([0.0 if f == self.base else of.get((op, f)) for op, f in pairs])
 
     def _loss(self, op: str, name: str) -> float:
         if (op, name) not in self.loss:
@@ -62,10 +62,13 @@ class Costs:
 
 def added(costs: Sequence[Cost]) -> Cost:
     """The costs together; unknown where one of them is."""
-    return tuple(
-        None if None in column else math.fsum(v for v in column if v is not None)
-        for column in zip(*costs, strict=True)
-    )
+    return tuple(summed(column) for column in zip(*costs, strict=True))
+
+
+def summed(values: Sequence[float | None]) -> float | None:
+    """The sum, rounded once; None where one of the values is not known."""
+    known = [v for v in values if v is not None]
+    return math.fsum(known) if len(known) == len(values) else None
 
 
 def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:

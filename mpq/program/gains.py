@@ -53,20 +53,23 @@ def gains_et(
     signature's configurations say of it: design.complete). A configuration measured twice counts
     as it was the last time, unless pooled. What `allowed` rules out is left out, and groups that a
     tie joins are one, whose gain and loss add. Of times of whole answers the columns `ttft_gain` and
-    `tpot_gain` (s) say what the first token gains, and each one after it. Raises MpqError where that leaves a group nothing.
+    `tpot_gain` (s) say what the first token gains, and each one after it. Raises MpqError where that leaves a group nothing,
+    and for times that were measured beside another base.
     """
     costs = Costs(sensitivity, noise_model, base)
     if bound == "pooled" and "pooled_gain_s" not in timing.columns:
         raise MpqError(
             "The timing table has no pooled gains: expected what design.complete makes of it, or another bound."
         )
+    _check_base(timing, base)
     measured: dict[str, dict[tuple[str, ...], tuple[float, ...]]] = {}
-    parts_of, more = (_parts, _PARTS) if answers(timing) else (lambda *_: (), ())
+    more = _PARTS if answers(timing) else ()
     for row in timing.iter_rows(named=True):
         unsure = row["gain_ci_low_s"] <= 0 <= row["gain_ci_high_s"]
-        lower = bound == "lower" or (bound == "cautious" and unsure)
-        counts = "pooled_gain_s" if bound == "pooled" else "gain_ci_low_s" if lower else "gain_s"
-        gained = (row[counts], *parts_of(row, bound))
+        counts = "pooled_gain_s" if bound == "pooled" else "gain_s"
+        if bound == "lower" or (bound == "cautious" and unsure):
+            counts = "gain_ci_low_s"
+        gained = (row[counts], *(_parts(row, bound) if more else ()))
         measured.setdefault(row["signature"], {})[tuple(row["configuration"])] = gained
     parts: list[_Part] = []
     for group in _groups(groups):
@@ -76,15 +79,11 @@ def gains_et(
                 f"The timing table has no row for {group['signature']} (group {group['group']}): time that signature."
             )
         options = allowed.options(group["op"]) if allowed else None
-        rows = {
-            formats: (
-                0.0 if set(formats) == {base} else gain,
-                *costs.of(group["op"], formats),
-                *(0.0 if set(formats) == {base} else part for part in of_parts),
-            )
-            for formats, (gain, *of_parts) in of_signature.items()
-            if options is None or formats in options
-        }
+        rows: dict[tuple[str, ...], Cost] = {}
+        for formats, gained in of_signature.items():
+            if options is None or formats in options:
+                gain, *of_parts = (0.0 for _ in gained) if set(formats) == {base} else gained
+                rows[formats] = (gain, *costs.of(group["op"], formats), *of_parts)
         if not rows:
             raise MpqError(
                 f"The timing table has no configuration of {group['signature']} (group {group['group']}) "
@@ -92,6 +91,16 @@ def gains_et(
             )
         parts.append(_Part(group["group"], tuple(group["op"]), rows))
     return _table("et", _joined(parts, allowed) if allowed else parts, more)
+
+
+def _check_base(timing: pl.DataFrame, base: str) -> None:
+    """Raise MpqError where what is all in `base` gains something: then gains were counted from another base."""
+    all_base = pl.col("configuration").list.unique().list.join(" ") == base
+    if timing.filter(all_base, pl.col("gain_s") != 0.0).height:
+        raise MpqError(
+            f"The timing table's gains are not counted from {base}, which gains something in it itself: "
+            "give the base that was timed, or measure times beside this one."
+        )
 
 
 def _parts(row: Mapping[str, Any], bound: str) -> tuple[float, float]:
@@ -119,20 +128,17 @@ def _joined(parts: Sequence[_Part], allowed: Allowed) -> list[_Part]:
     for together in allowed.decisions:
         nx.add_path(graph, [of[op] for op in together if op in of])
     by_group = {part.group: part for part in parts}
-    return [
-        functools.reduce(
-            functools.partial(_join, allowed=allowed), (by_group[g] for g in sorted(joined))
-        )
-        for joined in nx.connected_components(graph)
-    ]
+    join = functools.partial(_join, allowed=allowed)
+    tied = (sorted(numbers) for numbers in nx.connected_components(graph))
+    return [functools.reduce(join, (by_group[g] for g in numbers)) for numbers in tied]
 
 
 def _join(one: _Part, other: _Part, allowed: Allowed) -> _Part:
     ops = (*one.ops, *other.ops)
     options = allowed.options(ops)
-    if len(one.rows) * len(other.rows) > JOINED:
+    if (count := len(one.rows) * len(other.rows)) > JOINED:
         raise MpqError(
-            f"A tie joins groups with {len(one.rows) * len(other.rows):,} configurations together "
+            f"A tie joins groups with {count:,} configurations together "
             f"({one.ops[0]} … {other.ops[-1]}): tie fewer ops."
         )
     rows = {
@@ -227,17 +233,13 @@ def _by_decision(
     parts = []
     for together in decisions:
         first = rows[together[0]]
-        # of memory, attention's products have what their cache is stored in alone
-        fitting = (
-            of_cache(free)
-            if objective == "m" and first["kind"] == "bgemm"
-            else of_kind(first["kind"], free)
-        )
-        may = (
-            allowed.formats[first["op"]]
-            if allowed
-            else tuple(dict.fromkeys((costs.base, *fitting)))
-        )
+        kind = first["kind"]
+        if allowed:
+            may = allowed.formats[first["op"]]
+        elif objective == "m" and kind == "bgemm":  # of memory, these have their cache alone
+            may = tuple(dict.fromkeys((costs.base, *of_cache(free))))
+        else:
+            may = tuple(dict.fromkeys((costs.base, *of_kind(kind, free))))
         options = {(f,) * len(together): added([worth(op, f) for op in together]) for f in may}
         parts.append(_Part(first["order"], tuple(together), options))
     return _table(objective, parts, tuple(more))
@@ -254,12 +256,8 @@ def _untied(rows: Mapping[str, Mapping[str, Any]], formats: Sequence[str]) -> li
 
 
 def _groups(groups: pl.DataFrame) -> list[dict[str, Any]]:
-    return list(
-        groups.sort("order")
-        .group_by("group", "signature", maintain_order=True)
-        .agg("op", "kind")
-        .iter_rows(named=True)
-    )
+    ordered = groups.sort("order").group_by("group", "signature", maintain_order=True)
+    return list(ordered.agg("op").iter_rows(named=True))
 
 
 def _table(objective: str, parts: Sequence[_Part], more: Sequence[str] = ()) -> pl.DataFrame:
@@ -268,7 +266,7 @@ def _table(objective: str, parts: Sequence[_Part], more: Sequence[str] = ()) -> 
 
     Configurations in which an op overflows are left out with a warning. Raises MpqError where that leaves ops none.
     """
-    rows = []
+    found: list[tuple[_Part, tuple[str, ...], Cost]] = []
     for part in parts:
         finite = {f: worth for f, worth in part.rows.items() if math.inf not in worth}
         if len(finite) < len(part.rows):
@@ -278,24 +276,16 @@ def _table(objective: str, parts: Sequence[_Part], more: Sequence[str] = ()) -> 
             raise MpqError(
                 f"{', '.join(part.ops[:4])} overflow in all that the constraints leave them: allow another format."
             )
-        rows += [(part, formats, worth) for formats, worth in finite.items()]
-    ops = pl.Series("ops", [part.ops for part, *_ in rows], dtype=pl.List(pl.String))
-    behind = [
-        pl.Series(name, [worth[i] for *_, worth in rows], dtype=pl.Float64)
-        for i, name in enumerate(more, 1 + len(COSTS))
+        found += [(part, formats, worth) for formats, worth in finite.items()]
+    names = ("gain", *COSTS, *more)
+    rows: list[dict[str, object]] = [
+        {"objective": objective, "group": part.group, "configuration": list(formats)}
+        | dict(zip(names, worth, strict=True))
+        for part, formats, worth in found
     ]
-    return table(
-        "gains",
-        [
-            {
-                "objective": objective,
-                "group": part.group,
-                "configuration": list(formats),
-                **dict(zip(("gain", *COSTS, *more), worth, strict=True)),
-            }
-            for part, formats, worth in rows
-        ],
-    ).with_columns(ops, *behind)
+    ops = pl.Series("ops", [part.ops for part, *_ in found], dtype=pl.List(pl.String))
+    behind = [pl.Series(name, [row[name] for row in rows], dtype=pl.Float64) for name in more]
+    return table("gains", rows).with_columns(ops, *behind)
 
 
 def solve_table(
@@ -308,7 +298,8 @@ def solve_table(
     """The chosen row of each group of a gains table, and the solution.
 
     `budget` bounds the summed loss MSE (nats²), or each of the columns that it names (loss_mse, kl); `bounds` hold beside it.
-    With the rows' `terms` the loss MSE is that with signs (signed.py), in place of the sum. Raises MpqError for a table that is no program, NoPlan where no plan keeps the bounds.
+    With the rows' `terms` the loss MSE is that with signs (signed.py), in place of the sum. Raises MpqError for a table that
+    is no program, NoPlan where no plan keeps the bounds.
     """
     budgets = budget if isinstance(budget, Mapping) else {"loss_mse": budget}
     group = _checked(gains, tuple(budgets))

@@ -116,7 +116,7 @@ def weight_bytes(groups: pl.DataFrame, formats: Mapping[str, str], base: str) ->
 def weights_of(groups: pl.DataFrame) -> int:
     """How many weights the linears and experts have of their own: what is tied to the embedding is not counted."""
     stored = groups.filter(pl.col("kind").is_in(STORED))
-    own = stored.filter(~pl.col("tied")) if "tied" in stored.columns else stored
+    own = stored.filter(~pl.col("tied").fill_null(False)) if "tied" in stored.columns else stored
     return int(own["parameters"].sum())
 
 

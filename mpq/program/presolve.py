@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +31,8 @@ class Core:
     group: Ints  # 0 … n_groups-1, ascending
     gain: Longs  # above the group's cheapest row
     cost: Longs  # above the group's cheapest row
-    capacity: (
-        np.longdouble
-    )  # of the sum of those costs; one rounding of the budget too wide, never too narrow
+    # of the sum of those costs; one rounding of the budget too wide, never too narrow
+    capacity: np.longdouble
     slack: np.longdouble  # of the sum of those gains: differences below it are rounding
 
     @property
@@ -41,14 +40,8 @@ class Core:
         return np.flatnonzero(np.r_[True, np.diff(self.group) > 0])
 
     def only(self, keep: Mask) -> Core:
-        return Core(
-            self.row[keep],
-            self.group[keep],
-            self.gain[keep],
-            self.cost[keep],
-            self.capacity,
-            self.slack,
-        )
+        kept = {name: getattr(self, name)[keep] for name in ("row", "group", "gain", "cost")}
+        return replace(self, **kept)
 
 
 def total(values: Floats, rows: Ints) -> float:
@@ -63,9 +56,8 @@ def undominated(group: Ints, gain: Floats, cost: Floats, budget: float) -> Core:
     """
     order = np.lexsort((-gain, cost, group))
     rank = np.unique(gain, return_inverse=True)[1].astype(np.int64).ravel()
-    key = (group * (len(gain) + 1) + rank)[
-        order
-    ]  # running maxima of the gain start anew with each group
+    # running maxima of the gain start anew with each group
+    key = (group * (len(gain) + 1) + rank)[order]
     keep = np.r_[True, key[1:] > np.maximum.accumulate(key)[:-1]]
     row = order[keep].astype(np.int64)
     group = group[row]
@@ -146,9 +138,8 @@ def opened(core: Core) -> tuple[Core, Ints]:
     group = np.unique(core.group[at], return_inverse=True)[1].astype(np.int64).ravel()
     first = core.starts[core.group[at]]
     gain, cost = core.gain[at] - core.gain[first], core.cost[at] - core.cost[first]
-    return Core(
-        core.row[at], group, gain, cost, core.capacity - core.cost[core.starts].sum(), core.slack
-    ), at
+    capacity = core.capacity - core.cost[core.starts].sum()
+    return Core(core.row[at], group, gain, cost, capacity, core.slack), at
 
 
 def front(

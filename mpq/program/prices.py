@@ -32,10 +32,12 @@ def prices(
     scale: Scale = Scale(),
     signed: SignedLoss | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each constraint of a plan that the program made: gain, loss MSE and KL (null where not measured) with it, and without it.
+    """A row for each constraint of a plan that the program made: gain, loss MSE and KL (null where not measured) with it, and
+    without it.
 
-    `robust`, `scale` and `signed` are those under which the plan was chosen (strategies.choose). `without` is, for each rule, the gains table in which it does not hold; for et these hold
-    predicted times where the constraints kept configurations from being measured.
+    `robust`, `scale` and `signed` are those under which the plan was chosen (strategies.choose). `without` is, for each rule,
+    the gains table in which it does not hold; for et these hold predicted times where the constraints kept configurations from
+    being measured.
     """
     rows = []
     for name, table, left in _loosened(groups, gains, without, bounds, plan.base):
@@ -46,10 +48,9 @@ def prices(
             chosen, _ = least_cost(table, [*aim, *further], solver)
         else:
             held = held_at(table, robust, plan.budgets) if robust else table
-            held = held.with_row_index()
             terms = signed.terms(choices_of(groups, table)) if signed else None
-            rows_chosen, _ = solve_table(held, plan.budgets, solver, further, terms)
-            chosen = table[rows_chosen["index"].to_list()]
+            _, solution = solve_table(held, plan.budgets, solver, further, terms)
+            chosen = table[list(solution.chosen)]
         rows.append(
             {
                 "strategy": plan.strategy,

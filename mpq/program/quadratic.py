@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mpq.errors import MpqError
-from mpq.program.backends import Answer, ask, highs_model
+from mpq.program.backends import Answer, ask, exclude, highs_model
 from mpq.program.presolve import Floats, Ints, total
 from mpq.program.rows import Linear, Row, clash, keeps
 from mpq.program.signed import Terms
@@ -72,7 +72,6 @@ def solve_signed(
         best,
         terms.mse(program.best),
         bound,
-        (bound - best) / abs(best) if best else (math.inf if bound > 0 else 0.0),
         "optimal" if answer.finished and math.isfinite(bound) else "time_limit",
         used,
         time.perf_counter() - start,
@@ -228,10 +227,7 @@ class _Signed(Linear):
             if y @ y + self.alone[chosen].sum() > 1 + TOUCHING:
                 touch(y)
             else:
-                groups = self.groups
-                h.addRow(
-                    -highspy.kHighsInf, groups - 1, groups, chosen.astype(np.int32), np.ones(groups)
-                )
+                exclude(h, chosen)
 
 
 def _no_plan(program: _Signed, group: Ints, rows: Sequence[Row]) -> NoPlan:

@@ -46,7 +46,7 @@ class Row:
 
     def said(self, value: float) -> str:
         """A value of the row as people read it."""
-        return f"{value / self.per:.6g}{self.unit and ' '}{self.unit}"
+        return f"{value / self.per:.6g} {self.unit}".rstrip()
 
     def over(self, plan: Ints) -> float:
         """By how much a plan exceeds the limit; at most 0 where it keeps it."""
@@ -99,7 +99,6 @@ def solve_within(
         best,
         total(rows[0].values, answer.plan),
         bound,
-        (bound - best) / abs(best) if best else 0.0,
         "optimal" if answer.finished else "time_limit",
         used,
         time.perf_counter() - start,
@@ -116,15 +115,12 @@ class Linear:
         groups = int(group.max()) + 1
         above, left = [], []
         for row in rows:
-            least = np.full(groups, np.inf)
-            np.minimum.at(least, group, row.values)
+            least = _least(row.values, group)
             above.append(row.values - least[group])
             left.append(row.limit + row.slack - math.fsum(least.tolist()))
-        self.possible = all(
-            room >= -ROUNDING * np.abs(row.values).max()
-            for room, row in zip(left, rows, strict=True)
-        )
-        for over, room in zip(above, left, strict=True):
+        self.possible = True
+        for row, over, room in zip(rows, above, left, strict=True):
+            self.possible &= bool(room >= -ROUNDING * np.abs(row.values).max())
             keep &= over <= room + ROUNDING * over.max()
         self.possible &= len(np.unique(group[keep])) == groups
         order = np.flatnonzero(keep)
@@ -135,14 +131,10 @@ class Linear:
         self.live = [i for i, (top, room) in enumerate(zip(most, left, strict=True)) if top > room]
         self.above = [above[i][self.row] for i in self.live]
         self.left = [left[i] for i in self.live]
-        self.costs = np.array(
-            [
-                over / room if room > 0 else over
-                for over, room in zip(self.above, self.left, strict=True)
-            ]
-        ).reshape(len(self.live), self.rows)
-        worst = np.full(groups, np.inf)
-        np.minimum.at(worst, group, gain)
+        pairs = zip(self.above, self.left, strict=True)
+        costs = [over / room if room > 0 else over for over, room in pairs]
+        self.costs = np.array(costs).reshape(len(self.live), self.rows)
+        worst = _least(gain, group)
         lifted = gain[self.row] - worst[self.group]
         self.scale = float(lifted.max()) if self.rows and lifted.max() > 0 else 1.0
         self.gain, self.offset = lifted / self.scale, math.fsum(worst.tolist())
@@ -162,7 +154,15 @@ class Linear:
         return objective * self.scale + self.offset if math.isfinite(objective) else math.inf
 
 
+def _least(values: Floats, group: Ints) -> Floats:
+    """Each group's smallest value, (groups,)."""
+    least = np.full(int(group.max()) + 1, np.inf)
+    np.minimum.at(least, group, values)
+    return least
+
+
 def _most(values: Floats, group: Ints) -> float:
+    """The sum of the groups' largest values, none of which is below zero."""
     most = np.zeros(int(group.max()) + 1 if len(group) else 0)
     np.maximum.at(most, group, values)
     return math.fsum(most.tolist())
@@ -174,9 +174,8 @@ def _settled(program: Linear, solver: SolverName, time_limit_s: float) -> Soluti
     cost, room = (program.above[0], program.left[0]) if program.live else (none, 1.0)
     if room <= 0:  # nothing but the cheapest fits, and Linear kept nothing else
         cost, room = none, 1.0
-    room += ROUNDING * (
-        float(np.abs(cost).max()) + room
-    )  # wide by rounding; the caller looks again
+    # wide by rounding; the caller looks again
+    room += ROUNDING * (float(np.abs(cost).max()) + room)
     found = solve(program.group, gain, cost, room, solver=solver, time_limit_s=time_limit_s)
     chosen = program.row[list(found.chosen)]
     spent = total(program.limits[0].values, chosen)
@@ -196,8 +195,8 @@ def clash(group: Ints, rows: Sequence[Row]) -> NoPlan:
         return NoPlan(f"No plan keeps {bounds}: loosen one.")
     missed = [row for row in clashing if row.over(plan) > 0] or clashing[:1]
     nearest = ", ".join(
-        f"{row.name} {row.said(total(row.values, plan))} ({row.said(row.over(plan))} too "
-        f"{'little' if row.per < 0 else 'much'})".replace("(-", "(")
+        f"{row.name} {row.said(total(row.values, plan))} "
+        f"({row.said(row.over(plan)).removeprefix('-')} too {'little' if row.per < 0 else 'much'})"
         for row in missed
     )
     together = " together" if len(clashing) > 1 else ""
@@ -228,8 +227,7 @@ class _Elastic(Linear):
         self.gain, self.scale, self.offset = np.zeros(self.rows), 1.0, 0.0
         costs = []
         for row in rows:
-            least = np.full(self.groups, np.inf)
-            np.minimum.at(least, group, row.values)
+            least = _least(row.values, group)
             above = (row.values - least[group])[self.row]
             room = row.limit + row.slack - math.fsum(least.tolist())
             span = max(_most(above, self.group), abs(room)) or 1.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -36,18 +36,23 @@ BEAMS = (2_000, 200_000)  # states: a narrow front for a good incumbent first
 
 @dataclass(frozen=True)
 class Solution:
-    """One row of each group, within the budget. `solver` 'presolve': none was needed; `bound` is an upper bound of the
-    gain, `gap` = (bound - gain) / |gain|."""
+    """One row of each group, within the budget. `solver` 'presolve': none was needed; `bound` is an upper bound of the gain,
+    `gap` = (bound - gain) / |gain|: of a plan that gains nothing infinite, unless nothing can be gained."""
 
     chosen: tuple[int, ...]
     gain: float
     cost: float
     bound: float
-    gap: float
+    gap: float = field(init=False)
     status: Literal["optimal", "time_limit"]
     solver: Literal["highs", "gurobi", "presolve"]
     seconds: float
     note: str = ""
+
+    def __post_init__(self) -> None:
+        left = self.bound - self.gain
+        gap = left / abs(self.gain) if self.gain else (math.inf if left > 0 else 0.0)
+        object.__setattr__(self, "gap", gap)
 
 
 def solve(
@@ -70,11 +75,8 @@ def solve(
     zero, and a budget below the sum of the groups' smallest costs.
     """
     start = time.perf_counter()
-    group, gain, cost = (
-        np.asarray(group),
-        np.asarray(gain, np.float64),
-        np.asarray(cost, np.float64),
-    )
+    group = np.asarray(group)
+    gain, cost = np.asarray(gain, np.float64), np.asarray(cost, np.float64)
     check(group, gain, cost, budget, solver, time_limit_s)
     number = np.unique(group, return_inverse=True)[1].astype(np.int64).ravel()
     core = undominated(number, gain, cost, budget)
@@ -86,14 +88,11 @@ def solve(
     def offer(plan: Ints, of: Core) -> bool:
         nonlocal best, best_gain
         rows = of.row[plan]
-        merit = (
-            total(gain, rows),
-            -total(cost, rows),
-        )  # of two plans that gain the same, the cheaper
-        fits = -merit[1] <= budget
-        if fits and merit > (best_gain, -total(cost, best)):
-            best, best_gain = rows, merit[0]
-        return fits
+        gained, spent = total(gain, rows), total(cost, rows)
+        # of two plans that gain the same, the cheaper
+        if spent <= budget and (gained, -spent) > (best_gain, -total(cost, best)):
+            best, best_gain = rows, gained
+        return spent <= budget
 
     multiplier, ceiling, plan = relax(core)
     offer(plan, core)
@@ -104,9 +103,8 @@ def solve(
         core, at = fix(core, multiplier, ceiling, best)
         incumbent = core.gain[at].sum()
         # a bound that the incumbent reaches leaves nothing to find
-        exact = len(core.row) == len(at) or ceiling - incumbent <= min(
-            float(core.slack), 1e-15 * abs(best_gain)
-        )
+        rounding = min(float(core.slack), 1e-15 * abs(best_gain))
+        exact = len(core.row) == len(at) or ceiling - incumbent <= rounding
         if not exact:
             plans, exact = front(core, incumbent, beam, start + time_limit_s / 2)
             fitting = [offer(plan, core) for plan in plans]
@@ -120,31 +118,24 @@ def solve(
     if len(core.row) > len(core.starts) and (solver != "auto" or not exact):
         seconds = max(start + time_limit_s - time.perf_counter(), 0.1)
         used, answer, notes = ask(solver, _Program(core, cost, budget), seconds)
-        said = -math.inf
+        said, what = -math.inf, "found no plan within the budget"
         if answer.plan is not None:
             said = total(gain, core.row[answer.plan])
+            what = f"gained {said:.12g}"
             offer(answer.plan, core)
         if not exact:
             bound, finished = min(bound, base + answer.bound), answer.finished
-        if answer.finished and best_gain - said > 1e-9 * max(
-            abs(best_gain), float(core.gain.max())
-        ):
-            what = (
-                f"gained {said:.12g}"
-                if answer.plan is not None
-                else "found no plan within the budget"
-            )
+        tolerated = 1e-9 * max(abs(best_gain), float(core.gain.max()))
+        if answer.finished and best_gain - said > tolerated:
             notes.append(
                 f"{used} {what}; the plan found in float64 gains {best_gain:.12g} and is returned"
             )
     bound = best_gain if exact else max(bound, best_gain)
-    gap = (bound - best_gain) / abs(best_gain) if best_gain else (math.inf if bound > 0 else 0.0)
     return Solution(
         tuple(int(r) for r in best),
         best_gain,
         total(cost, best),
         bound,
-        gap,
         "optimal" if finished else "time_limit",
         used,
         time.perf_counter() - start,
@@ -158,8 +149,9 @@ class NoPlan(MpqError):
 
 def no_plan(budget: float, least: float, of: str = "") -> NoPlan:
     """The sentence for a budget `of` something that the cheapest plan, which costs `least`, exceeds."""
+    told = f"{budget:.6g} {of}".rstrip()
     return NoPlan(
-        f"No plan fits the budget {budget:.6g}{of and ' '}{of}: the cheapest costs {least:.6g}, with the least costly "
+        f"No plan fits the budget {told}: the cheapest costs {least:.6g}, with the least costly "
         "configuration of every group. Raise the bound, or add a configuration that costs less."
     )
 
@@ -199,11 +191,8 @@ class _Program:
     def __init__(self, core: Core, cost: Floats, budget: float) -> None:
         self.core, self.cost, self.budget = core, cost, budget
         self.open, self.places = opened(core)
-        self.group, self.groups, self.rows = (
-            self.open.group,
-            len(self.open.starts),
-            len(self.open.row),
-        )
+        self.group, self.rows = self.open.group, len(self.open.row)
+        self.groups = len(self.open.starts)
         largest, capacity = self.open.gain.max(), self.open.capacity
         self.scale = float(largest) if largest > 0 else 1.0
         self.gain = (self.open.gain / self.scale).astype(np.float64)

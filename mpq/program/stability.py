@@ -71,25 +71,17 @@ def stability(
     draw, number = np.random.default_rng(seed), np.unique(group, return_inverse=True)[1]
     found = []
     for factor in factors:
-        of_draws = []
+        of_draws, error_of = [], sigma / math.sqrt(factor)
         for _ in range(draws):
-            drawn = cost + draw.standard_normal(number.max() + 1)[number] * sigma / math.sqrt(
-                factor
-            )
+            drawn = cost + draw.standard_normal(number.max() + 1)[number] * error_of
             try:
                 rows = solve(group, gain, np.maximum(0.0, drawn), bound).chosen
             except NoPlan:  # all of it looks too dear to this one: nothing is lowered
                 rows = ()
-            of_draws.append(
-                {
-                    (int(group[r]), place, f)
-                    for r in rows
-                    for place, f in enumerate(configurations[r])
-                    if f != base
-                }
-            )
+            taken = ((r, place, f) for r in rows for place, f in enumerate(configurations[r]))
+            of_draws.append({(int(group[r]), place, f) for r, place, f in taken if f != base})
         alike = fmean(_jaccard(a, b) for a, b in itertools.combinations(of_draws, 2))
-        known = HALF * math.fsum(sigma[chosen]) / math.sqrt(factor) / total
+        known = HALF * math.fsum(error_of[chosen]) / total
         found.append(Stability(max(1, round(factor * samples)), alike, known))
     return found
 

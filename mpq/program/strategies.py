@@ -64,8 +64,8 @@ def choose(
         def keeps(chosen: Chosen) -> bool:
             return program.loss(chosen) <= budgets.get("loss_mse", math.inf)
 
-        options, keep = options_of(held), keeps if signed else None
-        chosen = walk(strategy, options, program.base, summed, seed, keep)
+        further = keeps if signed else None
+        chosen = walk(strategy, options_of(held), program.base, summed, seed, further)
         return program.plan(strategy, tau, budgets, chosen, seed, scale=scale)
     terms = signed.terms(choices_of(groups, gains)) if signed else None
     rows, solution = solve_table(held, budgets, solver, program.bound_rows, terms)

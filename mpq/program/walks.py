@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from mpq.formats.scheme import get_scheme, mac_time
 from mpq.program.choice import Chosen, Rows, total_of
@@ -33,12 +33,7 @@ def walk(
     Raises NoPlan where what costs the least is over a budget.
     """
     # base, or where that is ruled out what costs the least
-    chosen = {
-        group: min(
-            of, key=lambda c: (c.count(base) < len(c), *(of[c][column] for column in budgets))
-        )
-        for group, of in options.items()
-    }
+    chosen = {group: _cheapest(of, base, budgets) for group, of in options.items()}
     for column, budget in budgets.items():
         if (least := total_of(options, chosen, column)) > budget:
             name, unit = NAMES[column]
@@ -51,30 +46,26 @@ def walk(
     if strategy == "random":
         random.Random(seed).shuffle(places)
     for group, of in places:
-        candidates = [
-            c
-            for f in _by_speed(options[group], of[0], base)
-            if (c := tuple(f if i in of else g for i, g in enumerate(chosen[group])))
-            in options[group]
-        ]
+        row, others = options[group], {g: c for g, c in chosen.items() if g != group}
+        lowered = (
+            tuple(f if i in of else g for i, g in enumerate(chosen[group]))
+            for f in _by_speed(row, of[0], base)
+        )
+        candidates = [c for c in lowered if c in row]
         if not candidates:
             continue  # an op that cannot be lowered stands in nobody's way
-        others = {g: c for g, c in chosen.items() if g != group}
         left = {column: b - total_of(options, others, column) for column, b in budgets.items()}
-        row = options[group]
-        fitting = next(
-            (
-                c
-                for c in candidates
-                if all(row[c][column] <= b for column, b in left.items())
-                and (keeps is None or keeps({**others, group: c}))
-            ),
-            None,
-        )
-        if fitting is None:
+        fitting = (c for c in candidates if all(row[c][column] <= b for column, b in left.items()))
+        taken = next((c for c in fitting if not keeps or keeps({**others, group: c})), None)
+        if taken is None:
             break
-        chosen[group] = fitting
+        chosen[group] = taken
     return chosen
+
+
+def _cheapest(of: Rows, base: str, columns: Iterable[str]) -> tuple[str, ...]:
+    """The configuration that is all base, else the one that costs least in the first of the columns, then in the next."""
+    return min(of, key=lambda c: (c.count(base) < len(c), *(of[c][column] for column in columns)))
 
 
 def _by_speed(options: Rows, i: int, base: str) -> list[str]:

@@ -94,7 +94,7 @@ def summarize(tables: Tables) -> Summary:
     _say_standings(summary)
     _say_uniform(summary, rows)
     _say_errors(summary, len(known), len(times))
-    _say_bounds(summary, bool(known))
+    _say_bounds(summary, any(has_tau(r["strategy"]) and shares_of_bounds(r) for r in plans))
     return summary
 
 
@@ -227,7 +227,8 @@ def _say_errors(summary: Summary, n_losses: int, n_times: int) -> None:
         )
 
 
-def _say_bounds(summary: Summary, evaluated: bool) -> None:
+def _say_bounds(summary: Summary, held: bool) -> None:
+    """On broken bounds; `held` says whether what was measured could be held against any."""
     over, out = summary.over_bound, summary.out_of_range
     if over:
         worst = max(over, key=_farthest)
@@ -237,7 +238,7 @@ def _say_bounds(summary: Summary, evaluated: bool) -> None:
             f"{_plans(over)} a measured {what}; the farthest is "
             f"{_name(worst)} at {_farthest(worst):.2f} times its bound."
         )
-    elif evaluated:
+    elif held:
         summary.sentences.append("No plan exceeds its bound when measured.")
     if out:
         listed = ", ".join(f"{_name(r)} ({_ratio(r):.2f})" for r in out[:6])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -38,7 +39,11 @@ def _bounds(taus: tuple[float, ...]) -> tuple[float, ...]:
                 f"τ must lie between {low:g} and {high:g}, got {tau:g}: "
                 "it is a share of the loss, 0.002 allows 0.2 %"
             )
-    return tuple(sorted(set(taus)))
+    different = tuple(sorted(set(taus)))
+    for one, other in pairwise(different):
+        if f"{one:g}" == f"{other:g}":  # plans are called by it
+            raise ValueError(f"two τ are {one:g} in six digits: leave one of them out")
+    return different
 
 
 def _inside(name: str) -> str:
@@ -311,6 +316,12 @@ class RunSpec(Strict):
     def _bounded_once(self) -> RunSpec:
         if self.bound and self.taus != RunSpec.model_fields["taus"].default:
             raise ValueError("taus and bound both bound the plans: move taus into bound, as tau")
+        measured_on = self.evaluation or self.calibration
+        if self.bound and self.bound.robust is not None and measured_on.samples == 1:
+            raise ValueError(
+                "bound.robust needs the spread of what is measured over blocks of text: "
+                f"set {'evaluation' if self.evaluation else 'calibration'}.samples to 2 or more"
+            )
         return self
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ NUMBERLESS = (
 def code_version(*entries: str | Callable[..., Any]) -> str:
     """A SHA-256 over the source of everything that `entries` run through: modules by name, or functions.
 
-    A function's own text is in it, those of its module's other functions only as far as it uses them.
+    A function's own text is in it, those of its module's other functions and constants only as far as it uses them.
     """
     digest = hashlib.sha256()
     functions, modules = _reached(entries)
@@ -78,6 +78,7 @@ def _reached(
         texts.add(text)
         tree = ast.parse(text)
         ahead += _imported(tree)
+        texts |= _constants(tree, function)
         for used in _globals(tree, function):
             where = getattr(used, "__module__", None) or ""
             if where == function.__module__ and inspect.isfunction(used):
@@ -99,6 +100,24 @@ def _globals(tree: ast.AST, function: Callable[..., Any]) -> Iterator[Any]:
     for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
         if name in space and (inspect.isroutine(space[name]) or inspect.isclass(space[name])):
             yield inspect.unwrap(space[name])
+
+
+def _constants(tree: ast.AST, function: Callable[..., Any]) -> set[str]:
+    """The statements at the top of a function's module that give names a value which its text uses."""
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    whole = _parsed(inspect.getsourcefile(inspect.unwrap(function)))
+    given = (s for s in whole.body if isinstance(s, ast.Assign | ast.AnnAssign))
+    return {ast.unparse(s) for s in given if named & _targets(s)}
+
+
+def _targets(statement: ast.Assign | ast.AnnAssign) -> set[str]:
+    targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+
+
+@cache
+def _parsed(path: str | None) -> ast.Module:
+    return ast.parse(Path(path).read_text(encoding="utf-8") if path else "")
 
 
 @cache

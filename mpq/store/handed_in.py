@@ -74,6 +74,8 @@ def handed_in(name: str, frame: pl.DataFrame) -> pl.DataFrame:
         raise MpqError(
             f"The {name} table has a row twice: expected each {', '.join(_ONCE[name])} once."
         )
+    if name == "groups" and frame["order"].is_duplicated().any():  # by which gains name ops
+        raise MpqError("The groups table has two ops of one order: expected each op's own place.")
     of_weights = pl.col("kind").is_in(["linear", "experts"])
     if (
         name == "groups"

@@ -83,7 +83,8 @@ def few(pairs: int | np.ndarray) -> np.ndarray:
 
 
 def undisturbed(base_s: np.ndarray, config_s: np.ndarray, calm: np.ndarray) -> np.ndarray:
-    """Which pairs to keep: neither half far above its median, the machine calm meanwhile. At least half are kept always.
+    """Which pairs to keep: neither half far above its median, the machine calm meanwhile. At least half are kept always, and
+    no single pair, whose interval would have no width.
 
     Each half is held against the median of its kind, so a pair is left out for slowness on either side, never for its gain.
     """
@@ -93,7 +94,7 @@ def undisturbed(base_s: np.ndarray, config_s: np.ndarray, calm: np.ndarray) -> n
         # the standard deviation, were they normal
         spread = 1.4826 * np.median(np.abs(seconds - middle))
         keep &= seconds <= max(SLOWEST * middle, middle + SPREADS * spread)
-    if keep.sum() * 2 < len(keep):  # then the machine is simply like that
+    if keep.sum() < max(2, len(keep) / 2):  # then the machine is simply like that
         return np.ones(len(keep), dtype=bool)
     return keep
 

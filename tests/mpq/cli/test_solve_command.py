@@ -197,6 +197,7 @@ def test_any_tables_are_used_or_told(
     [
         ("groups", "op", None, "groups table has a row without a value in op"),
         ("groups", "op", "twice", "groups table has a row twice"),
+        ("groups", "order", 3, "two ops of one order"),
         ("gains", "ops", ["a", "b"], "1 formats for group 0, which has 2 ops"),
         ("groups", "parameters", None, "without a value in parameters"),
         ("groups", "in_features", 0, "a linear without in_features or out_features"),

@@ -181,3 +181,12 @@ def test_what_blocks_say_of_a_plan() -> None:
     assert (measured.kl, measured.error) == (2.5, pytest.approx(spread / 2))
     assert measured.at_most(None) == 2.5
     assert measured.at_most(0.95) == pytest.approx(2.5 + NormalDist().inv_cdf(0.95) * spread / 2)
+
+
+def test_one_block_keeps_no_bound_at_a_probability() -> None:
+    """What was measured on one block of text has no known error: none is told, and nothing is held at a probability."""
+    one = measured_of(plan_of(0.02).formats, 0.02, [0.015])
+    found = delivered(plan_of(0.02), [[plan_of(0.02)]], [one], None, "text")
+    assert (found.checked_kl, found.checked_kl_error, found.risk) == (0.015, None, None)
+    with pytest.raises(MpqError, match=r"evaluation\.samples to 2"):
+        one.at_most(0.95)

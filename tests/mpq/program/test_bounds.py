@@ -155,3 +155,10 @@ def test_plans_without_a_tau_are_compared_too() -> None:
     (change,) = compare([old], [new])
     assert change.moved
     assert change.tau == new.tau != old.tau
+
+
+def test_weights_of_which_no_tie_is_known_are_counted() -> None:
+    """A groups table may leave `tied` empty: bytes and weights are then counted alike, as without the column."""
+    free = GROUPS.drop("tied", strict=False)
+    unknown = free.with_columns(tied=pl.lit(None, pl.Boolean))
+    assert effective_bits(unknown, {}, BASE) == effective_bits(free, {}, BASE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,15 @@ def test_a_bound_that_is_met_exactly() -> None:
     loss = Row("loss MSE", np.array([0.0, 1e-12, 0.0, 1e-12]), 2e-12)
     for rows in ([size, loss], [loss, size], [size]):
         assert solve_within(group, -gain, rows).chosen == (1, 3)
+
+
+def test_the_gap_of_a_plan_that_gains_nothing() -> None:
+    """Where more than nothing could be gained its gap is infinite, as (bound - gain) / gain is; else there is none."""
+    several = [Row(name, np.array([0.0, 2.0, 0.0, 2.0]), 1.0) for name in ("a", "b")]
+    found = solve_within(np.array([0, 0, 1, 1]), np.array([0.0, 1.0, 0.0, 1.0]), several)
+    assert (found.gain, found.bound, found.gap) == (0.0, 0.0, 0.0)
+    assert replace(found, bound=1.0).gap == math.inf
+    assert replace(found, gain=2.0, bound=3.0).gap == 0.5
 
 
 def test_values_that_are_no_numbers() -> None:

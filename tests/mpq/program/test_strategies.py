@@ -8,18 +8,16 @@ from dataclasses import replace
 
 import polars as pl
 import pytest
-from small import small_config
+from small import llama_groups
 
 from mpq.errors import MpqError
-from mpq.models.graph import trace
-from mpq.models.partition import groups_table, partition
 from mpq.program.gains import gains_et, gains_m, gains_tt, solve_table
 from mpq.program.strategies import choose, gain_errors, uniform_plans
 from mpq.store.tables import table
 from mpq.timing.design import choices_of
 
 FORMATS = ["bf16", "fp8_e4m3"]
-GROUPS = groups_table(partition(trace(small_config("llama", num_key_value_heads=2))), 2, 16)
+GROUPS = llama_groups(2, 16)
 
 
 def sensitivity() -> pl.DataFrame:
@@ -329,6 +327,12 @@ def test_bad_tau_is_told(tau: float) -> None:
     """τ must be above zero."""
     with pytest.raises(MpqError, match="above zero"):
         choose("prefix", "tt", GROUPS, tables("tt"), tau=tau, mean_square_loss=4.0, base="fp32")
+
+
+def test_times_beside_another_base_are_told() -> None:
+    """What is all in base gains nothing by definition: gains counted from another base are refused."""
+    with pytest.raises(MpqError, match="not counted from bf16"):
+        gains_et(GROUPS, timing(), sensitivity(), "bf16", "ulp")
 
 
 def test_missing_rows_are_told() -> None:

@@ -115,6 +115,18 @@ def test_warns_where_the_prediction_fails() -> None:
     assert any("above the bound" in w and "ip_tt at τ = 0.002" in w for w in summary.warnings)
 
 
+def test_bounds_on_what_was_not_measured_are_not_called_kept() -> None:
+    """Plans under a bound on KL whose KL nobody measured: no sentence says that all stay inside."""
+    kl = RUN["solutions"].with_columns(budget=pl.lit(None, pl.Float64), kl_bound=pl.lit(0.01))
+    small = pl.when(pl.col("metric") == "loss_mse").then(1e-3 * pl.col("value")).otherwise("value")
+    run, kept = (
+        {**RUN, "evaluation": RUN["evaluation"].with_columns(value=small)},
+        "No plan exceeds",
+    )
+    assert any(kept in s for s in summarize(run).sentences)
+    assert not any(kept in s for s in summarize({**run, "solutions": kl}).sentences)
+
+
 def gaining(**gains: float) -> dict[str, pl.DataFrame]:
     """The run with the same measured time gain (s, ± 1 ms) of each strategy at every τ."""
     run = make_run(layers=2)

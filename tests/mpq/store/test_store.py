@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import logging
 import os
@@ -133,6 +134,20 @@ def test_code_version_sees_the_cpp_beside_a_module(
             kept.cache_clear()
         versions.append(code_version("kernel_of_test"))
     assert len(set(versions)) == 3
+
+
+def test_code_version_sees_the_constants_that_a_function_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A changed constant changes the key of the function that reads it, one that it does not read changes none."""
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = []
+    for i, (used, other) in enumerate(((1, 1), (1, 2), (2, 2))):
+        name = f"constant_of_test_{i}"
+        text = f"USED: int = {used}\nOTHER = {other}\n\n\ndef function():\n    return USED\n"
+        (tmp_path / f"{name}.py").write_text(text)
+        versions.append(code_version(importlib.import_module(name).function))
+    assert versions[0] == versions[1] != versions[2]
 
 
 def test_meta_holds_no_store_url(tmp_path: Path) -> None:

@@ -148,6 +148,13 @@ def test_a_pair_beside_others_is_left_out_and_half_is_always_kept() -> None:
     assert undisturbed(even, even, np.zeros(6, dtype=bool)).all()
 
 
+def test_no_pair_is_left_alone() -> None:
+    """Of two pairs both stay: one alone would give its gain an interval of no width, which counts as certain."""
+    steady = np.ones(2)
+    assert undisturbed(steady, np.array([1.0, 3.0]), np.array([True, False])).all()
+    assert undisturbed(steady, steady, np.array([True, True])).all()
+
+
 def test_gain_is_the_median_difference() -> None:
     """By hand: differences 1, 1, 9 have median 1; equal differences have an interval of no width."""
     assert gain_statistics(np.array([2.0, 3.0, 10.0]), np.array([1.0, 2.0, 1.0]))[0] == 1.0
