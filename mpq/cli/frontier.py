@@ -48,8 +48,7 @@ def frontier(
     from mpq.cli.inventory import read_plan
     from mpq.report.pareto import pareto_of, plan_at, table_of_points
     from mpq.report.results import OBJECTIVES, base_of, table_of
-    from mpq.report.runs import read_run
-    from mpq.spec import BoundsSpec
+    from mpq.report.runs import bounds_of, read_run
     from mpq.store.handed_in import handed_in
 
     if plan is not None and (out is None or out.suffix != ".json"):
@@ -60,7 +59,7 @@ def frontier(
         raise MpqError(f"--picture {picture}: expected a name that ends in .png or .svg.")
     record, tables = read_run(run)
     facts = record["facts"]
-    bounds = BoundsSpec.model_validate_json(facts["bounds"]) if "bounds" in facts else None
+    bounds = bounds_of(facts)
     found = pareto_of(
         tables,
         base_of(tables, facts),

@@ -33,6 +33,7 @@ from mpq.program.solver import NoPlan
 from mpq.program.strategies import head_of
 from mpq.report.pareto import Pareto, pareto_of
 from mpq.report.results import KEYS, OBJECTIVES, Tables, base_of, plan_results, table_of
+from mpq.report.runs import bounds_of
 from mpq.report.sheets import Sheet
 from mpq.spec import BoundsSpec
 
@@ -140,7 +141,7 @@ def beside(frame: pl.DataFrame, file: str, tables: Tables, facts: Mapping[str, s
     _check_values(rows, file, count, 8 / sizes.weights if count == "weight_bytes" else 1.0)
     objective, gains = _gains_with_kl(tables)
     smaller = [sizes.saved(choice) for choice in choices_of(groups, gains)]
-    bounds = BoundsSpec.model_validate_json(facts["bounds"]) if "bounds" in facts else None
+    bounds = bounds_of(facts)
     found = pareto_of(
         {**tables, "gains": gains.with_columns(gain=pl.Series(smaller))},
         base,

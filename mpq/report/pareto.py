@@ -109,7 +109,9 @@ def table_of_points(pareto: Pareto) -> pl.DataFrame:
                 "next_cost": step and step.cost,
             }
         )
-    return pl.DataFrame(rows, infer_schema_length=None)
+    # of a single point nothing is next
+    absent = {"next": pl.String, "next_gain": pl.Float64, "next_cost": pl.Float64}
+    return pl.DataFrame(rows, schema_overrides=absent, infer_schema_length=None)
 
 
 def _sums(gains: pl.DataFrame, point: Point) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ import polars as pl
 from mpq.documents import parse_json
 from mpq.errors import MpqError, first_line
 from mpq.report.results import OBJECTIVES
+from mpq.spec import BoundsSpec
 from mpq.store.entries import Damaged, Store, TableRef
 from mpq.store.handed_in import complete
 from mpq.store.tables import SCHEMAS
@@ -74,6 +75,21 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, pl.DataFrame]]:
             "whole is re-used."
         ) from None
     return record, {kind: _checked(kind, frame) for kind, frame in joined.items()}
+
+
+def bounds_of(facts: Mapping[str, str]) -> BoundsSpec | None:
+    """The bounds on whole plans under which a run was made, None where there were none.
+
+    Raises MpqError where its record has something else in their place.
+    """
+    if "bounds" not in facts:
+        return None
+    try:
+        return BoundsSpec.model_validate_json(facts["bounds"])
+    except ValueError:
+        raise MpqError(
+            f"The run's record has bounds = {facts['bounds']!r}, expected those of a spec in JSON: mend run.json, or run the spec again."
+        ) from None
 
 
 def _checked(kind: str, frame: pl.DataFrame) -> pl.DataFrame:

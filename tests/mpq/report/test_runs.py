@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import polars as pl
@@ -86,6 +87,19 @@ def test_tables_of_earlier_versions_are_read(tmp_path: Path) -> None:
     expected = results_table({**whole, **{kind: old[kind] for kind in LATER}})
     assert results_table(tables).equals(expected)
     assert tables["timing"]["order_measured"].equals(RUN["timing"]["order_measured"])
+
+
+def test_bounds_that_are_none(tmp_path: Path) -> None:
+    """Something else in the place of the run's bounds is told; a run of one plan has a frontier of it alone."""
+    folder = written(tmp_path, RUN)
+    alone = json.loads(CliRunner().invoke(app, ["frontier", str(folder), "--json"]).stdout)
+    assert [(p["gain"], p["next_cost"]) for p in alone["frontier"]] == [(0.0, None)]
+    record = json.loads((folder / "run.json").read_text())
+    for bounds in ("x", '{"bits": 3}'):
+        record["facts"]["bounds"] = bounds
+        (folder / "run.json").write_text(json.dumps(record))
+        done = CliRunner().invoke(app, ["frontier", str(folder)])
+        assert str(done.exception).startswith(f"The run's record has bounds = {bounds!r}, expected")
 
 
 def test_a_run_without_what_a_frontier_is_of(tmp_path: Path) -> None:
