@@ -61,10 +61,8 @@ def handed_in(name: str, frame: pl.DataFrame) -> pl.DataFrame:
     if name == "groups" and frame["order"].is_duplicated().any():  # by which gains name ops
         raise MpqError("The groups table has two ops of one order: expected each op's own place.")
     of_weights = pl.col("kind").is_in(["linear", "experts"])
-    if (
-        name == "groups"
-        and frame.filter(of_weights, pl.col("in_features") * pl.col("out_features") == 0).height
-    ):
+    no_size = pl.col("in_features") * pl.col("out_features") == 0
+    if name == "groups" and frame.filter(of_weights, no_size).height:
         raise MpqError(
             "The groups table has a linear without in_features or out_features: expected 1 or more."
         )

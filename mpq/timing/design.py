@@ -153,32 +153,30 @@ def standard_errors(timing: pl.DataFrame, base: str) -> np.ndarray:
     half = ((timing["gain_ci_high_s"] - timing["gain_ci_low_s"]) / 2).to_numpy()
     errors = half / (NORMAL_95 * few(timing["repeats"].to_numpy()))
     lowered = np.array([set(c) != {base} for c in timing["configuration"]])
-    return np.where(
-        lowered, np.maximum(errors, np.median(errors[lowered]) / 2 if lowered.any() else 0.0), 0.0
-    )
+    least = np.median(errors[lowered]) / 2 if lowered.any() else 0.0
+    return np.where(lowered, np.maximum(errors, least), 0.0)
 
 
 def unmeasured(
     timing: pl.DataFrame, groups: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str
 ) -> list[Wanted]:
     """The configurations that plans (op → format) put some group in, and that no row of `timing` has measured."""
-    seen = {
-        (s, tuple(c))
-        for s, c in upgraded("timing", timing)
-        .filter(~pl.col("predicted"))
-        .select("signature", "configuration")
-        .iter_rows()
-    }
-    members = [
-        (signature, rows["op"].to_list())
-        for (_, signature), rows in groups.sort("order").group_by(
-            ["group", "signature"], maintain_order=True
-        )
-    ]
-    wanted = {
-        (s, tuple(plan.get(op, base) for op in ops)): None for plan in plans for s, ops in members
-    }
+    measured = upgraded("timing", timing).filter(~pl.col("predicted"))
+    rows = measured.select("signature", "configuration").iter_rows()
+    seen = {(signature, tuple(c)) for signature, c in rows}
+    members = _ops_of_groups(groups)
+    wanted = dict.fromkeys(
+        (signature, tuple(plan.get(op, base) for op in ops))
+        for plan in plans
+        for signature, ops in members
+    )
     return [w for w in wanted if w not in seen and set(w[1]) != {base}]
+
+
+def _ops_of_groups(groups: pl.DataFrame) -> list[tuple[str, list[str]]]:
+    """Each group's signature and ops, in the model's order."""
+    by_group = groups.sort("order").group_by(["group", "signature"], maintain_order=True)
+    return [(str(signature), rows["op"].to_list()) for (_, signature), rows in by_group]
 
 
 def uncertain(
@@ -290,23 +288,12 @@ def half_widths(
         (r["signature"], tuple(r["configuration"])): (r["gain_ci_high_s"] - r["gain_ci_low_s"]) / 2
         for r in timing.iter_rows(named=True)
     }
-    members = groups.filter(pl.col("signature").is_in(timing["signature"].unique().implode()))
-    ops_of = [
-        (signature, rows["op"].to_list())
-        for (_, signature), rows in members.sort("order").group_by(
-            ["group", "signature"], maintain_order=True
-        )
-    ]
-    out = []
+    timed = groups.filter(pl.col("signature").is_in(timing["signature"].unique().implode()))
+    ops_of, out = _ops_of_groups(timed), []
     for plan in plans:
-        chosen = Counter(
-            (signature, tuple(plan.get(op, base) for op in ops)) for signature, ops in ops_of
-        )
-        out.append(
-            math.hypot(
-                *(count * half[which] for which, count in chosen.items() if set(which[1]) != {base})
-            )
-        )
+        chosen = Counter((s, tuple(plan.get(op, base) for op in ops)) for s, ops in ops_of)
+        lowered = {which: count for which, count in chosen.items() if set(which[1]) != {base}}
+        out.append(math.hypot(*(count * half[which] for which, count in lowered.items())))
     return out
 
 

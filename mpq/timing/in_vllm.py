@@ -37,9 +37,8 @@ def vllm_device_name(device: str = "cpu", threads: int | None = None) -> str:
     return f"{device_name(device, threads)}, vLLM {find_environment().version}"
 
 
-_idle: dict[
-    int | None, EngineProcess
-] = {}  # by threads; kept, since importing vLLM takes longer than many a stage
+# by threads; kept, since importing vLLM takes longer than many a stage
+_idle: dict[int | None, EngineProcess] = {}
 
 
 @contextmanager
@@ -180,7 +179,8 @@ def measure_each_in_vllm(
             if alone:
                 lost[left.pop(0)] = str(why)
             alone = True
-    for place, said in lost.items():
+    if lost:
+        place, said = next(iter(lost.items()))
         signature, configuration = every[place]
         more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise MpqError(
