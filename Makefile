@@ -11,6 +11,8 @@ PEERS = .work/peers
 TORCH ?= torch==2.13.0
 
 export DO_NOT_TRACK = 1
+# what is imported is compiled once, not by each of the tests' hundred processes
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo ops-demo serve-demo engine peers reproduce test faults check install bench bench-gpu docs clean
 

@@ -16,7 +16,7 @@ from prefect.runtime import flow_run
 
 from mpq.flows.checked import checked_plans
 from mpq.flows.evaluation import Plans, evaluate
-from mpq.flows.exporting import check_export, export_plan
+from mpq.flows.exporting import check_caches, check_export, export_plan
 from mpq.flows.outputs import publish, write_outputs
 from mpq.flows.recorded import flow
 from mpq.flows.run import Run, one_by_one, running
@@ -111,6 +111,7 @@ def tables_of(run: Run, evaluate: Evaluate = evaluate) -> Found:
     for objective in run.objectives:  # constraints that no plan keeps are told before the work
         check_possible(read(groups), allowed_of(run, groups, objective), run.spec.constraints)
     check_export(run, groups)
+    check_caches(run, groups)
     sums = sensitivity(run, groups, loaded["calibration"])
     solved, timed = checked_plans(run, groups, sums, loaded["check_text"], loaded["drawn"])
     plan_files = [found["plan_files"] for found in solved]

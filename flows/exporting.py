@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mpq.errors import MpqError
-from mpq.flows.run import Run
+from mpq.flows.run import Run, announce
 from mpq.flows.times import allowed_of
 from mpq.program.plan import Plan, plan_name
 from mpq.spec import Objective
@@ -67,6 +67,26 @@ def _extremes(allowed: Mapping[str, Sequence[str]], to: str) -> Iterator[dict[st
     if to == "mxfp4":  # it holds all layers' experts or none: may they be those of one layer alone?
         first = next((op for op in allowed if ".experts." in op), "").rpartition(".")[0]
         yield {op: may[-1 if op.startswith(first) else 0] for op, may in allowed.items()}
+
+
+def check_caches(run: Run, groups: TableRef) -> None:
+    """Tell of caches that plans may lower and that no export can have, before anything slow.
+
+    Raises MpqError for them where the plans are an engine's, which could not serve them.
+    """
+    from mpq import export
+    from mpq.formats.scheme import of_cache
+
+    if "m" not in run.objectives or not of_cache(run.objectives["m"].formats):
+        return
+    may = allowed_of(run, groups, "m").formats
+    lowered = {op: f for op, of in may.items() for f in of_cache(of)}
+    try:
+        export.check_caches(lowered, run.subject.folder, run.spec.model.trust_remote_code)
+    except MpqError as error:
+        if run.spec.engine != "none":
+            raise
+        announce(f"Plans with lowered caches run in mpq only. {error}")
 
 
 def export_plan(run: Run, file: Path, text: TableRef) -> str:

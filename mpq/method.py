@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from mpq.formats.format import NoiseModel
     from mpq.loss.sensitivity import Measured
     from mpq.models.blocks import Blocks
+    from mpq.program.choice import Facts
     from mpq.program.memory import Requests
     from mpq.program.plan import Plan
     from mpq.program.signed import SignedLoss
-    from mpq.program.solver import SolverName
+    from mpq.program.solver import Solution, SolverName
     from mpq.spec import Objective
 
 Progress = Callable[[int, int], None]  # done, total
@@ -193,25 +194,29 @@ def best_plan(
     return plan
 
 
-def plan_within(
+def plan_of(
+    solution: Solution,
     groups: pl.DataFrame,
     gains: pl.DataFrame,
     loss: pl.DataFrame,
     budget: float,
     base: str,
-    solver: SolverName = "auto",
     cost: Literal["loss_mse", "kl"] = "loss_mse",
     signed: SignedLoss | None = None,
 ) -> Plan:
-    """As best_plan, its bound given as the loss MSE itself (nats²), or as the KL. Raises MpqError for tables of another kind."""
+    """The plan that a solution of the gains table is, found under a bound on the loss MSE itself (nats²) or on the KL.
+
+    Raises MpqError for tables of another kind, and a bound that is not above zero.
+    """
+    from mpq.program.strategies import as_plan
     from mpq.store.handed_in import handed_in
 
     groups, loss = handed_in("groups", groups), handed_in("loss", loss)
     gains = fitting(handed_in("gains", gains), groups)
-    if cost == "kl":
-        return best_plan(groups, gains, loss, None, base, solver, kl=budget)
-    tau = math.sqrt(max(0.0, budget) / loss["mean_square_loss"][0])
-    return best_plan(groups, gains, loss, tau, base, solver, signed=signed)
+    square, objective = loss["mean_square_loss"][0], gains["objective"][0]
+    bound = {"kl": budget} if cost == "kl" else {"tau": math.sqrt(max(0.0, budget) / square)}
+    facts: Facts = {"mean_square_loss": square, "base": base, "signed": signed}
+    return as_plan(objective, groups, gains, solution, **bound, **facts)
 
 
 def fitting(gains: pl.DataFrame, groups: pl.DataFrame) -> pl.DataFrame:

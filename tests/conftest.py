@@ -12,44 +12,56 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # as specs time, one thread; read when torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # tables here are tiny: a second thread only waits for work; read when Polars is imported
 os.environ.setdefault("POLARS_MAX_THREADS", "1")
 
-import preloaded
 import pytest
-import torch
-from small import ROOT
 from xdist.scheduler import LoadFileScheduling
 
-from deployments import processes
-from mpq.errors import MpqError
-from mpq.serving import EngineProcess, find_environment
+if TYPE_CHECKING:
+    from mpq.serving import EngineProcess
 
 # files whose tests ask one process of vLLM: importing it takes longer than they do
-OF_VLLM = ("engine/test_served.py", "engine/test_times.py", "flows/test_serve_demo.py")
+OF_VLLM = (
+    "engine/test_served.py",
+    "engine/test_served_cache.py",
+    "engine/test_times.py",
+    "flows/test_serve_demo.py",
+)
 
 # what is imported stays: looking for garbage among it takes a tenth of the tests' time
 gc.set_threshold(50_000, 20, 50)
 # kept between test runs: C++ takes long to compile
 os.environ["MPQ_CACHE"] = str(Path(tempfile.gettempdir()) / f"mpq-tests-{os.getuid()}")
 
-if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In a process that runs tests; the one that hands them to workers, which wait for it, imports no torch."""
+    if not hasattr(config, "workerinput") and config.option.numprocesses:
+        return
+    import torch
+
+    if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        _interpret_triton()
+
+
+def _interpret_triton() -> None:
     # read when kernels are defined, so before anything else imports Triton in this process
     os.environ.setdefault("TRITON_INTERPRET", "1")
     from triton.runtime import interpreter
 
-    _patch = interpreter._patch_lang_tensor
+    patch = interpreter._patch_lang_tensor
 
-    def _with_index(tensor: Any, scope: Any) -> None:
+    def with_index(tensor: Any, scope: Any) -> None:
         """The interpreter keeps scalars as arrays of one element, which NumPy 2.4 no longer takes for the bound of a range."""
-        _patch(tensor, scope)
+        patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = _with_index
+    interpreter._patch_lang_tensor = with_index
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -80,6 +92,9 @@ def engine() -> Iterator[EngineProcess]:
 
     Nothing is compiled in it, which takes longer than these models run.
     """
+    from mpq.errors import MpqError
+    from mpq.serving import EngineProcess, find_environment
+
     try:
         environment = find_environment()
     except MpqError as why:
@@ -97,6 +112,11 @@ def preloaded_services() -> Iterator[None]:
 
     All of them find the kernels that the tests have compiled.
     """
+    import preloaded
+    from small import ROOT
+
+    from deployments import processes
+
     begin = processes.begin
 
     def forked(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Any:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mpq.models.graph import trace
+from mpq.models.partition import Group, groups_table, partition
 from mpq.spec import RunSpec, parse_spec
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +67,16 @@ MIXTURES: dict[str, dict[str, object]] = {
 def small_config(model_type: str, **more: object) -> AutoConfig:
     """A tiny configuration of the architecture, two layers of hidden size 32."""
     return AutoConfig.for_model(model_type, **{**SMALL, **more})
+
+
+@cache
+def _llama_parts() -> tuple[Group, ...]:
+    return partition(trace(small_config("llama", num_key_value_heads=2)))
+
+
+def llama_groups(batch: int = 1, length: int = 1024) -> pl.DataFrame:
+    """The groups table of a tiny Llama with two heads for keys, traced once for all tests."""
+    return groups_table(_llama_parts(), batch, length)
 
 
 def small_model(

@@ -324,10 +324,10 @@ def solve(
     chosen, solution = solve_table(frame, {cost: budget}, solver, terms=terms)
     summary = {k: v for k, v in asdict(solution).items() if k != "chosen"}
     if plan and groups and loss and base:
-        from mpq.method import plan_within
+        from mpq.method import plan_of
 
         of, drawn = read_frame(groups), read_frame(loss)
-        made = plan_within(of, frame, drawn, budget, the_base(base), solver, cost, signs)
+        made = plan_of(solution, of, frame, drawn, budget, the_base(base), cost, signs)
         write_file(plan, made.to_json().encode())
         summary["plan"] = str(plan)
     emit(chosen, json_, out, "chosen", {**summary, "budget": budget})

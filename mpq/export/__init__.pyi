@@ -4,6 +4,7 @@ from .elsewhere import local_path as local_path
 from .engines import ENGINES as ENGINES
 from .exporting import TARGETS as TARGETS
 from .exporting import WITHOUT_WEIGHTS as WITHOUT_WEIGHTS
+from .exporting import check_caches as check_caches
 from .exporting import check_exportable as check_exportable
 from .exporting import export as export
 from .exporting import reader_of as reader_of

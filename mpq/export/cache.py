@@ -138,7 +138,7 @@ def _check_known(name: str, scheme: str, model: Skeleton) -> None:
         )
     if not model.caches_sized:
         raise MpqError(
-            f"The plan has the cache of {name} in {scheme}, but config.json does not say num_key_value_heads and head_dim once for all layers, as transformers asks for to load such a checkpoint of a {model.model_type}: {_PIN}."
+            f"The plan has the cache of {name} in {scheme}, but config.json does not say num_key_value_heads and head_dim once for all layers, as transformers asks for to load such a checkpoint of a {model.model_type}, so that mpq could not check it (vLLM itself does not ask): {_PIN}."
         )
 
 

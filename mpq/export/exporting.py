@@ -118,6 +118,18 @@ def check_exportable(
     Writing(formats, base, source, to, engine, trust_remote_code)
 
 
+def check_caches(formats: Mapping[str, str], source: Path, trust_remote_code: bool = False) -> None:
+    """Raise MpqError where the caches that `formats` (op → format) lower are such as no export of
+    the checkpoint in the folder `source` can have, whichever plan is made with them."""
+    from mpq.export.cache import caches_of
+    from mpq.export.writing import LAYOUTS, read_source
+
+    to, engine = "compressed-tensors", "vllm"  # alone have caches by layer
+    layout = LAYOUTS[to]
+    _, model = read_source(source, trust_remote_code, layout.as_is)
+    caches_of(formats, model, to, engine, bool(layout.cache))
+
+
 def _require_reader(to: str) -> None:
     if to in NEEDS:
         require(NEEDS[to], "the check of an export")

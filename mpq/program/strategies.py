@@ -72,6 +72,24 @@ def choose(
     return program.plan(strategy, tau, budgets, chosen_of(rows), seed, _facts(solution), scale)
 
 
+def as_plan(
+    objective: str,
+    groups: pl.DataFrame,
+    gains: pl.DataFrame,
+    solution: Solution,
+    *,
+    tau: float | None = None,
+    kl: float | None = None,
+    **facts: Unpack[Facts],
+) -> Plan:
+    """The plan that a solution of a gains table is (solve_table), which was found under τ or a bound
+    on KL (nats per token). Raises MpqError as `choose` does."""
+    budgets = _budgets(gains, tau, kl, facts["mean_square_loss"])
+    program = Program(objective, groups, gains, **facts)
+    tau, chosen = program.tau_of(budgets), chosen_of(gains[list(solution.chosen)])
+    return program.plan(f"ip_{objective}", tau, budgets, chosen, solved=_facts(solution))[0]
+
+
 def _budgets(
     gains: pl.DataFrame, tau: float | None, kl: float | None, mean_square_loss: float
 ) -> dict[str, float]:

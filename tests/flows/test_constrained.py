@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from small import small_spec
+from small import small_model, small_spec
 
 from mpq.errors import MpqError
 from mpq.flows.calibrate import calibrate
@@ -124,3 +125,32 @@ def test_a_run_decides_the_cache_layer_by_layer(tmp_path: Path) -> None:
     assert row["cache_bytes"][0] == loose["cache_bytes"]
     assert row["weight_bytes"][0] == loose["weight_bytes"]
     assert "KV cache (MB)" in Path(result["out"]["report"]).read_text()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "none"])
+def test_a_cache_that_no_export_has_is_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """An OPT's plans of memory are refused for vLLM before any measurement; of no engine they are mpq's own, which is said once."""
+    told, source = list[str](), tmp_path / "opt"
+    small_model("opt", word_embed_proj_dim=32, ffn_dim=64).save_pretrained(source)
+    spec = constrained(
+        tmp_path,
+        timing={"length": 16, "output": 4, "batch": 8},
+        objectives={"m": {"formats": ["int8", "fp8_kv"], "strategies": ["ip"]}},
+        engine=engine,
+    )
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"path": str(source)})})
+    monkeypatch.setattr("mpq.flows.exporting.announce", told.append)
+
+    def measured(*_: object) -> None:
+        raise MpqError("the work began")
+
+    monkeypatch.setattr("mpq.flows.calibrate.sensitivity", measured)
+    why = r"config.json does not say num_key_value_heads .*vLLM itself does not ask"
+    with pytest.raises(MpqError, match=why if engine == "vllm" else "the work began"):
+        calibrate(spec)
+    assert len(told) == (engine == "none")
+    assert all(
+        re.fullmatch(rf"Plans with lowered caches run in mpq only\. .*{why}.*", t) for t in told
+    )

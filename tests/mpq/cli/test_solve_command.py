@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from mpq.cli.main import app
 from mpq.errors import MpqError
+from mpq.program import gains as gains_module
 from mpq.program.plan import Plan
 from mpq.store.tables import table
 
@@ -105,6 +106,25 @@ def test_a_budget_with_signs(
     assert plan.signed
     assert plan.predicted_loss_mse == pytest.approx(mse_of(best))
     assert json.loads(solved(tables, "--json"))["gain"] == max(GAIN.values()), "of the sum, one op"
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_plan_is_solved_once(
+    tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signed: bool
+) -> None:
+    """The plan in the file is the solution that is printed, not another one of the same program."""
+    name, calls = "solve_signed" if signed else "solve", list[object]()
+    solver = getattr(gains_module, name)
+    monkeypatch.setattr(gains_module, name, lambda *a, **k: calls.append(a) or solver(*a, **k))
+    needed = ("groups", "loss", *(("sensitivity", "effects") if signed else ()))
+    of = [v for n in needed for v in (f"--{n}", tables[n])] + ["--signed"] * signed
+    file = tmp_path / "plan.json"
+    told = json.loads(solved(tables, "--plan", file, "--base", "bf16", *of, "--json"))
+    assert len(calls) == 1
+    plan = Plan.from_json(file.read_text())
+    assert (plan.predicted_gain, plan.budget) == (told["gain"], pytest.approx(BUDGET))
+    chosen = [row["ops"][0] for row in told["chosen"] if row["configuration"] == ["int8"]]
+    assert sorted(plan.lowered) == sorted(chosen)
 
 
 @pytest.mark.parametrize(

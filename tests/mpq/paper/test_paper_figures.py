@@ -6,7 +6,9 @@ import math
 import re
 import statistics
 import xml.etree.ElementTree
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -34,20 +36,25 @@ from mpq.report.page import write_report
 
 RUN = add_attention(add_accuracy(make_run(layers=4)))
 NUMBERS = ["1", "2", "3a", "3b", "4", "5", "6", "7", "8", "9"]
-DRAWN = {d.number: d for d in paper_figures(RUN, BASE)}
+
+
+@cache
+def drawings() -> dict[str, Any]:
+    """The run's figures by their numbers."""
+    return {d.number: d for d in paper_figures(RUN, BASE)}
 
 
 def test_every_figure_is_drawn_with_units_on_its_axes() -> None:
     """A whole run has them all, in order; what is measured has a label with a unit, and every strategy of its objective."""
-    assert list(DRAWN) == NUMBERS
-    for number, drawn in DRAWN.items():
+    assert list(drawings()) == NUMBERS
+    for number, drawn in drawings().items():
         assert drawn.figure is not None, drawn.why
         if number in ("2", "6"):
             continue
         for axes in drawn.figure.axes:
             assert re.search(r"\((ms|nats²|MB|points|%|billion BF16 MACs)\)$", axes.get_xlabel())
     for number, own in (("4", "ip_et"), ("5", "ip_et"), ("8", "ip_tt"), ("9", "ip_m")):
-        figure = DRAWN[number].figure
+        figure = drawings()[number].figure
         assert figure is not None
         labels = figure.axes[0].get_legend_handles_labels()[1]
         assert {own, "random", "prefix"} <= set(labels)
@@ -55,7 +62,7 @@ def test_every_figure_is_drawn_with_units_on_its_axes() -> None:
 
 def test_figure_5_draws_the_means() -> None:
     """The integer program's points of figure 5: TTFT, mean accuracy difference over tasks and seeds, found again by hand."""
-    figure = DRAWN["5"].figure
+    figure = drawings()["5"].figure
     assert figure is not None
     drawn = next(c for c in figure.axes[0].containers if c.get_label() == "ip_et").lines[0]
     rows = [
@@ -78,7 +85,7 @@ def test_figure_5_draws_the_means() -> None:
 
 def test_figure_9_is_memory_that_remains() -> None:
     """More is lowered, less memory is left: x is base weights minus the gain, in MB."""
-    figure = DRAWN["9"].figure
+    figure = drawings()["9"].figure
     assert figure is not None
     drawn = next(c for c in figure.axes[0].containers if c.get_label() == "ip_m").lines[0]
     weights = 2 * RUN["groups"]["parameters"].sum()

@@ -6,7 +6,7 @@ import logging
 
 import polars as pl
 import pytest
-from small import MIXTURES, small_config
+from small import MIXTURES, llama_groups, small_config
 
 from mpq.errors import MpqError
 from mpq.method import gains_of, groups_of
@@ -19,7 +19,7 @@ from mpq.spec import ConstraintSpec, parse_spec
 from mpq.store.tables import table
 
 FORMATS = ("int8", "fp8_kv")
-GROUPS = groups_of(small_config("llama", num_key_value_heads=2))  # two layers, heads of 8
+GROUPS = llama_groups()  # two layers, heads of 8
 LAYERS = [[f"model.layers.{i}.self_attn.{x}_matmul" for x in ("qk", "av")] for i in (0, 1)]
 LONG, SHORT = Requests(64, 4096), Requests(1, 2)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from small import MIXTURES, small_config
+from small import MIXTURES, llama_groups, small_config
 
 from mpq.errors import MpqError
 from mpq.models.graph import trace
@@ -21,7 +21,7 @@ from mpq.store.tables import table
 from mpq.timing.design import design
 
 BASE, FORMATS = "bf16", ("int8", "fp8_e4m3")
-GROUPS = groups_table(partition(trace(small_config("llama", num_key_value_heads=2))), 2, 16)
+GROUPS = llama_groups(2, 16)
 BOTH = {"linear": FORMATS, "bgemm": FORMATS}
 
 

@@ -8,18 +8,16 @@ from dataclasses import replace
 
 import polars as pl
 import pytest
-from small import small_config
+from small import llama_groups
 
 from mpq.errors import MpqError
-from mpq.models.graph import trace
-from mpq.models.partition import groups_table, partition
 from mpq.program.gains import gains_et, gains_m, gains_tt, solve_table
 from mpq.program.strategies import choose, gain_errors, uniform_plans
 from mpq.store.tables import table
 from mpq.timing.design import choices_of
 
 FORMATS = ["bf16", "fp8_e4m3"]
-GROUPS = groups_table(partition(trace(small_config("llama", num_key_value_heads=2))), 2, 16)
+GROUPS = llama_groups(2, 16)
 
 
 def sensitivity() -> pl.DataFrame:

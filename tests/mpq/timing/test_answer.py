@@ -10,10 +10,9 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from small import small_config, small_model
+from small import llama_groups, small_config, small_model
 
 from mpq.errors import MpqError
-from mpq.method import groups_of
 from mpq.program.gains import gains_et
 from mpq.program.strategies import choose
 from mpq.running.apply import Mixed
@@ -27,7 +26,7 @@ from mpq.timing.gain_model import GainModel
 from mpq.timing.measure import measure, measure_ttft, timing_model
 
 CONFIG = small_config("llama", num_key_value_heads=2, max_position_embeddings=128)
-GROUPS = groups_of(CONFIG, batch=2, length=16)
+GROUPS = llama_groups(2, 16)
 LINEARS = {op: kind for op, kind in GROUPS.select("op", "kind").iter_rows() if kind == "linear"}
 FIRST = GROUPS.group_by("signature").agg(pl.col("group").min())["group"].implode()
 # seconds of one op in the simulated device: of a prefill, and of a token
