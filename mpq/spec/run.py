@@ -337,9 +337,8 @@ class RunSpec(Strict):
                 f"constraints.bounds.min_share: no objective lowers to {unknown[0]}: "
                 f"expected one of {', '.join(self.formats)}"
             )
-        if self.noise_model != "actual" and (
-            blocked := [f for f in self.formats if not get_scheme(f).alike]
-        ):
+        blocked = [f for f in self.formats if not get_scheme(f).alike]
+        if blocked and self.noise_model != "actual":
             raise ValueError(
                 f"noise_model: {self.noise_model} knows no variance of {blocked[0]}, whose scales are of "
                 "blocks or whose activations stay in base: expected actual"

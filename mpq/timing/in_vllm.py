@@ -105,11 +105,10 @@ def _engines(
             return nullcontext(engine) if device == "cpu" else vllm_process(device, clock.threads)
 
         how = base, clock, asked, device, vllm_device_name(device, clock.threads)
-        runner = (
-            Compiled(another, engine, opening, *how)
-            if compiled
-            else Eager(engine, opening, formats, *how)
-        )
+        if compiled:
+            runner: Eager = Compiled(another, engine, opening, *how)
+        else:
+            runner = Eager(engine, opening, formats, *how)
         yield runner
         runner.close()
 
