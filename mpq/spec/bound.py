@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_serializer, model_validator
 
 from mpq.spec.fields import Number, Strict, number
 
@@ -128,6 +128,11 @@ class BoundSpec(Strict):
         le=100,
         description="Rounds of measuring the KL of what was chosen and solving again, at most; 0: predictions are trusted",
     )
+
+    @field_serializer("perplexity")
+    def _as_written(self, shares: tuple[float, ...] | None) -> list[float | str] | None:
+        """Shares of a tenth and more with their sign, without which they would be asked about when they are read again."""
+        return None if shares is None else [f"{100 * x} %" if x >= 0.1 else x for x in shares]
 
     @model_validator(mode="after")
     def _together(self) -> BoundSpec:
