@@ -310,6 +310,12 @@ class RunSpec(Strict):
     def _bounded_once(self) -> RunSpec:
         if self.bound and self.taus != RunSpec.model_fields["taus"].default:
             raise ValueError("taus and bound both bound the plans: move taus into bound, as tau")
+        measured_on = self.evaluation or self.calibration
+        if self.bound and self.bound.robust is not None and measured_on.samples == 1:
+            raise ValueError(
+                "bound.robust needs the spread of what is measured over blocks of text: "
+                f"set {'evaluation' if self.evaluation else 'calibration'}.samples to 2 or more"
+            )
         return self
 
     @model_validator(mode="after")

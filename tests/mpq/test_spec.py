@@ -81,6 +81,10 @@ def test_examples_are_valid() -> None:
         ({"taus": [0.1, 0]}, "τ must be above zero, got 0"),
         ({"taus": [0.01, 0.01000001]}, "two τ are 0.01 in six digits"),
         ({"taus": [-1]}, "τ must be above zero, got -1"),
+        (
+            {"bound": {"kl": 0.01, "robust": 0.95}, "calibration": {"source": "x", "samples": 1}},
+            "calibration.samples to 2 or more",
+        ),
         ({"taus": [float("nan")]}, "τ must be above zero"),
         ({"model": {"path": "x", "base": "int8"}}, "base format must be fp32, bf16 or fp16"),
         ({"calibration": {"source": "x", "samples": 0}}, "calibration.samples"),
