@@ -180,22 +180,22 @@ def solve(
         raise refused[-1]  # of the loosest limit
     errors = gain_errors(tables[0], measured, [plan for plan, _ in solved])
     loosened = {name: read(ref) for name, ref in (without or {}).items()}
-    priced = [
-        prices(
-            plan,
-            *tables,
-            loosened,
-            bounds=bounds,
-            target=target,
-            solver=solver,
-            robust=robust,
-            scale=Scale(plan.kl_scale, plan.kl_scale_error),
-            signed=how["signed"],
-        )
-        if plan.strategy.startswith("ip_")
-        else []
-        for plan, _ in solved
-    ]
+    priced: list[list[dict[str, Any]]] = []
+    for plan, _ in solved:
+        of_plan: list[dict[str, Any]] = []
+        if plan.strategy.startswith("ip_"):
+            of_plan = prices(
+                plan,
+                *tables,
+                loosened,
+                bounds=bounds,
+                target=target,
+                solver=solver,
+                robust=robust,
+                scale=Scale(plan.kl_scale, plan.kl_scale_error),
+                signed=how["signed"],
+            )
+        priced.append(of_plan)
     plans = [
         replace(
             plan,

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.console import Console
@@ -57,9 +57,8 @@ def emit(
     )
     told = frame if shown_as is None else shown_as
     for column, kind in told.schema.items():
-        shown.add_column(
-            plain(column), justify="right" if kind.is_numeric() else "left", overflow="fold"
-        )
+        side: Literal["left", "right"] = "right" if kind.is_numeric() else "left"
+        shown.add_column(plain(column), justify=side, overflow="fold")
     for row in told.head(200).iter_rows():
         shown.add_row(*(plain(_cell(v)) for v in row))
     Console().print(shown)
@@ -93,13 +92,9 @@ def emit_results(
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.4g}"
-    return (
-        " ".join(map(str, value))
-        if isinstance(value, list)
-        else "–"
-        if value is None
-        else str(value)
-    )
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "–" if value is None else str(value)
 
 
 def the_base(name: str) -> str:

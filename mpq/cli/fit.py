@@ -72,9 +72,8 @@ def machine_here(device: str) -> Machine:
 
     from mpq.kernels import native_formats
 
-    if device == "cpu":
-        return Machine(device, memory_limit(), native_formats(device))
-    return Machine(device, torch.cuda.mem_get_info(device)[1], native_formats(device))
+    memory = memory_limit() if device == "cpu" else torch.cuda.mem_get_info(device)[1]
+    return Machine(device, memory, native_formats(device))
 
 
 def shape_of(config: Any) -> Shape:
@@ -88,11 +87,8 @@ def shape_of(config: Any) -> Shape:
         raise MpqError(
             f"The architecture {config.model_type} cannot be built from its config.json ({first_line(error)})."
         ) from None
-    sizes = {
-        name: getattr(text, name, None)
-        for name in ("num_hidden_layers", "hidden_size", "vocab_size")
-    }
-    if lacking := [name for name, size in sizes.items() if not isinstance(size, int)]:
+    needed = ("num_hidden_layers", "hidden_size", "vocab_size")
+    if lacking := [name for name in needed if not isinstance(getattr(text, name, None), int)]:
         raise MpqError(
             f"The architecture {config.model_type} does not say its {lacking[0]} in config.json, which batches are fitted to: write the spec by hand (docs/spec.md)."
         )

@@ -80,9 +80,10 @@ def frontier(
         extra["picture"] = str(picture)
     if plan is not None and out:
         folder = (run if run.is_dir() else run.parent) / "plans"
-        like = next(iter(sorted(folder.glob(f"{found.objective}-*.json"))), None)
+        plans = [read_plan(file) for file in sorted(folder.glob(f"{found.objective}-*.json"))]
+        like = min(plans, key=lambda p: p.kl_scale, default=None)  # the scale of results.scale_of
         loss = float(handed_in("loss", table_of(tables, "loss"))["mean_square_loss"][0])
-        made = plan_at(found, plan, loss, read_plan(like) if like else None)
+        made = plan_at(found, plan, loss, like)
         write_file(out, made.to_json().encode())
         extra["plan"] = str(out)
     elif out:

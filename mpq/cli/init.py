@@ -105,9 +105,7 @@ def config_of(model: str, revision: str | None) -> Iterator[Path]:
                 from huggingface_hub import hf_hub_download
 
                 folder = Path(hf_hub_download(model, "config.json", revision=revision)).parent
-        except (
-            Exception
-        ) as error:  # each storage and the hub raise their own; all say that it cannot be had
+        except Exception as error:  # each storage and the hub raise their own: it cannot be had
             raise MpqError(
                 f"{model} is no local folder, and its config.json could not be fetched ({first_line(error)}): "
                 "check the name, the network and the credentials."
@@ -119,15 +117,10 @@ def _texts(model: str, text: str | None, held_out: str | None) -> tuple[str, str
     """Sources and splits of the calibration and the held-out text; the latter empty where there is none of its own."""
     if text:
         return text, "", held_out or "", ""
-    beside = Path(model).expanduser()
-    if (beside / "calibration.txt").is_file():
-        other = beside / "heldout.txt"
-        return (
-            str(beside / "calibration.txt"),
-            "",
-            held_out or (str(other) if other.is_file() else ""),
-            "",
-        )
+    beside = Path(model).expanduser() / "calibration.txt"
+    if beside.is_file():
+        other = beside.with_name("heldout.txt")
+        return str(beside), "", held_out or (str(other) if other.is_file() else ""), ""
     return (_TEXTS[0], _TEXTS[1], held_out, "") if held_out else _TEXTS
 
 
@@ -147,35 +140,28 @@ def written(
 
     def value(text: object) -> str:
         """A scalar as YAML writes it in one line, quoted where it must be."""
-        return yaml.safe_dump([text], default_flow_style=True, width=10**6, allow_unicode=True)[
-            1:-2
-        ]
+        listed = yaml.safe_dump([text], default_flow_style=True, width=10**6, allow_unicode=True)
+        return listed[1:-2]
 
     source, split, other, other_split = texts
     batch, length = chosen.prefill
-    timed = (
-        f"""  et: # measured time, in what {machine.device} runs natively
+    timed = f"  # et, measured time, is left out: {machine.device} runs nothing narrower than {chosen.base} natively\n"
+    if chosen.timed:
+        timed = f"""\
+  et: # measured time, in what {machine.device} runs natively
     formats: [{", ".join(chosen.timed)}]
 """
-        if chosen.timed
-        else f"  # et, measured time, is left out: {machine.device} runs nothing narrower than {chosen.base} natively\n"
-    )
-    of_theory = [
-        f
-        for f in ("bf16", "fp8_e4m3")
-        if f != chosen.base and not (chosen.base == "fp16" and f == "bf16")
-    ]
-    held_out = (
-        f"""evaluation: # plans are measured on text that they were not made on
+    theoretical = ("fp8_e4m3",) if chosen.base in ("bf16", "fp16") else ("bf16", "fp8_e4m3")
+    held_out = "# evaluation: {source: other-text.jsonl} # held-out text; without it plans are measured on the calibration's\n"
+    if other:
+        held_out = f"""\
+evaluation: # plans are measured on text that they were not made on
   source: {value(other)}
 {f"  split: {value(other_split)}" + chr(10) if other_split else ""}  samples: {max(8, chosen.samples // 2)}
   length: {chosen.length}
   batch: {chosen.batch}
   seeds: 3 # plans are measured under this many perturbations of the scales
 """
-        if other
-        else "# evaluation: {source: other-text.jsonl} # held-out text; without it plans are measured on the calibration's\n"
-    )
     content = f"""\
 # A run of mpq, fitted to {ascii(model)[1:-1]} and this machine by `mpq init`. Every key: docs/spec.md
 name: {value(name)} # plans and report go to .work/runs/ under this name
@@ -194,7 +180,7 @@ calibration:
   length: {length}
 objectives: # a plan is made for each of these and for each bound below; remove what you do not need
 {timed}  tt: # multiply-accumulates, by the formats' theoretical speed: any format
-    formats: [{", ".join(of_theory)}]
+    formats: [{", ".join(theoretical)}]
   m: # memory of the weights: any format
     formats: [fp8_e4m3, int8]
 bound: # how much worse than base a plan may be: predicted, measured on held-out text before it is delivered, and solved again

@@ -46,7 +46,9 @@ class Entry:
     @property
     def state(self) -> State:
         """whole, damaged or unfinished."""
-        return "damaged" if self.damage else "whole" if "meta.json" in self.files else "unfinished"
+        if self.damage:
+            return "damaged"
+        return "whole" if "meta.json" in self.files else "unfinished"
 
     @property
     def bytes(self) -> int:
@@ -129,11 +131,9 @@ def _verified(store: Store, entry: Entry) -> Entry:
         data = store.read_bytes(entry.ref)
     except Damaged as damage:
         return replace(entry, damage=str(damage))
-    return (
-        entry
-        if len(data) == entry.ref.bytes
-        else replace(entry, damage="meta.json tells another size")
-    )
+    if len(data) != entry.ref.bytes:
+        return replace(entry, damage="meta.json tells another size")
+    return entry
 
 
 @dataclass(frozen=True)
@@ -181,11 +181,8 @@ def read_plan(path: Path) -> Plan:
 
 def plan_keys(path: Path) -> dict[str, str]:
     """The keys of the tables that a plan came from, each with the name that the plan gives it."""
-    return {
-        v: name
-        for name, v in read_plan(path).provenance.items()
-        if isinstance(v, str) and _KEY.fullmatch(v)
-    }
+    said = read_plan(path).provenance.items()
+    return {v: name for name, v in said if isinstance(v, str) and _KEY.fullmatch(v)}
 
 
 @dataclass(frozen=True)
@@ -235,11 +232,8 @@ def trace_back(key: str, held: dict[str, list[Entry]], shown: set[str] | None = 
 def find_key(text: str, held: dict[str, list[Entry]]) -> str:
     """The key that `text` names: whole or its beginning, with or without `kind/` before it. Raises MpqError for none or many."""
     kind, _, start = text.rpartition("/")
-    found = [
-        k
-        for k, of in held.items()
-        if start and k.startswith(start) and (not kind or any(e.kind == kind for e in of))
-    ]
+    of_kind = [k for k, of in held.items() if not kind or any(e.kind == kind for e in of)]
+    found = [k for k in of_kind if start and k.startswith(start)]
     if len(found) != 1:
         told = f"{len(found)} keys begin with it" if found else "no key begins with it"
         raise MpqError(
@@ -266,18 +260,13 @@ def unneeded(
     that is under way has no record yet), and what watch remembers, or it would calibrate everything again. Raises MpqError
     where a kept entry's metadata is damaged, since what it came from cannot be told.
     """
-    index, needed, missing, open_keys = (
-        by_key(held),
-        set[str](),
-        list[str](),
-        list(dict.fromkeys(kept)),
-    )
-    stay = [
-        e.key
-        for e in held
-        if e.kind == "watched" or any(f.modified_unix_s >= before_unix_s for f in e.files.values())
-    ]
-    open_keys += [key for key in dict.fromkeys(stay) if key not in open_keys]
+    index, needed, missing = by_key(held), set[str](), list[str]()
+
+    def stays(entry: Entry) -> bool:
+        young = any(file.modified_unix_s >= before_unix_s for file in entry.files.values())
+        return young or entry.kind == "watched"
+
+    open_keys = list(dict.fromkeys([*kept, *(entry.key for entry in held if stays(entry))]))
     while open_keys:
         key = open_keys.pop()
         if key in needed:

@@ -44,9 +44,8 @@ def main() -> None:
     # what torch and transformers bring stays: looking for garbage takes a sixth of the time that they load
     gc.set_threshold(50_000, 20, 50)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a terminal that knows ASCII alone is shown escapes
+        if isinstance(stream, io.TextIOWrapper):
+            # a terminal that knows ASCII alone is shown escapes
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Plain("%(message)s"))

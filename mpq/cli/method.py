@@ -206,14 +206,11 @@ def time(
     from mpq.models.checkpoint import fetch, load_config
 
     device = found_device(device)
-    names = names or [
-        f
-        for f in native_formats(
-            device
-        )  # weights alone gain where tokens follow the first, beside BF16
-        if f not in ("fp32", base)
-        and (get_scheme(f).activations or (output > 1 and base == "bf16"))
-    ]
+    if not names:
+        # weights alone gain where tokens follow the first, beside BF16
+        alone = output > 1 and base == "bf16"
+        lower = (f for f in native_formats(device) if f not in ("fp32", base))
+        names = [f for f in lower if alone or get_scheme(f).activations]
     check_native(names, device)
     config = load_config(fetch(model, revision, trusted), trusted)
     with bar("timing") as progress:

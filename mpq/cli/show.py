@@ -43,11 +43,8 @@ def show(plan: _File, json_: AsJson = False) -> None:
     rows = [{"role": role, "layers": line} for role, line in map_of(chosen).items()]
     facts = _facts(chosen)
     if json_:
-        print(
-            json.dumps(
-                {**facts, "formats": chosen.formats, "map": rows, "prices": prices}, indent=1
-            )
-        )
+        whole = {**facts, "formats": chosen.formats, "map": rows, "prices": prices}
+        print(json.dumps(whole, indent=1))
         return
     known = {**{name: letter for letter, name in _letters(chosen).items()}, chosen.base: "·"}
     told = {name: value for name, value in facts.items() if value is not None}
@@ -113,11 +110,10 @@ def _facts(plan: Plan) -> dict[str, Any]:
     from mpq.program.plan import stored_in_words
     from mpq.timing.plausible import TPOT, implausible
 
-    times = (
-        implausible(plan.predicted_ttft_s, plan.base_ttft_s, plan.formats.values(), plan.base),
-        implausible(
-            plan.predicted_tpot_s, plan.base_tpot_s, plan.formats.values(), plan.base, TPOT
-        ),
+    of = plan.formats.values(), plan.base
+    doubts = (
+        implausible(plan.predicted_ttft_s, plan.base_ttft_s, *of),
+        implausible(plan.predicted_tpot_s, plan.base_tpot_s, *of, TPOT),
     )
     unit, factor = _UNITS.get(plan.objective, ("", 1.0))
     error = plan.predicted_gain_error
@@ -145,7 +141,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "tokens of an answer, whose time is gained": plan.output if plan.output > 1 else None,
         "predicted time per further token, ms": _ms(plan.predicted_tpot_s),
         "base time per further token, ms": _ms(plan.base_tpot_s),
-        "to doubt": " ".join(filter(None, times)) or None,
+        "to doubt": " ".join(filter(None, doubts)) or None,
         "ops lowered, %": 100 * plan.share_lowered,
         "effective bits": plan.effective_bits,
         "weight bytes": plan.weight_bytes,

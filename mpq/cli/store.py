@@ -96,10 +96,10 @@ def show(
         held = by_key(entries(Store(url)))
     if what.endswith(".json") or Path(what).is_file():
         plan, shown = read_plan(Path(what)), set[str]()
-        steps = [
-            (name, trace_back(key, held, shown)) for key, name in plan_keys(Path(what)).items()
-        ]
-        title = f"{plan.strategy} for {plan.objective}, τ={plan.tau:g}, of {plan.provenance.get('model', 'a model')} ({plan.fingerprint[:12]})"
+        keys = plan_keys(Path(what)).items()
+        steps = [(name, trace_back(key, held, shown)) for key, name in keys]
+        model = f"{plan.provenance.get('model', 'a model')} ({plan.fingerprint[:12]})"
+        title = f"{plan.strategy} for {plan.objective}, τ={plan.tau:g}, of {model}"
         about = {
             "plan": what,
             "strategy": plan.strategy,
@@ -111,16 +111,8 @@ def show(
         steps, about = [("", trace_back(find_key(what, held), held))], {}
         title = url
     if json_:
-        print(
-            json.dumps(
-                {
-                    **about,
-                    "store": url,
-                    "came_from": [{"name": name, **step.as_json()} for name, step in steps],
-                },
-                indent=1,
-            )
-        )
+        came_from = [{"name": name, **step.as_json()} for name, step in steps]
+        print(json.dumps({**about, "store": url, "came_from": came_from}, indent=1))
         return
     from rich.tree import Tree
 
@@ -193,9 +185,8 @@ def gc(
     from mpq.cli.inventory import entries, plan_keys, remove, unneeded
     from mpq.store.entries import Store
 
-    kept = [key for run in _runs(runs) for key in run.keys] + [
-        key for path in plan or () for key in plan_keys(path)
-    ]
+    kept = [key for run in _runs(runs) for key in run.keys]
+    kept += [key for path in plan or () for key in plan_keys(path)]
     if not kept:
         raise MpqError(
             "There is no run or plan to keep, so everything would go: give --runs with the folder of runs, or --plan."
@@ -221,12 +212,8 @@ def gc(
         print(json.dumps({**summary, "waste": rows}, indent=1))
         return
     if rows:
-        emit(
-            _frame([{k: v for k, v in r.items() if k != "store" or len(urls) > 1} for r in rows]),
-            False,
-            None,
-            "not needed",
-        )
+        shown = _frame(rows) if len(urls) > 1 else _frame(rows).drop("store")
+        emit(shown, False, None, "not needed")
     done = "removed" if delete else "would be removed (a dry run: --delete does it)"
     Console().print(f"{summary['files']} files, {_size(summary['bytes'])} {done}", highlight=False)
     if absent:

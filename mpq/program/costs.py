@@ -74,7 +74,7 @@ def summed(values: Sequence[float | None]) -> float | None:
 def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:
     """Loss MSE (nats²) of each op in each format, summed over its operands; infinite where the format overflows.
 
-    Raises MpqError where one is no number, and where the table has nothing of the noise model.
+    Raises MpqError where one is no number, where a row stands twice, and where the table has nothing of the noise model.
     """
     of_model = sensitivity.filter(pl.col("noise_model") == noise_model)
     if of_model.is_empty() and not sensitivity.is_empty():
@@ -82,6 +82,10 @@ def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:
         raise MpqError(
             f"The sensitivity table has nothing of the noise model {noise_model}, but of {others}: "
             "choose one of these, or measure sensitivity again."
+        )
+    if of_model.select("op", "operand", "format").is_duplicated().any():
+        raise MpqError(
+            "The sensitivity table has an operand of an op twice in one format: give the table of one measurement."
         )
     losses = by_op(of_model, "loss_mse")
     for (op, name), loss in losses.items():
@@ -93,7 +97,9 @@ def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:
 
 
 def by_op(rows: pl.DataFrame, column: str) -> Losses:
-    """The column summed over an op's operands; ops of which an operand was not measured are left out."""
+    """The column summed over an op's operands; left out are formats in which one of those that the op has was not measured."""
     known = pl.when(pl.col(column).null_count() == 0).then(pl.col(column).sum())
-    summed = rows.group_by("op", "format").agg(known.alias(column)).drop_nulls(column)
+    every = rows.group_by("op", "format").agg(known.alias(column), operands=pl.len())
+    all_there = pl.col("operands") == pl.col("operands").max().over("op")
+    summed = every.filter(all_there).drop_nulls(column)
     return {(op, name): v for op, name, v in summed.select("op", "format", column).iter_rows()}

@@ -83,7 +83,8 @@ def _x_label(results: pl.DataFrame, objective: str) -> str:
         caches = results["base_cache_bytes"].is_not_null().any()
         return f"Memory of linear weights{' and KV cache' if caches else ''} (MB)"
     of = results.filter(objective="et")
-    return f"{name_of_time(of)}, {'measured' if of['measured_ttft_s'].is_not_null().any() else 'predicted'} (ms)"
+    how = "measured" if of["measured_ttft_s"].is_not_null().any() else "predicted"
+    return f"{name_of_time(of)}, {how} (ms)"
 
 
 def _draw_accuracy(axes: Axes, scores: pl.DataFrame, results: pl.DataFrame, objective: str) -> None:

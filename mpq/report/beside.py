@@ -220,13 +220,9 @@ def _of_this_model(
             raise MpqError(
                 f"{file} has a plan without a {column}: give each one, or leave the column out."
             )
-        values = frame[column]
-        # the record has the beginning of a fingerprint
-        same = (
-            values.str.starts_with(own[column])
-            if column == "fingerprint"
-            else values == own[column]
-        )
+        values, same = frame[column], frame[column] == own[column]
+        if column == "fingerprint":  # of which the record has the beginning
+            same = values.str.starts_with(own[column])
         there = ", ".join(map(str, values.unique(maintain_order=True).head(5)))
         if not own[column] or not same.any():
             raise MpqError(
@@ -249,9 +245,8 @@ def _check_values(rows: pl.DataFrame, file: str, count: str, bits: float) -> Non
         (count, BITS[0] / bits, BITS[1] / bits, f"{COUNTS[count].name.lower()} of this model"),
     ):
         values = rows[column].cast(pl.Float64, strict=False)
-        wrong = rows[column].filter(
-            ~(values.is_finite() & values.is_between(low, high)).fill_null(False)
-        )
+        right = values.is_finite() & values.is_between(low, high)
+        wrong = rows[column].filter(~right.fill_null(False))
         if wrong.len():
             limits = f", between {low:,.0f} and {high:,.0f}" if column == count else ""
             raise MpqError(f"{file} has {wrong[0]} as {column}: expected {what}{limits}.")

@@ -50,13 +50,10 @@ def calibration_of(tables: Tables, base: str) -> Calibration | None:
             continue  # a loss MSE with signs is no sum over ops, which this is of
         of = scaled(of, scale_of(tables, objective)) if column == "kl" else of
         curve = stability(of, column, bound, samples, base)
-        return (
-            Calibration(
-                objective, bound_of(row), "KL" if column == "kl" else "loss MSE", samples, curve
-            )
-            if curve
-            else None
-        )
+        if not curve:
+            return None
+        cost = "KL" if column == "kl" else "loss MSE"
+        return Calibration(objective, bound_of(row), cost, samples, curve)
     return None
 
 

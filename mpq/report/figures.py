@@ -262,9 +262,8 @@ def frontier_png(tables: Tables) -> bytes:
     It says so where nothing was measured.
     """
     results = results_table(tables)
-    there = [
-        o for o in OBJECTIVES if o in results.filter(pl.col("measured_loss_mse") > 0)["objective"]
-    ]
+    measured = results.filter(pl.col("measured_loss_mse") > 0)["objective"]
+    there = [o for o in OBJECTIVES if o in measured]
     figure = Figure(figsize=(4.8 * max(1, len(there)), 3.7), layout="constrained")
     for i, objective in enumerate(there):
         axes = figure.add_subplot(1, len(there), i + 1)

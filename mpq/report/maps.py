@@ -45,10 +45,10 @@ def place_of(op: str) -> tuple[int | None, str]:
 
 
 def _short(roles: Sequence[str]) -> list[str]:
-    last = [r.rpartition(".")[2] for r in roles]
-    return [
-        short if last.count(short) == 1 else role for role, short in zip(roles, last, strict=True)
-    ]
+    """The last part of each role's name where that tells it from the others, else the whole."""
+    last = [role.rpartition(".")[2] for role in roles]
+    pairs = zip(roles, last, strict=True)
+    return [short if last.count(short) == 1 else role for role, short in pairs]
 
 
 def format_map(
@@ -64,13 +64,10 @@ def format_map(
     `base` are pale, ops that the plan does not decide left out.
     """
     rows = plans.filter(strategy=strategy)
-    panels = [
-        (
-            bounds.get(tau, f"τ = {tau:g}"),
-            dict(rows.filter(tau=tau).select("op", "format").iter_rows()),
-        )
-        for tau in sorted(rows["tau"].unique())
-    ]
+    panels = []
+    for tau in sorted(rows["tau"].unique()):
+        formats = dict(rows.filter(tau=tau).select("op", "format").iter_rows())
+        panels.append((bounds.get(tau, f"τ = {tau:g}"), formats))
     return draw_formats([[panel] for panel in panels], groups, base)
 
 
@@ -124,16 +121,11 @@ def draw_formats(
                 [*(i + 0.5 for i in shown), *([layers + 0.5] if outside else [])],
                 [*(str(i * every) for i in shown), *(["–"] if outside else [])] if last else [],
             )
-    figure.supxlabel(
-        "Layer (number"
-        + (f"; one of {every} is drawn" if every > 1 else "")
-        + ("; –: outside the layers)" if outside else ")"),
-        fontsize=9.5,
-        color=INK,
-    )
-    used = sorted(
-        {f for line in panels for _, of in line for f in of.values()}, key=lambda f: (f != base, f)
-    )
+    drawn = f"; one of {every} is drawn" if every > 1 else ""
+    apart = "; –: outside the layers" if outside else ""
+    figure.supxlabel(f"Layer (number{drawn}{apart})", fontsize=9.5, color=INK)
+    lowered = {f for line in panels for _, of in line for f in of.values()}
+    used = sorted(lowered, key=lambda f: (f != base, f))
     handles = {f"{f} (base)" if f == base else f: Patch(**_look(f, base)) for f in used}
     if handles:
         figure_legend(figure, handles, "outside upper center", 4)
@@ -201,49 +193,21 @@ def layer_groups(groups: pl.DataFrame) -> Figure:
     shown = list(boxes.items())[:8]
     tallest = max((of.height for _, of in shown), default=1)
     figure, (axes,) = new_figure(max(4.8, 1.2 * len(shown)), 0.34 * tallest + 0.75)
+    written: dict[str, Any] = {"ha": "center", "fontsize": SMALL}
     for i, (group, of) in enumerate(shown):
         top = (tallest + of.height) / 2
-        axes.add_patch(
-            FancyBboxPatch(
-                (i + 0.08, top - of.height),
-                0.84,
-                of.height,
-                "round,pad=0,rounding_size=0.06",
-                fill=False,
-                edgecolor=INK,
-                linewidth=1.2,
-            )
-        )
-        axes.text(
-            i + 0.5,
-            top + 0.12,
-            f"group {group}",
-            ha="center",
-            va="bottom",
-            fontsize=SMALL,
-            color=INK,
-        )
+        rounded = "round,pad=0,rounding_size=0.06"
+        corner = (i + 0.08, top - of.height)
+        frame: dict[str, Any] = {"edgecolor": INK, "linewidth": 1.2}
+        axes.add_patch(FancyBboxPatch(corner, 0.84, of.height, rounded, fill=False, **frame))
+        axes.text(i + 0.5, top + 0.12, f"group {group}", va="bottom", color=INK, **written)
         for j, (op, kind) in enumerate(of.select("op", "kind").iter_rows()):
-            y, colour = top - j - 0.5, _KINDS[kind][1]
-            axes.add_patch(
-                FancyBboxPatch(
-                    (i + 0.13, y - 0.36),
-                    0.74,
-                    0.72,
-                    "round,pad=0,rounding_size=0.04",
-                    facecolor=colour,
-                    linewidth=0,
-                )
-            )
-            axes.text(
-                i + 0.5,
-                y,
-                op.rpartition(".")[2],
-                ha="center",
-                va="center",
-                fontsize=SMALL,
-                color="#000000",
-            )
+            y = top - j - 0.5
+            look: dict[str, Any] = {"facecolor": _KINDS[kind][1], "linewidth": 0}
+            rounded = "round,pad=0,rounding_size=0.04"
+            axes.add_patch(FancyBboxPatch((i + 0.13, y - 0.36), 0.74, 0.72, rounded, **look))
+            name = op.rpartition(".")[2]
+            axes.text(i + 0.5, y, name, va="center", color="#000000", **written)
         if i + 1 < len(shown):
             axes.annotate(
                 "",

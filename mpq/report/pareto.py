@@ -124,7 +124,8 @@ def _sums(gains: pl.DataFrame, point: Point) -> dict[str, float | None]:
 
 
 def plan_at(pareto: Pareto, number: int, mean_square_loss: float, like: Plan | None = None) -> Plan:
-    """The plan of a point; its bound is what the point costs. `like` is another plan of the run.
+    """The plan of a point; its bound is what the point costs. `like` is another plan of the run: where it was made under the
+    same scale of KL, it says how far that errs.
 
     Raises MpqError for a number that the frontier does not have.
     """
@@ -132,11 +133,16 @@ def plan_at(pareto: Pareto, number: int, mean_square_loss: float, like: Plan | N
         raise MpqError(
             f"The frontier has no point {number}: expected 0 to {len(pareto.points) - 1}."
         )
-    point = pareto.points[number]
+    point, scale, gains = pareto.points[number], pareto.scale, pareto.gains
+    if like and like.kl_scale == scale.value and "kl_stderr" in gains.columns:
+        scale = replace(scale, error=like.kl_scale_error)
+        # of the KL that is scaled already, as anchors.scaled has it
+        more = scale.error * pl.col("kl")
+        gains = gains.with_columns(kl_stderr=pl.col("kl_stderr") + more)
     program = Program(
         pareto.objective,
         pareto.groups,
-        pareto.gains,
+        gains,
         mean_square_loss,
         pareto.base,
         base_ttft_s=like.base_ttft_s if like else None,
@@ -148,8 +154,8 @@ def plan_at(pareto: Pareto, number: int, mean_square_loss: float, like: Plan | N
         f"ip_{pareto.objective}",
         program.tau_of(budgets),
         budgets,
-        chosen_of(pareto.gains[list(point.rows)]),
-        scale=pareto.scale,
+        chosen_of(gains[list(point.rows)]),
+        scale=scale,
     )
     if like is None:
         return plan

@@ -3,6 +3,8 @@ that one (program/prices.py)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from mpq.program.plan import has_tau
 from mpq.report.results import OBJECTIVES, Gain, Tables, bound_of, results_table
 from mpq.report.sheets import Sheet, amount
@@ -21,24 +23,24 @@ def prices(tables: Tables) -> Sheet:
             for row in results_table(tables).iter_rows(named=True)
             if has_tau(row["strategy"])
         }
-        of_objective = list(OBJECTIVES)
+        places = {objective: i for i, objective in enumerate(OBJECTIVES)}
+
+        def order(row: dict[str, Any]) -> tuple[Any, ...]:
+            dear = row["gain"] - row["gain_without"]
+            return places[row["objective"]], row["strategy"], row["tau"], dear
+
+        def shown(objective: str, gain: float) -> str:
+            return amount(objective, Gain(gain, None, None, False))
+
         rows = [
             {
                 **row,
                 "bound": bounds.get((row["objective"], row["strategy"], row["tau"])),
-                "with": amount(row["objective"], Gain(row["gain"], None, None, False)),
-                "without": amount(row["objective"], Gain(row["gain_without"], None, None, False)),
+                "with": shown(row["objective"], row["gain"]),
+                "without": shown(row["objective"], row["gain_without"]),
                 "share": row["gain_without"] / row["gain"] - 1 if row["gain"] > 0 else None,
             }
-            for row in sorted(
-                found.iter_rows(named=True),
-                key=lambda r: (
-                    of_objective.index(r["objective"]),
-                    r["strategy"],
-                    r["tau"],
-                    r["gain"] - r["gain_without"],
-                ),
-            )
+            for row in sorted(found.iter_rows(named=True), key=order)
         ]
     return Sheet(
         "prices",

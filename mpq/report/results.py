@@ -158,9 +158,8 @@ def _merged(tables: Tables, keys: list[str]) -> pl.DataFrame:
     merged = solutions.group_by(keys).agg(*(pl.col(c).mean() for c in numbers), *words)
     for measured in _measured(tables, keys):
         merged = merged.join(measured, on=keys, how="full", coalesce=True)
-    weights = (
-        _weights(tables).group_by(keys).agg(pl.col("weight_bytes", "base_weight_bytes").mean())
-    )
+    sizes = pl.col("weight_bytes", "base_weight_bytes").mean()
+    weights = _weights(tables).group_by(keys).agg(sizes)
     place = {name: i for i, name in enumerate((*OBJECTIVES, *STRATEGIES))}
     whole = (
         merged.join(weights, on=keys, how="left")
@@ -321,7 +320,7 @@ def scale_of(tables: Tables, objective: str) -> Scale:
 
 def base_of(tables: Tables, facts: Mapping[str, str]) -> str:
     """The base format: what the facts say, or else the widest in the plans."""
+    if base := facts.get("base"):
+        return base
     found = sorted(table_of(tables, "plans")["format"].unique())
-    return facts.get("base") or max(
-        found, key=lambda f: SCHEMES[f].bits if f in SCHEMES else 0, default=""
-    )
+    return max(found, key=lambda f: SCHEMES[f].bits if f in SCHEMES else 0, default="")

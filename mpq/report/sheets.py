@@ -191,7 +191,10 @@ def results(tables: Tables) -> Sheet:
     for row in table.iter_rows(named=True):
         of, predicted = outline(row), row["predicted_loss_mse"]
         gain, error = row["predicted_gain"], row["predicted_gain_error"]
-        low, high = (None, None) if error is None or gain is None else (gain - error, gain + error)
+        told = None
+        if gain is not None:
+            low, high = (None, None) if error is None else (gain - error, gain + error)
+            told = amount(row["objective"], Gain(gain, low, high, False))
         loss, carried = row["measured_loss_mse"], row["carried_ttft_s"]
         known = loss is not None and predicted
         timed = carried is not None and row["predicted_ttft_s"] is not None
@@ -204,9 +207,7 @@ def results(tables: Tables) -> Sheet:
                 "perplexity_change": of.perplexity_change,
                 "ratio": loss / predicted if known else None,
                 "ttft_error": row["predicted_ttft_s"] / carried - 1 if timed else None,
-                "gain": None
-                if gain is None
-                else amount(row["objective"], Gain(gain, low, high, False)),
+                "gain": told,
             }
         )
     return Sheet(

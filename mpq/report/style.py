@@ -46,12 +46,8 @@ FORMAT_COLOURS = {
     "fp8_e5m2": PINK,
     "int8": GREEN,
 }
-FORMAT_HATCHES = {
-    "fp8_e4m3": "//",
-    "fp8_e5m2": "\\\\",
-    "int8": "..",
-    "fp16": "--",
-}  # told apart in grey print as well
+# told apart in grey print as well
+FORMAT_HATCHES = {"fp8_e4m3": "//", "fp8_e5m2": "\\\\", "int8": "..", "fp16": "--"}
 SMALL = 8.5
 Outside = Literal["outside upper center", "outside upper left", "outside lower center"]
 _render = threading.Lock()
@@ -115,10 +111,8 @@ def to_svg(figure: Figure, prefix: str, label: str = "") -> str:
     size = f"max-width:{width * 4 / 3:.0f}px;min-width:{width * 0.7:.0f}px"
     head = rf'<svg \1 role="img" aria-label="{label}" {wide}style="{size}">'
     svg = re.sub(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", head, svg, count=1)
-    names = {
-        old: f"{prefix}{i}"
-        for i, old in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg)))
-    }
+    ids = dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg))
+    names = {old: f"{prefix}{i}" for i, old in enumerate(ids)}
     svg = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{names[m[1]]}"', svg)
     svg = re.sub(
         r"(xlink:href=\"|url\()#([^\")]+)",

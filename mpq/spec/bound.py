@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_serializer, model_validator
 
 from mpq.spec.fields import Number, Strict, number
 
@@ -32,8 +32,17 @@ class Bound:
         return " and ".join(told if self.kl is None else [*told, f"KL ≤ {self.kl:.4g}"])
 
 
+def _unquoted(value: Any) -> Any:
+    """A text that is a number, as forms and quotes make of one, as that number; all else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _share(value: Any) -> Any:
     """`0.5 %` as 0.005; numbers stay as they are. One of a tenth or more is taken for a percentage whose sign is missing."""
+    value = _unquoted(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0.1:
         raise ValueError(
             f"{value:g} is {value:.0%}: write {value:g} %, or {value:.0%} if it is meant"
@@ -52,6 +61,7 @@ def _listed(value: Any) -> Any:
 
 
 def _above_zero(value: Any) -> Any:
+    value = _unquoted(value)
     if isinstance(value, bool) or (
         isinstance(value, int | float) and not (value > 0 and math.isfinite(value))
     ):
@@ -118,6 +128,11 @@ class BoundSpec(Strict):
         le=100,
         description="Rounds of measuring the KL of what was chosen and solving again, at most; 0: predictions are trusted",
     )
+
+    @field_serializer("perplexity")
+    def _as_written(self, shares: tuple[float, ...] | None) -> list[float | str] | None:
+        """Shares of a tenth and more with their sign, without which they would be asked about when they are read again."""
+        return None if shares is None else [f"{100 * x} %" if x >= 0.1 else x for x in shares]
 
     @model_validator(mode="after")
     def _together(self) -> BoundSpec:

@@ -135,10 +135,8 @@ def _blocks_at_most(path: Path, text: TextSpec) -> int | None:
         if len(shape) == 2:
             return shape[0] if shape[1] >= text.length else 0
         return shape[0] // text.length if len(shape) == 1 else None
-    if (
-        path.suffix not in _PLAIN or text.field != "text"
-    ):  # a chat's template adds tokens of its own
-        return None
+    if path.suffix not in _PLAIN or text.field != "text":
+        return None  # a chat's template adds tokens of its own
     enough = (text.samples or 1) * text.length
     if path.stat().st_size >= enough:  # no more can be said without the tokenizer
         return None

@@ -42,13 +42,15 @@ class Estimate:
 
 def plans_at_most(spec: RunSpec) -> dict[str, int]:
     """For each objective, how many plans the spec asks for; several may turn out equal."""
-    return {
-        objective: len(spec.limits(objective))
-        * sum(part.random_seeds if s == "random" else 1 for s in part.strategies if s != "uniform")
-        + ("uniform" in part.strategies) * 2 * len(part.formats)
-        + bool(spec.target and (objective == "et" or spec.target.ttft_ms is None))
-        for objective, part in spec.objectives.items()
-    }
+    found: dict[str, int] = {}
+    for objective, part in spec.objectives.items():
+        draws = (
+            part.random_seeds if s == "random" else 1 for s in part.strategies if s != "uniform"
+        )
+        uniform = 2 * len(part.formats) if "uniform" in part.strategies else 0
+        least_loss = bool(spec.target and (objective == "et" or spec.target.ttft_ms is None))
+        found[objective] = len(spec.limits(objective)) * sum(draws) + uniform + least_loss
+    return found
 
 
 def estimate(spec: RunSpec) -> Estimate:

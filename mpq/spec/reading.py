@@ -115,11 +115,8 @@ def _siblings(loc: tuple[int | str, ...], model: Any) -> list[str]:
     """The keys that are known where `loc` points."""
     for part in loc[:-1]:
         if part in getattr(model, "model_fields", {}):
-            kinds = [
-                model.model_fields[part].annotation,
-                *getattr(model.model_fields[part].annotation, "__args__", ()),
-            ]
-            model = next(
-                (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model
-            )
+            kind = model.model_fields[part].annotation
+            kinds = (kind, *getattr(kind, "__args__", ()))
+            models = (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+            model = next(models, model)
     return list(model.model_fields)

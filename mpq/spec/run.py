@@ -9,12 +9,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from mpq.formats.format import NoiseModel
 from mpq.formats.scheme import get_scheme, of_cache
@@ -198,13 +193,12 @@ class RunnerSpec(Strict):
 
     @model_validator(mode="after")
     def _reachable(self) -> RunnerSpec:
-        if self.kind == "dask" and not re.fullmatch(
-            r"(tcp|tls|ucx|ws|wss)://.+:\d+", self.address or ""
-        ):
+        address = self.address or ""
+        if self.kind == "dask" and not re.fullmatch(r"(tcp|tls|ucx|ws|wss)://.+:\d+", address):
             raise ValueError(
                 f"the dask runner needs the scheduler's address, such as tcp://scheduler:8786, not {self.address}"
             )
-        if self.kind == "ray" and not re.fullmatch(r"(ray://)?[^/\s]+:\d+", self.address or ""):
+        if self.kind == "ray" and not re.fullmatch(r"(ray://)?[^/\s]+:\d+", address):
             raise ValueError(
                 f"the ray runner needs the cluster's address, such as head:6379 or ray://head:10001, not {self.address}"
             )
@@ -326,12 +320,10 @@ class RunSpec(Strict):
 
     @model_validator(mode="after")
     def _has_tasks(self) -> RunSpec:
+        if self.evaluation and self.evaluation.tasks:
+            return self
         for name, part in (("calibration", self.calibration), ("evaluation", self.evaluation)):
-            if (
-                part
-                and part.source == FROM_TASKS
-                and not (self.evaluation and self.evaluation.tasks)
-            ):
+            if part and part.source == FROM_TASKS:
                 raise ValueError(
                     f"{name}.source is `{FROM_TASKS}`, but no tasks are evaluated: name some in evaluation.tasks"
                 )
@@ -351,9 +343,8 @@ class RunSpec(Strict):
                 f"constraints.bounds.min_share: no objective lowers to {unknown[0]}: "
                 f"expected one of {', '.join(self.formats)}"
             )
-        if self.noise_model != "actual" and (
-            blocked := [f for f in self.formats if not get_scheme(f).alike]
-        ):
+        blocked = [f for f in self.formats if not get_scheme(f).alike]
+        if blocked and self.noise_model != "actual":
             raise ValueError(
                 f"noise_model: {self.noise_model} knows no variance of {blocked[0]}, whose scales are of "
                 "blocks or whose activations stay in base: expected actual"

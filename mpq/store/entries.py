@@ -185,13 +185,12 @@ class Store:
         target = posixpath.join(root, path)
 
         def put() -> None:
-            if not OBJECT_STORES.intersection(
-                _protocols(fs)
-            ):  # these have no folders, and s3fs would make the bucket
+            protocols = _protocols(fs)
+            # object stores have no folders, and s3fs would make the bucket
+            if not OBJECT_STORES & protocols:
                 fs.makedirs(posixpath.dirname(target), exist_ok=True)
-            if "file" in _protocols(
-                fs
-            ):  # object stores put in one step; on a disk that takes a rename
+            # they put in one step; on a disk that takes a rename
+            if "file" in protocols:
                 aside = f"{target}.{uuid.uuid4().hex}.part"
                 try:
                     fs.pipe_file(aside, data)
@@ -342,11 +341,8 @@ class Store:
         """Those of the entries that are there, verified, by key; looked for at once."""
         keys = list(keys)
         with ThreadPoolExecutor(16) as pool:
-            return {
-                key: ref
-                for key, ref in zip(keys, pool.map(lambda k: self.find(kind, k), keys), strict=True)
-                if ref
-            }
+            found = pool.map(lambda key: self.find(kind, key), keys)
+            return {key: ref for key, ref in zip(keys, found, strict=True) if ref}
 
     def find(self, kind: str, key: str) -> TableRef | None:
         """The entry under (kind, key), verified; None where there is none. Damage is logged and counts as none.
@@ -373,11 +369,10 @@ class Store:
         times = (meta.get(_USED), made.get("written_unix_s") if isinstance(made, dict) else None)
         last = max((t for t in times if isinstance(t, int | float)), default=0.0)
         now = time.time()
-        if (
-            now - _MARKED_AGAIN_S < last < now + _MARKED_AGAIN_S
-        ):  # no difference: JSON has integers of any size
+        # no difference is taken: JSON has integers of any size
+        if now - _MARKED_AGAIN_S < last < now + _MARKED_AGAIN_S:
             return
-        marked = json.dumps({**meta, _USED: time.time()}, indent=1).encode()
+        marked = json.dumps({**meta, _USED: now}, indent=1).encode()
         try:
             self._write(f"{kind}/{key}/meta.json", marked)
         except MpqError as error:  # who may only read uses what is there all the same

@@ -76,11 +76,18 @@ def handed_in(name: str, frame: pl.DataFrame) -> pl.DataFrame:
         )
     if name == "groups" and frame["order"].is_duplicated().any():  # by which gains name ops
         raise MpqError("The groups table has two ops of one order: expected each op's own place.")
+    if name == "gains" and frame.schema.get("ops") == pl.List(pl.String):
+        if frame["ops"].explode().null_count():
+            raise MpqError(
+                "The gains table has a row without a value in ops: expected one in each."
+            )
+        if frame.select("group", "ops").unique().height > frame["group"].n_unique():
+            raise MpqError(
+                "The gains table has other ops in other rows of a group: expected the same."
+            )
     of_weights = pl.col("kind").is_in(["linear", "experts"])
-    if (
-        name == "groups"
-        and frame.filter(of_weights, pl.col("in_features") * pl.col("out_features") == 0).height
-    ):
+    no_size = pl.col("in_features") * pl.col("out_features") == 0
+    if name == "groups" and frame.filter(of_weights, no_size).height:
         raise MpqError(
             "The groups table has a linear without in_features or out_features: expected 1 or more."
         )

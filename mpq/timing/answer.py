@@ -7,7 +7,6 @@ longer answers have the columns of `SCHEMA` more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +77,9 @@ def further_of(timing: pl.DataFrame, interaction_s: float = 0.0) -> Further | No
     """What a timing table says of the tokens after the first; None of one of prefills alone."""
     if not answers(timing):
         return None
-    row: Mapping[str, Any] = timing.select(
-        pl.col("output").max(), pl.col("base_tpot_s").median()
-    ).row(0, named=True)
-    return Further(row["output"], row["base_tpot_s"], interaction_s)
+    told = timing.select(pl.col("output").max(), pl.col("base_tpot_s").median())
+    output, base_tpot_s = told.row(0)
+    return Further(output, base_tpot_s, interaction_s)
 
 
 def predicted_parts(

@@ -62,13 +62,12 @@ def candidates(
     choices: Alternatives, measured: Iterable[Configuration], seed: int = 0
 ) -> list[Configuration]:
     """What the program may choose from: every configuration, or where there are too many those measured and random ones."""
-    known = list(measured)
-    return _together(
-        options
-        if options.count <= CANDIDATES
-        else [*(c for c in known if c in options), *_design(options, CANDIDATES, seed)]
-        for options in alternatives(choices)
-    )
+    known, parts = list(measured), list[Iterable[Configuration]]()
+    for options in alternatives(choices):
+        few_enough = options.count <= CANDIDATES
+        some = (c for c in known if c in options)
+        parts.append(options if few_enough else [*some, *_design(options, CANDIDATES, seed)])
+    return _together(parts)
 
 
 def complete(timing: pl.DataFrame, choices: Mapping[str, Alternatives], base: str) -> pl.DataFrame:
@@ -79,62 +78,58 @@ def complete(timing: pl.DataFrame, choices: Mapping[str, Alternatives], base: st
     row's gain (gain_model.py), and its standard error: of many noisy gains the largest is too large, and a program looks for the largest.
     Of answers of several tokens `pooled_tpot_gain_s` is what they say of the gain of each token after the first.
     """
-    parts: list[pl.DataFrame] = []
-    timing = upgraded("timing", timing)
+    timing, parts = upgraded("timing", timing), list[pl.DataFrame]()
     for signature, of_signature in choices.items():
-        of = timing.filter(pl.col("signature") == signature)
         options = alternatives(of_signature)
-        per_op = _per_op(options, base)
+        of = timing.filter(pl.col("signature") == signature)
         allowed = [any(c in o for o in options) for c in of["configuration"].to_list()]
-        if (of := of.filter(pl.Series(allowed, dtype=pl.Boolean))).is_empty():
-            continue
-        measured = [tuple(c) for c in of["configuration"]]
-        seen = set(measured)
-        missing = [c for c in candidates(options, measured) if c not in seen]
-        alone = sum(len(c) > 1 for c in per_op) < 2  # one op's formats tell nothing of each other
-        if not missing and (alone or of.height > POOLED):
-            parts.append(
-                of.with_columns(
-                    pl.Series("pooled_error_s", standard_errors(of, base)),
-                    pooled_gain_s=pl.col("gain_s"),
-                    **({"pooled_tpot_gain_s": pl.col("tpot_gain_s")} if answers(of) else {}),
-                )
-            )
-            continue
-        model = GainModel.fit(
-            per_op, measured, of["gain_s"].to_list(), standard_errors(of, base).tolist()
-        )
-        every, new = [*measured, *missing], slice(of.height, None)
-        gain, error = model.predict(every)
-        pooled, first, parts_of_new = {"pooled_gain_s": gain, "pooled_error_s": error}, gain, []
-        if answers(of):
-            tokens = pooled["pooled_tpot_gain_s"] = model.parts(every, of["tpot_gain_s"].to_list())
-            parts_of_new = [predicted_parts(of, gain[new], tokens[new])]
-            first = gain - (of["output"][0] - 1) * tokens
-        like, base_s = of.row(0, named=True), float(of["base_ttft_s"].median())  # type: ignore[arg-type]
-        rows = [
-            like
-            | {
-                "configuration": list(c),
-                "repeats": 0,
-                "base_ttft_s": base_s,
-                "ttft_s": base_s - like["instances"] * of_first,
-                "gain_s": g,
-                "gain_ci_low_s": g - NORMAL_95 * e,
-                "gain_ci_high_s": g + NORMAL_95 * e,
-                "disturbed": 0,
-                "order_measured": None,
-                "predicted": True,
-                "significant": abs(g) > NORMAL_95 * e,
-            }
-            for c, g, e, of_first in zip(
-                missing, gain[new].tolist(), error[new].tolist(), first[new].tolist(), strict=True
-            )
-        ]
-        unmeasured_rows = pl.concat([table("timing", rows), *parts_of_new], how="horizontal")
-        both = pl.concat([of, unmeasured_rows], how="diagonal_relaxed")
-        parts.append(both.with_columns(pl.Series(name, of_all) for name, of_all in pooled.items()))
+        if not (of := of.filter(pl.Series(allowed, dtype=pl.Boolean))).is_empty():
+            parts.append(_completed(of, options, base))
     return pl.concat(parts, how="diagonal_relaxed") if parts else timing
+
+
+def _completed(of: pl.DataFrame, options: Sequence[Options], base: str) -> pl.DataFrame:
+    """The measured rows of one signature, then those of the configurations that nobody measured; see complete."""
+    per_op, errors = _per_op(options, base), standard_errors(of, base)
+    measured = [tuple(c) for c in of["configuration"]]
+    seen = set(measured)
+    missing = [c for c in candidates(options, measured) if c not in seen]
+    alone = sum(len(c) > 1 for c in per_op) < 2  # one op's formats tell nothing of each other
+    if not missing and (alone or of.height > POOLED):
+        as_measured = {"pooled_gain_s": "gain_s"}
+        as_measured |= {"pooled_tpot_gain_s": "tpot_gain_s"} if answers(of) else {}
+        pooled_error = pl.Series("pooled_error_s", errors)
+        return of.with_columns(pooled_error, **{k: pl.col(c) for k, c in as_measured.items()})
+    model = GainModel.fit(per_op, measured, of["gain_s"].to_list(), errors.tolist())
+    every, new = [*measured, *missing], slice(of.height, None)
+    gain, error = model.predict(every)
+    pooled, first, parts_of_new = {"pooled_gain_s": gain, "pooled_error_s": error}, gain, []
+    if answers(of):
+        tokens = pooled["pooled_tpot_gain_s"] = model.parts(every, of["tpot_gain_s"].to_list())
+        parts_of_new = [predicted_parts(of, gain[new], tokens[new])]
+        first = gain - (of["output"][0] - 1) * tokens
+    like, base_s = of.row(0, named=True), float(of["base_ttft_s"].median())  # type: ignore[arg-type]
+    columns = (of_all[new].tolist() for of_all in (gain, error, first))
+    rows = [
+        like
+        | {
+            "configuration": list(c),
+            "repeats": 0,
+            "base_ttft_s": base_s,
+            "ttft_s": base_s - like["instances"] * of_first,
+            "gain_s": g,
+            "gain_ci_low_s": g - NORMAL_95 * e,
+            "gain_ci_high_s": g + NORMAL_95 * e,
+            "disturbed": 0,
+            "order_measured": None,
+            "predicted": True,
+            "significant": abs(g) > NORMAL_95 * e,
+        }
+        for c, g, e, of_first in zip(missing, *columns, strict=True)
+    ]
+    unmeasured_rows = pl.concat([table("timing", rows), *parts_of_new], how="horizontal")
+    both = pl.concat([of, unmeasured_rows], how="diagonal_relaxed")
+    return both.with_columns(pl.Series(name, of_all) for name, of_all in pooled.items())
 
 
 def _per_op(options: Iterable[Options], base: str) -> list[tuple[str, ...]]:
@@ -153,32 +148,30 @@ def standard_errors(timing: pl.DataFrame, base: str) -> np.ndarray:
     half = ((timing["gain_ci_high_s"] - timing["gain_ci_low_s"]) / 2).to_numpy()
     errors = half / (NORMAL_95 * few(timing["repeats"].to_numpy()))
     lowered = np.array([set(c) != {base} for c in timing["configuration"]])
-    return np.where(
-        lowered, np.maximum(errors, np.median(errors[lowered]) / 2 if lowered.any() else 0.0), 0.0
-    )
+    least = np.median(errors[lowered]) / 2 if lowered.any() else 0.0
+    return np.where(lowered, np.maximum(errors, least), 0.0)
 
 
 def unmeasured(
     timing: pl.DataFrame, groups: pl.DataFrame, plans: Iterable[Mapping[str, str]], base: str
 ) -> list[Wanted]:
     """The configurations that plans (op → format) put some group in, and that no row of `timing` has measured."""
-    seen = {
-        (s, tuple(c))
-        for s, c in upgraded("timing", timing)
-        .filter(~pl.col("predicted"))
-        .select("signature", "configuration")
-        .iter_rows()
-    }
-    members = [
-        (signature, rows["op"].to_list())
-        for (_, signature), rows in groups.sort("order").group_by(
-            ["group", "signature"], maintain_order=True
-        )
-    ]
-    wanted = {
-        (s, tuple(plan.get(op, base) for op in ops)): None for plan in plans for s, ops in members
-    }
+    measured = upgraded("timing", timing).filter(~pl.col("predicted"))
+    rows = measured.select("signature", "configuration").iter_rows()
+    seen = {(signature, tuple(c)) for signature, c in rows}
+    members = _ops_of_groups(groups)
+    wanted = dict.fromkeys(
+        (signature, tuple(plan.get(op, base) for op in ops))
+        for plan in plans
+        for signature, ops in members
+    )
     return [w for w in wanted if w not in seen and set(w[1]) != {base}]
+
+
+def _ops_of_groups(groups: pl.DataFrame) -> list[tuple[str, list[str]]]:
+    """Each group's signature and ops, in the model's order."""
+    by_group = groups.sort("order").group_by(["group", "signature"], maintain_order=True)
+    return [(str(signature), rows["op"].to_list()) for (_, signature), rows in by_group]
 
 
 def uncertain(
@@ -290,23 +283,12 @@ def half_widths(
         (r["signature"], tuple(r["configuration"])): (r["gain_ci_high_s"] - r["gain_ci_low_s"]) / 2
         for r in timing.iter_rows(named=True)
     }
-    members = groups.filter(pl.col("signature").is_in(timing["signature"].unique().implode()))
-    ops_of = [
-        (signature, rows["op"].to_list())
-        for (_, signature), rows in members.sort("order").group_by(
-            ["group", "signature"], maintain_order=True
-        )
-    ]
-    out = []
+    timed = groups.filter(pl.col("signature").is_in(timing["signature"].unique().implode()))
+    ops_of, out = _ops_of_groups(timed), []
     for plan in plans:
-        chosen = Counter(
-            (signature, tuple(plan.get(op, base) for op in ops)) for signature, ops in ops_of
-        )
-        out.append(
-            math.hypot(
-                *(count * half[which] for which, count in chosen.items() if set(which[1]) != {base})
-            )
-        )
+        chosen = Counter((s, tuple(plan.get(op, base) for op in ops)) for s, ops in ops_of)
+        lowered = {which: count for which, count in chosen.items() if set(which[1]) != {base}}
+        out.append(math.hypot(*(count * half[which] for which, count in lowered.items())))
     return out
 
 

@@ -35,11 +35,8 @@ def drift_of(plans: pl.DataFrame) -> str | None:
     )
     if both.is_empty():
         return None
-    then, beside, predicted = (
-        pl.col("solved_base_ttft_s"),
-        pl.col("base_ttft_s"),
-        pl.col("predicted_ttft_s"),
-    )
+    then, beside = pl.col("solved_base_ttft_s"), pl.col("base_ttft_s")
+    predicted = pl.col("predicted_ttft_s")
     told = both.select(
         then=then.median() * 1e3,
         beside=beside.median() * 1e3,

@@ -22,14 +22,11 @@ import numpy as np
 import torch
 
 Configuration: TypeAlias = tuple[str, ...]
-Choices: TypeAlias = Sequence[
-    Sequence[str]
-]  # for each op of a group the formats that it may take, base first
+# for each op of a group the formats that it may take, base first
+Choices: TypeAlias = Sequence[Sequence[str]]
 STEPS, LEARN_FROM = 100, 256  # iterations; gains that σ and the a_i are learnt from, at most
 WIDE = 3.0  # deviation of log σ² and of log a_i, normal a priori, gains in units of their root mean square
-JITTER = (
-    1e-6  # times σ², on the diagonal: two measurements of one configuration are not quite the same
-)
+JITTER = 1e-6  # times σ², on the diagonal: two measurements of one configuration differ a little
 
 
 @dataclass(frozen=True)
@@ -103,12 +100,9 @@ class GainModel:
 def _codes(
     choices: tuple[tuple[str, ...], ...], configurations: Sequence[Configuration]
 ) -> torch.Tensor:
-    return torch.tensor(
-        [
-            [c.index(f) for f, c in zip(configuration, choices, strict=True)]
-            for configuration in configurations
-        ]
-    )
+    """For each configuration and op the place of its format among the op's choices, (n, ops)."""
+    pairs = (zip(configuration, choices, strict=True) for configuration in configurations)
+    return torch.tensor([[of.index(f) for f, of in each] for each in pairs])
 
 
 def _same(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:

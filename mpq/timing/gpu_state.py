@@ -53,18 +53,12 @@ def _asked(device: torch.device) -> dict[str, Any]:
     query = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
     try:
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        command = [
-            "nvidia-smi",
-            f"--id={uuid}",
-            f"--query-gpu={query}",
-            "--format=csv,noheader,nounits",
-        ]
-        answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout
-        sm, memory, temperature, power, reasons = (
-            part.strip() for part in answer.strip().split(",")
+        asked = [f"--id={uuid}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+        told = subprocess.run(
+            ["nvidia-smi", *asked], capture_output=True, text=True, timeout=10, check=True
         )
+        parts = (part.strip() for part in told.stdout.strip().split(","))
+        sm, memory, temperature, power, reasons = parts
         return {
             "sm_clock_mhz": int(sm),
             "memory_clock_mhz": int(memory),

@@ -37,9 +37,8 @@ def vllm_device_name(device: str = "cpu", threads: int | None = None) -> str:
     return f"{device_name(device, threads)}, vLLM {find_environment().version}"
 
 
-_idle: dict[
-    int | None, EngineProcess
-] = {}  # by threads; kept, since importing vLLM takes longer than many a stage
+# by threads; kept, since importing vLLM takes longer than many a stage
+_idle: dict[int | None, EngineProcess] = {}
 
 
 @contextmanager
@@ -106,11 +105,10 @@ def _engines(
             return nullcontext(engine) if device == "cpu" else vllm_process(device, clock.threads)
 
         how = base, clock, asked, device, vllm_device_name(device, clock.threads)
-        runner = (
-            Compiled(another, engine, opening, *how)
-            if compiled
-            else Eager(engine, opening, formats, *how)
-        )
+        if compiled:
+            runner: Eager = Compiled(another, engine, opening, *how)
+        else:
+            runner = Eager(engine, opening, formats, *how)
         yield runner
         runner.close()
 
@@ -180,7 +178,8 @@ def measure_each_in_vllm(
             if alone:
                 lost[left.pop(0)] = str(why)
             alone = True
-    for place, said in lost.items():
+    if lost:
+        place, said = next(iter(lost.items()))
         signature, configuration = every[place]
         more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise MpqError(

@@ -47,12 +47,8 @@ def reading(proc: Path = Path("/proc"), cpus: Path = Path("/sys/devices/system/c
     for task in _entries(proc / "self" / "task"):
         try:
             waited_ns += int((task / "schedstat").read_text().split()[1])
-        except (
-            OSError,
-            ValueError,
-            IndexError,
-        ):  # the thread has ended, or the kernel keeps no such statistics
-            continue
+        except (OSError, ValueError, IndexError):
+            continue  # the thread has ended, or the kernel keeps no such statistics
     clocks = []
     for cpu in _entries(cpus, "cpu[0-9]*"):
         try:
@@ -87,11 +83,7 @@ def calm(intervals: Sequence[Interval], waiting: bool = True) -> np.ndarray:
         for name in ("steal_share", "waited_share", "clock_mhz")
     )
     known = clock[np.isfinite(clock)]
-    slow = (
-        np.isfinite(clock) & (clock < SLOW_CLOCK * np.median(known))
-        if len(known)
-        else np.zeros(len(clock), dtype=bool)
-    )
+    slow = clock < SLOW_CLOCK * (np.median(known) if len(known) else 0.0)  # NaN is below nothing
     undisturbed = np.ones(len(intervals), dtype=bool)
     for disturbed in (steal > STOLEN, waiting & (waited > WAITED), slow):
         if 2 * disturbed.sum() <= len(intervals):

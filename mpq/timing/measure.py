@@ -38,9 +38,8 @@ from mpq.timing.session import BLOCK, Method, Progress, Ready, Request, plan_row
 def timing_model(config: Any, base: str) -> nn.Module:
     """The architecture of `config` with random weights in the base format, to be timed; no checkpoint is needed."""
     dtype = getattr(torch, get_format(base).dtype)
-    architecture: Any = type(
-        build_on_meta(config)
-    )  # trace's choice of class: causal or masked language model
+    # trace's choice of class: causal or masked language model
+    architecture: Any = type(build_on_meta(config))
     with no_init_weights():
         model: nn.Module = architecture._from_config(copy.deepcopy(config), dtype=dtype)
     for parameter in model.parameters():
@@ -71,11 +70,9 @@ def measure(
         rows[place] = row
         if progress:
             progress(len(rows), total)
-    return (
-        pl.concat([rows[place] for place in sorted(rows)], how="diagonal_relaxed")
-        if rows
-        else table("timing", [])
-    )
+    if not rows:
+        return table("timing", [])
+    return pl.concat([rows[place] for place in sorted(rows)], how="diagonal_relaxed")
 
 
 def measure_each(

@@ -35,9 +35,8 @@ def implausible(
 
     def share(name: str) -> float:
         of_time = mac_time(name, base) / mac_time(base, base)
-        return (
-            of_time if what == TTFT else min(of_time, get_scheme(name).bits / get_scheme(base).bits)
-        )
+        of_bits = get_scheme(name).bits / get_scheme(base).bits
+        return of_time if what == TTFT else min(of_time, of_bits)
 
     name = min({base, *formats}, key=share)
     if predicted_s >= share(name) * base_s:

@@ -25,6 +25,7 @@ from mpq.timing.answer import parts_of
 from mpq.timing.pairs import Pairs, Timed, compare
 
 Configuration: TypeAlias = tuple[str, ...]
+_Ops: TypeAlias = list[tuple[str, str]]  # a group's ops, each with its kind
 Request: TypeAlias = tuple[str, Sequence[Sequence[str]]]  # signature, configurations
 Method: TypeAlias = Literal["signature", "group"]
 Progress: TypeAlias = Callable[[int, int], None]  # done, total
@@ -96,19 +97,13 @@ def rows_of(
                 continue
             switched = members[signature]
             lowered = [place for place in asked if set(every[place][1]) != {base}]
-            plans = [
-                {
-                    op: f
-                    for group in switched
-                    for (op, _), f in zip(group, every[place][1], strict=True)
-                }
-                for place in lowered
-            ]
+            plans = [_plan(switched, every[place][1]) for place in lowered]
             found = session.compare(plans or [{}], seed + TRIES * done)
             beside = dict(zip(lowered, found, strict=False))
             for place in asked:
                 pairs = beside.get(place, found[0])  # all base: the base beside another
-                row = _row(pairs, len(switched), all_base=place not in beside) | {
+                instances, all_base = len(switched), place not in beside
+                row = _row(pairs, instances, all_base) | {
                     "signature": signature,
                     "group": first_group[signature],
                     "configuration": list(every[place][1]),
@@ -116,15 +111,17 @@ def rows_of(
                     "order_measured": done,
                 }
                 facts = {"measured_unix_s": time.time(), **session.facts(pairs)}
-                instances, all_base = len(switched), place not in beside
                 facts |= parts_of(pairs, facts.get("output", 1), instances, all_base)
                 row |= {k: v for k, v in facts.items() if k in SCHEMAS["timing"]}
                 more = {k: v for k, v in facts.items() if k not in SCHEMAS["timing"]}
                 done += 1
-                yield (
-                    place,
-                    pl.concat([table("timing", [row]), pl.DataFrame([more])], how="horizontal"),
-                )
+                both = pl.concat([table("timing", [row]), pl.DataFrame([more])], how="horizontal")
+                yield place, both
+
+
+def _plan(groups: Sequence[_Ops], configuration: Configuration) -> dict[str, str]:
+    """Op → format, each of the groups in the configuration."""
+    return {op: f for ops in groups for (op, _), f in zip(ops, configuration, strict=True)}
 
 
 def _row(pairs: Pairs, instances: int, all_base: bool = False) -> dict[str, object]:
@@ -243,43 +240,31 @@ class Session:
         return found
 
 
-def _members(groups: pl.DataFrame, signature: str, method: Method) -> list[list[tuple[str, str]]]:
-    """The groups to switch, each as its (op, kind) in op order."""
+def _members(groups: pl.DataFrame, signature: str, method: Method) -> list[_Ops]:
+    """The groups to switch."""
     rows = groups.filter(pl.col("signature") == signature).sort("group", "order")
     if rows.is_empty():
         raise MpqError(
             f"No group has the signature {signature!r}: expected one of the groups table."
         )
-    every = [
-        list(part.select("op", "kind").iter_rows())
-        for _, part in rows.group_by("group", maintain_order=True)
-    ]
+    by_group = rows.group_by("group", maintain_order=True)
+    every = [list(part.select("op", "kind").iter_rows()) for _, part in by_group]
     return every if method == "signature" else every[:1]
 
 
 def _check(
-    signature: str,
-    configuration: Configuration,
-    ops: list[list[tuple[str, str]]],
-    base: str,
-    runner: Runner,
+    signature: str, configuration: Configuration, groups: list[_Ops], base: str, runner: Runner
 ) -> None:
-    for group in ops:
+    for group in groups:
         if len(group) != len(configuration):
             raise MpqError(
                 f"Configuration {', '.join(configuration)} has {len(configuration)} formats, {signature} {len(group)} ops."
             )
-        stuck = [
-            op
-            for (op, kind), f in zip(group, configuration, strict=True)
-            if kind == "other" and f != base
-        ]
-        if stuck:
+        pairs = zip(group, configuration, strict=True)
+        lowered = [(op, kind, f) for (op, kind), f in pairs if f != base]
+        if stuck := [op for op, kind, _ in lowered if kind == "other"]:
             raise MpqError(
                 f"{stuck[0]} is no linear, no experts' product and none of attention's: it can only run in {base}."
             )
         for kind in get_args(Kind):
-            wanted = [
-                f for (_, k), f in zip(group, configuration, strict=True) if k == kind and f != base
-            ]
-            runner.check(wanted, kind)
+            runner.check([f for _, k, f in lowered if k == kind], kind)

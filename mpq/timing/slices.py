@@ -81,9 +81,8 @@ def simulate(
     Configurations take cost.configuration_s in the mean, log-normally spread with this standard deviation of the logarithm.
     """
     rng, hand_s = random.Random(seed), 1 / cost.tasks_per_s
-    free = [0.0] * min(
-        devices, math.ceil(configurations / size)
-    )  # when each device is without work
+    # when each device is without work
+    free = [0.0] * min(devices, math.ceil(configurations / size))
     handed, measured_s, tasks = 0.0, 0.0, 0
     for at in range(0, configurations, size):
         handed = max(handed, free[0]) + hand_s

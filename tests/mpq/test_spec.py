@@ -39,6 +39,8 @@ def test_bounds() -> None:
     assert spec.limits("m") == (Bound(0.5),)
     again = parse_spec(spec.model_dump(mode="json"))
     assert again.bound == spec.bound
+    meant = parse_spec({**GOOD, "bound": {"perplexity": ["1 %", "50 %"]}})
+    assert parse_spec(meant.model_dump(mode="json")).bound == meant.bound  # as flows are given it
     several = parse_spec({**GOOD, "bound": {"perplexity": [0.005, "1 %"], "kl": [0.001, 0.1]}})
     assert several.limits("et") == (Bound(kl=0.001), Bound(kl=math.log1p(0.01)))
     signed = parse_spec({**GOOD, "bound": {"tau": 0.002, "signed": True}})
@@ -98,6 +100,9 @@ def test_examples_are_valid() -> None:
         ({"bound": {"kl": [0.02, 0.01]}}, "kl must rise from value to value, by 1 % at least"),
         ({"bound": {"perplexity": "x %"}}, "expected a share, such as 0.5 % or 0.005, not 'x %'"),
         ({"bound": {"perplexity": 0.5}}, "0.5 is 50%: write 0.5 %, or 50% if it is meant"),
+        ({"bound": {"perplexity": "0.5"}}, "0.5 is 50%: write 0.5 %, or 50% if it is meant"),
+        ({"bound": {"kl": "nan", "tau": 0.1}}, "a bound must be a number above zero, not nan"),
+        ({"bound": {"kl": "-1"}}, "a bound must be a number above zero, not -1"),
         ({"bound": {"perplexity": "-1 %"}}, "must be a number above zero, not -0.01"),
         ({"bound": {"kl": [0.01, 0.02], "tau": 0.1}}, "kl has 2, tau has 1: give each as many"),
         ({"bound": {"kl": 0.01}, "taus": [0.1]}, "move taus into bound, as tau"),

@@ -232,6 +232,21 @@ def test_tables_of_other_values(
     assert not (tmp_path / "plan.json").exists()
 
 
+def test_rows_of_a_group_that_name_other_ops(tables: dict[str, str], tmp_path: Path) -> None:
+    """Which ops a group's formats are of is said alike by all of its rows, or a plan could be of others: it is not made."""
+    frame = pl.read_parquet(tables["gains"])
+    plan = ("--plan", tmp_path / "plan.json", "--loss", tables["loss"])
+    of = ("--groups", tables["groups"], "--base", "bf16")
+    for ops, told in (("another", "other ops in other rows"), (None, "without a value in ops")):
+        first = pl.int_range(pl.len()) == 0
+        other = pl.concat_list(pl.lit(ops, pl.String))
+        frame.with_columns(ops=pl.when(first).then(other).otherwise("ops")).write_parquet(
+            tables["gains"]
+        )
+        with pytest.raises(MpqError, match=told):
+            solved(tables, *plan, *of)
+
+
 def test_one_file_for_two_tables() -> None:
     """`mpq sensitivity` refuses to write its effects over its sensitivities, before it loads anything."""
     command = ["sensitivity", "nowhere", "--calibration", "t.txt", "--out", "s.parquet"]

@@ -335,6 +335,16 @@ def test_times_beside_another_base_are_told() -> None:
         gains_et(GROUPS, timing(), sensitivity(), "bf16", "ulp")
 
 
+def test_an_operand_that_is_missing_or_twice_is_told() -> None:
+    """Half of an op's operands cost less than the op, and a table put together twice costs twice as much: neither makes gains."""
+    table, op = sensitivity(), GROUPS["op"][0]
+    of = (pl.col("op") == op) & (pl.col("operand") == "weight") & (pl.col("format") == "fp8_e4m3")
+    with pytest.raises(MpqError, match=rf"no row for {op} in fp8_e4m3"):
+        gains_tt(GROUPS, table.filter(~of), FORMATS, "fp32", "ulp")
+    with pytest.raises(MpqError, match="twice in one format"):
+        gains_tt(GROUPS, pl.concat([table, table]), FORMATS, "fp32", "ulp")
+
+
 def test_missing_rows_are_told() -> None:
     """A format that was not calibrated and a signature that was not timed are named."""
     with pytest.raises(MpqError, match=r"no row for .* in int8"):

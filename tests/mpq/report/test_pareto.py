@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -82,6 +83,16 @@ def test_the_table_and_a_plan_of_it(tmp_path: Path) -> None:
     assert len(plan.lowered) == rows[5]["ops_lowered"]
     assert plan.predicted_kl == pytest.approx(rows[5]["kl"])
     assert plan.kl_bound == pytest.approx(rows[5]["kl"])
+    assert plan.predicted_kl_error == pytest.approx(1.96 * rows[5]["kl_stderr"])
+    # beside a plan that says how far the scale errs, that is in the error too
+    (folder / "plans").mkdir()
+    like = replace(plan, kl_scale_error=0.2)
+    (folder / "plans" / "m-ip_m-kl0.1.json").write_text(like.to_json())
+    run("frontier", folder, "--points", 12, "--plan", 5, "--out", file)
+    again = Plan.from_json(file.read_text())
+    assert again.kl_scale_error == 0.2
+    wider = 1.96 * (rows[5]["kl_stderr"] + 0.2 * rows[5]["kl"])
+    assert again.predicted_kl_error == pytest.approx(wider)
     by_op = dict(zip(GAINS["ops"].list.first(), GAINS["kl"], strict=True))
     assert plan.predicted_kl == pytest.approx(1.5 * sum(by_op[op] for op in plan.lowered))
 
