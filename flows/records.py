@@ -6,8 +6,10 @@ import json
 import threading
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from mpq.models.hashes import content_hash
 from mpq.spec import RunSpec
 from mpq.store.entries import Damaged, Store, TableRef, content_key
 
@@ -29,7 +31,10 @@ class Records:
 
     def __init__(self, spec: RunSpec):
         self._store = Store(spec.store)
-        self._spec = content_key(spec.model_dump(mode="json", exclude=_NOT_CONTENT))
+        texts = [part.source for part in (spec.calibration, spec.evaluation) if part]
+        # another text under the same name is another calibration
+        content = [content_hash(Path(t)) for t in texts if Path(t).is_file()]
+        self._spec = content_key(spec.model_dump(mode="json", exclude=_NOT_CONTENT), content)
 
     def key(self, fingerprint: str) -> str:
         """The key of one checkpoint's record."""

@@ -86,14 +86,18 @@ def diff(before: _File, after: _File, json_: AsJson = False) -> None:
 
 
 def map_of(plan: Plan) -> dict[str, str]:
-    """Role → a letter for each layer in order, a dot for base; an op outside the layers is a role of its own."""
+    """Role → a letter for each layer in order, a dot for base, a blank where a layer has no such op (hybrid models); an op
+    outside the layers is a role of its own."""
     letters = {name: letter for letter, name in _letters(plan).items()}
-    layers: dict[str, list[tuple[int, str]]] = {}
+    roles: dict[str, dict[int, str]] = {}
     for op, name in plan.formats.items():
         found = re.search(r"(?:^|\.)(\d+)\.", op)
-        role = op[found.end() :] if found else op
-        layers.setdefault(role, []).append((int(found[1]) if found else 0, letters.get(name, "·")))
-    return {role: "".join(letter for _, letter in sorted(of)) for role, of in layers.items()}
+        layer, role = (int(found[1]), op[found.end() :]) if found else (0, op)
+        roles.setdefault(role, {})[layer] = letters.get(name, "·")
+    return {
+        role: "".join(of.get(layer, " ") for layer in range(max(of) + 1))
+        for role, of in roles.items()
+    }
 
 
 def _letters(plan: Plan) -> dict[str, str]:

@@ -201,8 +201,8 @@ def test_claims(tmp_path: Path) -> None:
         assert d.held
 
 
-def test_records_are_of_content(spec: RunSpec) -> None:
-    """Names and places make no other record, another τ does."""
+def test_records_are_of_content(spec: RunSpec, tmp_path: Path) -> None:
+    """Names and places make no other record, another τ does, and another text under the same name."""
     key = Records(spec).key("f")
     assert Records(spec.model_copy(update={"name": "other", "out": "/elsewhere"})).key("f") == key
     part = spec.timing
@@ -211,6 +211,12 @@ def test_records_are_of_content(spec: RunSpec) -> None:
     assert Records(written_so).key("f") == key
     assert Records(spec.model_copy(update={"taus": (0.5,)})).key("f") != key
     assert json.dumps(Records(spec).done("f")) == "null"
+    text = spec.calibration.model_copy(update={"source": str(tmp_path / "text.txt")})
+    reading, keys = spec.model_copy(update={"calibration": text}), set()
+    for content in ("one", "other", "one"):
+        Path(text.source).write_text(content)
+        keys.add(Records(reading).key("f"))
+    assert len(keys) == 2
 
 
 def recorded() -> list[dict[str, Any]]:

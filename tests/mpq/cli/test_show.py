@@ -67,6 +67,20 @@ def test_a_map_has_layers_in_their_order() -> None:
     assert map_of(PLAN) == {**dict.fromkeys(ROLES, "·I" * 6), "lm_head": "8"}
 
 
+def test_layers_keep_their_places() -> None:
+    """In a hybrid model a layer without a role leaves a blank: the place in a line is the layer's number."""
+    formats = {
+        "model.layers.0.linear_attn.out_proj": "int8",
+        "model.layers.1.self_attn.q_proj": "int8",
+        "model.layers.2.linear_attn.out_proj": "bf16",
+        "model.layers.3.self_attn.q_proj": "int8",
+    }
+    assert map_of(replace(PLAN, formats=formats)) == {
+        "linear_attn.out_proj": "I ·",
+        "self_attn.q_proj": " I I",
+    }
+
+
 def test_show_is_one_screen(files: tuple[Path, Path]) -> None:
     """80 × 24: the map, the gain with its interval, loss, τ, bits, engine, and what each constraint costs."""
     shown = run("show", files[0])
