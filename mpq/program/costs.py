@@ -83,7 +83,8 @@ def loss_by_op(sensitivity: pl.DataFrame, noise_model: str) -> Losses:
             f"The sensitivity table has nothing of the noise model {noise_model}, but of {others}: "
             "choose one of these, or measure sensitivity again."
         )
-    if of_model.select("op", "operand", "format").is_duplicated().any():
+    once = ["op", "operand", "format"]
+    if set(once) <= set(of_model.columns) and of_model.select(once).is_duplicated().any():
         raise MpqError(
             "The sensitivity table has an operand of an op twice in one format: give the table of one measurement."
         )

@@ -151,13 +151,7 @@ def test_memory_counts_a_tied_head_as_a_copy_more(tied: bool) -> None:
     groups = groups_table(partition(trace(config)), 1, 8)
     ops = groups["op"].to_list()
     sensitivity = pl.DataFrame(
-        {
-            "op": ops,
-            "operand": "weight",
-            "format": "int8",
-            "noise_model": "ulp",
-            "loss_mse": 1e-9,
-        }
+        {"op": ops, "format": "int8", "noise_model": "ulp", "loss_mse": 1e-9}
     )
     gains = gains_m(groups, sensitivity, ["int8"], "bf16", "ulp")
     promised = sum(g for c, g in gains.select("configuration", "gain").iter_rows() if c == ["int8"])
