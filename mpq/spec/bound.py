@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -50,9 +51,9 @@ def _share(value: Any) -> Any:
     text = value.strip() if isinstance(value, str) else ""
     if not text.endswith("%"):
         return value
-    try:
-        return float(text.removesuffix("%")) / 100
-    except ValueError:
+    try:  # in decimal, so that what is written as a percentage is read as the same number again
+        return float(Decimal(text.removesuffix("%").strip()) / 100)
+    except ArithmeticError:
         raise ValueError(f"expected a share, such as 0.5 % or 0.005, not {text!r}") from None
 
 
@@ -132,7 +133,9 @@ class BoundSpec(Strict):
     @field_serializer("perplexity")
     def _as_written(self, shares: tuple[float, ...] | None) -> list[float | str] | None:
         """Shares of a tenth and more with their sign, without which they would be asked about when they are read again."""
-        return None if shares is None else [f"{100 * x} %" if x >= 0.1 else x for x in shares]
+        if shares is None:
+            return None
+        return [f"{Decimal(repr(x)) * 100:f} %" if x >= 0.1 else x for x in shares]
 
     @model_validator(mode="after")
     def _together(self) -> BoundSpec:

@@ -39,8 +39,10 @@ def test_bounds() -> None:
     assert spec.limits("m") == (Bound(0.5),)
     again = parse_spec(spec.model_dump(mode="json"))
     assert again.bound == spec.bound
-    meant = parse_spec({**GOOD, "bound": {"perplexity": ["1 %", "50 %"]}})
-    assert parse_spec(meant.model_dump(mode="json")).bound == meant.bound  # as flows are given it
+    for shares in (["1 %", "50 %"], ["42.58 %"], ["12.21 %", "66.8 %", "179.2 %"]):
+        meant = parse_spec({**GOOD, "bound": {"perplexity": shares}})
+        dumped = parse_spec(meant.model_dump(mode="json"))  # as flows are given it
+        assert dumped.bound == meant.bound
     several = parse_spec({**GOOD, "bound": {"perplexity": [0.005, "1 %"], "kl": [0.001, 0.1]}})
     assert several.limits("et") == (Bound(kl=0.001), Bound(kl=math.log1p(0.01)))
     signed = parse_spec({**GOOD, "bound": {"tau": 0.002, "signed": True}})

@@ -45,3 +45,23 @@ def test_groups_tell_shapes() -> None:
     assert told["model.layers.0.mlp.down_proj"] == "512 → 512"
     assert told["lm_head"] == "512 → 512"
     assert told["model.layers.1.self_attn.qk_matmul"] == "8 heads"
+
+
+def test_long_names_of_strategies_break_between_words() -> None:
+    """`uniform_int8_but_head` does not fit beside the numbers in 80 characters; other names stay as they are."""
+    names = ["ip_et", "uniform_int8", "uniform_fp8_e4m3_but_head"]
+    of_plans = dict.fromkeys(
+        ("predicted_loss_mse", "measured_loss_mse", "predicted_ttft_s", "measured_ttft_s"), 1e-3
+    )
+    rows = pl.DataFrame(
+        [
+            {"objective": "et", "strategy": name, "tau": 0.01, "kl_bound": None, **of_plans}
+            | {"base_ttft_s": 0.1, "share_lowered": 0.5}
+            for name in names
+        ]
+    )
+    assert shown.results(rows)["strategy"].to_list() == [
+        "ip_et",
+        "uniform int8",
+        "uniform fp8_e4m3 but head",
+    ]

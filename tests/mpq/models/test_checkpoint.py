@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -424,3 +426,12 @@ def test_any_file_of_a_checkpoint_is_read_or_told(
     assert _is_sentence(_told(_load, folder))
     assert _is_sentence(_told(load_tokenizer, folder))
     file.unlink()
+
+
+def test_what_a_checkpoint_is_needs_no_torch() -> None:
+    """Fetching, fingerprint and marks load neither torch nor transformers: a run whose stages are all there waits for less."""
+    code = (
+        "import sys, mpq.models.checkpoint\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
