@@ -13,6 +13,7 @@ from small import small_model, small_spec
 from mpq.errors import MpqError
 from mpq.flows.calibrate import calibrate
 from mpq.report.results import results_table
+from mpq.report.runs import read_run
 from mpq.spec import RunSpec, parse_spec
 from mpq.tasks.stage import read, read_json, read_together
 
@@ -65,8 +66,10 @@ def test_a_run_for_an_engine(tmp_path: Path) -> None:
         assert 0 < plan["predicted_tpot_s"] < 10 * plan["base_tpot_s"]
     measured = results_table({k: read_together(refs) for k, refs in result["tables"].items()})
     assert (measured["measured_tpot_s"] > 0).all()
-    page = Path(result["out"]["report"]).read_text()
-    assert "Each further token (ms)" in page
+    report = Path(result["out"]["report"])
+    assert "Each further token (ms)" in report.read_text()
+    # held against their contract where they are read again, prices and the target's plan too
+    assert read_run(report.parent)[1]["prices"].height == len(read(result["tables"]["prices"][0]))
 
 
 @pytest.mark.parametrize(
